@@ -1,0 +1,1 @@
+"""The system: Ray lives here, the mathematics in rlproxi/."""

@@ -1,0 +1,64 @@
+"""Checkpoints in the run directory: written whole or not at all, newest usable one first."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+MARK = "complete.json"
+
+
+def begin(root: Path, step: int) -> Path:
+    """A fresh scratch folder for the checkpoint of ``step``; ``finish`` gives it its name."""
+    scratch = root / f".writing-{step:06d}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def finish(root: Path, step: int, facts: dict, keep: int = 2) -> Path:
+    """Marks the scratch folder complete, renames it to step-<n> and drops all but the newest ``keep``."""
+    scratch, final = root / f".writing-{step:06d}", root / f"step-{step:06d}"
+    (scratch / MARK).write_text(json.dumps({"step": step, "files": _files(scratch), **facts}))
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(scratch, final)
+    for old in _all(root)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _all(root: Path) -> list[Path]:
+    found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d+", p.name)] if root.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def latest(root: Path, warn=print) -> tuple[Path, dict] | None:
+    """The newest complete checkpoint and its facts; damaged ones are named by ``warn`` and passed over."""
+    for folder in _all(root):
+        try:
+            facts = json.loads((folder / MARK).read_text())
+            files = _files(folder)
+            wrong = [name for name, size in facts["files"].items() if files.get(name) != size]
+        except (OSError, ValueError, KeyError) as error:
+            warn(f"checkpoint {folder} is unusable ({error}); trying the one before")
+            continue
+        if wrong:
+            warn(f"checkpoint {folder} is damaged (missing or cut short: {', '.join(wrong[:3])}); "
+                 "trying the one before")
+            continue
+        return folder, facts
+    return None
+
+
+def same_world(folder: Path, facts: dict, world: int) -> None:
+    """Raises ValueError where a checkpoint was written by another number of ranks: ZeRO shards do not fit."""
+    if facts.get("world") != world:
+        raise ValueError(f"checkpoint {folder} was written by {facts.get('world')} learner ranks and cannot be resumed "
+                         f"by {world}: set resources.learner_workers={facts.get('world')}")

@@ -1,0 +1,125 @@
+"""DeepSpeed behind four verbs (update, weights, save, load), the same for every algorithm."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def _quiet_deepspeed(device: torch.device) -> None:
+    """Environment that DeepSpeed reads at import, and the CPU op it would compile for half a minute."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    if device.type == "cpu":
+        # Half private; without it gloo alone does the reductions all the same, after a compilation.
+        with contextlib.suppress(AttributeError, KeyError):
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Engine:
+    """A module under DeepSpeed: float32 masters, AdamW, ZeRO ``stage``.
+
+    Must be made inside an initialised ``torch.distributed`` world (Ray Train makes it).
+
+    Args:
+        module: what is trained; called through ``engine.module``.
+        micro_batch_size: samples of one forward on one rank (bookkeeping for DeepSpeed).
+        accumulation: how many losses one update is made of, on each rank.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, stage: int, micro_batch_size: int,
+                 accumulation: int, lr: float, betas: tuple[float, float], weight_decay: float, grad_clip: float):
+        _quiet_deepspeed(device)
+        import deepspeed
+
+        self.device = device
+        self.stage = stage
+        self.accumulation = accumulation
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": grad_clip,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        self.module, self.optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+
+    def update(self, losses: Iterable[tuple[Tensor, dict[str, float]]], lr: float) -> dict[str, float]:
+        """One optimizer step on ``accumulation`` losses; returns the mean of their metrics over all ranks, and
+        ``grad_norm``, before clipping. Raises FloatingPointError, on every rank, where one of them is not finite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums: dict[str, list[float]] = {}
+        norm = None
+        count = 0
+        for loss, metrics in losses:
+            count += 1
+            self.module.backward(loss)
+            if count == self.accumulation and self.stage == 0:
+                norm = self._norm()
+            self.module.step()
+            for key, value in metrics.items():
+                sums.setdefault(key, []).append(value)
+        if count != self.accumulation:
+            raise RuntimeError(f"an update took {count} losses where the engine accumulates {self.accumulation}")
+        if norm is None:
+            norm = float(self.module.get_global_grad_norm())
+        keys = sorted(sums)
+        means_ = torch.tensor([sum(sums[key]) / len(sums[key]) for key in keys], dtype=torch.float64, device=self.device)
+        dist.all_reduce(means_)
+        means = dict(zip(keys, (means_ / dist.get_world_size()).tolist()))
+        if not (math.isfinite(norm) and all(math.isfinite(v) for v in means.values())):
+            raise FloatingPointError(f"loss or gradient is not finite (grad_norm {norm}, {means}): lower the learning "
+                                     "rate, or set model.precision=float32 to see whether rounding is the cause")
+        return {**means, "grad_norm": norm, "lr": lr}
+
+    def _norm(self) -> float:
+        grads = [p.grad for p in self.module.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads))
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[dict[str, Tensor]]:
+        """name -> full float32 parameter, on every rank; a collective at ZeRO 3."""
+        module = self.module.module
+        if self.stage < 3:
+            yield dict(module.named_parameters())
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())), torch.no_grad():
+            yield dict(module.named_parameters())
+
+    def save(self, folder: Path) -> None:
+        """Every rank's optimizer and weights into ``folder``; a collective."""
+        self.module.save_checkpoint(str(folder), tag="engine")
+
+    def load(self, folder: Path) -> None:
+        """The inverse of ``save`` at the same world size. Raises if the folder holds no engine state."""
+        loaded, _ = self.module.load_checkpoint(str(folder), tag="engine")
+        if loaded is None:
+            raise FileNotFoundError(f"{folder} holds no engine state that can be loaded")
+
+    def close(self) -> None:
+        """Frees the engine; ZeRO 3 can abort the process at exit if it is still alive then."""
+        with contextlib.suppress(Exception):
+            self.module.destroy()
+        self.module = self.optimizer = None
+        gc.collect()
+        if dist.is_initialized():
+            dist.barrier()

@@ -1,0 +1,36 @@
+"""A rollout actor: a process (and its GPU) that samples groups."""
+
+from __future__ import annotations
+
+import numpy as np
+import ray
+
+from rlproxi.algorithms.rollout import GroupSampler, SampleRequest, unflatten
+from rlproxi.config import Config
+
+
+@ray.remote(max_restarts=-1, max_task_retries=0)
+class RolloutActor:
+    """Loads the model folder once; takes new weights when a request names a version it does not hold."""
+
+    def __init__(self, config: Config, model_folder: str):
+        import torch
+
+        from rlproxi.models.pipeline import load_unet
+        from rlproxi.models.text import TextEncoder
+
+        torch.set_num_threads(config.resources.threads)
+        device = "cuda" if config.resources.rollout_gpus and torch.cuda.is_available() else "cpu"
+        self.sampler = GroupSampler(config, load_unet(model_folder), TextEncoder.from_pretrained(model_folder), device)
+        self.version: int | None = None
+
+    def ready(self) -> bool:
+        return True
+
+    @ray.method(num_returns=2)
+    def sample(self, request: SampleRequest, version: int, weights: np.ndarray):
+        """(images uint8 [P*G, H, W, 3], chain). Both are *returned*, so they outlive this actor."""
+        if version != self.version:
+            unflatten(weights, self.sampler.unet)
+            self.version = version
+        return self.sampler.sample(request)

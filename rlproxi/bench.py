@@ -1,0 +1,202 @@
+"""``rlproxi bench``: speed as ratios measured in one run, each against a bar.
+
+Every figure compares what the system does with the bare network calls that the work cannot do
+without, on the same machine, minutes apart. Interleaved repetitions and medians keep a busy
+machine from deciding the outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from .algorithms.prepare import collection
+from .algorithms.rollout import Conditioner, operator
+from .config import Config, build_config, config_folder, load_config
+from .data import faces
+from .models.precision import autocast, compute_dtype, has_fast_bfloat16
+from .models.text import TextEncoder, TextStates, build_text_encoder
+from .models.unet import ProximalUNet, build_unet
+from .proximal.samplers import generator_noise, plan, sample
+
+
+def _median_seconds(functions: list[Callable[[], None]], repeats: int) -> list[float]:
+    """Median seconds of each function, called in turn so that all see the same machine."""
+    for function in functions:
+        function()
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for slot, function in zip(times, functions):
+            begun = time.perf_counter()
+            function()
+            slot.append(time.perf_counter() - begun)
+    return [statistics.median(slot) for slot in times]
+
+
+def _encoder(config: Config) -> TextEncoder:
+    source = collection(config.run.seed, "text")
+    captions = [faces.portrait(source, i, 0.5).caption for i in range(512)]
+    return build_text_encoder(captions, config.model.text_dim, config.model.text_layers, config.model.text_length)
+
+
+class _Shapes:
+    """The quickstart's network on one micro-batch of its shape, with random weights."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        g = config.grpo
+        source = collection(config.run.seed, "train_prompts")
+        self.prompts = tuple(faces.portrait(source, i).caption for i in range(g.groups_per_micro_batch))
+        self.batch = g.groups_per_micro_batch * g.group_size
+        self.unet = build_unet(config).eval()
+        self.encoder = _encoder(config)
+        self.conditioner = Conditioner(self.encoder, torch.device("cpu"))
+        self.text: TextStates = self.conditioner.groups(self.prompts, g.group_size)
+        self.y = torch.randn(self.batch, 3, config.data.size, config.data.size)
+        self.t, self.lam = torch.full((self.batch,), 0.4), torch.full((self.batch,), 0.7)
+        self.dtype = compute_dtype(config.model.precision, "cpu")
+
+    @torch.inference_mode()
+    def forward(self, times: int = 1) -> None:
+        with autocast(self.dtype, "cpu"):
+            for _ in range(times):
+                self.unet(self.y, self.t, self.lam, self.text)
+
+    def forward_backward(self) -> None:
+        with autocast(self.dtype, "cpu"):
+            loss = self.unet(self.y, self.t, self.lam, self.text).square().mean()
+        loss.backward()
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        s = self.config.sampler
+        steps = plan(self.config.schedule.build(), s.name, s.num_inference_steps, s.start_time, s.grid)
+        with autocast(self.dtype, "cpu"):
+            sample(operator(self.unet, self.conditioner, 1.0), steps, self.y, self.text, generator_noise())
+
+
+def sampler_ratio(config: Config, repeats: int = 7) -> float:
+    """An N-step sampler call over N bare forwards of the network."""
+    shapes = _Shapes(config)
+    n = config.sampler.num_inference_steps
+    ours, bare = _median_seconds([shapes.sample, lambda: shapes.forward(n)], repeats)
+    return ours / bare
+
+
+def bfloat16_speedup(config: Config, repeats: int = 3) -> float:
+    """float32 contiguous time over bfloat16 channels_last time of one forward and backward."""
+    shapes = _Shapes(config)
+    low = ProximalUNet.from_config(shapes.unet.config)
+
+    def run(unet: ProximalUNet, dtype: torch.dtype) -> None:
+        with autocast(dtype, "cpu"):
+            loss = unet(shapes.y, shapes.t, shapes.lam, shapes.text).square().mean()
+        loss.backward()
+
+    full, half = _median_seconds([lambda: run(shapes.unet, torch.float32), lambda: run(low, torch.bfloat16)], repeats)
+    return full / half
+
+
+def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, float, float]:
+    """(ratio, seconds of a real iteration, seconds of its bare work).
+
+    The real one runs on Ray: rollout actor, Serve reward, DeepSpeed learner, synchronous. The bare work is
+    the same number of network forwards (sampling, KL reference), forwards with backwards (training) and
+    classifier forwards (reward), with nothing around them, in one process that has the machine to itself.
+    """
+    from .rewards import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        reward_file = _random_classifier(config, Path(folder))
+        seconds = _real_iterations(config, Path(folder), reward_file, iterations)
+        scorer = build("attributes", {"path": str(reward_file)})
+        shapes, g = _Shapes(config), config.grpo
+        images = torch.randint(0, 255, (g.group_size, config.data.size, config.data.size, 3), dtype=torch.uint8).numpy()
+        trained = g.trained_steps or config.sampler.num_inference_steps - 1
+
+        def bare() -> None:
+            for _ in range(g.micro_batches):
+                shapes.forward(config.sampler.num_inference_steps)
+                for prompt in shapes.prompts:
+                    scorer.score(images, [prompt] * g.group_size)
+                for _ in range(trained):
+                    if g.kl_coef:
+                        shapes.forward()
+                    shapes.forward_backward()
+
+        (bare_seconds,) = _median_seconds([bare], 5)
+    return seconds / bare_seconds, seconds, bare_seconds
+
+
+def _random_classifier(config: Config, folder: Path) -> Path:
+    from .rewards.attributes import AttributeClassifier
+
+    file = folder / "reward.safetensors"
+    AttributeClassifier(config.data.size, 32).save(file)
+    return file
+
+
+def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations: int) -> float:
+    """Median ``seconds/step`` of a real run from random weights, the first two iterations left out."""
+    from . import run
+    from .models.pipeline import TextToImage
+    from .telemetry.runlog import read, series
+
+    model = folder / "model"
+    TextToImage(build_unet(config), _encoder(config), config.schedule, config.sampler).save_pretrained(model)
+    values = config.model_dump(mode="json")
+    values["run"].update(stages=["rl"], dir=str(folder), name="bench")
+    values["model"]["init"] = str(model)
+    values["rewards"].update(train=[{"name": "attributes", "params": {"path": str(reward_file)}}], heldout=[])
+    values["grpo"].update(steps=iterations, checkpoint_every=10**6)
+    values["evaluate"]["every"] = 0
+    real = build_config(values)
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    session = run._Session(real, run_dir)
+    session.run()
+    _, seconds = series(read(run_dir), "rl", "seconds/step")
+    return statistics.median(seconds[2:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table and, with ``--json``, writes {name: {value, bar, ok, unit}}. Returns 1 where a bar is missed."""
+    parser = argparse.ArgumentParser("rlproxi bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--config", default=str(config_folder() / "quickstart.yaml"))
+    options = parser.parse_args(argv)
+    config = load_config(options.config)
+    torch.set_num_threads(config.resources.threads)
+    results: dict[str, dict] = {}
+
+    def add(name: str, value: float, bar: float, unit: str, at_most: bool = True) -> None:
+        ok = value <= bar if at_most else value >= bar
+        results[name] = {"value": round(value, 4), "bar": bar, "ok": bool(ok), "unit": unit}
+        print(f"{name:<28} {value:8.3f}  bar {'<=' if at_most else '>='} {bar:<6} {'ok' if ok else 'MISSED'}  {unit}",
+              flush=True)
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    add("sampler_vs_forwards", sampler_ratio(config), 1.05, "time of a sampler call / N bare forwards")
+    if has_fast_bfloat16("cpu"):
+        add("bfloat16_vs_float32", bfloat16_speedup(config), 1.5, "float32 time / bfloat16 time", at_most=False)
+    else:
+        # Here precision=auto keeps float32; the figure shows that it is right to.
+        add("bfloat16_vs_float32", bfloat16_speedup(config), 1.0,
+            "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1")
+    ratio, real, bare = iteration_ratio(config)
+    add("grpo_iteration_vs_bare", ratio, 1.20, f"real iteration {real:.2f} s / bare work {bare:.2f} s")
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1))
+    return 0 if all(r["ok"] for r in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

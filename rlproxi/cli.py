@@ -1,0 +1,114 @@
+"""The ``rlproxi`` command. A user's mistake is one line on stderr and exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Sequence
+
+#: What a user can get wrong: a value, a file that is missing, in the way or not readable. ConfigError is a ValueError.
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def at_least(minimum: int):
+    """An argparse type: an integer >= minimum."""
+    def convert(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
+        return value
+    convert.__name__ = "integer"
+    return convert
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="rlproxi", description="Reward fine-tuning of text-to-image models "
+                                  "around proximal diffusion.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # run and bench have parsers of their own, which get everything behind the word.
+    commands.add_parser("run", add_help=False, help="pre-train, fine-tune, evaluate and report: python -m rlproxi.run")
+    commands.add_parser("bench", add_help=False, help="measure this machine: rlproxi bench [--json FILE]")
+
+    draw = commands.add_parser("sample", help="draw images from a trained model")
+    draw.add_argument("prompts", nargs="+", metavar="PROMPT")
+    draw.add_argument("--model", required=True, metavar="DIR", help="a run directory or a model folder")
+    draw.add_argument("--steps", type=at_least(1), metavar="N", help="number of proximal steps (default: the model's)")
+    draw.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's)")
+    draw.add_argument("--seed", type=at_least(0), default=0, metavar="S",
+                      help="the first image's seed; the next ones count up, alike for every prompt (default 0)")
+    draw.add_argument("--count", type=at_least(1), default=4, metavar="K", help="images of each prompt (default 4)")
+    draw.add_argument("--out", type=Path, default=Path("sample.png"), metavar="FILE.png",
+                      help="one row for each prompt (default sample.png)")
+    draw.add_argument("--scale", type=at_least(1), default=8, metavar="X", help="enlargement (default 8)")
+    draw.set_defaults(action=sample)
+
+    tell = commands.add_parser("report", help="write report.html from a run directory")
+    tell.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    tell.set_defaults(action=report)
+    return top
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    """Writes a grid: one row for each prompt, one column for each seed."""
+    from .evaluation.images import grid, save_png
+
+    if arguments.out.suffix.lower() != ".png":  # known before the model is loaded
+        raise ValueError(f"--out {arguments.out} must end in .png")
+    # Heavy imports wait until the arguments are known to be good.
+    from .models.pipeline import TextToImage
+
+    model = TextToImage.from_pretrained(arguments.model)
+    for prompt in arguments.prompts:
+        unknown = model.unknown_words(prompt)
+        if unknown:
+            print(f"warning: this model has no token for {', '.join(unknown)}", file=sys.stderr)
+    prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.count)]
+    seeds = [arguments.seed + i for i in range(arguments.count)] * len(arguments.prompts)
+    images = model(prompts, arguments.steps, arguments.guidance, seeds)
+    print(save_png(grid(images, arguments.count, arguments.scale), arguments.out))
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from .evaluation.report import write_report
+
+    print(write_report(arguments.run_dir))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, 2 for a user's mistake, or what ``run`` or ``bench`` returns."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in ("run", "bench"):
+        return _delegate(argv[0], argv[1:])
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.action(arguments)
+    except USER_ERRORS as error:
+        return _complain(error)
+
+
+def _delegate(command: str, argv: list[str]) -> int:
+    """Runs another module's main(argv). Only errors known to be the user's are shortened: a run is long, and any
+    other ValueError in it is a bug whose traceback is needed."""
+    from .config import ConfigError
+
+    try:
+        if command == "run":
+            from .run import main as target
+        else:
+            from .bench import main as target
+        return int(target(argv) or 0)
+    except (ConfigError, FileNotFoundError) as error:
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    print(f"error: {'; '.join(lines) or type(error).__name__}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

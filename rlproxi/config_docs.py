@@ -1,0 +1,94 @@
+"""docs/configuration.md from the schema: ``python -m rlproxi.config_docs > docs/configuration.md``."""
+
+from __future__ import annotations
+
+import json
+import typing
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from .config import Config, Reward, Section
+
+_HEAD = """\
+# Configuration
+
+Generated from `rlproxi/config.py` by `python -m rlproxi.config_docs > docs/configuration.md`; do not edit.
+
+A config is a YAML file of the sections below. Every key has a default, so a file holds only what differs, and every key
+can be given on the command line: `python -m rlproxi.run configs/quickstart.yaml grpo.lr=1e-5 run.seed=3`. Unknown keys
+and combinations that cannot be run are refused before anything starts. The config as resolved, every key, is written to
+`config.yaml` in the run directory.
+"""
+
+
+def describe() -> str:
+    """The whole page, Markdown, ending in a newline."""
+    parts = [_HEAD]
+    for name, field in Config.model_fields.items():
+        parts.append(_section(f"`{name}`", field.annotation, f"{name}."))
+        if name == "rewards":
+            parts.append(_section("Each entry of `rewards.train` and `rewards.heldout`", Reward, "", level=3))
+    return "\n".join(parts)
+
+
+def _section(title: str, section: type[Section], prefix: str, level: int = 2) -> str:
+    lines = [f"{'#' * level} {title}", ""]
+    # A section without a docstring inherits none of ours; pydantic's own must not appear here.
+    own = section.__dict__.get("__doc__")
+    if own:
+        lines += [" ".join(own.split()), ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        cells = (f"`{prefix}{name}`", _type(field), _default(field), field.description or "")
+        lines.append("| " + " | ".join(_escape(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(cell: str) -> str:
+    """Markdown eats <words> as tags, outside of `code`, and ends a cell at a bar."""
+    pieces = cell.replace("|", "\\|").split("`")
+    return "`".join(p if i % 2 else p.replace("<", "&lt;") for i, p in enumerate(pieces))
+
+
+def _type(field: FieldInfo) -> str:
+    """The annotation in words, with its bounds: 'int, >= 1', '`hybrid`, `backward` or `ode`', 'list of int or null'."""
+    parts = [a for a in typing.get_args(field.annotation) if a is not type(None)] if _nullable(field) else []
+    text = _words(parts[0] if parts else field.annotation)
+    for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        text += "".join(f", {sign} {getattr(item, bound)}" for item in field.metadata if hasattr(item, bound))
+    return f"{text}, or null" if parts else text
+
+
+def _nullable(field: FieldInfo) -> bool:
+    return type(None) in typing.get_args(field.annotation)
+
+
+def _words(annotation: typing.Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        options = [f"`{option}`" for option in arguments]
+        return options[0] if len(options) == 1 else ", ".join(options[:-1]) + f" or {options[-1]}"
+    if origin is list:
+        return f"list of {_words(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} x {_words(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if annotation is Reward:
+        return "rewards"
+    return {str: "text", bool: "true or false"}.get(annotation, annotation.__name__)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default
+    if isinstance(value, list) and value and isinstance(value[0], Section):
+        value = [entry.model_dump(exclude_defaults=True) for entry in value]
+    # JSON is YAML, so a default can be pasted into a config as it stands.
+    return f"`{json.dumps(value)}`"
+
+
+if __name__ == "__main__":
+    print(describe(), end="")

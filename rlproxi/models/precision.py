@@ -1,0 +1,27 @@
+"""Which arithmetic the network computes in; everything around it stays float32."""
+
+from __future__ import annotations
+
+import torch
+
+
+def has_fast_bfloat16(device: str | torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 there: GPUs from Ampere on, CPUs with AMX or AVX512-BF16.
+
+    On other CPUs oneDNN emulates bfloat16, an order of magnitude slower than float32.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def compute_dtype(precision: str, device: str | torch.device) -> torch.dtype:
+    """Resolves ``model.precision`` (auto, float32, bfloat16) on a device."""
+    if precision == "auto":
+        precision = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def autocast(dtype: torch.dtype, device: str | torch.device) -> torch.autocast:
+    """The context a forward runs in: autocast to bfloat16, or nothing for float32."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)

@@ -1,0 +1,129 @@
+"""Text conditioning: one small interface that the built-in encoder, CLIP and T5 all fit.
+
+``TextStates`` is what a denoiser sees; ``TextEncoder`` makes it from captions with a transformers
+tokenizer and text model. The built-in one is a two-layer CLIP text model with a word tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextStates:
+    """states [B, L, D], pooled [B, P], mask [B, L] (1 = token, 0 = padding); float32, float32, float32."""
+
+    states: Tensor
+    pooled: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return self.states.shape[0]
+
+    def __getitem__(self, index) -> "TextStates":
+        return TextStates(self.states[index], self.pooled[index], self.mask[index])
+
+    def repeat(self, count: int) -> "TextStates":
+        """Each row ``count`` times in a row: [B] -> [B * count]."""
+        return TextStates(*(x.repeat_interleave(count, 0) for x in (self.states, self.pooled, self.mask)))
+
+    def to(self, device) -> "TextStates":
+        return TextStates(self.states.to(device), self.pooled.to(device), self.mask.to(device))
+
+    @staticmethod
+    def join(*parts: "TextStates") -> "TextStates":
+        """Concatenates along the batch."""
+        return TextStates(*(torch.cat([getattr(p, name) for p in parts])
+                            for name in ("states", "pooled", "mask")))
+
+
+class TextEncoder:
+    """A frozen tokenizer and text model. ``encode`` caches nothing; callers with few prompts do.
+
+    Works with any transformers pair whose model returns ``last_hidden_state`` (and, where it has
+    one, ``pooler_output``; else the mean over tokens is the pooled vector, as is usual for T5).
+    """
+
+    KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+
+    def __init__(self, tokenizer, model, max_length: int):
+        self.tokenizer = tokenizer
+        self.model = model.eval()
+        self.max_length = max_length
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
+        """Loads ``folder``/tokenizer and ``folder``/text_encoder, diffusers' layout."""
+        import transformers
+
+        folder = Path(folder)
+        for part in ("tokenizer", "text_encoder"):
+            if not (folder / part).is_dir():
+                raise FileNotFoundError(f"{folder / part} is missing: not a diffusers-shaped model folder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+        kind = (transformers.AutoConfig.from_pretrained(folder / "text_encoder").architectures or ["?"])[0]
+        if kind not in cls.KINDS:
+            raise ValueError(f"{folder / 'text_encoder'} holds a {kind}; text encoders known here: {', '.join(cls.KINDS)}")
+        model = getattr(transformers, kind).from_pretrained(folder / "text_encoder", use_safetensors=True)
+        # Some tokenizers say 1e30 where they know no limit.
+        return cls(tokenizer, model, min(tokenizer.model_max_length, 512))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+        self.model.save_pretrained(Path(folder) / "text_encoder")
+
+    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """(ids, mask), each [B, L] int64, L = max_length."""
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True,
+                                max_length=self.max_length, return_tensors="pt")
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def encode(self, captions: list[str]) -> TextStates:
+        """Captions -> TextStates, without gradient."""
+        ids, mask = self.tokenize(captions)
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            out = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        states = out.last_hidden_state.float()
+        mask = mask.to(device).float()
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is None:
+            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return TextStates(states, pooled.float(), mask)
+
+
+def word_tokenizer(captions: list[str], max_length: int):
+    """A lower-casing word tokenizer over the words of ``captions``, as a transformers fast tokenizer."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({w for c in captions for w in re.findall(r"\w+|[^\w\s]", c.lower())})
+    vocab = {w: i for i, w in enumerate(["<pad>", "<bos>", "<unk>", *words, "<eos>"])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", vocab["<bos>"]), ("<eos>", vocab["<eos>"])])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>",
+                                   eos_token="<eos>", unk_token="<unk>", model_max_length=max_length)
+
+
+def build_text_encoder(captions: list[str], dim: int = 64, layers: int = 2, max_length: int = 40,
+                       seed: int = 0) -> TextEncoder:
+    """A new, untrained CLIP-shaped text encoder whose words are those of ``captions``."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = word_tokenizer(captions, max_length)
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=4 * dim,
+                            projection_dim=dim, num_hidden_layers=layers, num_attention_heads=max(1, dim // 32),
+                            max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id,
+                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPTextModel(config)
+    return TextEncoder(tokenizer, model, max_length)

@@ -1,0 +1,71 @@
+"""Proximal matching: how the prox is learned (ProxDM, section 4).
+
+The network sees y = x_t + sqrt(lam) n2 and is asked for n2. First an L1 phase, then
+1 - exp(-m / zeta^2) with m the mean square error over the sample's dimensions: as zeta -> 0 its minimiser
+goes from the conditional mean to the conditional mode, which is the prox.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .operator import expand
+from .samplers import plan
+from .schedule import VPSchedule
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One training draw: t, lam [B] float32 on the CPU."""
+
+    t: Tensor
+    lam: Tensor
+
+
+def candidate_probabilities(candidates: list[int]) -> np.ndarray:
+    """P(N) proportional to N^(1/3) over the step candidates (ProxDM, section 4.2)."""
+    weights = np.asarray(candidates, dtype=np.float64) ** (1.0 / 3.0)
+    return weights / weights.sum()
+
+
+class TimeTable:
+    """Every (t, lam) that the sampler will ask for, with its probability.
+
+    N from the candidates, then one of its N steps uniformly, on the sampler's own grid. With
+    start_time = 1 and the uniform grid this is ProxDM's t = floor(u/delta) delta, delta = 1/N.
+
+    Raises ValueError for a candidate the sampler cannot take (``backward`` with gamma >= 2).
+    """
+
+    def __init__(self, schedule: VPSchedule, candidates: list[int], sampler: str = "hybrid",
+                 start_time: float = 1.0, spacing: str = "uniform"):
+        entries = [(step.t, step.lam, p / n)
+                   for n, p in zip(candidates, candidate_probabilities(candidates))
+                   for step in plan(schedule, sampler, n, start_time, spacing)]
+        self.t, self.lam, self.probability = (np.array(column) for column in zip(*entries))
+
+    def draw(self, rng: np.random.Generator, batch: int) -> Draw:
+        """``batch`` independent draws."""
+        index = rng.choice(len(self.t), size=batch, p=self.probability)
+        return Draw(torch.from_numpy(self.t[index]).float(), torch.from_numpy(self.lam[index]).float())
+
+
+def corrupt(schedule: VPSchedule, x0: Tensor, t: Tensor, lam: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
+    """y = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) n1 + sqrt(lam) n2. All [B, ...]; t, lam [B]."""
+    alpha_bar = expand(schedule.alpha_bar(t), x0)
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * n1 + expand(lam, x0).sqrt() * n2
+
+
+def matching_loss(eps: Tensor, n2: Tensor, zeta: float | None = None) -> Tensor:
+    """Per-sample loss [B]: mean |eps - n2| where zeta is None, else 1 - exp(-m/zeta^2).
+
+    m is the mean over dimensions of (eps - n2)^2. Source: ProxDM, eq. (12) and its L1 warm-up.
+    """
+    error = (eps - n2).flatten(1)
+    if zeta is None:
+        return error.abs().mean(1)
+    return -torch.expm1(-error.square().mean(1) / zeta**2)

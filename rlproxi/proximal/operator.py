@@ -1,0 +1,69 @@
+"""The learned proximal operator: prox(y; t, lam, c) = y - sqrt(lam) eps_theta(y, t, lam, c).
+
+Source: ProxDM (arXiv 2507.08956), section 3: prox = argmin_x 1/2 ||x - y||^2 - lam ln p_t(x | c).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+#: eps_theta(y, t, lam, cond) -> residual. y [B, ...], t and lam [B] float32, output like y.
+Denoiser = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+#: prox(y, t, lam, cond) -> x, with scalar t and lam, the form that samplers call.
+Prox = Callable[[Tensor, float, float, Any], Tensor]
+
+
+def expand(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1] with the dimensions of ``like``."""
+    return values.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+class ProximalOperator:
+    """Turns a denoiser into ``prox``, with proximal classifier-free guidance.
+
+    Guidance (ProxT2I, derived): eps = eps_null + w (eps_c - eps_null), which is
+    prox_null + w (prox_c - prox_null). w = 1 is no guidance and costs one forward, any
+    other w costs one forward on a doubled batch.
+
+    The network may compute in bfloat16; y, sqrt(lam) and the result stay in y's dtype
+    (float32 in training and sampling), see ``ground rules`` in docs/method.md.
+
+    Args:
+        denoiser: eps_theta(y, t, lam, cond).
+        guidance_scale: w.
+        null_cond: what replaces cond in the unconditional branch; needed when w != 1. A
+            function of cond that returns an equally shaped cond.
+        join: concatenates two conds along the batch; needed when w != 1.
+    """
+
+    def __init__(self, denoiser: Denoiser, guidance_scale: float = 1.0,
+                 null_cond: Callable[[Any], Any] | None = None,
+                 join: Callable[[Any, Any], Any] | None = None):
+        if guidance_scale != 1.0 and (null_cond is None or join is None):
+            raise ValueError("guidance_scale != 1 needs null_cond and join: "
+                             "what an unconditional input looks like, and how to batch the two")
+        self.denoiser = denoiser
+        self.guidance_scale = guidance_scale
+        self.null_cond = null_cond
+        self.join = join
+
+    def residual(self, y: Tensor, t: Tensor, lam: Tensor, cond: Any = None) -> Tensor:
+        """Guided eps. y [B, ...]; t, lam [B]. Returns a tensor like y."""
+        w = self.guidance_scale
+        if w == 1.0:
+            return self.denoiser(y, t, lam, cond).to(y.dtype)
+        both = self.join(cond, self.null_cond(cond))
+        eps = self.denoiser(torch.cat([y, y]), torch.cat([t, t]), torch.cat([lam, lam]), both)
+        eps_cond, eps_null = eps.to(y.dtype).chunk(2)
+        return eps_null + w * (eps_cond - eps_null)
+
+    def __call__(self, y: Tensor, t: float, lam: float, cond: Any = None) -> Tensor:
+        """prox(y; t, lam, cond) for one t and one lam shared by the batch. Returns like y."""
+        batch = y.shape[0]
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        times = torch.full((batch,), t, dtype=dtype, device=y.device)
+        lams = torch.full((batch,), lam, dtype=dtype, device=y.device)
+        return y - lam**0.5 * self.residual(y, times, lams, cond)

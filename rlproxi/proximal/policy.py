@@ -1,0 +1,87 @@
+"""The auxiliary-variable policy of ProxT2I: the state is the prox's *input* z.
+
+x_{k-1} given x_k is a Gaussian pushed through a network and has no density. z_{k-1} given
+z_k has one:
+
+    pi_theta(z_{k-1} | z_k, c) = N(a_{k-1} prox_theta(z_k; t_{k-1}, lam_k, c), s_{k-1}^2 I)
+
+for k = N..2, so N steps give N - 1 actions; x_0 = prox_theta(z_1) is deterministic.
+Ratios and divergences are computed in float32, or in the inputs' dtype where that is wider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .samplers import Step
+
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One action: from the prox at ``step`` (k) to z_{k-1}, drawn with the next step's a and s."""
+
+    index: int  # position of ``step`` in the plan, 0 = k = N
+    step: Step
+    a: float  # a_{k-1}
+    s: float  # s_{k-1}
+
+
+def actions(steps: list[Step]) -> list[Action]:
+    """The N - 1 actions of a plan. Raises ValueError where the sampler draws no noise."""
+    if len(steps) < 2:
+        raise ValueError("a plan of one step has no action to train: num_inference_steps must be >= 2")
+    if any(step.s == 0.0 for step in steps):
+        raise ValueError("the ode sampler is deterministic and has no policy; use hybrid or backward")
+    return [Action(i, step, nxt.a, nxt.s) for i, (step, nxt) in enumerate(zip(steps, steps[1:]))]
+
+
+def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+
+
+def _reduce(x: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return x.flatten(1).mean(1)
+    if reduction == "sum":
+        return x.flatten(1).sum(1)
+    raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
+
+
+def log_ratio(action: Action, prox_new: Tensor, prox_old: Tensor, z_next: Tensor,
+              reduction: str = "mean", regulated: bool = False) -> Tensor:
+    """ln pi_new(z_next | z) - ln pi_old(z_next | z), per sample: [B].
+
+    With delta = a (P_new - P_old)/s and n = (z_next - a P_old)/s, the noise that was drawn,
+    ln rho = <n, delta> - 1/2 ||delta||^2. It is exactly 0 where P_new == P_old, and no two
+    large squares are ever subtracted. ``mean`` divides by the number of dimensions.
+
+    ``regulated`` (the idea of GRPO-Guard): s <n, delta>, without the quadratic term whose sign
+    is always negative and in units that do not depend on the step, so that one clip range fits all.
+    Shapes: prox_new, prox_old, z_next [B, ...].
+    """
+    prox_new, prox_old, z_next = _widen(prox_new, prox_old, z_next)
+    delta = (prox_new - prox_old) * (action.a / action.s)
+    drawn = (z_next - action.a * prox_old) / action.s
+    if regulated:
+        return action.s * _reduce(delta * drawn, reduction)
+    return _reduce(delta * drawn - 0.5 * delta * delta, reduction)
+
+
+def kl(action: Action, prox_new: Tensor, prox_ref: Tensor, reduction: str = "mean") -> Tensor:
+    """KL(pi_new || pi_ref) of one step, exact: 1/2 ||a (P_new - P_ref)/s||^2, per sample [B]."""
+    prox_new, prox_ref = _widen(prox_new, prox_ref)
+    delta = (prox_new - prox_ref) * (action.a / action.s)
+    return _reduce(0.5 * delta * delta, reduction)
+
+
+def log_prob(action: Action, prox: Tensor, z_next: Tensor) -> Tensor:
+    """ln N(z_next; a prox, s^2 I) summed over dimensions, [B]. For checks: training uses log_ratio."""
+    residual = (z_next - action.a * prox) / action.s
+    dims = residual[0].numel()
+    const = dims * (torch.log(torch.tensor(2 * torch.pi * action.s**2, dtype=residual.dtype)))
+    return -0.5 * (residual.flatten(1).square().sum(1) + const)

@@ -1,0 +1,27 @@
+"""A reward that needs no model: how small (or large) the image's JPEG is (DDPO's first rewards)."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from .base import register
+
+
+@register("jpeg")
+class JPEGReward:
+    """Minus the size in kilobytes of the image as a JPEG; plus it with ``incompressible``."""
+
+    def __init__(self, quality: int = 95, incompressible: bool = False):
+        self.quality = quality
+        self.sign = 1.0 if incompressible else -1.0
+
+    def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        sizes = []
+        for image in images:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "JPEG", quality=self.quality)
+            sizes.append(buffer.tell() / 1000)
+        return self.sign * np.array(sizes, np.float32)

@@ -1,0 +1,152 @@
+"""The run log: ``metrics.jsonl``, one JSON object a line, only ever appended to.
+
+Every record has "time" (unix seconds) and "event"; the rest follows from the event:
+
+=========== ==================================================================================
+metrics     "stage" (pretrain, rl, ...), "step", and any number of values; see ``catalogue``
+stage       "name", "status" (start or done), and "seconds" when done
+resume      "stage", "step": what that stage logged before for a step > this one is superseded
+evaluation  "tag", "stage", "step", and what was measured
+warning     "message"
+note        "message"
+=========== ==================================================================================
+
+Dashboards, reports and resumes read this file, so nothing important lives only in a process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Iterable
+
+EVENTS = ("metrics", "stage", "resume", "evaluation", "warning", "note")
+FILE_NAME = "metrics.jsonl"
+_REQUIRED = {"metrics": ("stage", "step"), "stage": ("name", "status"), "resume": ("stage", "step")}
+
+
+class RunLog:
+    """Appends records to ``run_dir``/metrics.jsonl. The folder is made if it is missing.
+
+    Each record is one write to a file opened for appending, so several processes of one machine may
+    log into the same file and a killed one leaves at most one torn line, which ``read`` skips.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike):
+        self.path = Path(run_dir) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b", buffering=0)
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":
+                # A writer was killed in the middle of a line: end it, so that ours does not grow onto it.
+                self._file.write(b"\n")
+
+    def append(self, event: str, /, **fields: Any) -> None:
+        """Logs one record. Numpy and torch scalars become numbers, NaN and Inf become null.
+
+        Raises ValueError for an unknown event or one without its fields, TypeError for a value that is not
+        JSON. Nothing is written then.
+        """
+        if event not in EVENTS:
+            raise ValueError(f"event {event!r} is unknown; choose one of {', '.join(EVENTS)}")
+        missing = [name for name in _REQUIRED.get(event, ()) if name not in fields]
+        if missing or {"time", "event"} & set(fields):
+            raise ValueError(f"a {event!r} record needs {', '.join(_REQUIRED.get(event, ())) or 'no field'} and sets "
+                             f"'time' and 'event' itself; got {', '.join(fields) or 'nothing'}")
+        record = {"time": round(time.time(), 3), "event": event}
+        record.update((name, plain(value, name)) for name, value in fields.items())
+        self._file.write((json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8"))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def plain(value: Any, name: str = "value") -> Any:
+    """``value`` as JSON can hold it: numbers, strings, lists, dicts; NaN and Inf as None.
+
+    Raises TypeError, naming ``name``, for anything else.
+    """
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): plain(entry, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry, name) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy and torch, without importing either: a 0-d array gives a number
+        return plain(value.tolist(), name)
+    raise TypeError(f"{name} is a {type(value).__name__}, which the run log cannot hold")
+
+
+def read(run_dir: str | os.PathLike) -> list[dict]:
+    """All records in the order they were written; [] where there is no log yet.
+
+    A line that is not a JSON object is what a killed writer left behind (the last line, or the last one
+    before a resume), and is skipped.
+    """
+    path = Path(run_dir) / FILE_NAME
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:  # covers JSON and UTF-8 errors
+            continue
+        if isinstance(record, dict) and "event" in record:
+            records.append(record)
+    return records
+
+
+def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one metric, ascending in step.
+
+    A "resume" record drops what its stage logged for later steps; of two records of one step the last
+    wins; null comes back as NaN, so that a plot shows a gap.
+    """
+    values: dict[int, float] = {}
+    for record in records:
+        if record.get("stage") != stage:
+            continue
+        if record["event"] == "resume":
+            values = {step: value for step, value in values.items() if step <= record["step"]}
+        elif record["event"] == "metrics" and key in record:
+            value = record[key]
+            values[int(record["step"])] = math.nan if value is None else float(value)
+    steps = sorted(values)
+    return steps, [values[step] for step in steps]
+
+
+def keys(records: Iterable[dict], stage: str, prefix: str = "") -> list[str]:
+    """The metric names that a stage logged and that begin with ``prefix``, in order of appearance."""
+    found: dict[str, None] = {}
+    for record in records:
+        if record["event"] == "metrics" and record.get("stage") == stage:
+            found.update(dict.fromkeys(k for k in record if k.startswith(prefix)
+                                       and k not in ("time", "event", "stage", "step")))
+    return list(found)
+
+
+def stage_seconds(records: Iterable[dict]) -> dict[str, float]:
+    """Seconds of each stage that is done; a stage that was run more than once counts every time."""
+    seconds: dict[str, float] = {}
+    for record in records:
+        if record["event"] == "stage" and record.get("status") == "done" and record.get("seconds") is not None:
+            seconds[record["name"]] = seconds.get(record["name"], 0.0) + record["seconds"]
+    return seconds

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from closed_form import Gaussian
+
+from rlproxi.models.text import TextStates
+from rlproxi.models.unet import ProximalUNet
+from rlproxi.proximal import ProximalOperator
+from rlproxi.score import ScoreModel
+
+
+def text(batch: int, length: int = 5, dim: int = 16) -> TextStates:
+    mask = torch.ones(batch, length)
+    mask[:, -2:] = 0
+    return TextStates(torch.randn(batch, length, dim), torch.randn(batch, dim), mask)
+
+
+def network(randomise: bool = False) -> ProximalUNet:
+    torch.manual_seed(0)
+    model = ProximalUNet(sample_size=8, channels=(32, 32), blocks=(1, 1), text_dim=16, pooled_dim=16, data_std=0.5)
+    if randomise:  # the zero-initialised layers too, so that every path matters
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+Y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+T = torch.tensor([0.0, 0.1, 0.5, 0.9])
+LAM = torch.tensor([0.01, 1.0, 0.3, 2.0])
+
+
+@torch.no_grad()
+def test_zero_head_is_the_exact_gaussian_prox():
+    model, target = network(), Gaussian(0.0, 0.5)
+    v = target.marginal(T)[1][:, None, None, None]
+    lam = LAM[:, None, None, None]
+    assert torch.allclose(model(Y, T, LAM, text(4)), lam.sqrt() * Y / (v + lam), atol=1e-6)
+    out = ProximalOperator(model)(Y, 0.3, 0.7, text(4))
+    assert torch.allclose(out, target.prox(Y, 0.3, 0.7), atol=1e-6)
+
+
+@torch.no_grad()
+def test_round_trip(tmp_path):
+    model, cond = network(randomise=True), text(4)
+    model.save_pretrained(tmp_path)
+    again = ProximalUNet.from_pretrained(tmp_path).eval()
+    assert again.config.data_std == 0.5 and again.schedule == model.schedule
+    assert torch.equal(model(Y, T, LAM, cond), again(Y, T, LAM, cond))
+    assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@torch.no_grad()
+def test_every_input_matters_and_padding_does_not():
+    model, cond = network(randomise=True), text(4)
+    base = model(Y, T, LAM, cond)
+    both = torch.cat([Y, Y.flip(0)], 1)
+    plain = model.network(both, T, LAM, cond)
+    assert not torch.allclose(plain, model.network(both, T + 0.05, LAM, cond))
+    assert not torch.allclose(plain, model.network(both, T, LAM * 2, cond))
+    states = cond.states.clone()
+    states[:, -2:] += 10.0  # masked tokens
+    assert torch.allclose(base, model(Y, T, LAM, TextStates(states, cond.pooled, cond.mask)), atol=1e-5)
+    states[:, 0] += 10.0
+    assert not torch.allclose(base, model(Y, T, LAM, TextStates(states, cond.pooled, cond.mask)), atol=1e-4)
+    assert torch.allclose(base[1:3], model(Y[1:3], T[1:3], LAM[1:3], cond[1:3]), atol=1e-5)
+
+
+@torch.no_grad()
+def test_score_adapter_over_the_unet():
+    cond, target = text(4), Gaussian(0.0, 0.5)
+    flat = target.eps(Y.flatten(1), T).reshape_as(Y)
+    assert torch.allclose(ScoreModel(network())(Y, T, cond), flat, atol=1e-6)
+    assert ScoreModel(network(randomise=True))(Y, T, cond).isfinite().all()
+
+
+def test_every_parameter_gets_a_gradient():
+    model = network(randomise=True).train()
+    model(Y, T, LAM, text(4)).square().mean().backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert missing == []
+
+
+def test_config_is_refused_by_name():
+    with pytest.raises(TypeError, match="chanels"):
+        ProximalUNet(chanels=(32,))
+
+
+@torch.no_grad()
+def test_fitted_gaussian_is_the_prox_of_its_own_covariance():
+    """F = 0 after ``fit``: against the dense formula sqrt(lam) (C + lam I)^-1 (y - sqrt(ab) m)."""
+    model, g = network(), torch.Generator().manual_seed(3)
+    blur = torch.nn.functional.avg_pool2d(torch.randn(500, 3, 8, 8, generator=g), 3, 1, 1)
+    model.gaussian.fit(0.3 + blur + 0.5 * blur[:, [1, 2, 0]])
+    fitted = model.gaussian
+    eye = torch.eye(192).reshape(192, 3, 8, 8)
+    basis = fitted.to_basis(eye).flatten(1)
+    assert torch.allclose(basis.T @ basis, torch.eye(192), atol=1e-5)
+    assert torch.allclose(fitted.from_basis(fitted.to_basis(Y)), Y, atol=1e-5)
+    covariance = basis @ torch.diag(fitted.variance.flatten()) @ basis.T
+    for i, (t, lam) in enumerate(zip(T, LAM)):
+        ab = model.schedule.alpha_bar(t)
+        total = ab * covariance + (1 - ab + lam) * torch.eye(192)
+        expected = lam.sqrt() * torch.linalg.solve(total, (Y[i] - ab.sqrt() * fitted.mean).flatten())
+        assert torch.allclose(model(Y, T, LAM, text(4))[i].flatten(), expected, atol=1e-5)
