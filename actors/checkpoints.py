@@ -8,6 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
+from rlproxi.config import ConfigError
+
 MARK = "complete.json"
 
 
@@ -25,7 +27,9 @@ def finish(root: Path, step: int, facts: dict, keep: int = 2) -> Path:
     (scratch / MARK).write_text(json.dumps({"step": step, "files": _files(scratch), **facts}))
     shutil.rmtree(final, ignore_errors=True)
     os.replace(scratch, final)
-    for old in _all(root)[keep:]:
+    # Newer steps than this one are damaged or superseded, or the run would not have come from before them.
+    kept = [folder for folder in _all(root) if int(folder.name[5:]) <= step][:keep]
+    for old in set(_all(root)) - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -46,7 +50,7 @@ def latest(root: Path, warn=print) -> tuple[Path, dict] | None:
             facts = json.loads((folder / MARK).read_text())
             files = _files(folder)
             wrong = [name for name, size in facts["files"].items() if files.get(name) != size]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warn(f"checkpoint {folder} is unusable ({error}); trying the one before")
             continue
         if wrong:
@@ -57,8 +61,10 @@ def latest(root: Path, warn=print) -> tuple[Path, dict] | None:
     return None
 
 
-def same_world(folder: Path, facts: dict, world: int) -> None:
-    """Raises ValueError where a checkpoint was written by another number of ranks: ZeRO shards do not fit."""
-    if facts.get("world") != world:
-        raise ValueError(f"checkpoint {folder} was written by {facts.get('world')} learner ranks and cannot be resumed "
-                         f"by {world}: set resources.learner_workers={facts.get('world')}")
+def require_world(root: Path, world: int) -> None:
+    """Raises ConfigError where the newest checkpoint was written by another number of ranks: ZeRO shards do not fit."""
+    found = latest(root, warn=lambda message: None)
+    if found and found[1].get("world") != world:
+        written = found[1].get("world")
+        raise ConfigError(f"checkpoint {found[0]} was written by {written} learner ranks and cannot be resumed by {world}: "
+                          f"set resources.learner_workers={written}")

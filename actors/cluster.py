@@ -17,15 +17,15 @@ def connect() -> str:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if ray.is_initialized():
         return "joined"
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        # Roles ask for fractions of a CPU; a laptop's two cores are enough for all of them.
+        ray.init(num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False, **quiet)
+        return "started"
+    except ValueError:
+        # Ray found a cluster (not another run's own, which dies with it) and wants no CPU count for that.
+        ray.init(**quiet)
         return "joined"
-    except ConnectionError:
-        pass
-    # Roles ask for fractions of a CPU; a laptop's two cores are enough for all of them.
-    ray.init(address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False, log_to_driver=False,
-             logging_level=logging.ERROR)
-    return "started"
 
 
 def demand(config: Config) -> dict[str, float]:

@@ -166,39 +166,44 @@ class Conductor:
             await self._stop(f"{type(error).__name__}: {error}")
 
     async def _dispatch(self, start: int) -> None:
-        every, size = self.config.evaluate.every, grpo.bytes_per_micro_batch(self.config)
+        every = self.config.evaluate.every
+        # An iteration is admitted whole: the learner gives bytes back only when it has all of it.
+        size = self.config.grpo.micro_batches * grpo.bytes_per_micro_batch(self.config)
         for iteration in range(start, self.config.grpo.steps):
             async with self.changed:
                 await self.changed.wait_for(lambda: self.policy.may_dispatch(iteration, self.version))
             if every and iteration % every == 0 and iteration > 0:
                 await self.evaluate(f"step-{iteration:06d}", [self.config.sampler.num_inference_steps], self.version)
+            async with self.changed:
+                await self.changed.wait_for(lambda: self.budget.admits(size))
+            self.budget.take(size)
             for j, request in enumerate(grpo.requests(self.config, self.algorithm, iteration)):
-                async with self.changed:
-                    await self.changed.wait_for(lambda: self.budget.admits(size))
-                self.budget.take(size)
                 task = asyncio.create_task(self._guard(self._produce(iteration, j, request, self.version)))
                 self.tasks.add(task)
                 task.add_done_callback(self.tasks.discard)
 
     async def _produce(self, iteration: int, j: int, request: SampleRequest, version: int) -> None:
-        begun = time.time()
-        images, chain = await self._sample(request, version)
+        images, chain, seconds = await self._sample(request, version)
         sampled = time.time()
         rewards, parts = await self._score(images, request)
         scored = Scored(request, version, chain, rewards, parts,
-                        {"rollout": sampled - begun, "reward": time.time() - sampled})
+                        {"rollout": seconds, "reward": time.time() - sampled})
         async with self.changed:
             self.ready.setdefault(iteration, {})[j] = scored
             self.changed.notify_all()
 
-    async def _sample(self, request: SampleRequest, version: int) -> tuple[np.ndarray, ray.ObjectRef]:
-        """Images and a reference to the chain. An actor that dies is restarted, and the request made again."""
+    async def _sample(self, request: SampleRequest, version: int) -> tuple[np.ndarray, ray.ObjectRef, float]:
+        """Images, a reference to the chain, and the seconds an actor was busy with them.
+
+        An actor that dies is restarted by Ray, and the request made again.
+        """
         while True:
             actor = await self.idle.get()
+            begun = time.time()
             try:
                 (weights,) = await self.store.get.remote(version)
                 images, chain = actor.sample.remote(request, version, weights)
-                return await images, chain
+                return await images, chain, time.time() - begun
             except RayActorError as error:
                 self.scribe.append.remote("warning", {"message": f"rollout actor lost, request repeated: {error}"})
             finally:

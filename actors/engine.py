@@ -47,7 +47,7 @@ class Engine:
         self.device = device
         self.stage = stage
         self.accumulation = accumulation
-        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -60,7 +60,7 @@ class Engine:
             model=module, optimizer=optimizer, config=settings, dist_init_required=False)
 
     def update(self, losses: Iterable[tuple[Tensor, dict[str, float]]], lr: float) -> dict[str, float]:
-        """One optimizer step on ``accumulation`` losses; returns the mean of their metrics over all ranks, and
+        """One optimizer step on ``accumulation`` losses; returns their metrics over all ranks, and
         ``grad_norm``, before clipping. Raises FloatingPointError, on every rank, where one of them is not finite.
         """
         for group in self.optimizer.param_groups:
@@ -80,14 +80,22 @@ class Engine:
             raise RuntimeError(f"an update took {count} losses where the engine accumulates {self.accumulation}")
         if norm is None:
             norm = float(self.module.get_global_grad_norm())
-        keys = sorted(sums)
-        means_ = torch.tensor([sum(sums[key]) / len(sums[key]) for key in keys], dtype=torch.float64, device=self.device)
-        dist.all_reduce(means_)
-        means = dict(zip(keys, (means_ / dist.get_world_size()).tolist()))
+        means = self._across_ranks(sums)
         if not (math.isfinite(norm) and all(math.isfinite(v) for v in means.values())):
             raise FloatingPointError(f"loss or gradient is not finite (grad_norm {norm}, {means}): lower the learning "
                                      "rate, or set model.precision=float32 to see whether rounding is the cause")
         return {**means, "grad_norm": norm, "lr": lr}
+
+    def _across_ranks(self, values: dict[str, list[float]]) -> dict[str, float]:
+        """The mean of each metric over losses and ranks; the maximum where its name says max."""
+        result = {}
+        for key in sorted(values):
+            largest = "max" in key
+            own = max(values[key]) if largest else sum(values[key]) / len(values[key]) / dist.get_world_size()
+            total = torch.tensor(own, dtype=torch.float64, device=self.device)
+            dist.all_reduce(total, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+            result[key] = total.item()
+        return result
 
     def _norm(self) -> float:
         grads = [p.grad for p in self.module.module.parameters() if p.grad is not None]

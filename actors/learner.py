@@ -106,7 +106,7 @@ class Learner:
                 done = self.engine.update(losses, self._lr(iteration))
             for key, value in done.items():
                 metrics.setdefault(key, []).append(value)
-        result = {key: float(np.mean(values)) for key, values in metrics.items()}
+        result = {key: float(max(values) if "max" in key else np.mean(values)) for key, values in metrics.items()}
         return {**result, **advantages.stats, "seconds/train": time.time() - begun}
 
     def _lr(self, iteration: int) -> float:
@@ -125,10 +125,10 @@ class Learner:
             self.conditioner.groups(request.prompts, request.group_size))
 
     def _check_first_ratio(self, iteration: int, micro: list[grpo.MicroBatch], window) -> None:
-        """The largest |rho - 1| before any update, over this rank's first micro-batch and all trained steps."""
+        """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
         with torch.no_grad(), autocast(self.dtype, self.device):
             worst = max(metrics["ratio/max_deviation"]
-                        for _, metrics in self.algorithm.losses(self.prox, None, micro[:1], window))
+                        for _, metrics in self.algorithm.losses(self.prox, None, micro, window))
         worst = torch.tensor(worst, device=self.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if self.rank == 0:
@@ -156,7 +156,6 @@ class Learner:
         if found is None:
             return 0
         folder, facts = found
-        checkpoints.same_world(folder, facts, self.world)
         self.engine.load(folder)
         return facts["step"]
 
@@ -176,5 +175,9 @@ def _loop(settings: dict) -> None:
 
 
 def train(setup: LearnerSetup) -> None:
-    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies."""
+    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies.
+
+    Raises ConfigError where the last checkpoint was written by another number of ranks.
+    """
+    checkpoints.require_world(Path(setup.run_dir) / "checkpoints" / "rl", setup.config.resources.learner_workers)
     train_on_ray(_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")

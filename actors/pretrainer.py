@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from rlproxi.algorithms.prepare import collection
-from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions
+from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions, start_unet
 from rlproxi.config import Config
 from rlproxi.data import faces
 from rlproxi.models.pipeline import TextToImage, load_unet
@@ -57,8 +57,9 @@ def portraits(config: Config, start: int, rank: int) -> ray.data.Dataset:
         return {"image": images, "caption": np.array(captions)}
 
     count = (p.steps - start) * share
-    blocks = max(1, min(200, count // 512))
-    return ray.data.range(count, override_num_blocks=blocks).map_batches(draw, batch_size=256, num_cpus=0.5)
+    # One task at a time: drawing takes a tenth of a core, and a crowd of tasks would take the trainer's.
+    return ray.data.range(count, override_num_blocks=max(1, count // 1024)).map_batches(
+        draw, batch_size=None, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(size=1))
 
 
 class Pretrainer:
@@ -71,7 +72,7 @@ class Pretrainer:
         self.dtype = compute_dtype(config.model.precision, self.device)
         self.encoder = TextEncoder.from_pretrained(setup.text_folder)
         self.encoder.model.to(self.device)
-        unet = load_unet(config.model.init) if config.model.init else build_unet(config)
+        unet = load_unet(config.model.init) if config.model.init else start_unet(config)
         unet = unet.to(self.device)
         p, s = config.pretrain, config.sampler
         schedule = config.schedule.build()
@@ -143,7 +144,6 @@ class Pretrainer:
         if found is None:
             return 0
         folder, facts = found
-        checkpoints.same_world(folder, facts, self.world)
         self.engine.load(folder)
         self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
         return facts["step"]
@@ -151,7 +151,8 @@ class Pretrainer:
     def _save_final(self) -> None:
         if self.rank == 0:
             unet = build_unet(self.config) if not self.config.model.init else load_unet(self.config.model.init)
-            unet.load_state_dict(self.ema.values, strict=False)
+            buffers = dict(self.engine.module.module.named_buffers())
+            unet.load_state_dict({**buffers, **self.ema.values}, strict=False)
             TextToImage(unet, self.encoder, self.config.schedule, self.config.sampler).save_pretrained(
                 Path(self.setup.run_dir) / "models" / "pretrained")
         dist.barrier()
@@ -164,12 +165,19 @@ def _loop(settings: dict) -> None:
 
 
 def pretrain(setup: PretrainSetup) -> None:
-    """Runs pre-training to its end; blocks."""
+    """Runs pre-training to its end; blocks.
+
+    Raises ConfigError where the last checkpoint was written by another number of ranks.
+    """
+    checkpoints.require_world(setup.checkpoints, setup.config.resources.learner_workers)
     found = checkpoints.latest(setup.checkpoints, warn=lambda message: None)
     setup.data_start = found[1]["step"] if found else 0
     datasets = {f"rank{rank}": portraits(setup.config, setup.data_start, rank)
                 for rank in range(setup.config.resources.learner_workers)}
     for dataset in datasets.values():
         dataset.context.execution_options.preserve_order = True
+        # Draw as the trainer consumes, not the whole run ahead of it.
+        dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(
+            cpu=0.25, object_store_memory=64 * 1024**2)
         dataset.context.enable_progress_bars = False
     train_on_ray(_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)

@@ -28,7 +28,7 @@ class StalenessPolicy:
 
 
 class ByteBudget:
-    """Bounds the bytes in flight. One micro-batch is always let through, however large: no deadlock."""
+    """Bounds the bytes in flight. One iteration is always let through, however large: no deadlock."""
 
     def __init__(self, limit: int):
         self.limit = limit

@@ -126,6 +126,9 @@ class Pretrain(Section):
     candidates: list[int] = Field([4, 6, 8, 16], min_length=1, description="Step counts N that matching draws from.")
     l1_fraction: float = Field(1.0, ge=0, le=1, description="Share of the steps in the L1 phase.")
     zetas: list[float] = Field([2.0, 1.0], description="zeta of the equally long phases after it.")
+    lam_power: float = Field(
+        0.5, ge=0, description="Loss weight lam^p, scaled to mean 1. 0: ProxDM's; 0.5: the error of the prox itself, "
+        "which learns captions sooner, since large lam is where they decide.")
     ema: float = Field(0.995, ge=0, lt=1, description="Decay of the averaged weights that are handed on.")
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
@@ -189,7 +192,7 @@ class Resources(Section):
 
 
 class Evaluate(Section):
-    prompts: int = Field(64, ge=1, description="Held-out prompts, the same in every evaluation.")
+    prompts: int = Field(64, ge=1, le=512, description="Held-out prompts, the same in every evaluation.")
     samples: int = Field(4, ge=2, description="Samples of each prompt.")
     steps: list[int] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")
     every: int = Field(25, ge=0, description="RL iterations between held-out evaluations; 0: only before and after.")

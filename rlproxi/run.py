@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from .config import STAGES, Config, ConfigError, Reward, config_folder, dump_config, load_config
 from .evaluation.heldout import write_json
-from .telemetry.runlog import read, stage_seconds
+from .telemetry.runlog import read, series, stage_seconds
 
 
 class RunStopped(RuntimeError):
@@ -291,21 +292,19 @@ def summary(run_dir: Path, config: Config) -> dict:
     """summary.json from the run directory alone: what a script needs."""
     records = read(run_dir)
     seconds = stage_seconds(records)
-    rl = {r["step"]: r for r in records if r["event"] == "metrics" and r["stage"] == "rl" and r.get("reward/mean") is not None}
-    steps = sorted(rl)
+    rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]
+    rates = [r for r in series(records, "rl", "images_per_second")[1] if not math.isnan(r)]
 
     def heldout(tag: str) -> float | None:
         file = run_dir / "evaluation" / f"{tag}.json"
         if not file.is_file() or not config.rewards.heldout:
             return None
-        entry = json.loads(file.read_text())["by_steps"][str(config.sampler.num_inference_steps)]
-        return entry["heldout"][config.rewards.heldout[0].name]["mean"]
+        entry = json.loads(file.read_text())["by_steps"].get(str(config.sampler.num_inference_steps))
+        return entry["heldout"][config.rewards.heldout[0].name]["mean"] if entry else None
 
-    rates = [rl[s]["images_per_second"] for s in steps]
     return {
         "seconds": {**seconds, "total": sum(seconds.values())},
-        "reward": {"first": rl[steps[0]]["reward/mean"] if steps else None,
-                   "last": rl[steps[-1]]["reward/mean"] if steps else None},
+        "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
         "heldout": {"before": heldout("before"), "after": heldout("after")},
         "images_per_second": sum(rates) / len(rates) if rates else None,
         "seed": config.run.seed,

@@ -13,12 +13,17 @@ from torch import Tensor
 
 def rng(*name: int) -> np.random.Generator:
     """A numpy generator named by non-negative integers."""
-    return np.random.default_rng(name)
+    return np.random.default_rng(_entropy(name))
+
+
+def _entropy(name: tuple[int, ...]) -> tuple[int, ...]:
+    """numpy pads short entropy with zeros, so that (1,) and (1, 0) would be one name; the length keeps them apart."""
+    return (len(name), *name)
 
 
 def seed_of(*name: int) -> int:
     """A 63-bit seed from a name, through numpy's SeedSequence hash."""
-    return int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence(_entropy(name)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(*name: int) -> torch.Generator:

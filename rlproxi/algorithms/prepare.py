@@ -64,7 +64,7 @@ def train_classifier(config: Config, purpose: str, file: Path,
                      progress: Callable[[int, float], None] = lambda s, x: None) -> float:
     """Trains the ``reward`` or the ``judge`` classifier and saves it; returns its accuracy on fresh portraits.
 
-    The two differ in data (other seeds), initial weights and width. Noise, blur and shifts keep
+    The two differ in data (other seeds) and initial weights. Noise, blur and shifts keep
     both from leaning on single pixels.
     """
     p, seed, size = config.prepare, config.run.seed, config.data.size
@@ -72,7 +72,7 @@ def train_classifier(config: Config, purpose: str, file: Path,
     images, _, labels = faces.batch(source, np.arange(p.samples), size, 0.5)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source)
-        model = AttributeClassifier(size, 32 if purpose == "reward" else 48).to(memory_format=torch.channels_last)
+        model = AttributeClassifier(size).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, weight_decay=1e-2)
     for step in range(p.classifier_steps):
         _decay(optimizer, p.lr, step, p.classifier_steps)

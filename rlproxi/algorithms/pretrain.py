@@ -9,12 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config import Config
 from ..config import Pretrain as Settings
+from ..data import faces
 from ..models.text import TextStates
+from ..models.unet import ProximalUNet, build_unet
 from ..proximal.matching import TimeTable, corrupt, matching_loss
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
 from ..seeds import generator, rng
+from .prepare import collection
 
 
 class Matching:
@@ -28,6 +32,8 @@ class Matching:
         self.schedule = schedule
         self.times = times
         self.seed = seed
+        # Divided by its mean over the draws, so that the power moves the emphasis and not the learning rate.
+        self.lam_scale = float((times.lam**settings.lam_power * times.probability).sum())
 
     def zeta(self, step: int) -> float | None:
         """None in the L1 phase, then the zetas in equally long phases."""
@@ -61,8 +67,18 @@ class Matching:
             noise = torch.randn((2, *x0.shape), generator=generator(*name)).to(x0.device)
             t, lam = draw.t.to(x0.device), draw.lam.to(x0.device)
             y = corrupt(self.schedule, x0, t, lam, noise[0], noise[1])
-            loss = matching_loss(denoiser(y, t, lam, text[part]), noise[1], self.zeta(step)).mean()
+            each = matching_loss(denoiser(y, t, lam, text[part]), noise[1], self.zeta(step))
+            loss = (lam**self.settings.lam_power / self.lam_scale * each).mean()
             yield loss, {"loss": loss.item()}
+
+
+def start_unet(config: Config) -> ProximalUNet:
+    """The network that pre-training starts from: new, with the Gaussian of its preconditioning fitted to the data."""
+    unet = build_unet(config)
+    images, _, _ = faces.batch(collection(config.run.seed, "pretrain"), np.arange(2048), config.data.size,
+                               config.data.hand_fraction)
+    unet.gaussian.fit(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return unet
 
 
 def drop_captions(captions: list[str], probability: float, seed: int, step: int, rank: int = 0) -> list[str]:

@@ -116,16 +116,29 @@ class _Canvas:
         self.rgb = np.zeros((count, size, size, 3), np.float32)
         self.pixel = 2.0 / size
 
-    def paint(self, shape, frame: np.ndarray, color: np.ndarray, on: np.ndarray) -> None:
+    def paint(self, shape, frame: np.ndarray, color: np.ndarray, on: np.ndarray, box: tuple | None = None) -> None:
         """Blends ``color`` [B, 3] in the images ``on`` [B] where ``shape(x, y)`` < 0, with one pixel of
-        anti-aliasing. ``frame`` [B, 3] is (shift x, shift y, scale) of the shape's coordinates."""
+        anti-aliasing. ``frame`` [B, 3] is (shift x, shift y, scale) of the shape's coordinates; ``box`` (left, top,
+        right, bottom), in the same coordinates, encloses the shape: only there is anything computed."""
         chosen = np.flatnonzero(on)
         if len(chosen) == 0:
             return
         shift_x, shift_y, scale = (frame[chosen, i, None, None] for i in range(3))
-        distance = shape((self.x - shift_x) / scale, (self.y - shift_y) / scale)
+        columns = rows = slice(None)
+        if box is not None:
+            columns, rows = (self._span(shift + scale * low, shift + scale * high)
+                             for shift, low, high in ((shift_x, box[0], box[2]), (shift_y, box[1], box[3])))
+        distance = shape((self.x[:, :, columns] - shift_x) / scale, (self.y[:, rows] - shift_y) / scale)
         cover = np.clip(0.5 - distance / self.pixel, 0.0, 1.0)[..., None]
-        self.rgb[chosen] += cover * (color[chosen, None, None, :] - self.rgb[chosen])
+        under = self.rgb[chosen, rows, columns]
+        self.rgb[chosen, rows, columns] = under + cover * (color[chosen, None, None, :] - under)
+
+    def _span(self, low: np.ndarray, high: np.ndarray) -> slice:
+        """The pixels between the smallest ``low`` and the largest ``high``, with a margin for the edge's blend."""
+        size = self.x.shape[-1]
+        first = int((low.min() + 1) / self.pixel) - 2
+        last = int((high.max() + 1) / self.pixel) + 3
+        return slice(max(0, first), min(size, last))
 
 
 def _ellipse(x, y, rx, ry):
@@ -172,40 +185,47 @@ def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
     hand = value["hand"] != "none"
     head = np.stack([(pose[:, 0] - 0.5) * 0.12 - 0.28 * hand, (pose[:, 1] - 0.5) * 0.12, 0.94 + 0.12 * pose[:, 2]], 1)
 
-    def paint(shape, color, on=every):
-        canvas.paint(shape, head, color, on)
+    def paint(shape, color, on=every, box=None):
+        canvas.paint(shape, head, color, on, box)
 
     # Hair behind the head; every style leaves colour beside the face, also under a hat.
     paint(lambda x, y: _box(x, y - 0.17, 0.60, 0.66, 0.30), hair, value["hair_style"] == "long")
     paint(lambda x, y: np.minimum.reduce([np.hypot(x - cx, y - cy) - 0.21 for cx, cy in _CURLS]), hair,
           value["hair_style"] == "curly")
-    paint(lambda x, y: _ellipse(x, y + 0.16, 0.53, 0.55), hair)
+    paint(lambda x, y: _ellipse(x, y + 0.16, 0.53, 0.55), hair, box=(-0.53, -0.71, 0.53, 0.39))
 
     # Shoulders, neck, face; the fringe, then the hat over it.
     shirt = np.repeat(60 + 150 * pose[:, 4:5], 3, 1)
-    paint(lambda x, y: _ellipse(x, y - 1.10, 0.85, 0.42), shirt)
-    paint(lambda x, y: _box(x, y - 0.60, 0.15, 0.25, 0.05), skin * 0.88)
-    paint(lambda x, y: _ellipse(x, y, 0.43, 0.56), skin)
-    paint(lambda x, y: np.maximum(_ellipse(x, y, 0.45, 0.58), y + 0.30), hair)
+    paint(lambda x, y: _ellipse(x, y - 1.10, 0.85, 0.42), shirt, box=(-0.85, 0.68, 0.85, 1.2))
+    paint(lambda x, y: _box(x, y - 0.60, 0.15, 0.25, 0.05), skin * 0.88, box=(-0.15, 0.35, 0.15, 0.85))
+    paint(lambda x, y: _ellipse(x, y, 0.43, 0.56), skin, box=(-0.43, -0.56, 0.43, 0.56))
+    paint(lambda x, y: np.maximum(_ellipse(x, y, 0.45, 0.58), y + 0.30), hair, box=(-0.45, -0.58, 0.45, -0.30))
     hatted = value["hat"] != "none"
-    paint(lambda x, y: np.maximum(_ellipse(x, y + 0.36, 0.52, 0.50), y + 0.34), hat, hatted)
-    paint(lambda x, y: _box(x, y + 0.34, 0.66, 0.085, 0.06), hat * 0.8, hatted)
+    paint(lambda x, y: np.maximum(_ellipse(x, y + 0.36, 0.52, 0.50), y + 0.34), hat, hatted,
+          (-0.52, -0.86, 0.52, -0.34))
+    paint(lambda x, y: _box(x, y + 0.34, 0.66, 0.085, 0.06), hat * 0.8, hatted, (-0.66, -0.43, 0.66, -0.25))
 
     # Mouth, eyes, glasses.
     lips, mouth = fixed((160, 20, 40)), value["mouth"]
-    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.20) - 0.27, 0.20 - y), lips, mouth == "smiling")
-    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.22) - 0.17, 0.24 - y), fixed((255, 255, 255)), mouth == "smiling")
-    paint(lambda x, y: np.maximum(np.abs(np.hypot(x, y - 0.52) - 0.22) - 0.055, y - 0.43), lips, mouth == "frowning")
-    paint(lambda x, y: _ellipse(x, y - 0.32, 0.115, 0.145), lips * 0.45, mouth == "surprised")
+    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.20) - 0.27, 0.20 - y), lips, mouth == "smiling",
+          (-0.27, 0.20, 0.27, 0.47))
+    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.22) - 0.17, 0.24 - y), fixed((255, 255, 255)), mouth == "smiling",
+          (-0.17, 0.24, 0.17, 0.39))
+    paint(lambda x, y: np.maximum(np.abs(np.hypot(x, y - 0.52) - 0.22) - 0.055, y - 0.43), lips,
+          mouth == "frowning", (-0.28, 0.24, 0.28, 0.44))
+    paint(lambda x, y: _ellipse(x, y - 0.32, 0.115, 0.145), lips * 0.45, mouth == "surprised", (-0.12, 0.17, 0.12, 0.47))
     for side in (-1, 1):
-        paint(lambda x, y: _ellipse(x - side * 0.185, y + 0.06, 0.105, 0.085), fixed((250, 250, 250)))
-        paint(lambda x, y: np.hypot(x - side * 0.185, y + 0.06) - 0.062, fixed((30, 22, 26)))
+        paint(lambda x, y: _ellipse(x - side * 0.185, y + 0.06, 0.105, 0.085), fixed((250, 250, 250)), every,
+              (side * 0.185 - 0.11, -0.15, side * 0.185 + 0.11, 0.03))
+        paint(lambda x, y: np.hypot(x - side * 0.185, y + 0.06) - 0.062, fixed((30, 22, 26)), every,
+              (side * 0.185 - 0.07, -0.13, side * 0.185 + 0.07, 0.01))
     for side in (-1, 1):
         paint(lambda x, y: np.abs(np.hypot(x - side * 0.20, y + 0.05) - 0.175) - 0.032, fixed((20, 20, 24)),
-              value["glasses"] == "glasses")
+              value["glasses"] == "glasses", (side * 0.20 - 0.21, -0.26, side * 0.20 + 0.21, 0.16))
         paint(lambda x, y: _box(x - side * 0.20, y + 0.05, 0.195, 0.145, 0.08), fixed((12, 12, 16)),
-              value["glasses"] == "sunglasses")
-    paint(lambda x, y: _box(x, y + 0.06, 0.10, 0.028), fixed((16, 16, 20)), value["glasses"] != "none")
+              value["glasses"] == "sunglasses", (side * 0.20 - 0.20, -0.20, side * 0.20 + 0.20, 0.10))
+    paint(lambda x, y: _box(x, y + 0.06, 0.10, 0.028), fixed((16, 16, 20)), value["glasses"] != "none",
+          (-0.10, -0.09, 0.10, -0.03))
 
     _paint_hand(canvas, pose, skin, value["hand"])
     return np.clip(canvas.rgb + 0.5, 0, 255).astype(np.uint8)
@@ -224,15 +244,18 @@ def _paint_hand(canvas: _Canvas, pose: np.ndarray, skin: np.ndarray, hand: np.nd
     def palm(x, y):
         return np.minimum(_box(x, y, 0.25, 0.26, 0.12), _box(x, y - 0.46, 0.14, 0.30, 0.04))
 
-    canvas.paint(lambda x, y: palm(x, y) - 0.045, frame, outline, on)
+    around = (-0.35, -0.35, 0.35, 0.85)
+    canvas.paint(lambda x, y: palm(x, y) - 0.045, frame, outline, on, around)
     count = np.array([ATTRIBUTES["hand"].index(value) for value in hand])
     for j, base in enumerate(np.linspace(-0.24, 0.24, 5)):
+        upright = (min(base, base * 1.45) - 0.1, -0.85, max(base, base * 1.45) + 0.1, -0.10)
+
         def finger(x, y):
             return _capsule(x, y, base, -0.20, base * 1.45, -0.74 + 0.10 * abs(j - 2), 0.062)
 
-        canvas.paint(lambda x, y: finger(x, y) - 0.035, frame, outline, count > j)
-        canvas.paint(finger, frame, skin, count > j)
-    canvas.paint(palm, frame, skin, on)
+        canvas.paint(lambda x, y: finger(x, y) - 0.035, frame, outline, count > j, upright)
+        canvas.paint(finger, frame, skin, count > j, upright)
+    canvas.paint(palm, frame, skin, on, around)
 
 
 def batch(seed: int, indices: np.ndarray, size: int = 32, hand_fraction: float = 0.25):

@@ -73,12 +73,14 @@ class FunctionReward:
 
     def __init__(self, function: str):
         module, colon, attribute = function.partition(":")
-        if not colon:
+        if not (module and colon and attribute):
             raise ValueError(f"reward function {function!r} is not of the form package.module:function")
         try:
             self.function = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward function {function!r} cannot be imported: {error}") from None
+        except Exception as error:  # whatever the user's module raises while it is imported
+            raise ValueError(f"reward function {function!r} cannot be imported: {type(error).__name__}: {error}") from None
+        if not callable(self.function):
+            raise ValueError(f"reward function {function!r} is a {type(self.function).__name__}, not a function")
 
     def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
         return np.asarray(self.function(images, prompts), np.float32)
