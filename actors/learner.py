@@ -103,15 +103,11 @@ class Learner:
                 self._check_first_ratio(iteration, micro, window)
             with autocast(self.dtype, self.device):
                 losses = self.algorithm.losses(self.prox, self.reference, micro, window)
-                done = self.engine.update(losses, self._lr(iteration))
+                done = self.engine.update(losses, self.algorithm.lr(iteration))
             for key, value in done.items():
                 metrics.setdefault(key, []).append(value)
         result = {key: float(max(values) if "max" in key else np.mean(values)) for key, values in metrics.items()}
         return {**result, **advantages.stats, "seconds/train": time.time() - begun}
-
-    def _lr(self, iteration: int) -> float:
-        g = self.config.grpo
-        return g.lr * min(1.0, (iteration + 1) / max(1, g.warmup_steps))
 
     def _micro_batch(self, batch: dict, j: int, advantages: grpo.Advantages) -> grpo.MicroBatch:
         request: SampleRequest = batch["requests"][j]

@@ -144,6 +144,8 @@ class GRPO(Section):
     trained_steps: int | None = Field(3, ge=1, description="Window of actions trained, drawn per iteration; None: all.")
     lr: float = Field(2e-5, gt=0, description="Learning rate after warm-up.")
     warmup_steps: int = Field(10, ge=0, description="Linear warm-up, in iterations.")
+    decay_from: float = Field(1.0, ge=0, le=1, description="Share of the iterations after which the rate falls to 5 %, "
+                              "linearly: the noise of the last updates is averaged away.")
     betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW's betas.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
@@ -153,7 +155,7 @@ class GRPO(Section):
     reduction: Literal["mean", "sum"] = Field("mean", description="Over dimensions, for log-ratio and KL.")
     normalize_ratio: bool = Field(False, description="Log-ratio without its quadratic bias, in units equal for all steps (GRPO-Guard's idea).")
     advantage_std: Literal["group", "global"] = Field("group", description="Which std divides the advantages.")
-    same_noise: bool = Field(False, description="One x_N for all samples of a group.")
+    same_noise: bool = Field(False, description="One z_N (x_N and the first noise) for all samples of a group.")
     max_staleness: int = Field(0, ge=0, description="Weight versions a group may be behind; 0 is synchronous.")
     max_bytes_in_flight: int = Field(2 * 1024**3, ge=1, description="Bound on sampled but untrained data, in bytes.")
     checkpoint_every: int = Field(20, ge=1, description="Iterations between checkpoints.")

@@ -34,18 +34,20 @@ def generator(*name: int) -> torch.Generator:
 class NamedNoise:
     """Noise for a batch whose rows have names of their own: row i depends on ``names[i]`` alone.
 
-    ``start`` is x_N; an instance is the sampler's ``noise(k, like)``. Rows may share a start name
-    (the same initial noise within a group) while their step noise differs.
+    ``start`` is x_N; an instance is the sampler's ``noise(k, like)``. With ``start_names``, x_N and the first step's
+    noise come from those names: rows that share one share z_N, all that the policy does not choose.
     """
 
     def __init__(self, names: list[tuple[int, ...]], start_names: list[tuple[int, ...]] | None = None):
         self.steps = [generator(*name, 1) for name in names]
         self.starts = [generator(*name, 0) for name in (start_names or names)]
+        self.shared_first = start_names is not None
 
     def start(self, shape: tuple[int, ...], device="cpu") -> Tensor:
         """x_N [B, *shape] float32."""
         return torch.stack([torch.randn(shape, generator=g) for g in self.starts]).to(device)
 
     def __call__(self, k: int, like: Tensor) -> Tensor:
-        rows = [torch.randn(like.shape[1:], generator=g) for g in self.steps]
+        generators, self.shared_first = (self.starts if self.shared_first else self.steps), False
+        rows = [torch.randn(like.shape[1:], generator=g) for g in generators]
         return torch.stack(rows).to(like)

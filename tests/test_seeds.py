@@ -37,7 +37,9 @@ def test_a_group_may_share_its_start_but_never_its_steps():
     shared = draws(NAMES[:4], [NAMES[0]] * 4)
     own = draws(NAMES[:4])
     assert all(torch.equal(row, own[0, 0]) for row in shared[:, 0])
-    assert torch.equal(shared[:, 1:], own[:, 1:])
+    assert all(torch.equal(row, shared[0, 1]) for row in shared[:, 1]), "the first step's noise is part of z_N"
+    assert not torch.equal(shared[0, 1], shared[0, 0])
+    assert torch.equal(shared[:, 2:], own[:, 1:-1])
 
 
 def test_noise_takes_dtype_and_shape_of_what_it_is_added_to():

@@ -105,6 +105,13 @@ class GRPO:
         rng = np.random.default_rng((self.seed, 0x57EB, iteration))
         return [self.actions[i] for i in sorted(rng.choice(len(self.actions), count, replace=False))]
 
+    def lr(self, iteration: int) -> float:
+        """Linear warm-up, constant, then linear decay to 5 %."""
+        s = self.settings
+        begin = s.decay_from * s.steps
+        through = max(0.0, (iteration - begin) / max(1.0, s.steps - begin))
+        return s.lr * min(1.0, (iteration + 1) / max(1, s.warmup_steps)) * (1 - 0.95 * min(1.0, through))
+
     def losses(self, prox: Prox, reference: Prox | None, batches: list[MicroBatch],
                window: list[policy.Action]) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """One loss for each (micro-batch, trained step), each for a backward of its own.

@@ -106,8 +106,8 @@ class Gaussian(nn.Module):
 
         Variances are kept between 1e-4 and the mean variance of a pixel. The lower bound keeps the filter
         invertible. The upper one matters more: with the true, very large variances of the lowest frequencies the
-        linear part explains layout and colour from y alone, and the network was 300 steps later in learning to
-        take them from the caption (accuracy after 400 steps 0.39 against 0.50).
+        linear part explains layout and colour from y alone and the network learns much later to take them from the
+        caption (docs/quickstart.md has the figures).
         """
         self.mean.copy_(images.mean(0))
         centered = images - self.mean

@@ -315,3 +315,12 @@ def test_shares_cover_every_micro_batch_once_and_updates_do_not_depend_on_the_wo
         union = [sorted(j for mine in ranks for j in mine) for ranks in shares]
         blocks = blocks or union
         assert union == blocks
+
+
+
+def test_learning_rate_warms_up_holds_and_falls():
+    lr = algorithm(lr=1.0, warmup_steps=5, decay_from=0.5).lr
+    total = Settings().steps
+    assert lr(0) == pytest.approx(0.2) and lr(4) == lr(total // 2) == pytest.approx(1.0)
+    assert lr(total) == pytest.approx(0.05) and lr(total * 3 // 4) == pytest.approx(1 - 0.95 / 2, abs=0.02)
+    assert algorithm(lr=1.0, warmup_steps=0).lr(total - 1) == 1.0

@@ -149,23 +149,22 @@ def test_step_count_of_the_request_beats_the_configs(sampler, sampled):
     assert np.array_equal(sampler.sample(replace(REQUEST, num_steps=4))[0], sampled[0])
 
 
-def test_same_noise_starts_a_group_from_one_x():
+def test_same_noise_starts_a_group_from_one_z():
+    """z_N = a x_N + s n, the state that the policy does not choose, is one for the group; the actions are not."""
+    from rlproxi.seeds import generator
+
     sampler = make_sampler(make_config(grpo={"same_noise": True}))
     images, chain = sampler.sample(replace(REQUEST, window=(0, 1, 2)))
     start = sampler.plan()[0]
-    own = make_sampler().sample(REQUEST)[1]["z"][0]
-    noise = own - start.a * starts(own.shape, same=False)  # the first step's noise does not change
-    assert np.allclose(chain["z"][0], start.a * starts(own.shape, same=True) + noise, atol=1e-5)
+    for group, index in enumerate(REQUEST.indices):
+        g = generator(0, 0, 4, index, 0, 0)  # run seed, purpose, step, prompt, sample 0, start
+        shape = chain["z"].shape[2:]
+        expected = start.a * torch.randn(shape, generator=g) + start.s * torch.randn(shape, generator=g)
+        for j in range(3):
+            assert np.allclose(chain["z"][0, 3 * group + j], expected.numpy(), atol=1e-5)
     assert apart(images[0], images[1]) > 20
     held = replace(REQUEST, purpose="heldout")
     assert np.array_equal(sampler.sample(held)[0], make_sampler().sample(held)[0])  # training only
-
-
-def starts(shape, same: bool) -> np.ndarray:
-    """x_N of REQUEST from the names in the docstring: (run seed, purpose, step, prompt, sample)."""
-    from rlproxi.seeds import generator
-    names = [(0, 0, 4, index, 0 if same else j, 0) for index in REQUEST.indices for j in range(3)]
-    return torch.stack([torch.randn(shape[1:], generator=generator(*name)) for name in names]).numpy()
 
 
 def test_weights_travel_as_one_flat_array():

@@ -22,7 +22,7 @@ def reference(first_step):
     return first_step(0, 1)
 
 
-@pytest.mark.parametrize("stage,ranks", [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize("stage,ranks", [(1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)])
 def test_same_first_step(stage, ranks, reference, first_step):
     assert reference[1] > 0
     loss, norm, reward = first_step(stage, ranks)
@@ -31,7 +31,7 @@ def test_same_first_step(stage, ranks, reference, first_step):
     assert reward == reference[2]
 
 
-@pytest.mark.parametrize("stage,ranks", [(3, 1), (2, 2)])
+@pytest.mark.parametrize("stage,ranks", [(3, 2)])
 def test_pretraining_takes_the_same_first_steps(stage, ranks, start, smoke):
     settings = ["run.stages=[prepare, pretrain]", "pretrain.steps=2", "pretrain.micro_batch_size=8", "pretrain.log_every=1",
                 "pretrain.batch_size=16", "model.precision=float32"]

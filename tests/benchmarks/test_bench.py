@@ -1,0 +1,29 @@
+"""The benchmark's parts run and measure what they say; no test asserts a wall-clock time."""
+
+from rlproxi import bench
+from rlproxi.config import build_config
+
+TINY = {"data": {"size": 16}, "model": {"channels": [32, 32]}, "sampler": {"num_inference_steps": 3},
+        "pretrain": {"candidates": [3]}, "evaluate": {"steps": [3]},
+        "grpo": {"prompts_per_step": 2, "groups_per_micro_batch": 2, "group_size": 2, "trained_steps": 2}}
+
+
+def test_medians_are_of_interleaved_calls():
+    calls = []
+    first, second = bench._median_seconds([lambda: calls.append("a"), lambda: calls.append("b")], 3)
+    assert calls == ["a", "b"] + ["a", "b"] * 3 and first >= 0 and second >= 0
+
+
+def test_a_sampler_call_makes_exactly_n_forwards_of_the_benchmarked_shape():
+    shapes = bench._Shapes(build_config(TINY))
+    seen = []
+    shapes.unet.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    shapes.sample()
+    assert seen == [(4, 3, 16, 16)] * 3
+    shapes.forward(3)
+    assert len(seen) == 6
+    assert bench.sampler_ratio(build_config(TINY), repeats=1) > 0
+
+
+def test_precisions_are_compared_on_the_same_network():
+    assert bench.bfloat16_speedup(build_config(TINY), repeats=1) > 0
