@@ -57,9 +57,7 @@ def portraits(config: Config, start: int, rank: int) -> ray.data.Dataset:
         return {"image": images, "caption": np.array(captions)}
 
     count = (p.steps - start) * share
-    # One task at a time: drawing takes a tenth of a core, and a crowd of tasks would take the trainer's.
-    return ray.data.range(count, override_num_blocks=max(1, count // 1024)).map_batches(
-        draw, batch_size=None, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(size=1))
+    return ray.data.range(count, override_num_blocks=max(1, count // 512)).map_batches(draw, batch_size=None)
 
 
 class Pretrainer:
@@ -174,10 +172,10 @@ def pretrain(setup: PretrainSetup) -> None:
     setup.data_start = found[1]["step"] if found else 0
     datasets = {f"rank{rank}": portraits(setup.config, setup.data_start, rank)
                 for rank in range(setup.config.resources.learner_workers)}
-    for dataset in datasets.values():
+    for rank, dataset in datasets.items():
         dataset.context.execution_options.preserve_order = True
-        # Draw as the trainer consumes, not the whole run ahead of it.
-        dataset.context.execution_options.resource_limits = ray.data.ExecutionResources(
-            cpu=0.25, object_store_memory=64 * 1024**2)
         dataset.context.enable_progress_bars = False
+        # Drawn before training begins: portraits are small (3 kB) and quick (0.5 ms), while a Data executor that
+        # streams beside each rank held its interpreter lock and took three quarters of its speed.
+        datasets[rank] = dataset.materialize()
     train_on_ray(_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)

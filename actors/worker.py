@@ -40,7 +40,10 @@ def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, r
         loop, train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=r.learner_workers, use_gpu=gpu, resources_per_worker=resources),
-        run_config=RunConfig(name=name, storage_path=str((Path(run_dir) / "ray_train").resolve()),
+        # torch.set_num_threads binds the calling thread only; a backward that runs in another one would take every
+        # core, and two ranks on two cores then wait for each other's threads (4 times slower).
+        run_config=RunConfig(name=name, worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(r.threads)}},
+                             storage_path=str((Path(run_dir) / "ray_train").resolve()),
                              failure_config=FailureConfig(max_failures=config.learner.max_failures)),
         datasets=datasets or {}, dataset_config=DataConfig(datasets_to_split=[]))
     trainer.fit()
