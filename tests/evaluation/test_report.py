@@ -28,7 +28,8 @@ def evaluation(run_dir, tag: str, level: float) -> None:
     result = {"tag": tag, "prompts": PROMPTS, "samples": S, "headline_steps": 6, "by_steps": {
         str(n): heldout.summarise({"judge": scores - 0.1 * (n == 2), "attributes": scores}, details, ["judge"], S)
         for n in STEPS}}
-    heldout.write(run_dir, tag, result, {n: PICTURES for n in STEPS}, {n: scores for n in STEPS})
+    heldout.write(run_dir, tag, result, {n: PICTURES for n in STEPS}, {n: scores for n in STEPS},
+                  {n: {} for n in STEPS})
 
 
 def pretraining(run_dir) -> None:

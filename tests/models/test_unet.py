@@ -44,7 +44,8 @@ def test_round_trip(tmp_path):
     model.save_pretrained(tmp_path)
     again = ProximalUNet.from_pretrained(tmp_path).eval()
     assert again.config.data_std == 0.5 and again.schedule == model.schedule
-    assert torch.equal(model(Y, T, LAM, cond), again(Y, T, LAM, cond))
+    assert torch.allclose(model(Y, T, LAM, cond), again(Y, T, LAM, cond), atol=1e-6)
+    assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), again.state_dict().values()))
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
 
 
@@ -67,8 +68,13 @@ def test_every_input_matters_and_padding_does_not():
 @torch.no_grad()
 def test_score_adapter_over_the_unet():
     cond, target = text(4), Gaussian(0.0, 0.5)
-    flat = target.eps(Y.flatten(1), T).reshape_as(Y)
-    assert torch.allclose(ScoreModel(network())(Y, T, cond), flat, atol=1e-6)
+    model, told = network(), []
+    times = T.clamp(min=0.02)  # at t = 0 there is no noise to estimate
+    flat = target.eps(Y.flatten(1), times).reshape_as(Y)
+    run = model.network
+    model.network = lambda x, t, lam, text: (told.append(lam), run(x, t, lam, text))[1]
+    assert torch.allclose(ScoreModel(model)(Y, times, cond), flat, atol=1e-4)
+    assert torch.equal(told[0], torch.zeros(4)), "a score model has no lam"
     assert ScoreModel(network(randomise=True))(Y, T, cond).isfinite().all()
 
 
@@ -100,4 +106,4 @@ def test_fitted_gaussian_is_the_prox_of_its_own_covariance():
         ab = model.schedule.alpha_bar(t)
         total = ab * covariance + (1 - ab + lam) * torch.eye(192)
         expected = lam.sqrt() * torch.linalg.solve(total, (Y[i] - ab.sqrt() * fitted.mean).flatten())
-        assert torch.allclose(model(Y, T, LAM, text(4))[i].flatten(), expected, atol=1e-5)
+        assert torch.allclose(model(Y, T, LAM, text(4))[i].flatten(), expected, atol=1e-3, rtol=1e-4)

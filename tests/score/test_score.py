@@ -1,5 +1,4 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,34 +113,6 @@ def test_errors(kwargs, word):
     with pytest.raises(ValueError, match=word):
         sample(TARGET.eps, SCHEDULE, x=torch.ones(1, 1), **options)
     assert len(SAMPLERS) == 3
-
-
-class Backbone(torch.nn.Module):
-    """F = a fixed answer; remembers what it was told."""
-
-    schedule, config = SCHEDULE, SimpleNamespace(data_std=0.3)
-
-    def network(self, x, t, lam, cond):
-        self.told = x, lam
-        return torch.zeros_like(x) if cond is None else cond
-
-
-def test_adapter_is_exact_on_its_gaussian_and_says_lam_0():
-    backbone = Backbone()
-    x, t = torch.randn(11, 2, dtype=torch.float64), torch.linspace(0, 1, 11, dtype=torch.float64)
-    out = ScoreModel(backbone)(x, t)
-    assert torch.allclose(out, Gaussian(0.0, 0.3).eps(x, t), atol=1e-12)
-    assert torch.equal(backbone.told[1], torch.zeros_like(t))
-
-
-def test_adapter_gives_the_network_unit_variance_in_and_out():
-    n = exact_normals(500, 2)
-    for t in (1e-3, 0.2, 0.7, 1.0):
-        times = torch.full((500,), t, dtype=torch.float64)
-        x = perturb(SCHEDULE, 0.3 * n[:, :1], times, n[:, 1:])
-        c_in, c_skip, c_out = (float(c[0]) for c in ScoreModel(Backbone()).scales(times))
-        assert float((c_in * x).var(correction=0)) == pytest.approx(1.0, abs=1e-9)
-        assert float(((n[:, 1:] - c_skip * x) / c_out).var(correction=0)) == pytest.approx(1.0, abs=1e-9)
 
 
 def test_least_squares_recovers_eps():
