@@ -69,7 +69,10 @@ def checked_scores(scorer: Scorer, name: str, images: np.ndarray, prompts: list[
 
 @register("python")
 class FunctionReward:
-    """One's own function ``package.module:function``, called with (images uint8 [B, H, W, 3], prompts)."""
+    """One's own function ``package.module:function``, called with (images uint8 [B, H, W, 3], prompts).
+
+    Replicas import it: the module must be installed, on PYTHONPATH, or in the folder the run is started from.
+    """
 
     def __init__(self, function: str):
         module, colon, attribute = function.partition(":")

@@ -31,8 +31,12 @@ class Done:
 
 @pytest.fixture(scope="session")
 def ray_session():
+    import os
+
     import ray
 
+    # Workers import tests/reward_functions.py by name.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield ray
     from ray import serve
