@@ -13,20 +13,30 @@ from rlproxi.config import ConfigError
 MARK = "complete.json"
 
 
+def root(run_dir: str | Path, stage: str) -> Path:
+    """Where a stage's checkpoints lie."""
+    return Path(run_dir) / "checkpoints" / stage
+
+
+def scratch(root: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` is written before it has its name."""
+    return root / f".writing-{step:06d}"
+
+
 def begin(root: Path, step: int) -> Path:
     """A fresh scratch folder for the checkpoint of ``step``; ``finish`` gives it its name."""
-    scratch = root / f".writing-{step:06d}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    return scratch
+    folder = scratch(root, step)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def finish(root: Path, step: int, facts: dict, keep: int = 2) -> Path:
     """Marks the scratch folder complete, renames it to step-<n> and drops all but the newest ``keep``."""
-    scratch, final = root / f".writing-{step:06d}", root / f"step-{step:06d}"
-    (scratch / MARK).write_text(json.dumps({"step": step, "files": _files(scratch), **facts}))
+    written, final = scratch(root, step), root / f"step-{step:06d}"
+    (written / MARK).write_text(json.dumps({"step": step, "files": _files(written), **facts}))
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(scratch, final)
+    os.replace(written, final)
     # Newer steps than this one are damaged or superseded, or the run would not have come from before them.
     kept = [folder for folder in _all(root) if int(folder.name[5:]) <= step][:keep]
     for old in set(_all(root)) - set(kept):

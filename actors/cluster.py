@@ -18,6 +18,8 @@ def connect() -> str:
     if ray.is_initialized():
         return "joined"
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    for name in ("ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         # Roles ask for fractions of a CPU; a laptop's two cores are enough for all of them.
         ray.init(num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False, **quiet)

@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from rlproxi.algorithms import grpo
-from rlproxi.algorithms.rollout import SampleRequest, split_request
+from rlproxi.algorithms.requests import SampleRequest, split_request
 from rlproxi.config import Config
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
@@ -43,11 +43,11 @@ class Scored:
 class Conductor:
     """Runs rollouts and rewards ahead of the learner, as far as staleness and bytes allow."""
 
-    def __init__(self, config: Config, run_dir: str, model_folder: str, apps: dict[str, str], scribe, store):
+    def __init__(self, config: Config, run_dir: str, model_folder: str, scribe, store):
         self.config = config
         self.run_dir = Path(run_dir)
         self.scribe, self.store = scribe, store
-        self.client = RewardClient(config.rewards, apps)
+        self.client: RewardClient | None = None
         self.algorithm = grpo.build(config) if "rl" in config.run.stages else None
         self.policy = StalenessPolicy(config.grpo.max_staleness)
         self.budget = ByteBudget(config.grpo.max_bytes_in_flight)
@@ -65,8 +65,9 @@ class Conductor:
         self.tasks: set[asyncio.Task] = set()
         self.last_commit = time.time()
 
-    async def wait_ready(self) -> int:
-        """Returns the number of rollout actors once all of them have loaded the model."""
+    async def connect(self, apps: dict[str, str]) -> int:
+        """Takes the names of the deployed rewards; returns the number of rollout actors once all have loaded the model."""
+        self.client = RewardClient(self.config.rewards, apps)
         await asyncio.gather(*(actor.ready.remote() for actor in self.rollouts))
         return len(self.rollouts)
 

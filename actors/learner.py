@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -14,80 +11,65 @@ import torch
 import torch.distributed as dist
 
 from rlproxi.algorithms import grpo
-from rlproxi.algorithms.rollout import Conditioner, SampleRequest, flatten, operator
-from rlproxi.config import Config
-from rlproxi.models.pipeline import TextToImage, load_unet
-from rlproxi.models.precision import autocast, compute_dtype
+from rlproxi.algorithms.requests import SampleRequest
+from rlproxi.algorithms.rollout import flatten
+from rlproxi.models.pipeline import load_unet, operator
+from rlproxi.models.precision import autocast
 from rlproxi.models.text import TextEncoder
 
-from . import checkpoints
 from .engine import Engine
-from .worker import enter_worker, train_on_ray
+from .rank import Rank
+from .training import LearnerSetup
 
 
-@dataclass
-class LearnerSetup:
-    """What a learner rank is told."""
-
-    config: Config
-    run_dir: str
-    model_folder: str
-    conductor: Any
-    store: Any
-    scribe: Any
-
-
-class Learner:
+class Learner(Rank):
     """One rank."""
 
     def __init__(self, setup: LearnerSetup):
-        self.setup = setup
-        self.config = config = setup.config
-        self.rank, self.world, self.device = enter_worker(config.resources.threads)
-        self.dtype = compute_dtype(config.model.precision, self.device)
+        config = setup.config
+        super().__init__(config, setup.run_dir, "rl", setup.scribe)
+        self.conductor, self.store = setup.conductor, setup.store
         self.algorithm = grpo.build(config)
         unet = load_unet(setup.model_folder).to(self.device)
-        encoder = TextEncoder.from_pretrained(setup.model_folder)
-        conditioner = Conditioner(encoder, self.device)
+        self.encoder = TextEncoder.from_pretrained(setup.model_folder)
+        self.encoder.model.to(self.device)
         guidance = config.sampler.guidance_scale
         g = config.grpo
         self.reference = None
         if g.kl_coef:
-            self.reference = operator(copy.deepcopy(unet).requires_grad_(False), conditioner, guidance)
-        self.conditioner = conditioner
+            self.reference = operator(copy.deepcopy(unet).requires_grad_(False), self.encoder, guidance)
         window = g.trained_steps or len(self.algorithm.actions)
         self.engine = Engine(
             unet, self.device, config.learner.zero_stage, g.groups_per_micro_batch * g.group_size,
             accumulation=g.micro_batches // g.updates_per_step // self.world * window,
             lr=g.lr, betas=g.betas, weight_decay=g.weight_decay, grad_clip=g.grad_clip)
-        self.prox = operator(self.engine.module, conditioner, guidance)
-        self.folder = Path(setup.run_dir) / "checkpoints" / "rl"
+        self.prox = operator(self.engine.module, self.encoder, guidance)
 
     def run(self) -> None:
         """From the last checkpoint (or the start) to the last iteration."""
-        start = self._restore()
+        start = self.restore()
         self._publish(start)
         if self.rank == 0:
-            ray.get(self.setup.conductor.begin.remote(start))
+            ray.get(self.conductor.begin.remote(start))
         dist.barrier()
         g = self.config.grpo
         for iteration in range(start, g.steps):
-            batch = ray.get(self.setup.conductor.next_batch.remote(iteration))
+            batch = ray.get(self.conductor.next_batch.remote(iteration))
             if batch is None:
                 return
             try:
                 metrics = self._iterate(iteration, batch, check=iteration == start)
             except (grpo.FirstRatioError, FloatingPointError) as error:
                 # Would happen again after a restart: tell the user instead.
-                ray.get(self.setup.conductor.stop.remote(str(error)))
+                ray.get(self.conductor.stop.remote(str(error)))
                 return
             begun = time.time()
             self._publish(iteration + 1)
             metrics["seconds/sync"] = time.time() - begun
             if (iteration + 1) % g.checkpoint_every == 0 or iteration + 1 == g.steps:
-                self._checkpoint(iteration + 1)
+                self.checkpoint(iteration + 1)
             if self.rank == 0:
-                ray.get(self.setup.conductor.commit.remote(iteration, metrics))
+                ray.get(self.conductor.commit.remote(iteration, metrics))
         self._save_final()
 
     def _iterate(self, iteration: int, batch: dict, check: bool) -> dict[str, float]:
@@ -118,7 +100,7 @@ class Learner:
         return grpo.MicroBatch(
             tensor(chain["z"]), tensor(chain["z_next"]), tensor(chain["prox"]),
             tensor(advantages.values[rows].reshape(-1)), tensor(advantages.weight[rows].reshape(-1)),
-            self.conditioner.groups(request.prompts, request.group_size))
+            self.encoder.groups(request.prompts, request.group_size))
 
     def _check_first_ratio(self, iteration: int, micro: list[grpo.MicroBatch], window) -> None:
         """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
@@ -127,53 +109,16 @@ class Learner:
                         for _, metrics in self.algorithm.losses(self.prox, None, micro, window))
         worst = torch.tensor(worst, device=self.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
-        if self.rank == 0:
-            self.setup.scribe.append.remote("metrics", {"stage": "rl", "step": iteration,
-                                                        "ratio/first_max_deviation": float(worst)})
+        self.log(iteration, {"ratio/first_max_deviation": float(worst)})
         self.algorithm.check_first_ratio(float(worst))
 
     def _publish(self, version: int) -> None:
         with self.engine.gathered() as weights:
             flat = flatten(weights) if self.rank == 0 else None
         if flat is not None:
-            ray.get(self.setup.store.publish.remote(version, flat))
-
-    def _checkpoint(self, step: int) -> None:
-        scratch = checkpoints.begin(self.folder, step) if self.rank == 0 else self.folder / f".writing-{step:06d}"
-        dist.barrier()
-        self.engine.save(scratch)
-        dist.barrier()
-        if self.rank == 0:
-            checkpoints.finish(self.folder, step, {"world": self.world})
-
-    def _restore(self) -> int:
-        warn = lambda message: self.setup.scribe.append.remote("warning", {"message": message})  # noqa: E731
-        found = checkpoints.latest(self.folder, warn)
-        if found is None:
-            return 0
-        folder, facts = found
-        self.engine.load(folder)
-        return facts["step"]
+            ray.get(self.store.publish.remote(version, flat))
 
     def _save_final(self) -> None:
         with self.engine.gathered() as weights:
             if self.rank == 0:
-                unet = load_unet(self.setup.model_folder)
-                unet.load_state_dict({name: p.detach().float().cpu() for name, p in weights.items()}, strict=False)
-                TextToImage(unet, self.conditioner.encoder, self.config.schedule, self.config.sampler).save_pretrained(
-                    Path(self.setup.run_dir) / "models" / "final")
-
-
-def _loop(settings: dict) -> None:
-    learner = Learner(settings["setup"])
-    learner.run()
-    learner.engine.close()
-
-
-def train(setup: LearnerSetup) -> None:
-    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies.
-
-    Raises ConfigError where the last checkpoint was written by another number of ranks.
-    """
-    checkpoints.require_world(Path(setup.run_dir) / "checkpoints" / "rl", setup.config.resources.learner_workers)
-    train_on_ray(_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")
+                self.save_model("final", weights, self.encoder)

@@ -34,30 +34,27 @@ class RewardReplica:
 
 
 def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
-    """Starts one Serve application for each scorer of the config; returns scorer -> application name.
+    """Starts one Serve application for each scorer of the config, side by side; returns scorer -> application name.
 
     Blocks until all replicas are up. Raises RuntimeError with the scorer's own words if one cannot start.
     """
-    serve.start(proxy_location="Disabled")
-    apps = {}
+    apps, targets = {}, []
     for reward in [*rewards.train, *rewards.heldout]:
-        apps[reward.name] = _deploy_one(rewards, reward, f"{run_id}-{reward.name}")
+        build(reward.name, reward.params)  # A bad parameter fails here, in the driver's own words.
+        deployment = serve.deployment(
+            RewardReplica, name="RewardReplica", num_replicas=rewards.replicas, max_ongoing_requests=4,
+            ray_actor_options={"num_cpus": rewards.num_cpus, "num_gpus": rewards.num_gpus})
+        apps[reward.name] = f"{run_id}-{reward.name}"
+        targets.append(serve.RunTarget(deployment.bind(reward.name, reward.params), apps[reward.name], route_prefix=None))
+    serve.start(proxy_location="Disabled")
+    serve.run_many(targets)
     return apps
 
 
-def _deploy_one(rewards: Rewards, reward: Reward, app_name: str) -> str:
-    build(reward.name, reward.params)  # A bad parameter fails here, in the driver's own words.
-    deployment = serve.deployment(
-        RewardReplica, name="RewardReplica", num_replicas=rewards.replicas, max_ongoing_requests=4,
-        ray_actor_options={"num_cpus": rewards.num_cpus, "num_gpus": rewards.num_gpus})
-    serve.run(deployment.bind(reward.name, reward.params), name=app_name, route_prefix=None)
-    return app_name
-
-
 def withdraw(apps: dict[str, str]) -> None:
-    """Takes the applications down again."""
+    """Has the applications taken down; Serve's controller sees to it, and the caller need not wait."""
     for app in apps.values():
-        serve.delete(app)
+        serve.delete(app, _blocking=False)
 
 
 class RewardClient:

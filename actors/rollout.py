@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import ray
 
-from rlproxi.algorithms.rollout import GroupSampler, SampleRequest, unflatten
+from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config import Config
 
 
@@ -14,8 +14,10 @@ class RolloutActor:
     """Loads the model folder once; takes new weights when a request names a version it does not hold."""
 
     def __init__(self, config: Config, model_folder: str):
+        # Here and not above: the conductor imports this module and needs none of these.
         import torch
 
+        from rlproxi.algorithms.rollout import GroupSampler
         from rlproxi.models.pipeline import load_unet
         from rlproxi.models.text import TextEncoder
 
@@ -30,7 +32,9 @@ class RolloutActor:
     @ray.method(num_returns=2)
     def sample(self, request: SampleRequest, version: int, weights: np.ndarray):
         """(images uint8 [P*G, H, W, 3], chain). Both are *returned*, so they outlive this actor."""
+        from rlproxi.algorithms.rollout import unflatten
+
         if version != self.version:
-            unflatten(weights, self.sampler.unet)
+            unflatten(weights, self.sampler.pipeline.unet)
             self.version = version
         return self.sampler.sample(request)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Callable
 
 import torch
 
 from .algorithms.prepare import collection
-from .algorithms.rollout import Conditioner, operator
 from .config import Config, build_config, config_folder, load_config
 from .data import faces
+from .models.pipeline import operator
 from .models.precision import autocast, compute_dtype, has_fast_bfloat16
 from .models.text import TextEncoder, TextStates, build_text_encoder
 from .models.unet import ProximalUNet, build_unet
@@ -58,8 +60,7 @@ class _Shapes:
         self.batch = g.groups_per_micro_batch * g.group_size
         self.unet = build_unet(config).eval()
         self.encoder = _encoder(config)
-        self.conditioner = Conditioner(self.encoder, torch.device("cpu"))
-        self.text: TextStates = self.conditioner.groups(self.prompts, g.group_size)
+        self.text: TextStates = self.encoder.groups(self.prompts, g.group_size)
         self.y = torch.randn(self.batch, 3, config.data.size, config.data.size)
         self.t, self.lam = torch.full((self.batch,), 0.4), torch.full((self.batch,), 0.7)
         self.dtype = compute_dtype(config.model.precision, "cpu")
@@ -80,7 +81,7 @@ class _Shapes:
         s = self.config.sampler
         steps = plan(self.config.schedule.build(), s.name, s.num_inference_steps, s.start_time, s.grid)
         with autocast(self.dtype, "cpu"):
-            sample(operator(self.unet, self.conditioner, 1.0), steps, self.y, self.text, generator_noise())
+            sample(operator(self.unet, self.encoder, 1.0), steps, self.y, self.text, generator_noise())
 
 
 def sampler_ratio(config: Config, repeats: int = 7) -> float:
@@ -108,32 +109,52 @@ def bfloat16_speedup(config: Config, repeats: int = 3) -> float:
 def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, float, float]:
     """(ratio, seconds of a real iteration, seconds of its bare work).
 
-    The real one runs on Ray: rollout actor, Serve reward, DeepSpeed learner, synchronous. The bare work is
+    The real one runs on Ray: rollout actors, Serve reward, DeepSpeed learner, synchronous. The bare work is
     the same number of network forwards (sampling, KL reference), forwards with backwards (training) and
-    classifier forwards (reward), with nothing around them, in one process that has the machine to itself.
+    classifier forwards (reward) with nothing around them, split over as many processes as the learner has
+    ranks, which exchange nothing and have the machine to themselves.
     """
-    from .rewards import build
-
     with tempfile.TemporaryDirectory() as folder:
         reward_file = _random_classifier(config, Path(folder))
-        seconds = _real_iterations(config, Path(folder), reward_file, iterations)
-        scorer = build("attributes", {"path": str(reward_file)})
-        shapes, g = _Shapes(config), config.grpo
-        images = torch.randint(0, 255, (g.group_size, config.data.size, config.data.size, 3), dtype=torch.uint8).numpy()
-        trained = g.trained_steps or config.sampler.num_inference_steps - 1
+        real = _real_iterations(config, Path(folder), reward_file, iterations)
+        workers = config.resources.learner_workers
+        spawn = multiprocessing.get_context("spawn")
+        barrier = spawn.Barrier(workers)
+        with ProcessPoolExecutor(workers, spawn, initializer=_keep_barrier, initargs=(barrier,)) as pool:
+            jobs = [pool.submit(_bare_iterations, config, reward_file) for _ in range(workers)]
+            # An iteration is done when its slowest process is.
+            bare = statistics.median(max(times) for times in zip(*(job.result() for job in jobs)))
+    return real / bare, real, bare
 
-        def bare() -> None:
-            for _ in range(g.micro_batches):
-                shapes.forward(config.sampler.num_inference_steps)
-                for prompt in shapes.prompts:
-                    scorer.score(images, [prompt] * g.group_size)
-                for _ in range(trained):
-                    if g.kl_coef:
-                        shapes.forward()
-                    shapes.forward_backward()
 
-        (bare_seconds,) = _median_seconds([bare], 5)
-    return seconds / bare_seconds, seconds, bare_seconds
+def _keep_barrier(barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _bare_iterations(config: Config, reward_file: Path, repeats: int = 7) -> list[float]:
+    """Seconds of each repetition of one process's share of an iteration, all processes beginning together."""
+    from .rewards import build
+
+    torch.set_num_threads(config.resources.threads)
+    scorer = build("attributes", {"path": str(reward_file)})
+    shapes, g = _Shapes(config), config.grpo
+    images = torch.randint(0, 255, (g.group_size, config.data.size, config.data.size, 3), dtype=torch.uint8).numpy()
+    trained = g.trained_steps or config.sampler.num_inference_steps - 1
+    seconds = []
+    for _ in range(repeats + 1):
+        _barrier.wait()
+        begun = time.perf_counter()
+        for _ in range(g.micro_batches // config.resources.learner_workers):
+            shapes.forward(config.sampler.num_inference_steps)
+            for prompt in shapes.prompts:
+                scorer.score(images, [prompt] * g.group_size)
+            for _ in range(trained):
+                if g.kl_coef:
+                    shapes.forward()
+                shapes.forward_backward()
+        seconds.append(time.perf_counter() - begun)
+    return seconds[1:]
 
 
 def _random_classifier(config: Config, folder: Path) -> Path:

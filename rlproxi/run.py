@@ -145,7 +145,7 @@ class _Session:
             print(f"               {name} classifier: {accuracy:.3f} of attributes right on fresh portraits")
 
     def _pretrain(self) -> None:
-        from actors.pretrainer import PretrainSetup, pretrain
+        from actors.training import PretrainSetup, pretrain
 
         init = self.config.model.init
         text = self.run_dir / "models" / "text" if init is None else _model_folder(init)
@@ -156,7 +156,7 @@ class _Session:
         self._evaluate("before", self._start_model(), 0)
 
     def _rl(self) -> None:
-        from actors.learner import LearnerSetup, train
+        from actors.training import LearnerSetup, train
 
         model = self._start_model()
         conductor, store = self._system(model)
@@ -192,14 +192,14 @@ class _Session:
         from actors.weights import WeightStore
 
         if self.conductor is None:
+            # Rollout actors load the model while the rewards are deployed.
+            self.store = WeightStore.remote(keep=self.config.grpo.max_staleness + 2)
+            self.conductor = Conductor.remote(self.config, str(self.run_dir), str(model), self.scribe, self.store)
             try:
                 self.apps = deploy(self.config.rewards, self.run_dir.name)
             except (ValueError, FileNotFoundError, RuntimeError) as error:
                 raise ConfigError(f"rewards: {error}") from None
-            self.store = WeightStore.remote(keep=self.config.grpo.max_staleness + 2)
-            self.conductor = Conductor.remote(self.config, str(self.run_dir), str(model), self.apps,
-                                              self.scribe, self.store)
-            ray.get(self.conductor.wait_ready.remote())
+            ray.get(self.conductor.connect.remote(self.apps))
         return self.conductor, self.store
 
     def _evaluate(self, tag: str, model: Path, version: int) -> None:

@@ -20,7 +20,7 @@ from ..models.text import TextStates
 from ..proximal import policy
 from ..proximal.operator import Prox
 from ..proximal.samplers import Step, plan
-from .rollout import SampleRequest, split_request
+from .requests import SampleRequest, split_request
 
 
 @dataclass(frozen=True)

@@ -110,4 +110,4 @@ class EMA:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.updates = int(state["updates"])
-        self.values = {name: state[name].clone() for name in self.values}
+        self.values = {name: state[name].to(value.device, copy=True) for name, value in self.values.items()}

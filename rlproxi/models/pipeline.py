@@ -23,8 +23,8 @@ from pydantic import ValidationError
 
 from .. import __version__
 from ..config import Sampler, Schedule
-from ..proximal.operator import ProximalOperator
-from ..proximal.samplers import plan, sample
+from ..proximal.operator import Denoiser, ProximalOperator
+from ..proximal.samplers import Step, Trajectory, plan, sample
 from ..seeds import NamedNoise
 from .precision import autocast, compute_dtype
 from .text import TextEncoder, TextStates
@@ -108,7 +108,6 @@ class TextToImage:
         self.schedule = schedule
         self.sampler = sampler
         self.precision = precision
-        self._null: TextStates | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, precision: str = "float32") -> "TextToImage":
@@ -165,7 +164,6 @@ class TextToImage:
         """Moves both networks."""
         self.unet.to(device)
         self.text.model.to(device)
-        self._null = None
         return self
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -196,29 +194,38 @@ class TextToImage:
         seeds = [int(seed) for seed in seeds]
         if len(seeds) != len(prompts) or min(seeds) < 0:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one non-negative integer for each")
-        s = self.sampler
-        count = s.num_inference_steps if num_inference_steps is None else num_inference_steps
-        steps = plan(self.schedule.build(), s.name, count, s.start_time, s.grid)
-        prox = ProximalOperator(self.unet, s.guidance_scale if guidance_scale is None else guidance_scale,
-                                self.null_states, TextStates.join)
-        parts = [self._sample(prox, steps, prompts[i : i + batch_size], seeds[i : i + batch_size])
+        self.steps(num_inference_steps)
+        parts = [self._images(prompts[i : i + batch_size], seeds[i : i + batch_size], num_inference_steps, guidance_scale)
                  for i in range(0, len(prompts), batch_size)]
         return np.concatenate(parts)
 
-    def null_states(self, like: TextStates) -> TextStates:
-        """The unconditional input, as many rows as ``like``."""
-        if self._null is None:
-            self._null = self.text.encode([""])
-        return self._null.repeat(len(like))
-
     @torch.no_grad()
-    def _sample(self, prox: ProximalOperator, steps: list, prompts: list[str], seeds: list[int]) -> np.ndarray:
-        config = self.unet.config
-        noise = NamedNoise([(seed,) for seed in seeds])
-        start = noise.start((config.in_channels, config.sample_size, config.sample_size), self.unet.device)
-        text = self.text.encode(prompts)
-        with autocast(compute_dtype(self.precision, self.unet.device), self.unet.device):
-            return to_uint8(sample(prox, steps, start, text, noise).x)
+    def _images(self, prompts: list[str], seeds: list[int], count: int | None, guidance: float | None) -> np.ndarray:
+        return to_uint8(self.run(self.text.encode(prompts), NamedNoise([(seed,) for seed in seeds]), count, guidance).x)
+
+    def steps(self, num_inference_steps: int | None = None) -> list[Step]:
+        """The sampler's plan; None takes the model's own number of steps. Raises ValueError for one it cannot take."""
+        s = self.sampler
+        count = s.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return plan(self.schedule.build(), s.name, count, s.start_time, s.grid)
+
+    def run(self, text: TextStates, noise: NamedNoise, num_inference_steps: int | None = None,
+            guidance_scale: float | None = None, keep_chain: bool = False) -> Trajectory:
+        """One sampler call from named noise: the one forward path of rollout, evaluation and ``rlproxi sample``.
+
+        ``text`` and ``noise`` have a row for each sample; see ``__call__`` for the rest.
+        """
+        config, device = self.unet.config, self.unet.device
+        x = noise.start((config.in_channels, config.sample_size, config.sample_size), device)
+        guidance = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
+        with autocast(compute_dtype(self.precision, device), device):
+            return sample(operator(self.unet, self.text, guidance), self.steps(num_inference_steps), x, text, noise,
+                          keep_chain)
+
+
+def operator(denoiser: Denoiser, text: TextEncoder, guidance_scale: float) -> ProximalOperator:
+    """The prox of a text-conditional denoiser, with the empty caption for guidance; the learner's as the sampler's."""
+    return ProximalOperator(denoiser, guidance_scale, text.null_like, TextStates.join)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:

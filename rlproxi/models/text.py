@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class TextStates:
 
 
 class TextEncoder:
-    """A frozen tokenizer and text model. ``encode`` caches nothing; callers with few prompts do.
+    """A frozen tokenizer and text model.
 
     Works with any transformers pair whose model returns ``last_hidden_state`` (and, where it has
     one, ``pooler_output``; else the mean over tokens is the pooled vector, as is usual for T5).
@@ -55,6 +56,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.model = model.eval()
         self.max_length = max_length
+        self._null: TextStates | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
@@ -95,6 +97,17 @@ class TextEncoder:
         if pooled is None:
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextStates(states, pooled.float(), mask)
+
+    def groups(self, captions: Sequence[str], size: int) -> TextStates:
+        """P captions -> P * size rows, each caption's rows side by side."""
+        return self.encode(list(captions)).repeat(size)
+
+    def null_like(self, text: TextStates) -> TextStates:
+        """The unconditional input, the empty caption, as many rows as ``text`` and on its device."""
+        if self._null is None:
+            with torch.inference_mode(False):  # kept beyond this call, perhaps for one with gradients
+                self._null = self.encode([""])
+        return self._null.to(text.states.device).repeat(len(text))
 
 
 def word_tokenizer(captions: list[str], max_length: int):

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from rlproxi.algorithms import grpo
-from rlproxi.algorithms.rollout import (Conditioner, GroupSampler, SampleRequest, flatten, operator, split_request,
-                                        unflatten)
+from rlproxi.algorithms.requests import SampleRequest, split_request
+from rlproxi.algorithms.rollout import GroupSampler, flatten, unflatten
 from rlproxi.config import Config, build_config
 from rlproxi.data import faces
+from rlproxi.models.pipeline import operator
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.unet import build_unet
 from rlproxi.proximal import policy
@@ -100,10 +101,10 @@ def test_the_window_picks_positions_of_the_plan(sampler, sampled):
 def test_z_next_is_the_action_drawn_from_the_policy(sampler):
     """(z_next - a prox)/s is the named noise: standard normal, and the same for any weights."""
     _, chain = sampler.sample(replace(REQUEST, window=(0, 1, 2)))
-    other = GroupSampler(sampler.config, make_unet(sampler.config, 1), sampler.conditioner.encoder)
+    other = GroupSampler(sampler.config, make_unet(sampler.config, 1), sampler.pipeline.text)
     _, second = other.sample(replace(REQUEST, window=(0, 1, 2)))
     assert not np.allclose(chain["prox"], second["prox"], atol=1e-2)
-    for k, action in enumerate(policy.actions(sampler.plan())):
+    for k, action in enumerate(policy.actions(sampler.pipeline.steps())):
         noise = [(c["z_next"][k] - action.a * c["prox"][k]) / action.s for c in (chain, second)]
         assert np.allclose(*noise, atol=1e-4)
         assert abs(noise[0].mean()) < 5 / noise[0].size**0.5 and noise[0].std() == pytest.approx(1, abs=0.06)
@@ -113,11 +114,11 @@ def test_replay_in_the_same_shape_is_bit_identical_and_the_ratio_exactly_one(sam
     """What the learner does: the same prox, with gradients, on the chain that came back."""
     config, chain = sampler.config, {name: torch.from_numpy(x) for name, x in sampled[1].items()}
     unet = make_unet(config).train()
-    conditioner = Conditioner(sampler.conditioner.encoder, torch.device("cpu"))
-    prox = operator(unet, conditioner, config.sampler.guidance_scale)
+    encoder = sampler.pipeline.text
+    prox = operator(unet, encoder, config.sampler.guidance_scale)
     algorithm = grpo.build(config)
     window = [algorithm.actions[i] for i in REQUEST.window]
-    text = conditioner.groups(REQUEST.prompts, REQUEST.group_size)
+    text = encoder.groups(REQUEST.prompts, REQUEST.group_size)
     for k, action in enumerate(window):
         again = prox(chain["z"][k], action.step.t, action.step.lam, text)
         assert again.requires_grad and torch.equal(again.detach(), chain["prox"][k])
@@ -133,18 +134,18 @@ def test_replay_with_guidance_is_bit_identical_too():
     config = make_config(sampler={"num_inference_steps": 4, "guidance_scale": 2.0})
     sampler = make_sampler(config)
     images, chain = sampler.sample(REQUEST)
-    prox = operator(sampler.unet, sampler.conditioner, 2.0)
-    action = policy.actions(sampler.plan())[2]
+    prox = operator(sampler.pipeline.unet, sampler.pipeline.text, 2.0)
+    action = policy.actions(sampler.pipeline.steps())[2]
     with torch.no_grad():
         again = prox(torch.from_numpy(chain["z"][1]), action.step.t, action.step.lam,
-                     sampler.conditioner.groups(REQUEST.prompts, 3))
+                     sampler.pipeline.text.groups(REQUEST.prompts, 3))
     assert np.array_equal(again.numpy(), chain["prox"][1])
     unguided = sampler.sample(replace(REQUEST, guidance_scale=1.0))[0]
     assert apart(unguided, images) > 1 and apart(unguided, make_sampler().sample(REQUEST)[0]) <= 1
 
 
 def test_step_count_of_the_request_beats_the_configs(sampler, sampled):
-    assert [len(sampler.plan(n)) for n in (None, 2, 7)] == [4, 2, 7]
+    assert [len(sampler.pipeline.steps(n)) for n in (None, 2, 7)] == [4, 2, 7]
     assert apart(sampler.sample(replace(REQUEST, num_steps=7))[0], sampled[0]) > 1
     assert np.array_equal(sampler.sample(replace(REQUEST, num_steps=4))[0], sampled[0])
 
@@ -155,7 +156,7 @@ def test_same_noise_starts_a_group_from_one_z():
 
     sampler = make_sampler(make_config(grpo={"same_noise": True}))
     images, chain = sampler.sample(replace(REQUEST, window=(0, 1, 2)))
-    start = sampler.plan()[0]
+    start = sampler.pipeline.steps()[0]
     for group, index in enumerate(REQUEST.indices):
         g = generator(0, 0, 4, index, 0, 0)  # run seed, purpose, step, prompt, sample 0, start
         shape = chain["z"].shape[2:]

@@ -1,5 +1,7 @@
 """The benchmark's parts run and measure what they say; no test asserts a wall-clock time."""
 
+import threading
+
 from rlproxi import bench
 from rlproxi.config import build_config
 
@@ -27,3 +29,18 @@ def test_a_sampler_call_makes_exactly_n_forwards_of_the_benchmarked_shape():
 
 def test_precisions_are_compared_on_the_same_network():
     assert bench.bfloat16_speedup(build_config(TINY), repeats=1) > 0
+
+
+def test_bare_work_is_one_iterations_forwards_and_backwards(monkeypatch, tmp_path):
+    """Two micro-batches of two groups, three sampling steps, both actions trained; one process for each learner rank."""
+    calls = []
+    monkeypatch.setattr(bench, "_barrier", threading.Barrier(1), raising=False)
+    monkeypatch.setattr(bench._Shapes, "forward", lambda self, times=1: calls.append(f"{times} forwards"))
+    monkeypatch.setattr(bench._Shapes, "forward_backward", lambda self: calls.append("backward"))
+    for ranks, micro_batches in ((1, 2), (2, 1)):
+        config = build_config({**TINY, "grpo": {**TINY["grpo"], "prompts_per_step": 4, "kl_coef": 0.1},
+                               "resources": {"learner_workers": ranks}})
+        calls.clear()
+        seconds = bench._bare_iterations(config, bench._random_classifier(config, tmp_path), repeats=1)
+        assert len(seconds) == 1 and seconds[0] > 0
+        assert calls == (["3 forwards"] + ["1 forwards", "backward"] * 2) * micro_batches * 2

@@ -1,0 +1,112 @@
+"""The two Ray Train jobs as the driver and Train's controller see them.
+
+Light to import on purpose: the controller is a process of its own that unpickles what is here, and
+only the ranks need networks and DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+from rlproxi.config import Config
+
+from . import checkpoints
+
+
+@dataclass
+class PretrainSetup:
+    """What a pre-training rank is told. ``text_folder`` holds tokenizer/ and text_encoder/."""
+
+    config: Config
+    run_dir: str
+    text_folder: str
+    scribe: Any
+    data_start: int = 0  # the optimizer step at which the datasets begin
+
+
+@dataclass
+class LearnerSetup:
+    """What a learner rank is told."""
+
+    config: Config
+    run_dir: str
+    model_folder: str
+    conductor: Any
+    store: Any
+    scribe: Any
+
+
+def pretrain(setup: PretrainSetup) -> None:
+    """Runs pre-training to its end; blocks.
+
+    Raises ConfigError where the last checkpoint was written by another number of ranks.
+    """
+    from .ingest import portraits
+
+    root = checkpoints.root(setup.run_dir, "pretrain")
+    checkpoints.require_world(root, setup.config.resources.learner_workers)
+    found = checkpoints.latest(root, warn=lambda message: None)
+    setup.data_start = found[1]["step"] if found else 0
+    datasets = {f"rank{rank}": portraits(setup.config, setup.data_start, rank)
+                for rank in range(setup.config.resources.learner_workers)}
+    train_on_ray(_pretrain_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)
+
+
+def _pretrain_loop(settings: dict) -> None:
+    from .pretrainer import Pretrainer
+
+    rank = Pretrainer(settings["setup"])
+    rank.run()
+    rank.engine.close()
+
+
+def train(setup: LearnerSetup) -> None:
+    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies.
+
+    Raises ConfigError where the last checkpoint was written by another number of ranks.
+    """
+    checkpoints.require_world(checkpoints.root(setup.run_dir, "rl"), setup.config.resources.learner_workers)
+    train_on_ray(_learner_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")
+
+
+def _learner_loop(settings: dict) -> None:
+    from .learner import Learner
+
+    rank = Learner(settings["setup"])
+    rank.run()
+    rank.engine.close()
+
+
+def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, run_dir: str, name: str,
+                 datasets: dict[str, Any] | None = None) -> None:
+    """Runs ``loop`` on the configured ranks and waits. A lost rank restarts the group, ``learner.max_failures`` times.
+
+    Each rank reads the whole of the dataset it asks for: the loops name one dataset for each rank, which
+    keeps the order of samples exact, where splitting one stream would not.
+    """
+    # Read by the controller when it starts: how often it looks after its workers.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    datasets = datasets or {}
+    r = config.resources
+    gpu = r.learner_gpus > 0
+    resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {})}
+    trainer = TorchTrainer(
+        loop, train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=r.learner_workers, use_gpu=gpu, resources_per_worker=resources),
+        # torch.set_num_threads binds the calling thread only; a backward that runs in another one would take every
+        # core, and two ranks on two cores then wait for each other's threads (4 times slower).
+        run_config=RunConfig(name=name, worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(r.threads)}},
+                             storage_path=str((Path(run_dir) / "ray_train").resolve()),
+                             failure_config=FailureConfig(max_failures=config.learner.max_failures)),
+        datasets=datasets,
+        # Train would give the datasets its own options, and with them batches in the order their threads finish.
+        dataset_config=DataConfig(datasets_to_split=[], execution_options={
+            name: dataset.context.execution_options for name, dataset in datasets.items()}))
+    trainer.fit()

@@ -1,0 +1,35 @@
+"""What a rollout actor is asked for. Light to import: the conductor needs it, and no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+PURPOSES = {"train": 0, "heldout": 1}
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """A micro-batch of whole groups: the unit that is sampled, and replayed, in one shape.
+
+    prompts [P] with the indices that name them; each gives ``group_size`` samples. ``num_steps`` and
+    ``guidance_scale`` None: the config's. ``window``: the positions in the plan whose chain is kept.
+    """
+
+    purpose: str
+    step: int
+    prompts: tuple[str, ...]
+    indices: tuple[int, ...]
+    group_size: int
+    window: tuple[int, ...] = ()
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+
+    @property
+    def images(self) -> int:
+        return len(self.prompts) * self.group_size
+
+
+def split_request(request: SampleRequest, groups: int) -> list[SampleRequest]:
+    """Cuts a request into pieces of at most ``groups`` groups."""
+    return [replace(request, prompts=request.prompts[i : i + groups], indices=request.indices[i : i + groups])
+            for i in range(0, len(request.prompts), groups)]
