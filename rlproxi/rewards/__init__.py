@@ -1,6 +1,8 @@
 """Rewards: one protocol, one registry. Importing this package registers the built-in scorers."""
 
 from . import attributes, jpeg  # noqa: F401  (registration)
-from .base import RewardError, Scorer, build, checked_scores, names, register
+from .base import (RewardError, Scorer, TorchScorer, build, checked_params, checked_scores, names, provenance,
+                   register)
 
-__all__ = ["RewardError", "Scorer", "build", "checked_scores", "names", "register"]
+__all__ = ["RewardError", "Scorer", "TorchScorer", "build", "checked_params", "checked_scores", "names", "provenance",
+           "register"]

@@ -1,0 +1,62 @@
+"""Over-optimisation: the training reward climbs while what is not optimised falls (Goodhart's law; Gao et al.,
+arXiv 2210.10760, measure it for language models). A pure observer of evaluations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One evaluation on the fixed held-out prompts: means and standard errors."""
+
+    iteration: int
+    train: float
+    heldout: float
+    sem: float
+
+
+class OverOptimisation:
+    """Remembers the best evaluation and tells when training has gone past it.
+
+    The alarm: since the best held-out score, the held-out score has fallen by more than ``sigmas`` standard errors of
+    the difference, and the training reward has not fallen. A fall of both is a collapse, not over-optimisation, but
+    the best is behind it just the same: ``patience`` counts evaluations in a row below the best by that much.
+
+    The evaluations share prompts and seeds, so the true error of a difference is smaller than the one used here
+    (independent samples): the alarm is late rather than false.
+
+    Args:
+        sigmas: how sure the fall has to be.
+        patience: so many evaluations in a row below the best and the run had better stop; None never says so.
+    """
+
+    def __init__(self, sigmas: float = 2.0, patience: int | None = None):
+        self.sigmas = sigmas
+        self.patience = patience
+        self.best: Evaluated | None = None
+        self.below = 0
+
+    def see(self, now: Evaluated) -> str | None:
+        """Takes the next evaluation; returns the alarm's words, or None. ``best is now`` if it is the best so far."""
+        if self.best is None or now.heldout > self.best.heldout:
+            self.best, self.below = now, 0
+            return None
+        best = self.best
+        fall, error = best.heldout - now.heldout, math.hypot(best.sem, now.sem)
+        if fall <= self.sigmas * error:
+            self.below = 0
+            return None
+        self.below += 1
+        told = (f"the held-out reward fell from {best.heldout:.3f} at iteration {best.iteration} to {now.heldout:.3f} at "
+                f"{now.iteration} (standard error of the difference {error:.3f})")
+        if now.train >= best.train:
+            return (f"over-optimisation: {told}, while the training reward went from {best.train:.3f} to {now.train:.3f}; "
+                    "lower grpo.lr or raise grpo.kl_coef")
+        return f"collapse: {told}, and the training reward with it, from {best.train:.3f} to {now.train:.3f}; lower grpo.lr"
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether ``patience`` is used up."""
+        return self.patience is not None and self.below >= self.patience

@@ -1,0 +1,49 @@
+from rlproxi.algorithms.guard import Evaluated, OverOptimisation
+
+
+def feed(guard: OverOptimisation, *rows: tuple[float, float]):
+    """Evaluations every 10 iterations, (train, held-out), standard error 0.01; returns what was said of each."""
+    return [guard.see(Evaluated(10 * i, train, heldout, 0.01)) for i, (train, heldout) in enumerate(rows)]
+
+
+def test_progress_is_silent_and_the_last_is_the_best():
+    guard = OverOptimisation()
+    assert feed(guard, (0.5, 0.5), (0.6, 0.55), (0.7, 0.6)) == [None] * 3
+    assert guard.best.iteration == 20 and not guard.should_stop
+
+
+def test_reward_up_and_judge_down_is_the_alarm():
+    guard = OverOptimisation()
+    said = feed(guard, (0.5, 0.5), (0.6, 0.6), (0.7, 0.5))
+    assert said[:2] == [None, None]
+    assert said[2].startswith("over-optimisation: the held-out reward fell from 0.600 at iteration 10 to 0.500 at 20")
+    assert "from 0.600 to 0.700" in said[2] and guard.best.iteration == 10
+
+
+def test_a_fall_within_the_noise_is_no_alarm():
+    # 2 standard errors of a difference of two means with 0.01 each: 0.0283.
+    assert feed(OverOptimisation(), (0.5, 0.6), (0.6, 0.573))[1] is None
+    assert feed(OverOptimisation(), (0.5, 0.6), (0.6, 0.570))[1] is not None
+    assert feed(OverOptimisation(sigmas=3), (0.5, 0.6), (0.6, 0.570))[1] is None
+
+
+def test_both_down_is_a_collapse():
+    assert feed(OverOptimisation(), (0.6, 0.6), (0.4, 0.4))[1].startswith("collapse: ")
+
+
+def test_patience_counts_evaluations_in_a_row():
+    guard = OverOptimisation(patience=2)
+    feed(guard, (0.5, 0.6), (0.6, 0.5))
+    assert not guard.should_stop
+    guard.see(Evaluated(20, 0.6, 0.595, 0.01))  # within the noise again: the count begins anew
+    guard.see(Evaluated(30, 0.7, 0.5, 0.01))
+    assert not guard.should_stop
+    guard.see(Evaluated(40, 0.7, 0.5, 0.01))
+    assert guard.should_stop and guard.best.iteration == 0
+    assert not OverOptimisation(patience=None).should_stop
+
+
+def test_seeing_the_same_evaluation_again_changes_nothing():
+    guard = OverOptimisation(patience=1)
+    feed(guard, (0.5, 0.6))
+    assert guard.see(Evaluated(0, 0.5, 0.6, 0.01)) is None and not guard.should_stop

@@ -1,0 +1,41 @@
+"""DeepSpeed at every ZeRO stage, on one rank and on two: the same first step."""
+
+import pytest
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+COMMON = ["run.stages=[rl]", "grpo.steps=1", "evaluate.every=0", "model.precision=float32"]
+
+
+@pytest.fixture(scope="module")
+def first_step(start, from_smoke):
+    """first_step(stage, ranks) -> (loss, grad_norm, reward) of the first RL iteration."""
+    def run(stage: int, ranks: int):
+        done = start(*COMMON, f"learner.zero_stage={stage}", f"resources.learner_workers={ranks}",
+                     *from_smoke)
+        return [done.series("rl", key)[1][0] for key in ("loss", "grad_norm", "reward/mean")]
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(first_step):
+    return first_step(0, 1)
+
+
+@pytest.mark.parametrize("stage,ranks", [(1, 1), (2, 1), (3, 1), (0, 2), (2, 2), (3, 2)])
+def test_same_first_step(stage, ranks, reference, first_step):
+    assert reference[1] > 0
+    loss, norm, reward = first_step(stage, ranks)
+    assert loss == pytest.approx(reference[0], rel=1e-5, abs=1e-5)
+    assert norm == pytest.approx(reference[1], rel=1e-5)
+    assert reward == reference[2]
+
+
+@pytest.mark.parametrize("stage,ranks", [(3, 2)])
+def test_pretraining_takes_the_same_first_steps(stage, ranks, start, smoke):
+    settings = ["run.stages=[prepare, pretrain]", "pretrain.steps=2", "pretrain.micro_batch_size=8", "pretrain.log_every=1",
+                "pretrain.batch_size=16", "model.precision=float32"]
+    plain = start(*settings)
+    other = start(*settings, f"learner.zero_stage={stage}", f"resources.learner_workers={ranks}")
+    for key in ("loss", "grad_norm"):
+        assert other.series("pretrain", key)[1] == pytest.approx(plain.series("pretrain", key)[1], rel=1e-5), key
