@@ -15,6 +15,8 @@ def connect() -> str:
     Ray on this machine. Returns 'joined' or 'started'."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray runs its workers at nice 15: beside any other busy process a run on this machine would all but stand still.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if ray.is_initialized():
         return "joined"
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}

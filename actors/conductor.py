@@ -16,11 +16,13 @@ import ray
 from ray.exceptions import RayActorError
 
 from rlproxi.algorithms import grpo
+from rlproxi.algorithms.guard import Evaluated, OverOptimisation
 from rlproxi.algorithms.requests import SampleRequest, split_request
 from rlproxi.config import Config
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
 from rlproxi.rewards import RewardError
+from rlproxi.rewards.combine import mean_present
 
 from .reward_service import RewardClient
 from .rollout import RolloutActor
@@ -61,6 +63,8 @@ class Conductor:
         self.version: int | None = None
         self.ready: dict[int, dict[int, Scored]] = {}
         self.stopped: str | None = None
+        self.finished = False  # held-out rewards have fallen for too long; what is trained so far is saved
+        self.guard = self._new_guard()
         self.loop: asyncio.Task | None = None
         self.tasks: set[asyncio.Task] = set()
         self.last_commit = time.time()
@@ -68,6 +72,9 @@ class Conductor:
     async def connect(self, apps: dict[str, str]) -> int:
         """Takes the names of the deployed rewards; returns the number of rollout actors once all have loaded the model."""
         self.client = RewardClient(self.config.rewards, apps)
+        for reward in [*self.config.rewards.train, *self.config.rewards.heldout]:
+            facts = await self.client.provenance(reward.name)
+            self.scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
         await asyncio.gather(*(actor.ready.remote() for actor in self.rollouts))
         return len(self.rollouts)
 
@@ -85,20 +92,26 @@ class Conductor:
         self.ready.clear()
         self.budget.used = 0
         self.version = iteration
+        self.guard = self._new_guard()
+        for seen in heldout.evaluated(self.run_dir, self.config, iteration):
+            self.guard.see(seen)
         self.last_commit = time.time()
         self.scribe.append.remote("resume", {"stage": "rl", "step": iteration})
         self.loop = asyncio.create_task(self._guard(self._dispatch(iteration)))
 
     async def next_batch(self, iteration: int) -> dict | None:
-        """Blocks until every micro-batch of ``iteration`` is scored; None when the run was stopped.
+        """Blocks until every micro-batch of ``iteration`` is scored; None when the run was stopped, {} when it is
+        finished before its time.
 
         Returns {"requests", "chains" (references), "versions", "rewards" [P, G]}, in order, the same for every rank.
         """
         wanted = self.config.grpo.micro_batches
         async with self.changed:
-            await self.changed.wait_for(lambda: self.stopped or len(self.ready.get(iteration, {})) == wanted)
+            await self.changed.wait_for(lambda: self.stopped or self.finished or len(self.ready.get(iteration, {})) == wanted)
         if self.stopped:
             return None
+        if self.finished:
+            return {}
         entries = [self.ready[iteration][j] for j in range(wanted)]
         for entry in entries:
             if not self.policy.may_train(iteration, entry.version):
@@ -120,7 +133,7 @@ class Conductor:
         images = sum(e.request.images for e in entries)
         record = {
             "stage": "rl", "step": iteration + 1, **metrics,
-            **{f"reward/{name}": float(np.nanmean(np.concatenate([e.parts[name] for e in entries])))
+            **{f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries]))
                for name in entries[0].parts},
             "staleness/mean": float(np.mean([iteration - e.version for e in entries])),
             "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
@@ -175,6 +188,9 @@ class Conductor:
                 await self.changed.wait_for(lambda: self.policy.may_dispatch(iteration, self.version))
             if every and iteration % every == 0 and iteration > 0:
                 await self.evaluate(f"step-{iteration:06d}", [self.config.sampler.num_inference_steps], self.version)
+                if self.guard.should_stop:
+                    await self._finish()
+                    return
             async with self.changed:
                 await self.changed.wait_for(lambda: self.budget.admits(size))
             self.budget.take(size)
@@ -238,10 +254,11 @@ class Conductor:
         """Held-out prompts at each step count; writes and returns the evaluation (see evaluation.heldout)."""
         e = self.config.evaluate
         indices, prompts = heldout_prompts(self.config)
+        steps = self.config.sampler.num_inference_steps
         scorers = [r.name for r in [*self.config.rewards.train, *self.config.rewards.heldout]]
         judges = [r.name for r in self.config.rewards.heldout]
-        result = {"tag": tag, "prompts": prompts, "samples": e.samples, "guidance_scale": guidance_scale,
-                  "headline_steps": self.config.sampler.num_inference_steps, "by_steps": {}}
+        result = {"tag": tag, "iteration": version, "prompts": prompts, "samples": e.samples, "guidance_scale": guidance_scale,
+                  "headline_steps": steps, "by_steps": {}}
         pictures, judged, correct = {}, {}, {}
         groups = max(1, self.config.grpo.groups_per_micro_batch * self.config.grpo.group_size // e.samples)
         for count in step_counts:
@@ -250,17 +267,70 @@ class Conductor:
             pieces = await asyncio.gather(*(self._sample(r, version) for r in split_request(whole, groups)))
             images = np.concatenate([piece[0] for piece in pieces])
             rows = list(zip(np.split(images, len(prompts)), prompts))
-            scores = {name: np.concatenate(await asyncio.gather(*(self.client.score(name, g, p) for g, p in rows)))
+            scores = {name: np.concatenate(await asyncio.gather(*(self._evaluated(name, g, p) for g, p in rows)))
                       for name in scorers}
             details = {}
             for name in judges:
-                parts = await asyncio.gather(*(self.client.details(name, g, p) for g, p in rows))
-                details[name] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+                parts = await asyncio.gather(*(self._details(name, g, p) for g, p in rows))
+                known = next((list(part) for part in parts if part), [])
+                details[name] = {key: np.concatenate([part.get(key, np.full(e.samples, np.nan)) for part in parts])
+                                 for key in known}
             result["by_steps"][str(count)] = heldout.summarise(scores, details, judges, e.samples)
             pictures[count] = images
             judged[count] = scores[judges[0]] if judges else scores[scorers[0]]
             correct[count] = details[judges[0]] if judges else {}
             self.scribe.append.remote("evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count,
                                                      **result["by_steps"][str(count)]})
+        await self._watch(heldout.headline(result, self.config))
         heldout.write(self.run_dir, tag, result, pictures, judged, correct)
         return result
+
+    async def _evaluated(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
+        """Scores of one prompt's samples; NaN, with a warning, where they cannot be had: an evaluation ends no run."""
+        try:
+            return await self.client.score(name, images, prompt)
+        except RewardError as error:
+            self.scribe.append.remote("warning", {"message": f"evaluation: {prompt!r} has no score: {error}"})
+            return np.full(len(images), np.nan, np.float32)
+
+    async def _details(self, name: str, images: np.ndarray, prompt: str) -> dict[str, np.ndarray]:
+        try:
+            return await self.client.details(name, images, prompt)
+        except RewardError:
+            return {}  # the same prompt's missing score was told of already
+
+    # -- over-optimisation ----------------------------------------------------------------
+
+    def _new_guard(self) -> OverOptimisation:
+        return OverOptimisation(self.config.evaluate.alarm_sigmas, self.config.evaluate.patience)
+
+    async def _watch(self, now: Evaluated | None) -> None:
+        """Shows an evaluation to the guard; keeps the best model and passes an alarm on."""
+        if now is None:
+            return
+        alarm = self.guard.see(now)
+        if alarm:
+            self.scribe.append.remote("alarm", {"stage": "rl", "step": now.iteration, "message": alarm,
+                                                "best": self.guard.best.iteration})
+        if self.guard.best is now and now.iteration > 0:
+            await self._keep(now.iteration)
+            self.scribe.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})
+
+    async def _keep(self, version: int) -> None:
+        """Writes the weights of ``version`` as models/best, on a rollout actor, which has the model."""
+        while True:
+            actor = await self.idle.get()
+            try:
+                (weights,) = await self.store.get.remote(version)
+                return await actor.save.remote(version, weights, str(self.run_dir / "models" / "best"))
+            except RayActorError as error:
+                self.scribe.append.remote("warning", {"message": f"rollout actor lost, saving repeated: {error}"})
+            finally:
+                self.idle.put_nowait(actor)
+
+    async def _finish(self) -> None:
+        self.scribe.append.remote("note", {"message": f"RL ends early: {self.guard.below} evaluations in a row far below "
+                                                      f"iteration {self.guard.best.iteration} (evaluate.patience)"})
+        async with self.changed:
+            self.finished = True
+            self.changed.notify_all()

@@ -57,6 +57,8 @@ class Learner(Rank):
             batch = ray.get(self.conductor.next_batch.remote(iteration))
             if batch is None:
                 return
+            if not batch:
+                break  # finished before its time
             try:
                 metrics = self._iterate(iteration, batch, check=iteration == start)
             except (grpo.FirstRatioError, FloatingPointError) as error:

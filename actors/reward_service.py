@@ -3,34 +3,80 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from ray import serve
 
 from rlproxi.config import Reward, Rewards
-from rlproxi.rewards import RewardError, build, checked_scores
+from rlproxi.rewards import RewardError, build, checked_scores, provenance
+from rlproxi.rewards.combine import combine
 
 
 class RewardReplica:
-    """Loads its scorer once and scores whole groups."""
+    """Loads its scorer once and scores whole groups, one after the other: what fits once always fits.
 
-    def __init__(self, name: str, params: dict[str, Any]):
+    Args:
+        name: what logs call it. kind, params: the registered scorer.
+        timeout_s: a call that takes twice as long means that the scorer hangs; Serve then replaces the replica.
+        partial: single missing scores come back as NaN instead of failing the group.
+        micro_batch: see ``config.Reward``.
+    """
+
+    def __init__(self, name: str, kind: str, params: dict[str, Any], timeout_s: float, partial: bool,
+                 micro_batch: int | str | None):
         import torch
 
         torch.set_num_threads(1)
-        self.name = name
-        self.scorer = build(name, params)
+        self.name, self.timeout_s, self.partial = name, timeout_s, partial
+        self.scorer = build(kind, params)
+        if isinstance(micro_batch, int):
+            self.scorer.micro_batch = micro_batch
+        self.tune = micro_batch == "auto"
+        self.rates: dict[int, float] = {}
+        self.busy_since: float | None = None
+        self.one = ThreadPoolExecutor(1)
 
     async def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
         """images uint8 [G, H, W, 3] -> float32 [G]. A failure is raised, never a number."""
-        return await asyncio.to_thread(checked_scores, self.scorer, self.name, images, prompts)
+        return await self._run(self._score, images, prompts)
 
     async def details(self, images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
         """The scorer's parts, where it tells them; else {}."""
         if not hasattr(self.scorer, "details"):
             return {}
-        return await asyncio.to_thread(self.scorer.details, images, prompts)
+        return await self._run(self.scorer.details, images, prompts)
+
+    async def provenance(self) -> dict[str, Any]:
+        """Class, checkpoint hashes and, where it was measured, images/s at each micro-batch size."""
+        facts = await asyncio.to_thread(provenance, self.scorer)
+        return {**facts, **({"images_per_second": self.rates} if self.rates else {})}
+
+    def check_health(self) -> None:
+        """Asked by Serve every few seconds."""
+        since = self.busy_since
+        if since is not None and time.monotonic() - since > 2 * self.timeout_s:
+            raise RuntimeError(f"reward {self.name!r} hangs: one call has taken {time.monotonic() - since:.0f} s")
+
+    async def _run(self, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self.one, self._timed, function, arguments)
+
+    def _timed(self, function, arguments):
+        self.busy_since = time.monotonic()
+        try:
+            return function(*arguments)
+        finally:
+            self.busy_since = None
+
+    def _score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        if self.tune:
+            from rlproxi.rewards.tuning import tune_micro_batch
+
+            self.tune = False
+            self.rates = tune_micro_batch(self.scorer, images, prompts)
+        return checked_scores(self.scorer, self.name, images, prompts, self.partial)
 
 
 def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
@@ -40,15 +86,43 @@ def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
     """
     apps, targets = {}, []
     for reward in [*rewards.train, *rewards.heldout]:
-        build(reward.name, reward.params)  # A bad parameter fails here, in the driver's own words.
-        deployment = serve.deployment(
-            RewardReplica, name="RewardReplica", num_replicas=rewards.replicas, max_ongoing_requests=4,
-            ray_actor_options={"num_cpus": rewards.num_cpus, "num_gpus": rewards.num_gpus})
         apps[reward.name] = f"{run_id}-{reward.name}"
-        targets.append(serve.RunTarget(deployment.bind(reward.name, reward.params), apps[reward.name], route_prefix=None))
+        app = _deployment(rewards, reward).bind(
+            reward.name, reward.kind, reward.params, rewards.timeout_s, rewards.on_failure == "mask_sample",
+            reward.micro_batch)
+        targets.append(serve.RunTarget(app, apps[reward.name], route_prefix=None))
     serve.start(proxy_location="Disabled")
-    serve.run_many(targets)
+    try:
+        serve.run_many(targets)
+    except RuntimeError as error:
+        withdraw(apps)
+        raise RuntimeError(_own_words(error)) from None
     return apps
+
+
+def _deployment(rewards: Rewards, reward: Reward):
+    low = reward.replicas or rewards.replicas
+    count: dict[str, Any] = {"num_replicas": low}
+    if reward.max_replicas:
+        count = {"autoscaling_config": {"min_replicas": low, "max_replicas": reward.max_replicas,
+                                        "target_ongoing_requests": 2}}
+    own = lambda value, general: general if value is None else value  # noqa: E731
+    actor = {"num_cpus": own(reward.num_cpus, rewards.num_cpus), "num_gpus": own(reward.num_gpus, rewards.num_gpus)}
+    if reward.runtime_env:
+        actor["runtime_env"] = reward.runtime_env
+    # Requests wait in the replica, where the next one is at hand: a replica that is full makes Serve's router ask
+    # again and again, which cost more than the scoring of small images. A replica's health is asked often, because
+    # a scorer that hangs holds back a whole step.
+    return serve.deployment(RewardReplica, name="RewardReplica", max_ongoing_requests=16, ray_actor_options=actor,
+                            health_check_period_s=2, graceful_shutdown_timeout_s=5,
+                            logging_config={"log_level": "WARNING", "enable_access_log": False}, **count)
+
+
+def _own_words(error: BaseException) -> str:
+    """The last line that says something: Serve and Ray wrap what a scorer raised in their tracebacks."""
+    lines = [line.strip() for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
+    told = [line for line in lines if "Error: " in line]
+    return (told or lines or [type(error).__name__])[-1]
 
 
 def withdraw(apps: dict[str, str]) -> None:
@@ -66,23 +140,33 @@ class RewardClient:
 
     async def score(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
         """float32 [G] of one scorer for one group. Raises RewardError when retries are used up."""
+        return await self._ask(name, "score", images, [prompt] * len(images))
+
+    async def details(self, name: str, images: np.ndarray, prompt: str) -> dict[str, np.ndarray]:
+        return await self._ask(name, "details", images, [prompt] * len(images))
+
+    async def provenance(self, name: str) -> dict[str, Any]:
+        return await self._ask(name, "provenance")
+
+    async def _ask(self, name: str, method: str, *arguments) -> Any:
+        """A request changes nothing on the replica, so it can be made again: to another one, or to the same restarted."""
         last: Exception | None = None
-        for _ in range(self.rewards.retries + 1):
-            response = self.handles[name].score.remote(images, [prompt] * len(images))
+        for attempt in range(self.rewards.retries + 1):
+            if attempt:
+                await asyncio.sleep(0.5 * 2 ** (attempt - 1))
+            response = getattr(self.handles[name], method).remote(*arguments)
             try:
                 return await asyncio.wait_for(response, self.rewards.timeout_s)
             except asyncio.TimeoutError:
                 last = RewardError(f"reward {name!r} took longer than rewards.timeout_s = {self.rewards.timeout_s}")
             except Exception as error:  # Serve wraps what the replica raised, and its own faults, in many classes.
                 last = error
-        raise RewardError(str(getattr(last, "cause", None) or last).strip().splitlines()[-1])
-
-    async def details(self, name: str, images: np.ndarray, prompt: str) -> dict[str, np.ndarray]:
-        return await self.handles[name].details.remote(images, [prompt] * len(images))
+        raise RewardError(_own_words(last))
 
     async def total(self, images: np.ndarray, prompt: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(weighted sum [G], {scorer: [G]}) over the training rewards of one group."""
+        """(combined reward [G], {scorer: [G]}) over the training rewards of one group; NaN is a missing score."""
         scorers = self.rewards.train
-        parts = await asyncio.gather(*(self.score(r.name, images, prompt) for r in scorers))
-        total = sum(r.weight * part for r, part in zip(scorers, parts))
-        return np.asarray(total, np.float32), {r.name: part for r, part in zip(scorers, parts)}
+        answers = await asyncio.gather(*(self.score(r.name, images, prompt) for r in scorers))
+        parts = {r.name: answer for r, answer in zip(scorers, answers)}
+        rows = {name: part[None] for name, part in parts.items()}
+        return combine(rows, {r.name: r.weight for r in scorers}, self.rewards.normalize)[0], parts

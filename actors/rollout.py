@@ -32,9 +32,17 @@ class RolloutActor:
     @ray.method(num_returns=2)
     def sample(self, request: SampleRequest, version: int, weights: np.ndarray):
         """(images uint8 [P*G, H, W, 3], chain). Both are *returned*, so they outlive this actor."""
+        self._take(version, weights)
+        return self.sampler.sample(request)
+
+    def save(self, version: int, weights: np.ndarray, folder: str) -> None:
+        """Writes the model with the weights of ``version`` as a model folder."""
+        self._take(version, weights)
+        self.sampler.pipeline.save_pretrained(folder)
+
+    def _take(self, version: int, weights: np.ndarray) -> None:
         from rlproxi.algorithms.rollout import unflatten
 
         if version != self.version:
             unflatten(weights, self.sampler.pipeline.unet)
             self.version = version
-        return self.sampler.sample(request)

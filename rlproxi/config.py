@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .proximal.samplers import SAMPLERS, plan
 from .proximal.schedule import GRIDS, VPSchedule
+from .rewards.combine import NORMALIZE
 
 STAGES = ("prepare", "pretrain", "before", "rl", "after", "report")
 Stage = Literal[STAGES]
@@ -87,9 +88,23 @@ class Sampler(Section):
 
 
 class Reward(Section):
-    name: str = Field(description="A registered scorer: attributes, jpeg, or python for one's own.")
+    name: str = Field(description="What logs call it: a registered scorer, or any word with `scorer` beside it.")
+    scorer: str | None = Field(None, description="The registered scorer; null: `name` is one.")
     weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum; ignored for held-out rewards.")
-    params: dict[str, Any] = Field({}, description="What the scorer's constructor takes.")
+    params: dict[str, Any] = Field({}, description="What the scorer's constructor takes (docs/rewards/).")
+    replicas: int | None = Field(None, ge=1, description="Serve replicas of this scorer; null: rewards.replicas.")
+    max_replicas: int | None = Field(None, ge=1, description="Serve adds replicas up to this many under load; null: none.")
+    num_cpus: float | None = Field(None, ge=0, description="CPUs of a replica; null: rewards.num_cpus.")
+    num_gpus: float | None = Field(None, ge=0, description="GPUs of a replica; null: rewards.num_gpus.")
+    runtime_env: dict[str, Any] = Field(
+        {}, description="Ray runtime environment of the replicas, for a scorer whose packages conflict.")
+    micro_batch: int | Literal["auto"] | None = Field(
+        None, description="Images of one forward; auto: measured on the first group; null: the scorer's own.")
+
+    @property
+    def kind(self) -> str:
+        """The registered scorer's name."""
+        return self.scorer or self.name
 
 
 class Rewards(Section):
@@ -100,8 +115,12 @@ class Rewards(Section):
     num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica; may be a fraction.")
     timeout_s: float = Field(120.0, gt=0, description="How long one group may take to score.")
     retries: int = Field(2, ge=0, description="How often a failed request is tried again.")
-    on_failure: Literal["mask", "stop"] = Field(
-        "mask", description="A group that can't be scored teaches nothing (mask), or ends the run (stop).")
+    normalize: Literal[NORMALIZE] = Field(
+        "none", description="group: each reward divided by its spread in the group before weighting, so that none drowns "
+        "the others.")
+    on_failure: Literal["drop_group", "mask_sample", "stop"] = Field(
+        "drop_group", description="Where a score is missing: the group teaches nothing (drop_group), only that sample "
+        "does not (mask_sample), or the run ends (stop).")
     max_masked_fraction: float = Field(
         0.5, ge=0, le=1, description="The run stops when more than this share of a step's groups is masked.")
 
@@ -198,6 +217,10 @@ class Evaluate(Section):
     samples: int = Field(4, ge=2, description="Samples of each prompt.")
     steps: list[int] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")
     every: int = Field(25, ge=0, description="RL iterations between held-out evaluations; 0: only before and after.")
+    alarm_sigmas: float = Field(
+        2.0, gt=0, description="Over-optimisation alarm: the first held-out reward is so many standard errors below its best.")
+    patience: int | None = Field(
+        None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never.")
 
 
 class Config(Section):
@@ -251,11 +274,23 @@ class Config(Section):
         if self.data.size % levels or self.data.size % 8:
             raise ValueError(f"data.size {self.data.size} must be a multiple of {max(levels, 8)} "
                              "(model.patch x 2^(levels - 1), and 8 for the classifier)")
-        names = [r.name for r in self.rewards.train]
-        both = [r.name for r in self.rewards.heldout if r.name in names]
+        self._check_rewards()
+        return self
+
+    def _check_rewards(self) -> None:
+        train, heldout = self.rewards.train, self.rewards.heldout
+        both = [r.name for r in heldout if any((r.kind, r.params) == (t.kind, t.params) for t in train)]
         if both:
             raise ValueError(f"rewards.heldout {both} are also optimised; a held-out judge must not be a training reward")
-        return self
+        names = [r.name for r in [*train, *heldout]]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"rewards: {', '.join(twice)} appears twice; give each a name of its own and set scorer: "
+                             f"{twice[0]}")
+        for r in [*train, *heldout]:
+            low = r.replicas or self.rewards.replicas
+            if r.max_replicas is not None and r.max_replicas < low:
+                raise ValueError(f"rewards: {r.name} has max_replicas {r.max_replicas} below its {low} replicas; raise it")
 
 
 def _model_of(annotation) -> type[Section] | None:

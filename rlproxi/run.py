@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         config, run_dir = _open(options)
+        _check_params(with_paths(config, run_dir or Path(config.run.dir)))
         from .dry_run import describe
 
         print(describe(config))
@@ -77,29 +78,42 @@ def _new_run_dir(config: Config) -> Path:
             folder, n = base.with_name(f"{base.name}-{n}"), n + 1
 
 
+def with_paths(config: Config, run_dir: Path) -> Config:
+    """The embedded scorers read what this run's own ``prepare`` makes, unless told otherwise."""
+    own = {"attributes": "reward", "judge": "judge"}
+
+    def resolve(reward: Reward) -> Reward:
+        if reward.kind in own and "path" not in reward.params:
+            path = str(run_dir / "models" / f"{own[reward.kind]}.safetensors")
+            return reward.model_copy(update={"params": {"path": path, **reward.params}})
+        return reward
+
+    rewards = config.rewards.model_copy(update={
+        "train": [resolve(r) for r in config.rewards.train],
+        "heldout": [resolve(r) for r in config.rewards.heldout]})
+    return config.model_copy(update={"rewards": rewards})
+
+
+def _check_params(config: Config) -> None:
+    """Raises ConfigError for a scorer that does not exist, or parameters that it does not take."""
+    from .rewards import checked_params
+
+    for key, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
+        for i, reward in enumerate(rewards):
+            try:
+                checked_params(reward.kind, reward.params)
+            except ValueError as error:
+                raise ConfigError(f"rewards.{key}.{i}: {error}") from None
+
+
 class _Session:
     """One process's work on a run directory."""
 
     def __init__(self, config: Config, run_dir: Path):
         self.run_dir = run_dir.resolve()
-        self.config = self._with_paths(config)
+        self.config = with_paths(config, self.run_dir)
         dump_config(config, self.run_dir / "config.yaml")
         self.start = time.time()
-
-    def _with_paths(self, config: Config) -> Config:
-        """The embedded scorers read what this run's own ``prepare`` makes, unless told otherwise."""
-        own = {"attributes": "reward", "judge": "judge"}
-
-        def resolve(reward: Reward) -> Reward:
-            if reward.name in own and "path" not in reward.params:
-                path = str(self.run_dir / "models" / f"{own[reward.name]}.safetensors")
-                return reward.model_copy(update={"params": {"path": path, **reward.params}})
-            return reward
-
-        rewards = config.rewards.model_copy(update={
-            "train": [resolve(r) for r in config.rewards.train],
-            "heldout": [resolve(r) for r in config.rewards.heldout]})
-        return config.model_copy(update={"rewards": rewards})
 
     def run(self) -> None:
         """All stages that are configured and not done yet."""
@@ -165,7 +179,8 @@ class _Session:
 
     def _after(self) -> None:
         final = self.run_dir / "models" / "final"
-        self._evaluate("after", final if final.is_dir() else self._start_model(), self.config.grpo.steps)
+        trained = series(read(self.run_dir), "rl", "reward/mean")[0]  # fewer than grpo.steps after an early end
+        self._evaluate("after", final if final.is_dir() else self._start_model(), int(max(trained, default=0)))
 
     def _report(self) -> None:
         from .evaluation.report import write_report
@@ -213,7 +228,7 @@ class _Session:
         steps = sorted({*self.config.evaluate.steps, self.config.sampler.num_inference_steps})
         result = ray.get(conductor.evaluate.remote(tag, steps, version))
         for count, entry in result["by_steps"].items():
-            told = ", ".join(f"{name} {x['mean']:.3f} ± {x['sem']:.3f}"
+            told = ", ".join(f"{name} {x['mean']:.3f} ± {x['sem']:.3f}" if x["mean"] is not None else f"{name} no score"
                              for name, x in [*entry["heldout"].items(), *entry["train"].items()])
             print(f"               {tag} RL, {count:>3} steps: {told}")
 
@@ -263,6 +278,11 @@ class _Session:
         final = json.loads((self.run_dir / "summary.json").read_text()) if (self.run_dir / "summary.json").is_file() else {}
         if final.get("heldout", {}).get("after") is not None:
             print(f"held-out judge {final['heldout']['before']:.3f} -> {final['heldout']['after']:.3f}")
+        alarms = [r for r in read(self.run_dir) if r["event"] == "alarm"]
+        if alarms:
+            best = alarms[-1]["best"]
+            where = self.run_dir / "models" / ("best" if best else "pretrained")
+            print(f"ALARM          {alarms[-1]['message']}\n               the best model, of iteration {best}: {where}")
         print(f"total          {time.time() - self.start:.0f} s")
 
     def _close(self) -> None:
@@ -305,7 +325,8 @@ def summary(run_dir: Path, config: Config) -> dict:
     return {
         "seconds": {**seconds, "total": sum(seconds.values())},
         "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
-        "heldout": {"before": heldout("before"), "after": heldout("after")},
+        "heldout": {"before": heldout("before"), "after": heldout("after"),
+                    "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None)},
         "images_per_second": sum(rates) / len(rates) if rates else None,
         "seed": config.run.seed,
         "git": _git(),

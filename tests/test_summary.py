@@ -34,7 +34,7 @@ def test_summary_of_a_whole_run(tmp_path):
     result = run.summary(tmp_path, build_config(SMALL))
     assert result["seconds"] == {"pretrain": 20.0, "rl": 30.0, "total": 50.0}
     assert result["reward"] == {"first": 0.5, "last": 0.7}
-    assert result["heldout"] == {"before": 0.61, "after": 0.72}
+    assert result["heldout"] == {"before": 0.61, "after": 0.72, "best_iteration": None}
     assert result["images_per_second"] == pytest.approx(30.0) and result["seed"] == 3
     assert {"ray", "torch", "deepspeed", "numpy"} <= set(result["versions"]) and "git" in result
     assert json.loads(json.dumps(result)) == result
@@ -43,7 +43,7 @@ def test_summary_of_a_whole_run(tmp_path):
 def test_summary_of_a_run_that_did_nothing_says_none_not_zero(tmp_path):
     result = run.summary(tmp_path, build_config(SMALL))
     assert result["seconds"] == {"total": 0} and result["images_per_second"] is None
-    assert result["reward"] == {"first": None, "last": None} and result["heldout"] == {"before": None, "after": None}
+    assert result["reward"] == {"first": None, "last": None} and set(result["heldout"].values()) == {None}
 
 
 def test_a_step_done_again_counts_once_and_stages_add_up(tmp_path):

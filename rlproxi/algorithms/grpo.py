@@ -59,6 +59,7 @@ def advantages(rewards: np.ndarray, std: str = "group", eps: float = 1e-6) -> Ad
     stats = {
         "advantages/zero_variance_groups": float(flat.sum()),
         "groups/masked": float((count < 2).sum()),
+        "samples/masked": float((~present).sum()),
         "reward/mean": float(r[present].mean()) if present.any() else float("nan"),
         "reward/std": float(group_std[count >= 2].mean()) if (count >= 2).any() else float("nan"),
     }

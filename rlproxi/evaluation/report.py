@@ -279,7 +279,7 @@ def _roles(run: RunDirectory) -> str:
 def _events(run: RunDirectory) -> str:
     lines, begun = [], set()
     for record in run.records:
-        if record["event"] in ("warning", "note"):
+        if record["event"] in ("alarm", "warning", "note"):
             lines.append((record, f"{record['event']}: {record.get('message', '')}"))
         elif record["event"] == "metrics":
             begun.add(record.get("stage"))

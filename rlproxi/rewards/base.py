@@ -113,18 +113,20 @@ def names() -> list[str]:
 
 def build(name: str, params: dict[str, Any] | None = None) -> Scorer:
     """Makes a scorer. Raises ValueError for an unknown name, or parameters that it does not take."""
-    if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"reward {name!r} is unknown; {hint}Known: {', '.join(names())}")
-    return _REGISTRY[name](**checked_params(name, params or {}))
+    params = checked_params(name, params or {})
+    return _REGISTRY[name](**params)
 
 
 def checked_params(name: str, params: dict[str, Any]) -> dict[str, Any]:
     """The parameters as a registered scorer's constructor types them, without building it.
 
-    Raises ValueError for one that it does not take, one that is missing, or a value of another type.
+    Raises ValueError for an unknown scorer, and for a parameter that it does not take, one that is missing, or a value
+    of another type.
     """
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"reward {name!r} is unknown; {hint}Known: {', '.join(names())}")
     schema = _schema(_REGISTRY[name])
     try:
         return {key: value for key, value in schema.model_validate(params) if key in params}
@@ -163,16 +165,23 @@ def _schema(cls: type) -> type[BaseModel]:
 _INTERNAL = ("model", "files")
 
 
-def checked_scores(scorer: Scorer, name: str, images: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """The scorer's float32 scores [B]; RewardError if it raises, or returns NaN, Inf or the wrong shape."""
+def checked_scores(scorer: Scorer, name: str, images: np.ndarray, prompts: list[str],
+                   partial: bool = False) -> np.ndarray:
+    """The scorer's float32 scores [B]; RewardError if it raises, or returns NaN, Inf or the wrong shape.
+
+    With ``partial`` scores that are NaN or infinite come back as NaN, a missing score, unless all of them are.
+    """
     try:
         scores = np.asarray(scorer.score(images, prompts), np.float32)
     except Exception as error:
         raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
     if scores.shape != (len(images),):
         raise RewardError(f"reward {name!r} returned shape {scores.shape} for {len(images)} images")
-    if not np.isfinite(scores).all():
-        raise RewardError(f"reward {name!r} returned {int((~np.isfinite(scores)).sum())} scores that are NaN or "
+    finite = np.isfinite(scores)
+    if partial and finite.any():
+        return np.where(finite, scores, np.float32("nan"))
+    if not finite.all():
+        raise RewardError(f"reward {name!r} returned {int((~finite).sum())} scores that are NaN or "
                           f"infinite for {prompts[0]!r}")
     return scores
 

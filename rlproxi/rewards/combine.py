@@ -27,6 +27,12 @@ def combine(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], norma
     return np.asarray(total, np.float32)
 
 
+def mean_present(scores: np.ndarray) -> float:
+    """The mean over the scores that are there; NaN where there is none."""
+    present = np.asarray(scores, np.float64)[np.isfinite(scores)]
+    return float(present.mean()) if present.size else float("nan")
+
+
 def _standardised(values: np.ndarray) -> np.ndarray:
     """(x - mean)/std of each group [P, G] over the scores that are there; 0 where a group has no spread."""
     present = np.isfinite(values)

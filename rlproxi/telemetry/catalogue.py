@@ -49,6 +49,8 @@ CATALOGUE: tuple[Metric, ...] = (
            "They teach nothing. Most of the step: the reward is saturated, or too coarse, or the group too small."),
     Metric("groups/masked", "groups", "Groups of the step that had no usable scores.",
            "0 is normal. The run stops above rewards.max_masked_fraction; see the reward service's warnings."),
+    Metric("samples/masked", "samples", "Samples of the step without a score, those of masked groups included.",
+           "Above 0 with whole groups scored: a scorer returns NaN for single images (rewards.on_failure=mask_sample)."),
     Metric("staleness/mean", "versions", "Weight versions between sampling a group and training on it.",
            "0 when synchronous, at most grpo.max_staleness."),
     Metric("seconds/rollout", "s", "Time spent on sampling the step's groups, actors added up.",

@@ -7,6 +7,9 @@ metrics     "stage" (pretrain, rl, ...), "step", and any number of values; see `
 stage       "name", "status" (start or done), and "seconds" when done
 resume      "stage", "step": what that stage logged before for a step > this one is superseded
 evaluation  "tag", "stage", "step", and what was measured
+reward      "name", "scorer", and where its scores come from (class, checkpoint hashes)
+best        "stage", "step", "heldout": the best held-out reward so far, saved as models/best
+alarm       "stage", "step", "message", "best": over-optimisation, and the iteration to go back to
 warning     "message"
 note        "message"
 =========== ==================================================================================
@@ -23,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterable
 
-EVENTS = ("metrics", "stage", "resume", "evaluation", "warning", "note")
+EVENTS = ("metrics", "stage", "resume", "evaluation", "reward", "best", "alarm", "warning", "note")
 FILE_NAME = "metrics.jsonl"
 _REQUIRED = {"metrics": ("stage", "step"), "stage": ("name", "status"), "resume": ("stage", "step")}
 

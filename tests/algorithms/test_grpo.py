@@ -63,7 +63,8 @@ def test_advantages_closed_form():
     assert a.values[0] == pytest.approx(np.array([-2, -1, 0, 3]) / math.sqrt(3.5))
     assert a.values[1] == pytest.approx([-1, -1, 1, 1])
     assert a.values.dtype == a.weight.dtype == np.float32 and (a.weight == 1).all()
-    assert a.stats == {"advantages/zero_variance_groups": 0, "groups/masked": 0, "reward/mean": pytest.approx(1.5),
+    assert a.stats == {"advantages/zero_variance_groups": 0, "groups/masked": 0, "samples/masked": 0,
+                       "reward/mean": pytest.approx(1.5),
                        "reward/std": pytest.approx((math.sqrt(3.5) + 1) / 2)}
     assert advantages(np.array([[0.0, 2e-3]]), eps=1e-3).values[0] == pytest.approx([-0.5, 0.5])
 
@@ -80,7 +81,7 @@ def test_a_missing_score_is_not_a_zero():
     holed = advantages(np.array([[1.0, 3.0, NAN, NAN], [5.0, 9.0, NAN, np.inf]]))
     assert np.array_equal(holed.values[:, :2], whole.values) and not holed.values[:, 2:].any()
     assert np.array_equal(holed.weight, [[2, 2, 0, 0]] * 2)
-    assert holed.stats == whole.stats
+    assert holed.stats == {**whole.stats, "samples/masked": 4}
 
 
 def test_groups_that_teach_nothing_are_masked_and_counted():

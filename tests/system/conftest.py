@@ -37,6 +37,7 @@ def ray_session():
 
     # Workers import tests/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as cluster.connect does
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield ray
     from ray import serve
