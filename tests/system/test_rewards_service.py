@@ -27,3 +27,16 @@ def test_failed_groups_are_masked_and_counted(rl):
     assert all(0 < r < 1 for r in run.series("rl", "reward/mean")[1] if r is not None)
     told = " ".join(r["message"] for r in run.records if r["event"] == "warning")
     assert "no smiling today" in told and "NaN" in told
+
+
+def test_a_run_without_scores_stops_and_says_why(rl, capsys):
+    run = rl("all_broken", code=1)
+    told = capsys.readouterr().err
+    assert "100% of the groups" in told and "rewards.max_masked_fraction" in told
+    assert any("returned shape (3,) for 4 images" in r.get("message", "") for r in run.records)
+    assert not run.series("rl", "loss")[1]
+
+
+def test_a_reward_that_cannot_start(start, from_smoke, capsys):
+    start("run.stages=[rl]", from_smoke[0], "rewards.train=[{name: atributes}]", code=2)
+    assert "did you mean 'attributes'" in capsys.readouterr().err
