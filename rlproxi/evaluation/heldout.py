@@ -54,12 +54,12 @@ def headline(evaluation: dict, config: Config) -> Evaluated | None:
     return Evaluated(evaluation["iteration"], total, judge["mean"], judge["sem"])
 
 
-def evaluated(run_dir: Path, config: Config, before: int) -> list[Evaluated]:
-    """The headlines of a run's evaluations of iterations below ``before``, in order."""
+def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:
+    """The headlines of a run's evaluations of iterations up to ``upto``, in order."""
     found = []
     for file in (run_dir / "evaluation").glob("*.json"):
         seen = headline(json.loads(file.read_text(encoding="utf-8")), config)
-        if seen is not None and seen.iteration < before:
+        if seen is not None and seen.iteration <= upto:
             found.append(seen)
     return sorted(found, key=lambda seen: seen.iteration)
 
