@@ -43,6 +43,22 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--scale", type=at_least(1), default=8, metavar="X", help="enlargement (default 8)")
     draw.set_defaults(action=sample)
 
+    judge = commands.add_parser("score", help="score images that already exist with a reward")
+    judge.add_argument("images", nargs="+", metavar="IMAGES", help="files, or folders with images in them and below")
+    judge.add_argument("--reward", required=True, metavar="NAME", help="a registered scorer, for example hpsv2")
+    judge.add_argument("--checkpoint", metavar="FILE", help="its weights: short for --param checkpoint=FILE (or path=)")
+    judge.add_argument("--param", action="append", default=[], metavar="KEY=VALUE",
+                       help="another of its parameters; the value is YAML")
+    words = judge.add_mutually_exclusive_group()
+    words.add_argument("--prompt", metavar="TEXT", help="one prompt for all images")
+    words.add_argument("--prompts", metavar="FILE", help="a prompt for each image in order (.txt, .json, .jsonl), or a "
+                       "folder with the HPSv2 benchmark's; default: the .txt file beside each image")
+    judge.add_argument("--batch", type=at_least(1), default=32, metavar="N", help="images scored at once (default 32)")
+    out = judge.add_mutually_exclusive_group()
+    out.add_argument("--json", type=Path, metavar="FILE", help="also write the scores here")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="also write the scores here")
+    judge.set_defaults(action=score)
+
     tell = commands.add_parser("report", help="write report.html from a run directory")
     tell.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     tell.set_defaults(action=report)
@@ -68,6 +84,12 @@ def sample(arguments: argparse.Namespace) -> int:
     images = model(prompts, arguments.steps, arguments.guidance, seeds)
     print(save_png(grid(images, arguments.count, arguments.scale), arguments.out))
     return 0
+
+
+def score(arguments: argparse.Namespace) -> int:
+    from .rewards import command
+
+    return command.score(arguments)
 
 
 def report(arguments: argparse.Namespace) -> int:

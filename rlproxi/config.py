@@ -88,7 +88,7 @@ class Sampler(Section):
 
 
 class Reward(Section):
-    name: str = Field(description="What logs call it: a registered scorer, or any word with `scorer` beside it.")
+    name: str = Field(description="What logs call it: a registered scorer (docs/rewards/), or any word with `scorer` beside it.")
     scorer: str | None = Field(None, description="The registered scorer; null: `name` is one.")
     weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum; ignored for held-out rewards.")
     params: dict[str, Any] = Field({}, description="What the scorer's constructor takes (docs/rewards/).")

@@ -7,6 +7,7 @@ judge, which nothing ever optimises.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.faces import ATTRIBUTES, labels, parse_caption
-from .base import register
+from ..models.precision import autocast
+from .base import TorchScorer, register, to_pixels
 
 HEADS = [len(values) for values in ATTRIBUTES.values()]
 
@@ -90,58 +92,98 @@ def blur(pixels: Tensor) -> Tensor:
     return F.conv2d(F.pad(pixels, (1, 1, 1, 1), mode="reflect"), kernel, groups=pixels.shape[1])
 
 
-class _AttributeScorer:
-    """Loads a classifier and compares an image with what its prompt claims."""
+def claims_of(prompts: Sequence[str]) -> Tensor:
+    """What prompts claim: [B, 8] int64 class indices, -1 where nothing is said; ValueError for one that is silent."""
+    claims = np.stack([labels(parse_caption(prompt)) for prompt in prompts])
+    silent = [prompt for prompt, claim in zip(prompts, claims) if (claim < 0).all()]
+    if silent:
+        raise ValueError(f"prompt {silent[0]!r} names none of the attributes {', '.join(ATTRIBUTES)}")
+    return torch.from_numpy(claims)
 
-    def __init__(self, path: str):
-        self.model = AttributeClassifier.load(path)
 
-    def _inputs(self, images: np.ndarray, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        claims = np.stack([labels(parse_caption(p)) for p in prompts])
-        silent = [p for p, c in zip(prompts, claims) if (c < 0).all()]
-        if silent:
-            raise ValueError(f"prompt {silent[0]!r} names none of the attributes {', '.join(ATTRIBUTES)}")
-        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
-        return pixels, torch.from_numpy(claims)
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, 3, size, size], which is all that a classifier knows; untouched where it fits already."""
+    if pixels.shape[-2:] == (size, size):
+        return pixels
+    return F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
 
 
 @register("attributes")
-class AttributeReward(_AttributeScorer):
+class AttributeReward(TorchScorer):
     """Mean over the claimed attributes of the probability of the claimed value, in [0, 1].
 
     Averaged over ``copies`` noised and blurred copies of each image, which takes away the
     fine textures that would otherwise be the cheapest way to please a small classifier. The noise is
     the same for every image, so a score depends on nothing but the image.
+
+    Args:
+        path: the classifier's safetensors file.
+        copies: views of each image; every second one is blurred. 0 is the image as it is.
+        noise: standard deviation of the noise, in pixels of [0, 1].
+        options: ``device``, ``precision`` (float32 here: the classifier is small) and ``micro_batch`` of TorchScorer.
     """
 
-    def __init__(self, path: str, copies: int = 4, noise: float = 0.1):
-        super().__init__(path)
+    def __init__(self, path: str, copies: int = 4, noise: float = 0.1, precision: str = "float32", **options):
+        model = AttributeClassifier.load(path)
+        super().__init__(model, files=[path], precision=precision, **options)
+        self.size = model.sizes["sample_size"]
         self.copies = copies
         self.noise = noise
+        self._drawn: dict[tuple[int, ...], Tensor] = {}
 
-    @torch.no_grad()
-    def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
-        pixels, claims = self._inputs(images, prompts)
-        shape = (max(1, self.copies), *pixels.shape[1:])
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * (self.noise if self.copies else 0)
-        total = torch.zeros(len(pixels))
+    def rewards(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """pixels float32 [B, 3, H, W] in [0, 1] -> float32 [B], differentiable in pixels.
+
+        Raises ValueError for a prompt that names no attribute.
+        """
+        pixels, claims = resized(pixels, self.size), claims_of(prompts).to(pixels.device)
+        views = [pixels, blur(pixels)] if self.copies > 1 else [pixels]
+        noise = self._noise(pixels.shape[1:])
+        total = 0
         for i, n in enumerate(noise):
-            view = blur(pixels) if i % 2 else pixels
-            total += attribute_probabilities(self.model(view + n), claims).nanmean(1)
-        return (total / len(noise)).numpy()
+            with autocast(self.dtype, pixels.device):
+                logits = self.model(views[i % 2] + n)
+            total = total + attribute_probabilities(logits.to(pixels.dtype), claims).nanmean(1)
+        return total / len(noise)
+
+    def _noise(self, shape: tuple[int, ...]) -> Tensor:
+        """[max(1, copies), *shape]: drawn on the CPU, so that every device gets the same, and kept."""
+        if shape not in self._drawn:
+            size, scale = (max(1, self.copies), *shape), self.noise if self.copies else 0
+            drawn = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scale
+            self._drawn[shape] = drawn.to(self.device)
+        return self._drawn[shape]
 
 
 @register("judge")
-class AttributeJudge(_AttributeScorer):
-    """Held-out accuracy: the share of the claimed attributes that the classifier finds as claimed."""
+class AttributeJudge:
+    """Held-out accuracy: the share of the claimed attributes that the classifier finds as claimed.
 
-    def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    No TorchScorer: which value is the most likely one has no gradient. Takes ``path``, and ``device``, ``precision``
+    and ``micro_batch`` with the meaning that they have there.
+    """
+
+    def __init__(self, path: str, device: str | None = None, precision: str = "float32", micro_batch: int = 256):
+        reward = AttributeReward(path, copies=0, precision=precision, device=device, micro_batch=micro_batch)
+        self.model, self.size, self.files = reward.model, reward.size, reward.files
+        self.device, self.dtype, self.micro_batch = reward.device, reward.dtype, micro_batch
+
+    def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """images uint8 [B, H, W, 3] -> float32 [B] in [0, 1]."""
         return self.details(images, prompts)["all"]
 
-    @torch.no_grad()
-    def details(self, images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
+    def details(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """For each attribute [B]: 1 right, 0 wrong, NaN not claimed; ``all`` is their mean."""
-        pixels, claims = self._inputs(images, prompts)
-        correct = attribute_correct(self.model(pixels), claims)
+        parts = [slice(i, i + self.micro_batch) for i in range(0, len(images), self.micro_batch)]
+        found = [self._correct(images[part], prompts[part]) for part in parts]
+        correct = torch.cat(found) if found else torch.zeros(0, len(ATTRIBUTES))
         columns = {name: correct[:, i].numpy() for i, name in enumerate(ATTRIBUTES)}
         return {**columns, "all": correct.nanmean(1).numpy()}
+
+    @torch.no_grad()
+    def _correct(self, images: np.ndarray, prompts: Sequence[str]) -> Tensor:
+        """[B, 8] float32 on the CPU."""
+        claims, pixels = claims_of(prompts), resized(to_pixels(images, self.device), self.size)
+        with autocast(self.dtype, self.device):
+            logits = self.model(pixels)
+        return attribute_correct(logits.float().cpu(), claims)

@@ -145,6 +145,11 @@ def checked_params(name: str, params: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"reward {name!r} cannot be built from params {params}: {'; '.join(told)}") from None
 
 
+def parameters(name: str) -> list[str]:
+    """The names of the parameters that a registered scorer takes."""
+    return list(_schema(_REGISTRY[name]).model_fields)
+
+
 def _schema(cls: type) -> type[BaseModel]:
     """A pydantic model of a constructor's parameters; ``**options`` are those of the next class in line."""
     fields: dict[str, Any] = {}

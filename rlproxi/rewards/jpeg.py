@@ -12,9 +12,16 @@ from .base import register
 
 @register("jpeg")
 class JPEGReward:
-    """Minus the size in kilobytes of the image as a JPEG; plus it with ``incompressible``."""
+    """Minus the size in kilobytes (1000 bytes) of the image as a JPEG; plus it with ``incompressible``.
+
+    Args:
+        quality: of the JPEG, 1 to 100; 95 is DDPO's (Black et al., arXiv 2305.13301).
+        incompressible: whether large is good.
+    """
 
     def __init__(self, quality: int = 95, incompressible: bool = False):
+        if not 1 <= quality <= 100:  # PIL takes others for something else
+            raise ValueError(f"quality is {quality}; it must lie between 1 and 100")
         self.quality = quality
         self.sign = 1.0 if incompressible else -1.0
 

@@ -1,0 +1,220 @@
+"""Scoring images that already exist: files, PIL images or arrays, of any sizes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Iterable, Sequence, Union
+
+import numpy as np
+from PIL import Image
+
+from .base import Scorer, build, checked_scores
+
+#: Files that a folder is searched for.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+#: The four styles of the HPSv2 benchmark (Wu et al., arXiv 2306.09341), each a JSON list of 800 prompts as published.
+BENCHMARK_STYLES = ("anime", "concept-art", "paintings", "photo")
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def score_images(scorer: str | Scorer, images: Any, prompts: str | Sequence[str], *, batch: int = 32,
+                 progress: bool = False, **params) -> np.ndarray:
+    """Scores images, in their order.
+
+    Images of one size are scored together, ``batch`` at a time, and only these are in memory. Every image is made
+    ``convert("RGB")``: an alpha channel is dropped, not composited, as the scorers' authors do. EXIF rotations are
+    not applied, as theirs are not.
+
+    Args:
+        scorer: a registered name, built from ``params``, or a scorer.
+        images: uint8 [B, H, W, 3]; a folder or a file; or a list of files, PIL images and uint8 [H, W, 3] arrays.
+        prompts: one for all images, or one for each.
+        batch: images of one call of the scorer.
+        progress: show a bar on stderr where there is more than one batch.
+
+    Returns:
+        float32 [B], higher is better.
+
+    Raises:
+        ValueError, FileNotFoundError: an image that cannot be read, by name; prompts that do not match; a scorer that
+            cannot be built.
+        RewardError: a scorer that failed, or whose answer is no score.
+    """
+    items = _items(images)
+    prompts = [prompts] * len(items) if isinstance(prompts, str) else list(prompts)
+    if len(prompts) != len(items):
+        raise ValueError(f"{len(prompts)} prompts for {len(items)} images; give one for each, or one text for all")
+    plan = batches(items, batch)  # reads every file's header: what is no image shows before the scorer is loaded
+    if isinstance(scorer, str):
+        return score_batches(build(scorer, params), scorer, items, prompts, plan, progress)
+    if params:
+        raise ValueError(f"{', '.join(params)}: parameters are for a scorer that is given by name")
+    return score_batches(scorer, type(scorer).__name__, items, prompts, plan, progress)
+
+
+Item = Union[Path, Image.Image, np.ndarray]
+
+
+def batches(items: Sequence[Item], batch: int) -> list[list[int]]:
+    """The places of images that are scored together: at most ``batch`` of one size."""
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; it must be at least 1")
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for i, item in enumerate(items):
+        by_size.setdefault(_size(item), []).append(i)
+    return [same[k : k + batch] for same in by_size.values() for k in range(0, len(same), batch)]
+
+
+def score_batches(scorer: Scorer, name: str, items: Sequence[Item], prompts: Sequence[str], plan: list[list[int]],
+                  progress: bool = False) -> np.ndarray:
+    """float32 [B] in the order of ``items``; ``name`` is for errors and the bar. See ``score_images``."""
+    from tqdm import tqdm
+
+    scores = np.zeros(len(items), np.float32)
+    with tqdm(total=len(items), desc=name, unit="image", disable=not progress or len(plan) < 2) as bar:
+        for chosen in plan:
+            pixels = np.stack([_pixels(items[i]) for i in chosen])
+            scores[chosen] = checked_scores(scorer, name, pixels, [prompts[i] for i in chosen])
+            bar.update(len(chosen))
+    return scores
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as they are, and for each folder all images in it and below, ordered by path with numbers as numbers
+    (2.png before 10.png). Raises FileNotFoundError for a missing path or a folder without images."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = [p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+            if not inside:
+                raise FileNotFoundError(f"folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            found += sorted(inside, key=lambda p: [_natural(part) for part in p.parts])
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"image {path} does not exist")
+    return found
+
+
+def read_prompts(path: str | Path) -> list[str] | dict[str, list[str]]:
+    """Prompts from a file, or the HPSv2 benchmark's from a folder.
+
+    A .txt file has one on each line; .json is a list of texts; each line of .jsonl is a text or an object with
+    "prompt" or "caption". A folder holds anime.json, concept-art.json, paintings.json and photo.json, or some of
+    them, and gives style -> prompts; image 00012.jpg of a style belongs to its prompt 12, counted from 0.
+
+    Raises FileNotFoundError, or ValueError naming the file and the place in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = [path / f"{style}.json" for style in BENCHMARK_STYLES]
+        if not any(file.is_file() for file in files):
+            raise FileNotFoundError(f"folder {path} has none of {', '.join(file.name for file in files)}")
+        return {file.stem: _list(file, _text(file)) for file in files if file.is_file()}
+    readers = {".txt": _lines, ".json": _list, ".jsonl": _records}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"prompts {path}: expected a folder or a file that ends in {', '.join(readers)}")
+    return readers[path.suffix.lower()](path, _text(path))
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts {path} do not exist")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts {path} are not UTF-8: {error}") from None
+
+
+def _lines(path: Path, text: str) -> list[str]:
+    # Not splitlines(): a prompt may hold U+2028 and its like.
+    lines = [line.strip() for line in text.rstrip().split("\n")]
+    blank = [i for i, line in enumerate(lines, 1) if not line]
+    if blank:
+        raise ValueError(f"prompts {path}: line {blank[0]} is blank; use .json where a prompt is empty on purpose")
+    return lines
+
+
+def _list(path: Path, text: str) -> list[str]:
+    value = _json(text, str(path))
+    if not isinstance(value, list):
+        raise ValueError(f"prompts {path} hold a {type(value).__name__}, expected a list of texts")
+    wrong = [i for i, item in enumerate(value) if not isinstance(item, str)]
+    if wrong:
+        raise ValueError(f"prompts {path}: entry {wrong[0]} (counted from 0) is a {type(value[wrong[0]]).__name__}, "
+                         "expected a text")
+    return value
+
+
+def _records(path: Path, text: str) -> list[str]:
+    prompts = []
+    for number, line in enumerate(text.rstrip().split("\n"), 1):
+        value = _json(line, f"{path} line {number}")
+        if isinstance(value, dict):
+            value = value.get("prompt", value.get("caption"))
+        if not isinstance(value, str):
+            raise ValueError(f"prompts {path}: line {number} is neither a text nor an object with 'prompt'"
+                             " or 'caption'")
+        prompts.append(value)
+    return prompts
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"prompts {where} are not JSON: {error}") from None
+
+
+def _natural(text: str) -> list[tuple[int, int, str]]:
+    """'a10' -> a key that comes after that of 'a9'."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", text)
+    return [(0, int(part), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
+
+
+def _items(images: Any) -> list[Item]:
+    """A list of paths, PIL images and arrays; what is none of these is refused by its place."""
+    if isinstance(images, (str, Path)):
+        return find_images([images])
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}, expected uint8 [B, H, W, 3]")
+        return list(images)
+    items = [Path(item) if isinstance(item, str) else item for item in images]
+    for i, item in enumerate(items):
+        array = isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3
+        if not (array or isinstance(item, (Path, Image.Image))):
+            raise ValueError(f"image {i} is a {type(item).__name__}, expected a path, a PIL image or uint8 [H, W, 3]")
+    return items
+
+
+def _size(item: Item) -> tuple[int, int]:
+    """(width, height); of a file, from its header."""
+    if isinstance(item, np.ndarray):
+        return item.shape[1], item.shape[0]
+    if isinstance(item, Image.Image):
+        return item.size
+    if not item.is_file():
+        raise FileNotFoundError(f"image {item} does not exist")
+    try:
+        with Image.open(item) as image:
+            return image.size
+    except _UNREADABLE as error:
+        raise ValueError(f"image {item} cannot be read: {error}") from None
+
+
+def _pixels(item: Item) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    if isinstance(item, np.ndarray):
+        return item
+    if isinstance(item, Image.Image):
+        return np.asarray(item.convert("RGB"))
+    try:
+        with Image.open(item) as image:
+            return np.asarray(image.convert("RGB"))
+    except _UNREADABLE as error:
+        raise ValueError(f"image {item} cannot be read: {error}") from None

@@ -1,0 +1,152 @@
+"""A small server for the ``http`` scorer: any registered reward, in an environment of its own.
+
+    python -m rlproxi.rewards.serve_http --reward NAME --params '{"path": "..."}' --port 8100
+
+It knows no users: it listens on the loopback address unless told otherwise, and whoever reaches it may use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+from collections import OrderedDict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Sequence
+
+import numpy as np
+
+from . import wire
+from .base import RewardError, Scorer, build, checked_scores
+
+#: Answers that are kept for repetitions: a client that gave up waiting asks again and need not wait twice.
+KEPT_ANSWERS = 256
+
+
+class ScoringServer(ThreadingHTTPServer):
+    """POST scores a group, at any path; GET tells the reward's name and so that it is up.
+
+    Requests are read side by side and scored one after another: no scorer is ever run twice at a time.
+
+    Args:
+        scorer: what scores.
+        name: its name, for errors and for GET.
+        host, port: where to listen; port 0 takes a free one.
+        max_bytes: limit of a request's body, and of its images once they are decoded.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, scorer: Scorer, name: str, host: str = "127.0.0.1", port: int = 0, max_bytes: int = 256 * 2**20):
+        super().__init__((host, port), _Handler)
+        self.scorer, self.name, self.max_bytes = scorer, name, max_bytes
+        self._lock = threading.Lock()
+        self._answers: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.server_address[0]}:{self.server_address[1]}/"
+
+    def scores(self, images: np.ndarray, prompts: list[str], request: str) -> np.ndarray:
+        """float32 [B]; ``request`` is the content's hash. Raises RewardError."""
+        with self._lock:
+            if request not in self._answers:
+                self._answers[request] = checked_scores(self.scorer, self.name, images, prompts)
+                if len(self._answers) > KEPT_ANSWERS:
+                    self._answers.popitem(last=False)
+            return self._answers[request]
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # a client that went away is no fault
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds that a client may be silent in the middle of a request
+    server: ScoringServer
+
+    def do_GET(self) -> None:
+        self._answer(200, wire.JSON, json.dumps({"reward": self.server.name}).encode())
+
+    def do_POST(self) -> None:
+        length, media = self.headers.get("Content-Length", ""), wire.media_type(self.headers.get("Content-Type"))
+        if not (length.isascii() and length.isdigit()):
+            return self._refuse(411, "a Content-Length is needed")
+        if int(length) > self.server.max_bytes:
+            return self._refuse(413, f"the body has {length} bytes, {self.server.max_bytes} are allowed", int(length))
+        if media not in wire.CONTENT_TYPES.values():
+            return self._refuse(415, f"content type {media!r}: expected {wire.NPZ} or {wire.JSON}", int(length))
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            return self._refuse(400, f"the body ended after {len(body)} of {length} bytes")
+        try:
+            images, prompts = wire.decode_request(media, body, self.server.max_bytes)
+        except wire.WireError as error:
+            return self._answer(400, "text/plain; charset=utf-8", str(error).encode())
+        request = wire.request_id(images, prompts)  # of the content: a header could claim another's
+        try:
+            scores = self.server.scores(images, prompts, request)
+        except RewardError as error:
+            self.log_error("%s", str(error))
+            return self._answer(500, "text/plain; charset=utf-8", str(error).encode("utf-8", "replace"))
+        self._answer(200, media, wire.encode_scores(media, scores), request)
+
+    def _refuse(self, status: int, words: str, unread: int = 0) -> None:
+        """Answers without having read the body. Some of it is read first: many clients listen only after sending."""
+        left = min(unread, 2 * self.server.max_bytes)
+        while left > 0 and (chunk := self.rfile.read(min(left, 65536))):
+            left -= len(chunk)
+        self.close_connection = True
+        self._answer(status, "text/plain; charset=utf-8", words.encode())
+
+    def _answer(self, status: int, content_type: str, body: bytes, request: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        if request:
+            self.send_header("X-Request-Id", request)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_request(self, code="-", size="-") -> None:
+        if code != 200:  # a run makes thousands of good requests
+            super().log_request(code, size)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves until interrupted. Returns 0, or 2 for a reward that cannot be built or a port that cannot be had."""
+    parser = argparse.ArgumentParser(prog="python -m rlproxi.rewards.serve_http",
+                                     description="Serves one reward to the `http` scorer.")
+    parser.add_argument("--reward", required=True, metavar="NAME", help="a registered scorer")
+    parser.add_argument("--params", default="{}", metavar="JSON", help="its parameters, a JSON object")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8100, help="0 takes a free one (default 8100)")
+    parser.add_argument("--max-mb", type=int, default=256, metavar="N", help="limit of a request in MiB (default 256)")
+    arguments = parser.parse_args(argv)
+    try:
+        params = json.loads(arguments.params)
+        if not isinstance(params, dict):
+            raise ValueError(f"--params {arguments.params} is not a JSON object")
+        scorer = build(arguments.reward, params)
+        server = ScoringServer(scorer, arguments.reward, arguments.host, arguments.port, arguments.max_mb * 2**20)
+    except (ValueError, OSError, OverflowError) as error:
+        words = f"--params is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+        print(f"error: {words}", file=sys.stderr)
+        return 2
+    print(f"serving reward {arguments.reward!r} at {server.url}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
