@@ -22,14 +22,14 @@ class RewardReplica:
         name: what logs call it. kind, params: the registered scorer.
         timeout_s: a call that takes twice as long means that the scorer hangs; Serve then replaces the replica.
         partial: single missing scores come back as NaN instead of failing the group.
-        micro_batch: see ``config.Reward``.
+        micro_batch: see ``config.Reward``. threads: torch threads of the replica.
     """
 
     def __init__(self, name: str, kind: str, params: dict[str, Any], timeout_s: float, partial: bool,
-                 micro_batch: int | str | None):
+                 micro_batch: int | str | None, threads: int = 1):
         import torch
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         self.name, self.timeout_s, self.partial = name, timeout_s, partial
         self.scorer = build(kind, params)
         if isinstance(micro_batch, int):
@@ -89,7 +89,7 @@ def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
         apps[reward.name] = f"{run_id}-{reward.name}"
         app = _deployment(rewards, reward).bind(
             reward.name, reward.kind, reward.params, rewards.timeout_s, rewards.on_failure == "mask_sample",
-            reward.micro_batch)
+            reward.micro_batch, max(1, int(_own(reward.num_cpus, rewards.num_cpus))))
         targets.append(serve.RunTarget(app, apps[reward.name], route_prefix=None))
     serve.start(proxy_location="Disabled")
     try:
@@ -106,8 +106,7 @@ def _deployment(rewards: Rewards, reward: Reward):
     if reward.max_replicas:
         count = {"autoscaling_config": {"min_replicas": low, "max_replicas": reward.max_replicas,
                                         "target_ongoing_requests": 2}}
-    own = lambda value, general: general if value is None else value  # noqa: E731
-    actor = {"num_cpus": own(reward.num_cpus, rewards.num_cpus), "num_gpus": own(reward.num_gpus, rewards.num_gpus)}
+    actor = {"num_cpus": _own(reward.num_cpus, rewards.num_cpus), "num_gpus": _own(reward.num_gpus, rewards.num_gpus)}
     if reward.runtime_env:
         actor["runtime_env"] = reward.runtime_env
     # Requests wait in the replica, where the next one is at hand: a replica that is full makes Serve's router ask
@@ -116,6 +115,10 @@ def _deployment(rewards: Rewards, reward: Reward):
     return serve.deployment(RewardReplica, name="RewardReplica", max_ongoing_requests=16, ray_actor_options=actor,
                             health_check_period_s=2, graceful_shutdown_timeout_s=5,
                             logging_config={"log_level": "WARNING", "enable_access_log": False}, **count)
+
+
+def _own(value: Any, general: Any) -> Any:
+    return general if value is None else value
 
 
 def _own_words(error: BaseException) -> str:

@@ -1,5 +1,10 @@
 """Reward functions of a user's own, good and bad, for tests/system: workers import them by name."""
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import numpy as np
 
 
@@ -17,3 +22,37 @@ def half_broken(images, prompts):
 
 def all_broken(images, prompts):
     return brightness(images, prompts)[:-1]
+
+
+def darkness(images, prompts):
+    return 1 - brightness(images, prompts)
+
+
+def loud_brightness(images, prompts):
+    return 100 * brightness(images, prompts)
+
+
+def one_missing(images, prompts):
+    scores = brightness(images, prompts)
+    scores[1] = np.nan
+    return scores
+
+
+def _first_time() -> bool:
+    """True once for the file that the replica's environment names."""
+    marker = Path(os.environ["MARKER"])
+    new = not marker.exists()
+    marker.touch()
+    return new
+
+
+def dies_once(images, prompts):
+    if _first_time():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return brightness(images, prompts)
+
+
+def hangs_once(images, prompts):
+    if _first_time():
+        time.sleep(600)
+    return brightness(images, prompts)

@@ -8,7 +8,7 @@ from torch import nn
 
 from rlproxi.data import faces
 from rlproxi.data.faces import ATTRIBUTES
-from rlproxi.rewards import RewardError, build, checked_scores, names, register
+from rlproxi.rewards import RewardError, TorchScorer, build, checked_params, checked_scores, names, register
 from rlproxi.rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
 
 PROMPTS = ["a smiling person with pale skin", "a frowning person on a blue background",
@@ -290,3 +290,71 @@ def test_damaged_or_foreign_files_are_named(tmp_path, file):
         save_file(weights, bad, metadata=facts)
         with pytest.raises(ValueError, match="bad.safetensors is not a usable attribute classifier"):
             AttributeClassifier.load(bad)
+
+
+# -- parameters, provenance, tuning -------------------------------------------------------
+
+
+def test_parameters_are_typed_before_anything_is_built(file):
+    assert checked_params("jpeg", {"quality": 50}) == {"quality": 50}
+    with pytest.raises(ValueError, match=r"quality = 'high'"):
+        checked_params("jpeg", {"quality": "high"})
+    with pytest.raises(ValueError, match="it takes no 'qualiti', did you mean 'quality'"):
+        checked_params("jpeg", {"qualiti": 3})
+
+
+class Mean(TorchScorer):
+    """Counts its forwards; the score is the mean pixel."""
+
+    def __init__(self, **options):
+        super().__init__(nn.Identity(), **options)
+        self.seen: list[int] = []
+
+    def rewards(self, pixels, prompts):
+        self.seen.append(len(pixels))
+        return pixels.mean((1, 2, 3))
+
+
+def test_a_torch_scorer_scores_in_micro_batches_that_change_nothing():
+    images = pictures(7)
+    small, large = Mean(device="cpu", micro_batch=3), Mean(device="cpu", micro_batch=32)
+    assert np.array_equal(small.score(images, ["x"] * 7), large.score(images, ["x"] * 7))
+    assert small.seen == [3, 3, 1] and large.seen == [7]
+    assert large.score(images, ["x"] * 7) == pytest.approx(images.mean((1, 2, 3)) / 255, abs=1e-6)
+    assert large.score(images[:0], []).shape == (0,)
+    with pytest.raises(ValueError, match="micro_batch is 0"):
+        Mean(device="cpu", micro_batch=0)
+
+
+def test_the_micro_batch_is_the_smallest_near_the_best_throughput(monkeypatch):
+    """Seconds of a call: 1 for each forward and 0.01 for each image; so the whole request at once is best."""
+    from rlproxi.rewards import tuning
+
+    scorer = Mean(device="cpu")
+    monkeypatch.setattr(tuning, "_seconds", lambda s, images, prompts: -(-len(images) // s.micro_batch) + 0.01 * len(images))
+    rates = tuning.tune_micro_batch(scorer, pictures(6), ["x"] * 6)
+    assert list(rates) == [1, 2, 4, 6] and scorer.micro_batch == 6
+    assert rates[2] == pytest.approx(6 / 3.06)
+    monkeypatch.setattr(tuning, "_seconds", lambda s, images, prompts: 1.0 if s.micro_batch > 1 else 1.04)
+    tuning.tune_micro_batch(scorer, pictures(6), ["x"] * 6)
+    assert scorer.micro_batch == 1, "within 5 % of the best"
+
+
+def test_partial_answers_keep_what_is_there():
+    scores = checked_scores(Fixed([1.0, float("nan"), float("inf")]), "x", pictures(), PROMPTS, partial=True)
+    assert scores.dtype == np.float32 and scores[0] == 1 and np.isnan(scores[1:]).all()
+    with pytest.raises(RewardError, match="returned 3 scores that are NaN"):
+        checked_scores(Fixed([float("nan")] * 3), "x", pictures(), PROMPTS, partial=True)
+
+
+def test_provenance_hashes_the_checkpoint(tmp_path):
+    import hashlib
+
+    from rlproxi.rewards import provenance
+
+    (tmp_path / "weights").write_bytes(b"abc")
+    scorer = Mean(device="cpu", files=[tmp_path / "weights"])
+    facts = provenance(scorer)
+    assert facts[str(tmp_path / "weights")] == hashlib.sha256(b"abc").hexdigest()
+    assert facts["class"].endswith(".Mean")
+    assert set(provenance(build("jpeg"))) == {"class"}

@@ -40,3 +40,55 @@ def test_a_run_without_scores_stops_and_says_why(rl, capsys):
 def test_a_reward_that_cannot_start(start, from_smoke, capsys):
     start("run.stages=[rl]", from_smoke[0], "rewards.train=[{name: atributes}]", code=2)
     assert "did you mean 'attributes'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("function, timeout", [("dies_once", 60), ("hangs_once", 3)])
+def test_a_replica_that_dies_or_hangs_is_replaced_and_no_group_is_lost(start, from_smoke, tmp_path, function, timeout):
+    reward = (f"rewards.train=[{{name: mine, scorer: python, params: {{function: 'reward_functions:{function}'}}, "
+              f"runtime_env: {{env_vars: {{MARKER: '{tmp_path / 'marker'}'}}}}}}]")
+    run = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], reward, "rewards.heldout=[]",
+                f"rewards.timeout_s={timeout}", "rewards.retries=6")
+    plain = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0],
+                  "rewards.train=[{name: mine, scorer: python, params: {function: 'reward_functions:brightness'}}]",
+                  "rewards.heldout=[]")
+    assert (tmp_path / "marker").exists()
+    for key in ("reward/mean", "reward/mine", "groups/masked", "samples/masked", "loss", "grad_norm"):
+        assert run.series("rl", key) == plain.series("rl", key), key
+    assert list(run.series("rl", "groups/masked")[1]) == [0, 0]
+
+
+def test_single_samples_are_masked_by_policy(rl):
+    run = rl("one_missing", "rewards.on_failure=mask_sample")
+    assert list(run.series("rl", "samples/masked")[1]) == [8] * 4, "one of each of the 8 groups"
+    assert list(run.series("rl", "groups/masked")[1]) == [0] * 4
+    assert all(g > 0 for g in run.series("rl", "grad_norm")[1])
+
+
+def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_smoke):
+    path = from_smoke[1].split("path: ")[1].rstrip("}]")
+    run = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], "rewards.normalize=group",
+                "rewards.train=[{name: loud, scorer: python, params: {function: 'reward_functions:loud_brightness'}}, "
+                f"{{name: attributes, micro_batch: auto, params: {{path: {path}}}}}]", "rewards.heldout=[]")
+    loud, attributes = (run.series("rl", f"reward/{name}")[1] for name in ("loud", "attributes"))
+    assert min(loud) > 10 and max(attributes) < 1
+    # Both standardised in their groups: the mean of the sum is 0, whatever the scales.
+    assert run.series("rl", "reward/mean")[1] == pytest.approx([0, 0], abs=1e-5)
+    told = {r["name"]: r for r in run.records if r["event"] == "reward"}
+    assert told["loud"]["scorer"] == "python" and len(told["attributes"][path]) == 64
+    assert set(told["attributes"]["images_per_second"]) == {"1", "2", "4"}
+
+
+def test_over_optimisation_raises_the_alarm_keeps_the_best_and_ends_early(start, from_smoke, capsys):
+    function = "{{name: {0}, scorer: python, params: {{function: 'reward_functions:{0}'}}}}".format
+    run = start("run.stages=[before, rl, after]", "evaluate.every=1", "grpo.steps=12", "grpo.lr=3.0e-3",
+                from_smoke[0], f"rewards.train=[{function('brightness')}]", f"rewards.heldout=[{function('darkness')}]",
+                "evaluate.patience=2", "evaluate.alarm_sigmas=0.1")
+    alarms = [r for r in run.records if r["event"] == "alarm"]
+    assert alarms and "over-optimisation: the held-out reward fell" in alarms[0]["message"]
+    trained = max(run.series("rl", "reward/mean")[0])
+    assert trained < 12, "evaluate.patience ends it"
+    best = [r["step"] for r in run.records if r["event"] == "best"]
+    assert alarms[-1]["best"] == max([0, *best]) < trained
+    assert (run.folder / "models" / "best").is_dir() == bool(best)
+    assert (run.folder / "models" / "final").is_dir() and run.evaluation("after")["iteration"] == trained
+    assert "ALARM" in capsys.readouterr().out
