@@ -1,6 +1,6 @@
 """Rewards: one protocol, one registry. Importing this package registers the built-in scorers."""
 
-from . import attributes, http, jpeg  # noqa: F401  (registration)
+from . import aesthetic, attributes, clip_score, hpsv2, http, imagereward, jpeg, pickscore  # noqa: F401  (registration)
 from .base import (RewardError, Scorer, TorchScorer, build, checked_params, checked_scores, names, provenance,
                    register)
 

@@ -1,0 +1,81 @@
+"""LAION's improved aesthetic predictor: how an image would be rated from 1 to 10, whatever its prompt.
+
+The definition is christophschuhmann/improved-aesthetic-predictor, its file simple_inference.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..models.precision import autocast
+from .base import register
+from .clip import ClipScorer, shortest_side
+from .clip_score import load_clip
+from .hub import reason, weight_files
+
+#: The widths of the predictor behind CLIP's 768 features.
+WIDTHS = (768, 1024, 128, 64, 16, 1)
+
+
+def aesthetic_head(file: str | Path) -> nn.Sequential:
+    """The predictor: five linear layers with nothing between them, float32.
+
+    The authors train it with dropout and comment its activations out, so that in evaluation it is one affine map; it
+    is kept as their layers, because that is what their file holds: ``layers.0``, ``.2``, ``.4``, ``.6``, ``.7``.
+
+    Raises FileNotFoundError, or ValueError naming what does not fit.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"predictor {str(file)!r} is no file; it is sac+logos+ava1-l14-linearMSE.pth of "
+                                "github.com/christophschuhmann/improved-aesthetic-predictor")
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
+        raise ValueError(f"predictor {file} is not a torch checkpoint of plain tensors: {reason(error)}") from None
+    layers = dict(zip((0, 2, 4, 6, 7), zip(WIDTHS, WIDTHS[1:])))  # 1, 3 and 5 are dropout
+    wanted = {f"layers.{i}.{part}": shape for i, (a, b) in layers.items()
+              for part, shape in (("weight", (b, a)), ("bias", (b,)))}
+    stored = stored if isinstance(stored, dict) else {}
+    held = {key: tuple(getattr(value, "shape", ())) for key, value in stored.items()}
+    if held != wanted:
+        wrong = [f"{key} is {held.get(key, 'missing')}, not {wanted.get(key, 'expected')}"
+                 for key in {**wanted, **held} if held.get(key) != wanted.get(key)]
+        raise ValueError(f"predictor {file} is not the 768-1024-128-64-16-1 predictor: {'; '.join(wrong[:3])}")
+    head = nn.Sequential(*(nn.Linear(a, b, device="meta") for a, b in layers.values()))
+    for layer, i in zip(head, layers):
+        layer.load_state_dict({part: stored[f"layers.{i}.{part}"].float() for part in ("weight", "bias")}, assign=True)
+    return head
+
+
+@register("aesthetic")
+class Aesthetic(ClipScorer):
+    """Rating predicted from the unit features of CLIP ViT-L/14: about 1 to 10, photographs usually 4 to 7.
+
+    Args:
+        predictor: the authors' file sac+logos+ava1-l14-linearMSE.pth.
+        clip: a folder with the transformers CLIPModel of ViT-L/14, or a hub id.
+        eight_bit: whether the resized image is rounded to 8 bits as the authors' is (``shortest_side``).
+        options: device, precision, micro_batch (``TorchScorer``).
+    """
+
+    def __init__(self, predictor: str, clip: str = "openai/clip-vit-large-patch14", eight_bit: bool = True, **options):
+        head = aesthetic_head(predictor)
+        model, folder = load_clip(clip, "clip")
+        if model.config.projection_dim != WIDTHS[0]:
+            raise ValueError(f"clip {clip!r} has {model.config.projection_dim} features; the predictor takes the "
+                             f"{WIDTHS[0]} of ViT-L/14, openai/clip-vit-large-patch14")
+        model.text_model = model.text_projection = None  # prompts are not looked at
+        super().__init__(model, [Path(predictor), *weight_files(folder)], **options)
+        self._ready(None)
+        self.head = head.requires_grad_(False).to(self.device)  # stays float32: it makes the score
+        self.eight_bit = eight_bit
+
+    def rewards(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """pixels float32 [B, 3, H, W] in [0, 1] -> float32 [B], differentiable in pixels; prompts are not used."""
+        features = self.image_features(shortest_side(pixels, self.size, self.eight_bit))
+        with autocast(torch.float32, self.device):  # off, whatever the caller computes in
+            return self.head(features)[:, 0]

@@ -1,0 +1,142 @@
+"""Checkpoints in open_clip's names, loaded into transformers' CLIP.
+
+open_clip itself needs torchvision, which the core does without. The two libraries hold the same network: open_clip
+keeps queries, keys and values in one matrix and its projections transposed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hub import reason
+
+#: Vision widths whose heads are not 64 wide, from open_clip's model configs (H-14, g-14, bigG-14).
+_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+
+_OUTER = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.proj": "visual_projection.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "text_projection": "text_projection.weight",
+    "logit_scale": "logit_scale",
+    **{f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias") for ours, theirs in (
+        ("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"),
+        ("ln_final", "text_model.final_layer_norm"))},
+}
+_INNER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+          "attn.out_proj": "self_attn.out_proj"}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
+
+
+def open_clip_config(state_dict: dict[str, Tensor], config: dict[str, Any] | None = None):
+    """transformers' CLIPConfig of a checkpoint in open_clip's names, read off its shapes.
+
+    Shapes do not tell the width of a head nor the activation. They follow open_clip's published configs: heads are
+    64 wide, in the vision towers H-14, g-14 and bigG-14 80, 88 and 104; the activation is GELU. ``config``, in
+    open_clip's layout, overrides them: ``vision_cfg.head_width``, ``text_cfg.heads``, ``quick_gelu``.
+
+    Raises ValueError where a tensor is missing that the sizes are read from.
+    """
+    from transformers import CLIPConfig
+
+    config = config or {}
+    try:
+        patches = state_dict["visual.conv1.weight"].shape
+        positions, width = state_dict["visual.positional_embedding"].shape
+        context, text_width = state_dict["positional_embedding"].shape
+        vocabulary = len(state_dict["token_embedding.weight"])
+        embed = state_dict["text_projection"].shape[1]
+        inner = [state_dict[f"{tower}transformer.resblocks.0.mlp.c_fc.weight"].shape[0] for tower in ("visual.", "")]
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"this is no open_clip checkpoint of a ViT: {error} is missing or of another shape; it holds "
+                         f"{', '.join(list(state_dict)[:5])}, ...") from None
+    head = config.get("vision_cfg", {}).get("head_width") or _HEAD_WIDTHS.get(width, 64)
+    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    shared = {"projection_dim": embed, "hidden_act": activation}
+    return CLIPConfig(
+        projection_dim=embed,
+        vision_config=dict(hidden_size=width, intermediate_size=inner[0], num_attention_heads=max(1, width // head),
+                           num_hidden_layers=_layers(state_dict, "visual."), patch_size=patches[-1],
+                           image_size=math.isqrt(positions - 1) * patches[-1], **shared),
+        text_config=dict(hidden_size=text_width, intermediate_size=inner[1], vocab_size=vocabulary,
+                         num_attention_heads=config.get("text_cfg", {}).get("heads") or max(1, text_width // 64),
+                         num_hidden_layers=_layers(state_dict, None), max_position_embeddings=context,
+                         bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, **shared))
+
+
+def _layers(state_dict: dict[str, Tensor], tower: str | None) -> int:
+    found = (_BLOCK.fullmatch(key) for key in state_dict)
+    return 1 + max(int(match[2]) for match in found if match and match[1] == tower)
+
+
+def open_clip_to_transformers(state_dict: dict[str, Tensor], config: dict[str, Any] | None = None):
+    """A checkpoint in open_clip's names -> (transformers' CLIPConfig, the state dict of its CLIPModel).
+
+    Keys without a counterpart keep their names, so that loading names them. ``config``: as in ``open_clip_config``.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        match = _BLOCK.fullmatch(key)
+        if key in _OUTER:
+            renamed[_OUTER[key]] = value.T.contiguous() if key in ("visual.proj", "text_projection") else value
+        elif match:
+            layer = f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}"
+            name, part = match[3].rsplit(".", 1)
+            if match[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):
+                for letter, third in zip("qkv", value.chunk(3)):
+                    renamed[f"{layer}.self_attn.{letter}_proj.{part.removeprefix('in_proj_')}"] = third.contiguous()
+            else:
+                renamed[f"{layer}.{_INNER.get(name, name)}.{part}"] = value
+        else:
+            renamed[key] = value
+    return open_clip_config(state_dict, config), renamed
+
+
+def load_open_clip(file: str | Path, config: dict[str, Any] | None = None):
+    """transformers' CLIPModel, float32, from a torch file {"state_dict": weights in open_clip's names}.
+
+    Raises ValueError for a file that is damaged, that holds something else, or whose weights do not fit.
+    """
+    return clip_model(*open_clip_to_transformers(read_state_dict(file), config), file)
+
+
+def read_state_dict(file: str | Path) -> dict[str, Tensor]:
+    """The float32 tensors under "state_dict" of a torch file. Raises ValueError where it holds something else."""
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
+        raise ValueError(f"{file} is not a torch checkpoint of plain tensors: {reason(error)}") from None
+    weights = stored.get("state_dict") if isinstance(stored, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        held = list(stored)[:5] if isinstance(stored, dict) else type(stored).__name__
+        raise ValueError(f"{file} has no key 'state_dict' with tensors; it holds {held}")
+    return {name: value.float() for name, value in weights.items()}
+
+
+def clip_model(config, weights: dict[str, Tensor], file: str | Path):
+    """CLIPModel of ``config`` with exactly ``weights``, without ever holding random ones: ViT-H-14 is 4 GB."""
+    from transformers import CLIPModel
+
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    wanted = {name: value.shape for name, value in model.state_dict().items()}
+    missing, foreign = [k for k in wanted if k not in weights], [k for k in weights if k not in wanted]
+    wrong = [f"{k} is {tuple(weights[k].shape)}, not {tuple(wanted[k])}" for k in wanted
+             if k in weights and weights[k].shape != wanted[k]]
+    if missing or foreign or wrong:
+        told = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+                for what, keys in (("missing", missing), ("unexpected", foreign), ("other shape", wrong)) if keys]
+        raise ValueError(f"{file} does not fit a CLIP of the sizes it shows; {'; '.join(told)}")
+    model.load_state_dict(weights, assign=True)
+    for part in (model.text_model.embeddings, model.vision_model.embeddings):  # not among the weights
+        part.position_ids = torch.arange(part.position_ids.shape[-1])[None]
+    return model
