@@ -56,3 +56,10 @@ def hangs_once(images, prompts):
     if _first_time():
         time.sleep(600)
     return brightness(images, prompts)
+
+
+def loud_smallness(images, prompts):
+    """Minus a hundred times the size of the JPEG in kilobytes."""
+    from rlproxi.rewards import build
+
+    return 100 * build("jpeg").score(images, prompts)

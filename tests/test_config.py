@@ -81,6 +81,10 @@ def test_every_mistake_is_named_at_once():
     ("data.size=36", "data.size 36 must be a multiple of 8"),
     ("rewards.heldout=[{'name':'attributes'}]", "must not be a training reward"),
     ("rewards.train=[]", "rewards.train"),
+    ("rewards.train=[{'name':'jpeg'},{'name':'jpeg'}]", "jpeg appears twice; give each a name of its own"),
+    ("rewards.train=[{'name':'jpeg','replicas':3,'max_replicas':2}]", "max_replicas 2 below its 3 replicas"),
+    ("rewards.on_failure=zero", "rewards.on_failure = 'zero'"),
+    ("rewards.normalize=std", "rewards.normalize = 'std'"),
     ("run.stages=[pretrian]", "run.stages.0 = 'pretrian'"),
 ])
 def test_what_cannot_run_is_refused_in_words(override, words):

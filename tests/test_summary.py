@@ -145,3 +145,13 @@ def test_the_front_door_needs_neither_ray_nor_actors_to_refuse():
                "assert not {'ray', 'actors'} & set(sys.modules), 'Ray was imported to refuse a file name'")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_scorer_does_not_take_is_refused_before_ray_is_asked(capsys, tmp_path):
+    start = [f"run.dir={tmp_path}", "--dry-run"]
+    for reward, words in (("{name: atributes}", "rewards.train.0: reward 'atributes' is unknown; did you mean 'attributes'"),
+                          ("{name: jpeg, params: {qualty: 3}}", "it takes no 'qualty', did you mean 'quality'"),
+                          ("{name: mine, scorer: python}", "'function' is missing")):
+        assert run.main([f"rewards.train=[{reward}]", *start]) == 2
+        assert words in capsys.readouterr().err
+    assert run.main(["rewards.train=[{name: mine, scorer: jpeg}]", *start]) == 0

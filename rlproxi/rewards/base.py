@@ -205,7 +205,8 @@ class FunctionReward:
         try:
             self.function = getattr(importlib.import_module(module), attribute)
         except Exception as error:  # whatever the user's module raises while it is imported
-            raise ValueError(f"reward function {function!r} cannot be imported: {type(error).__name__}: {error}") from None
+            told = f"{type(error).__name__}: {error}"
+            raise ValueError(f"reward function {function!r} cannot be imported: {told}") from None
         if not callable(self.function):
             raise ValueError(f"reward function {function!r} is a {type(self.function).__name__}, not a function")
 

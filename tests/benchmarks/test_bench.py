@@ -32,7 +32,7 @@ def test_precisions_are_compared_on_the_same_network():
 
 
 def test_bare_work_is_one_iterations_forwards_and_backwards(monkeypatch, tmp_path):
-    """Two micro-batches of two groups, three sampling steps, both actions trained; one process for each learner rank."""
+    """Two micro-batches of two groups, three sampling steps, both actions trained; a process for each rank."""
     calls = []
     monkeypatch.setattr(bench, "_barrier", threading.Barrier(1), raising=False)
     monkeypatch.setattr(bench._Shapes, "forward", lambda self, times=1: calls.append(f"{times} forwards"))

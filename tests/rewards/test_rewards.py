@@ -331,7 +331,8 @@ def test_the_micro_batch_is_the_smallest_near_the_best_throughput(monkeypatch):
     from rlproxi.rewards import tuning
 
     scorer = Mean(device="cpu")
-    monkeypatch.setattr(tuning, "_seconds", lambda s, images, prompts: -(-len(images) // s.micro_batch) + 0.01 * len(images))
+    cost = lambda s, images, prompts: -(-len(images) // s.micro_batch) + 0.01 * len(images)  # noqa: E731
+    monkeypatch.setattr(tuning, "_seconds", cost)
     rates = tuning.tune_micro_batch(scorer, pictures(6), ["x"] * 6)
     assert list(rates) == [1, 2, 4, 6] and scorer.micro_batch == 6
     assert rates[2] == pytest.approx(6 / 3.06)
