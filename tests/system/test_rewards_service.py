@@ -42,18 +42,23 @@ def test_a_reward_that_cannot_start(start, from_smoke, capsys):
     assert "did you mean 'attributes'" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def undisturbed(start, from_smoke):
+    """Two iterations with a reward that always answers."""
+    return start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], "rewards.heldout=[]",
+                 "rewards.train=[{name: mine, scorer: python, params: {function: 'reward_functions:brightness'}}]")
+
+
 @pytest.mark.parametrize("function, timeout", [("dies_once", 60), ("hangs_once", 3)])
-def test_a_replica_that_dies_or_hangs_is_replaced_and_no_group_is_lost(start, from_smoke, tmp_path, function, timeout):
+def test_a_replica_that_dies_or_hangs_is_replaced_and_no_group_is_lost(start, from_smoke, undisturbed, tmp_path,
+                                                                       function, timeout):
     reward = (f"rewards.train=[{{name: mine, scorer: python, params: {{function: 'reward_functions:{function}'}}, "
               f"runtime_env: {{env_vars: {{MARKER: '{tmp_path / 'marker'}'}}}}}}]")
     run = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], reward, "rewards.heldout=[]",
                 f"rewards.timeout_s={timeout}", "rewards.retries=6")
-    plain = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0],
-                  "rewards.train=[{name: mine, scorer: python, params: {function: 'reward_functions:brightness'}}]",
-                  "rewards.heldout=[]")
     assert (tmp_path / "marker").exists()
     for key in ("reward/mean", "reward/mine", "groups/masked", "samples/masked", "loss", "grad_norm"):
-        assert run.series("rl", key) == plain.series("rl", key), key
+        assert run.series("rl", key) == undisturbed.series("rl", key), key
     assert list(run.series("rl", "groups/masked")[1]) == [0, 0]
 
 
