@@ -109,9 +109,8 @@ def _deployment(rewards: Rewards, reward: Reward):
     actor = {"num_cpus": _own(reward.num_cpus, rewards.num_cpus), "num_gpus": _own(reward.num_gpus, rewards.num_gpus)}
     if reward.runtime_env:
         actor["runtime_env"] = reward.runtime_env
-    # Requests wait in the replica, where the next one is at hand: a replica that is full makes Serve's router ask
-    # again and again, which cost more than the scoring of small images. A replica's health is asked often, because
-    # a scorer that hangs holds back a whole step.
+    # The client limits what is under way, not Serve: a replica that is full makes its router ask again and again. A
+    # replica's health is asked often, because a scorer that hangs holds back a whole step.
     return serve.deployment(RewardReplica, name="RewardReplica", max_ongoing_requests=16, ray_actor_options=actor,
                             health_check_period_s=2, graceful_shutdown_timeout_s=5,
                             logging_config={"log_level": "WARNING", "enable_access_log": False}, **count)
@@ -140,6 +139,10 @@ class RewardClient:
     def __init__(self, rewards: Rewards, apps: dict[str, str]):
         self.rewards = rewards
         self.handles = {name: serve.get_app_handle(app) for name, app in apps.items()}
+        # Two requests under way for each replica: while one is scored, the next arrives. More would only wait inside the
+        # replica, and rewards.timeout_s would count the waiting.
+        self.places = {r.name: asyncio.Semaphore(2 * (r.max_replicas or r.replicas or rewards.replicas))
+                       for r in [*rewards.train, *rewards.heldout]}
 
     async def score(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
         """float32 [G] of one scorer for one group. Raises RewardError when retries are used up."""
@@ -157,9 +160,10 @@ class RewardClient:
         for attempt in range(self.rewards.retries + 1):
             if attempt:
                 await asyncio.sleep(0.5 * 2 ** (attempt - 1))
-            response = getattr(self.handles[name], method).remote(*arguments)
             try:
-                return await asyncio.wait_for(response, self.rewards.timeout_s)
+                async with self.places[name]:
+                    response = getattr(self.handles[name], method).remote(*arguments)
+                    return await asyncio.wait_for(response, self.rewards.timeout_s)
             except asyncio.TimeoutError:
                 last = RewardError(f"reward {name!r} took longer than rewards.timeout_s = {self.rewards.timeout_s}")
             except Exception as error:  # Serve wraps what the replica raised, and its own faults, in many classes.
