@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.guard import Evaluated, OverOptimisation
 from rlproxi.algorithms.requests import SampleRequest, split_request
-from rlproxi.config import Config
+from rlproxi.config import Config, Reward
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
 from rlproxi.rewards import RewardError
@@ -61,6 +61,7 @@ class Conductor:
             self.idle.put_nowait(actor)
         self.changed = asyncio.Condition()
         self.version: int | None = None
+        self.begun: int | None = None  # the iteration that the learner started from
         self.ready: dict[int, dict[int, Scored]] = {}
         self.stopped: str | None = None
         self.finished = False  # held-out rewards have fallen for too long; what is trained so far is saved
@@ -72,11 +73,14 @@ class Conductor:
     async def connect(self, apps: dict[str, str]) -> int:
         """Takes the names of the deployed rewards; returns the number of rollout actors once all have loaded the model."""
         self.client = RewardClient(self.config.rewards, apps)
-        for reward in [*self.config.rewards.train, *self.config.rewards.heldout]:
-            facts = await self.client.provenance(reward.name)
-            self.scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
+        await self._tell_provenance([*self.config.rewards.train, *self.config.rewards.heldout])
         await asyncio.gather(*(actor.ready.remote() for actor in self.rollouts))
         return len(self.rollouts)
+
+    async def _tell_provenance(self, rewards: list[Reward]) -> None:
+        for reward in rewards:
+            facts = await self.client.provenance(reward.name)
+            self.scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
 
     # -- the learner's side ---------------------------------------------------------------
 
@@ -91,7 +95,7 @@ class Conductor:
         self.tasks.clear()
         self.ready.clear()
         self.budget.used = 0
-        self.version = iteration
+        self.version = self.begun = iteration
         self.guard = self._new_guard()
         for seen in heldout.evaluated(self.run_dir, self.config, iteration):
             self.guard.see(seen)
@@ -144,6 +148,9 @@ class Conductor:
         }
         self.last_commit = now
         self.scribe.append.remote("metrics", record)
+        if iteration == self.begun:
+            # By now they have measured their micro-batch.
+            await self._tell_provenance([r for r in self.config.rewards.train if r.micro_batch == "auto"])
         self.budget.give_back(len(entries) * grpo.bytes_per_micro_batch(self.config))
         async with self.changed:
             self.version = iteration + 1

@@ -95,8 +95,11 @@ def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
     try:
         serve.run_many(targets)
     except RuntimeError as error:
+        # The error says which application failed; what its scorer said is in the status of its deployment.
+        running = serve.status().applications
+        told = [d.message for app in apps.values() if app in running for d in running[app].deployments.values()]
         withdraw(apps)
-        raise RuntimeError(_own_words(error)) from None
+        raise RuntimeError(_own_words(RuntimeError("\n".join([str(error), *told])))) from None
     return apps
 
 

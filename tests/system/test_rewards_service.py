@@ -37,9 +37,11 @@ def test_a_run_without_scores_stops_and_says_why(rl, capsys):
     assert not run.series("rl", "loss")[1]
 
 
-def test_a_reward_that_cannot_start(start, from_smoke, capsys):
-    start("run.stages=[rl]", from_smoke[0], "rewards.train=[{name: atributes}]", code=2)
-    assert "did you mean 'attributes'" in capsys.readouterr().err
+def test_a_reward_that_cannot_start_says_so_in_its_own_words(start, from_smoke, capsys):
+    start("run.stages=[rl]", from_smoke[0], "rewards.train=[{name: attributes, params: {path: /no/such.file}}]",
+          "rewards.heldout=[]", code=2)
+    told = capsys.readouterr().err
+    assert "error: rewards: FileNotFoundError: classifier '/no/such.file' is missing" in told and "Traceback" not in told
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,7 @@ def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_s
     # Both standardised in their groups: the mean of the sum is 0, whatever the scales.
     assert run.series("rl", "reward/mean")[1] == pytest.approx([0, 0], abs=1e-5)
     told = {r["name"]: r for r in run.records if r["event"] == "reward"}
+    # The newest record of each; a tuned scorer tells again when it has measured.
     assert told["loud"]["scorer"] == "python" and len(told["attributes"][path]) == 64
     assert set(told["attributes"]["images_per_second"]) == {"1", "2", "4"}
 
