@@ -65,7 +65,7 @@ class Conductor:
         self.ready: dict[int, dict[int, Scored]] = {}
         self.stopped: str | None = None
         self.finished = False  # held-out rewards have fallen for too long; what is trained so far is saved
-        self.guard = self._new_guard()
+        self.guard = self._guard_of(config.grpo.steps)
         self.loop: asyncio.Task | None = None
         self.tasks: set[asyncio.Task] = set()
         self.last_commit = time.time()
@@ -96,9 +96,7 @@ class Conductor:
         self.ready.clear()
         self.budget.used = 0
         self.version = self.begun = iteration
-        self.guard = self._new_guard()
-        for seen in heldout.evaluated(self.run_dir, self.config, iteration):
-            self.guard.see(seen)
+        self.guard = self._guard_of(iteration)
         self.last_commit = time.time()
         self.scribe.append.remote("resume", {"stage": "rl", "step": iteration})
         self.loop = asyncio.create_task(self._guard(self._dispatch(iteration)))
@@ -308,8 +306,12 @@ class Conductor:
 
     # -- over-optimisation ----------------------------------------------------------------
 
-    def _new_guard(self) -> OverOptimisation:
-        return OverOptimisation(self.config.evaluate.alarm_sigmas, self.config.evaluate.patience)
+    def _guard_of(self, upto: int) -> OverOptimisation:
+        """A guard that has seen what the run directory holds up to iteration ``upto``: a resumed run's knows the best."""
+        guard = OverOptimisation(self.config.evaluate.alarm_sigmas, self.config.evaluate.patience)
+        for seen in heldout.evaluated(self.run_dir, self.config, upto):
+            guard.see(seen)
+        return guard
 
     async def _watch(self, now: Evaluated | None) -> None:
         """Shows an evaluation to the guard; keeps the best model and passes an alarm on."""

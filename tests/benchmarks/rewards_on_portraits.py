@@ -1,11 +1,11 @@
 """Several rewards at once, and one that can be gamed, on the embedded portraits: the figures of docs/rewards/README.md.
 
-    python tests/benchmarks/rewards_on_portraits.py RUN_DIR [--iterations 60] [--out docs/images]
+    python tests/benchmarks/rewards_on_portraits.py RUN_DIR [--iterations 40] [--weight 0.35] [--base FOLDER]
 
 starts three short RL runs from the pre-trained model of a finished quickstart run:
 
-- ``none`` and ``group``: `attributes` (spread in a group about 0.1) beside JPEG smallness times 100 (spread about 10),
-  without and with rewards.normalize=group;
+- ``none`` and ``group``: `attributes` beside JPEG smallness times 100, whose ``weight`` is the smaller, without and with
+  rewards.normalize=group;
 - ``hacked``: JPEG smallness alone at three times the learning rate. The quickest way to a small file is an empty
   picture, so the judge must fall, the alarm go off, and models/best stay.
 """
@@ -18,12 +18,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LOUD = "{name: smallness, scorer: python, params: {function: 'reward_functions:loud_smallness'}}"
+LOUD = "{{name: smallness, scorer: python, weight: {weight}, params: {{function: 'reward_functions:loud_smallness'}}}}"
 
 
 def go(start: Path, base: Path, name: str, iterations: int, *overrides: str) -> Path:
-    """One RL run from the models of ``start``; returns its run directory."""
+    """One RL run from the models of ``start``; returns its run directory, that of an earlier call where it finished."""
     from rlproxi.run import main
+
+    for folder in base.glob(f"{name}-*"):
+        if (folder / "report.html").is_file():
+            return folder
 
     judge = f"{{name: judge, params: {{path: {start / 'models' / 'judge.safetensors'}}}}}"
     code = main([str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={base}", f"run.name={name}",
@@ -89,16 +93,18 @@ def draw(none: Path, group: Path, hacked: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--weight", type=float, default=0.35, help="of the loud reward; the other's is 1")
+    parser.add_argument("--base", type=Path, help="where the runs go; finished ones there are not run again")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args()
     # Replicas import tests/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    start, base = options.run_dir.resolve(), Path(tempfile.mkdtemp(prefix="rewards-"))
+    start, base = options.run_dir.resolve(), options.base or Path(tempfile.mkdtemp(prefix="rewards-"))
     attributes = f"{{name: attributes, params: {{path: {start / 'models' / 'reward.safetensors'}}}}}"
-    both = f"rewards.train=[{attributes}, {LOUD}]"
+    both = f"rewards.train=[{attributes}, {LOUD.format(weight=options.weight)}]"
     runs = {name: go(start, base, name, options.iterations, both, f"rewards.normalize={name}") for name in ("none", "group")}
-    runs["hacked"] = go(start, base, "hacked", options.iterations, f"rewards.train=[{LOUD}]", "grpo.lr=3.0e-4",
+    runs["hacked"] = go(start, base, "hacked", options.iterations, f"rewards.train=[{LOUD.format(weight=1)}]", "grpo.lr=3.0e-4",
                         "evaluate.patience=3")
     for name, run_dir in runs.items():
         tell(name, run_dir)
