@@ -148,7 +148,7 @@ class Conductor:
         self.scribe.append.remote("metrics", record)
         if iteration == self.begun:
             # By now they have measured their micro-batch.
-            await self._tell_provenance([r for r in self.config.rewards.train if r.micro_batch == "auto"])
+            await self._tell_provenance([r for r in self.config.rewards.train if r.tune_micro_batch])
         self.budget.give_back(len(entries) * grpo.bytes_per_micro_batch(self.config))
         async with self.changed:
             self.version = iteration + 1

@@ -22,19 +22,17 @@ class RewardReplica:
         name: what logs call it. kind, params: the registered scorer.
         timeout_s: a call that takes twice as long means that the scorer hangs; Serve then replaces the replica.
         partial: single missing scores come back as NaN instead of failing the group.
-        micro_batch: see ``config.Reward``. threads: torch threads of the replica.
+        tune: whether to measure the fastest micro-batch on the first group. threads: torch threads of the replica.
     """
 
     def __init__(self, name: str, kind: str, params: dict[str, Any], timeout_s: float, partial: bool,
-                 micro_batch: int | str | None, threads: int = 1):
+                 tune: bool, threads: int):
         import torch
 
         torch.set_num_threads(threads)
         self.name, self.timeout_s, self.partial = name, timeout_s, partial
         self.scorer = build(kind, params)
-        if isinstance(micro_batch, int):
-            self.scorer.micro_batch = micro_batch
-        self.tune = micro_batch == "auto"
+        self.tune = tune
         self.rates: dict[int, float] = {}
         self.busy_since: float | None = None
         self.one = ThreadPoolExecutor(1)
@@ -89,7 +87,7 @@ def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
         apps[reward.name] = f"{run_id}-{reward.name}"
         app = _deployment(rewards, reward).bind(
             reward.name, reward.kind, reward.params, rewards.timeout_s, rewards.on_failure == "mask_sample",
-            reward.micro_batch, max(1, int(_own(reward.num_cpus, rewards.num_cpus))))
+            reward.tune_micro_batch, max(1, int(_own(reward.num_cpus, rewards.num_cpus))))
         targets.append(serve.RunTarget(app, apps[reward.name], route_prefix=None))
     serve.start(proxy_location="Disabled")
     try:

@@ -98,8 +98,9 @@ class Reward(Section):
     num_gpus: float | None = Field(None, ge=0, description="GPUs of a replica; null: rewards.num_gpus.")
     runtime_env: dict[str, Any] = Field(
         {}, description="Ray runtime environment of the replicas, for a scorer whose packages conflict.")
-    micro_batch: int | Literal["auto"] | None = Field(
-        None, description="Images of one forward; auto: measured on the first group; null: the scorer's own.")
+    tune_micro_batch: bool = Field(
+        False, description="Measure on the first group which params.micro_batch is fastest; scores may then differ in "
+        "rounding from run to run.")
 
     @property
     def kind(self) -> str:
@@ -353,19 +354,23 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     return key.strip().split("."), parsed
 
 
+def apply_override(values: dict, text: str) -> None:
+    """Sets one ``key.of.sections=value`` in a plain dict. Raises ConfigError."""
+    path, value = parse_override(text)
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {text!r}: {part!r} is a value, not a section")
+    values[path[-1]] = value
+
+
 def build_config(values: dict, overrides: list[str] = (), source: str = "config") -> Config:
     """A Config from a plain dict and ``key=value`` overrides. Raises ConfigError."""
     import copy
 
     values = copy.deepcopy(values)
     for override in overrides:
-        path, value = parse_override(override)
-        node = values
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
-        node[path[-1]] = value
+        apply_override(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:

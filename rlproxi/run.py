@@ -96,12 +96,14 @@ def with_paths(config: Config, run_dir: Path) -> Config:
 
 def _check_params(config: Config) -> None:
     """Raises ConfigError for a scorer that does not exist, or parameters that it does not take."""
-    from .rewards import checked_params
+    from .rewards import checked_params, parameters
 
     for key, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
         for i, reward in enumerate(rewards):
             try:
                 checked_params(reward.kind, reward.params)
+                if reward.tune_micro_batch and "micro_batch" not in parameters(reward.kind):
+                    raise ValueError(f"reward {reward.name!r} scores without micro-batches; leave tune_micro_batch out")
             except ValueError as error:
                 raise ConfigError(f"rewards.{key}.{i}: {error}") from None
 

@@ -125,14 +125,6 @@ class ImageRewardNetwork(nn.Module):
         """The head: features [B, Dt] -> float32 [B]. Not under autocast: near 1 a bfloat16 step is 0.008."""
         return self.head(features.to(self.head[0].weight.dtype))[:, 0]
 
-    def hold_in(self, dtype: torch.dtype) -> "ImageRewardNetwork":
-        """Casts what autocast would cast at every call: the weights of the towers' matrix products and convolution."""
-        for tower in (self.vision, self.text):
-            for module in tower.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    module.to(dtype)
-        return self
-
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The authors' weights under this module's names.

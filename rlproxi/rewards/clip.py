@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.precision import autocast
-from .base import TorchScorer, distinct
+from .base import TorchScorer, distinct, hold_in
 from .clip_text import ClipTokens
 
 #: Mean and standard deviation of the pixels CLIP was trained on.
@@ -121,16 +121,9 @@ class ClipScorer(TorchScorer):
     """A scorer on transformers' CLIP; a subclass hands its model to ``__init__`` and then its tokens to ``_ready``."""
 
     def _ready(self, tokens: ClipTokens | None) -> None:
-        """Keeps the tokenizer, and the weights in the precision they are used in.
-
-        Autocast computes matrix products from weights cast to bfloat16 at each call; cast once, they give the
-        same results in half the memory.
-        """
+        """Keeps the tokenizer, and the weights in the precision they are used in."""
         self.tokens = tokens
-        if self.dtype is torch.bfloat16:
-            for module in self.model.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    module.to(torch.bfloat16)
+        hold_in(self.dtype, self.model)
 
     @property
     def size(self) -> int:

@@ -51,19 +51,13 @@ CHECKPOINTS = ("checkpoint", "path", "predictor", "clip")
 
 def scorer_parameters(name: str, given: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
     """``--param key=value`` as a mapping, with ``--checkpoint`` as one of ``CHECKPOINTS``."""
-    from ..config import parse_override
+    from ..config import apply_override
 
     if name not in base.names():
         base.build(name)  # raises, with what was perhaps meant
     parameters: dict[str, Any] = {}
     for text in given:
-        keys, value = parse_override(text)
-        inner = parameters
-        for key in keys[:-1]:
-            inner = inner.setdefault(key, {})
-            if not isinstance(inner, dict):
-                raise ValueError(f"--param {text}: {key!r} is a value already")
-        inner[keys[-1]] = value
+        apply_override(parameters, text)
     if checkpoint is not None:
         takes = base.parameters(name)
         key = next((key for key in CHECKPOINTS if key in takes), None)

@@ -75,7 +75,7 @@ def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_s
     path = from_smoke[1].split("path: ")[1].rstrip("}]")
     run = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], "rewards.normalize=group",
                 "rewards.train=[{name: loud, scorer: python, params: {function: 'reward_functions:loud_brightness'}}, "
-                f"{{name: attributes, micro_batch: auto, params: {{path: {path}}}}}]", "rewards.heldout=[]")
+                f"{{name: attributes, tune_micro_batch: true, params: {{path: {path}}}}}]", "rewards.heldout=[]")
     loud, attributes = (run.series("rl", f"reward/{name}")[1] for name in ("loud", "attributes"))
     assert min(loud) > 10 and max(attributes) < 1
     # Both standardised in their groups: the mean of the sum is 0, whatever the scales.
