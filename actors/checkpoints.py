@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from rlproxi.config import ConfigError
+from rlproxi.schema import ConfigError
 
 MARK = "complete.json"
 

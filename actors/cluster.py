@@ -7,7 +7,8 @@ import os
 
 import ray
 
-from rlproxi.config import Config, ConfigError
+from rlproxi.config import Config
+from rlproxi.schema import ConfigError
 
 
 def connect() -> str:

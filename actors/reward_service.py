@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ray import serve
 
-from rlproxi.config import Reward, Rewards
+from rlproxi.schema import Reward, Rewards
 from rlproxi.rewards import RewardError, build, checked_scores, provenance
 from rlproxi.rewards.combine import combine
 

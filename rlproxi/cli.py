@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _delegate(command: str, argv: list[str]) -> int:
     """Runs another module's main(argv). Only errors known to be the user's are shortened: a run is long, and any
     other ValueError in it is a bug whose traceback is needed."""
-    from .config import ConfigError
+    from .schema import ConfigError
 
     try:
         if command == "run":

@@ -8,12 +8,13 @@ import typing
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .config import Config, Reward, Section
+from .config import Config
+from .schema import LoRA, Reward, Section
 
 _HEAD = """\
 # Configuration
 
-Generated from `rlproxi/config.py` by `python -m rlproxi.config_docs > docs/configuration.md`; do not edit.
+Generated from `rlproxi/schema.py` by `python -m rlproxi.config_docs > docs/configuration.md`; do not edit.
 
 A config is a YAML file of the sections below. Every key has a default, so a file holds only what differs, and every key
 can be given on the command line: `python -m rlproxi.run configs/quickstart.yaml grpo.lr=1e-5 run.seed=3`. Unknown keys
@@ -29,6 +30,8 @@ def describe() -> str:
         parts.append(_section(f"`{name}`", field.annotation, f"{name}."))
         if name == "rewards":
             parts.append(_section("Each entry of `rewards.train` and `rewards.heldout`", Reward, "", level=3))
+        if name == "model":
+            parts.append(_section("`model.lora`, where it is not null", LoRA, "model.lora.", level=3))
     return "\n".join(parts)
 
 

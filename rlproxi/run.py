@@ -17,7 +17,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from .config import STAGES, Config, ConfigError, Reward, config_folder, dump_config, load_config
+from .config import Config, config_folder, dump_config, load_config
+from .schema import STAGES, ConfigError, Reward
 from .evaluation.heldout import write_json
 from .telemetry.runlog import read, series, stage_seconds
 

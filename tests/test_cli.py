@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rlproxi import cli
-from rlproxi.config import ConfigError, Sampler, Schedule
+from rlproxi.schema import ConfigError, Sampler, Schedule
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.unet import ProximalUNet

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..config import GRPO as Settings
+from ..schema import GRPO as Settings
 from ..data.prompts import training_prompts
 from ..models.text import TextStates
 from ..proximal import policy

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..config import Pretrain as Settings
+from ..schema import Pretrain as Settings
 from ..data import faces
 from ..models.text import TextStates
 from ..models.unet import ProximalUNet, build_unet

@@ -22,7 +22,7 @@ import torch
 from pydantic import ValidationError
 
 from .. import __version__
-from ..config import Sampler, Schedule
+from ..schema import Sampler, Schedule
 from ..proximal.operator import Denoiser, ProximalOperator
 from ..proximal.samplers import Step, Trajectory, plan, sample
 from ..seeds import NamedNoise

@@ -1,7 +1,7 @@
 import pytest
 
 from actors import checkpoints
-from rlproxi.config import ConfigError
+from rlproxi.schema import ConfigError
 
 
 def write(root, step: int, content: str = "weights", finish: bool = True, **facts):

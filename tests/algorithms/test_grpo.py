@@ -8,7 +8,7 @@ from torch.distributions import Independent, Normal
 
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.grpo import GRPO, FirstRatioError, MicroBatch, advantages, requests, share
-from rlproxi.config import GRPO as Settings
+from rlproxi.schema import GRPO as Settings
 from rlproxi.config import build_config
 from rlproxi.data.prompts import training_prompts
 from rlproxi.proximal.samplers import plan

@@ -7,7 +7,8 @@ from torch import nn
 
 from rlproxi.algorithms.prepare import collection
 from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions, start_unet
-from rlproxi.config import Pretrain, build_config
+from rlproxi.config import build_config
+from rlproxi.schema import Pretrain
 from rlproxi.data import faces
 from rlproxi.models.text import TextStates
 from rlproxi.models.unet import build_unet

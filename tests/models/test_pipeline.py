@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlproxi.config import Sampler, Schedule
+from rlproxi.schema import Sampler, Schedule
 from rlproxi.models.pipeline import TextToImage, find_model, load_unet
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.unet import ProximalUNet

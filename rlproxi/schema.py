@@ -1,0 +1,265 @@
+"""The sections of a config: every key, its type, its bounds and its meaning, documented where it is declared.
+
+``rlproxi.config`` puts them together, checks them against each other and reads the files.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from .proximal.samplers import SAMPLERS
+from .proximal.schedule import GRIDS, VPSchedule
+from .rewards.combine import NORMALIZE
+
+STAGES = ("prepare", "pretrain", "before", "rl", "after", "report")
+Stage = Literal[STAGES]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: the message names the key, the value and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Run(Section):
+    name: str = Field("quickstart", description="Run directories are <dir>/<name>-<date>-<time>.")
+    dir: str = Field("runs", description="Where run directories are made; on a cluster, storage all nodes share.")
+    seed: int = Field(0, ge=0, description="Every random number of the run follows from this one.")
+    stages: list[Stage] = Field(list(STAGES), description="Which stages run, always in their fixed order.")
+
+
+class Data(Section):
+    source: Literal["faces", "shards"] = Field(
+        "faces", description="faces: the embedded portraits, drawn anew from a seed; shards: image-text files at `urls`.")
+    urls: list[str] = Field(
+        [], description="WebDataset tars (img2dataset's layout: jpg/png + txt + json) or parquet files: paths, folders, globs, "
+        "{00000..00099} ranges, s3:// and gs:// addresses.")
+    size: int = Field(32, ge=16, description="Image height and width in pixels.")
+    buckets: bool = Field(
+        False, description="Aspect-ratio buckets of about size x size pixels in pre-training, instead of square crops.")
+    crop: Literal["center", "random"] = Field("center", description="Which part of an image is kept; random is named by the seed.")
+    max_pixels: int = Field(
+        64_000_000, ge=1, description="Images with more pixels are skipped and counted before they are decoded.")
+    cache: str | None = Field(
+        None, description="Folder of the cached latents and text states, one file for each shard; null: the run directory. "
+        "Runs that share it encode once.")
+    cache_text: bool = Field(False, description="Cache text states beside the latents: large, and no text encoder while training.")
+    prompts: str | None = Field(
+        None, description="Prompts for RL: a file with one on each line (.txt) or a 'prompt' in each object (.jsonl); null: "
+        "the captions of the data.")
+    heldout_prompts: str | None = Field(
+        None, description="Prompts of the evaluations, a file of the same kinds; null: one in sixteen of the prompts, by hash, "
+        "never trained on by RL.")
+    hand_fraction: float = Field(0.25, ge=0, le=1, description="Share of the hand-focused subset among the embedded portraits.")
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="Captions replaced by '' in pre-training, for guidance.")
+
+    @model_validator(mode="after")
+    def _sources(self) -> "Data":
+        if self.source == "shards" and not self.urls:
+            raise ValueError("source is 'shards' but urls is empty: name at least one tar or parquet file, folder or glob")
+        if self.source == "faces" and self.urls:
+            raise ValueError("urls are given but source is 'faces': set data.source=shards to read them")
+        return self
+
+
+class LoRA(Section):
+    rank: int = Field(32, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(64.0, gt=0, description="Their scale is alpha / rank.")
+    targets: list[str] | None = Field(
+        None, description="Names of the layers that get one (ends of module names); null: the attention layers of the network.")
+
+
+class Model(Section):
+    init: str | None = Field(
+        None, description="What to start from instead of a new network: a model folder or run directory of ours, or any "
+        "diffusers folder of an eps-, v- or flow-model (SD1.x, SD2.x, SDXL, SD3, PixArt), which becomes a proximal one.")
+    encoders: str | None = Field(
+        None, description="A diffusers folder whose autoencoder and text encoders a new network uses; null: pixels, and the "
+        "built-in text encoder.")
+    kind: Literal["unet", "transformer"] = Field("unet", description="What a new network is: our U-Net or a PixArt transformer.")
+    patch: int = Field(4, ge=1, description="Pixel-unshuffle factor of the stem; patch size of the transformer.")
+    channels: list[int] = Field([128, 256], description="U-Net: width of each level; multiples of 32 are fast.")
+    blocks: list[int] = Field([1, 0], description="U-Net: residual blocks at each level, down and again up.")
+    attention: list[bool] = Field([True, False], description="U-Net: text and self-attention at each level.")
+    layers: int = Field(12, ge=1, description="Transformer: number of blocks.")
+    heads: int = Field(6, ge=1, description="Transformer: attention heads, each 64 wide.")
+    data_std: float = Field(0.55, gt=0, description="Standard deviation of the data where no Gaussian is fitted to it.")
+    text_dim: int = Field(64, ge=32, description="Width of the built-in text encoder.")
+    text_layers: int = Field(2, ge=1, description="Layers of the built-in text encoder.")
+    text_length: int = Field(40, ge=8, description="Tokens of a caption; longer ones are cut.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="The network's arithmetic (float32 masters always). auto: bfloat16 where the chip has it.")
+    lora: LoRA | None = Field(
+        None, description="Train low-rank adapters and leave the rest frozen: {rank: 32, alpha: 64}; null: train everything.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time.")
+    compile: bool = Field(False, description="torch.compile for the network: pays on GPUs after a minute or two of compilation.")
+
+    @model_validator(mode="after")
+    def _levels(self) -> "Model":
+        if not len(self.channels) == len(self.blocks) == len(self.attention):
+            raise ValueError(f"channels {self.channels}, blocks {self.blocks} and attention {self.attention} "
+                             "must have one entry for each level")
+        bad = [c for c in self.channels if c % 32]
+        if bad:
+            raise ValueError(f"channels {bad} are not multiples of 32, which attention heads and fast kernels need")
+        if self.init and self.encoders:
+            raise ValueError("init and encoders exclude each other: a model folder brings its own autoencoder and text encoders")
+        return self
+
+
+class Schedule(Section):
+    beta_min: float = Field(0.1, gt=0, description="beta(0) of the VP schedule.")
+    beta_max: float = Field(20.0, gt=0, description="beta(1) of the VP schedule.")
+
+    def build(self) -> VPSchedule:
+        return VPSchedule(self.beta_min, self.beta_max)
+
+
+class Sampler(Section):
+    name: Literal[SAMPLERS] = Field("hybrid", description="Proximal sampler: hybrid, backward or ode.")
+    num_inference_steps: int = Field(6, ge=1, description="N, the number of proximal steps.")
+    start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
+    grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
+    guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
+
+
+class Reward(Section):
+    name: str = Field(description="What logs call it: a registered scorer (docs/rewards/), or any word with `scorer` beside it.")
+    scorer: str | None = Field(None, description="The registered scorer; null: `name` is one.")
+    weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum; ignored for held-out rewards.")
+    params: dict[str, Any] = Field({}, description="What the scorer's constructor takes (docs/rewards/).")
+    replicas: int | None = Field(None, ge=1, description="Serve replicas of this scorer; null: rewards.replicas.")
+    max_replicas: int | None = Field(None, ge=1, description="Serve adds replicas up to this many under load; null: none.")
+    num_cpus: float | None = Field(None, ge=0, description="CPUs of a replica; null: rewards.num_cpus.")
+    num_gpus: float | None = Field(None, ge=0, description="GPUs of a replica; null: rewards.num_gpus.")
+    runtime_env: dict[str, Any] = Field(
+        {}, description="Ray runtime environment of the replicas, for a scorer whose packages conflict.")
+    tune_micro_batch: bool = Field(
+        False, description="Measure on the first group which params.micro_batch is fastest; scores may then differ in "
+        "rounding from run to run.")
+
+    @property
+    def kind(self) -> str:
+        """The registered scorer's name."""
+        return self.scorer or self.name
+
+
+class Rewards(Section):
+    train: list[Reward] = Field([Reward(name="attributes")], min_length=1, description="What is optimised.")
+    heldout: list[Reward] = Field([Reward(name="judge")], description="Logged and never optimised.")
+    replicas: int = Field(1, ge=1, description="Serve replicas of each scorer.")
+    num_cpus: float = Field(0.25, ge=0, description="CPUs of a replica.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica; may be a fraction.")
+    timeout_s: float = Field(120.0, gt=0, description="How long one group may take to score.")
+    retries: int = Field(2, ge=0, description="How often a failed request is tried again.")
+    normalize: Literal[NORMALIZE] = Field(
+        "none", description="group: each reward divided by its spread in the group before weighting, so that none drowns "
+        "the others.")
+    on_failure: Literal["drop_group", "mask_sample", "stop"] = Field(
+        "drop_group", description="Where a score is missing: the group teaches nothing (drop_group), only that sample "
+        "does not (mask_sample), or the run ends (stop).")
+    max_masked_fraction: float = Field(
+        0.5, ge=0, le=1, description="The run stops when more than this share of a step's groups is masked.")
+
+
+class Prepare(Section):
+    """Builds what a user of published checkpoints brings along: text encoder, classifier, judge."""
+
+    text_steps: int = Field(200, ge=1, description="Training steps of the built-in text encoder.")
+    classifier_steps: int = Field(300, ge=1, description="Training steps of each attribute classifier.")
+    samples: int = Field(8192, ge=64, description="Portraits drawn for each classifier.")
+    batch_size: int = Field(128, ge=1, description="Batch size of these trainings.")
+    lr: float = Field(2e-3, gt=0, description="Peak learning rate of these trainings.")
+
+
+class Pretrain(Section):
+    steps: int = Field(1500, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(64, ge=1, description="Global batch, over all learner ranks and micro-batches.")
+    micro_batch_size: int | None = Field(None, ge=1, description="Per rank and forward; None: the rank's whole share.")
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate; warm-up, constant, then cosine to 3 %.")
+    warmup_steps: int = Field(50, ge=0, description="Linear warm-up.")
+    decay_from: float = Field(0.3, ge=0, le=1, description="Share of the steps after which the cosine begins.")
+    candidates: list[int] = Field([4, 6, 8, 16], min_length=1, description="Step counts N that matching draws from.")
+    l1_fraction: float = Field(1.0, ge=0, le=1, description="Share of the steps in the L1 phase.")
+    zetas: list[float] = Field([2.0, 1.0], description="zeta of the equally long phases after it.")
+    lam_power: float = Field(
+        0.5, ge=0, description="Loss weight lam^p, scaled to mean 1. 0: ProxDM's; 0.5: the error of the prox itself, "
+        "which learns captions sooner, since large lam is where they decide.")
+    ema: float = Field(0.995, ge=0, lt=1, description="Decay of the averaged weights that are handed on.")
+    grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(10, ge=1, description="Steps between metric records.")
+
+
+class GRPO(Section):
+    steps: int = Field(100, ge=1, description="Policy iterations: sample, score, update.")
+    prompts_per_step: int = Field(16, ge=1, description="Groups in one iteration.")
+    group_size: int = Field(8, description="G, samples of one prompt.")
+    groups_per_micro_batch: int = Field(8, ge=1, description="Groups sampled, and replayed, in one forward.")
+    updates_per_step: int = Field(1, ge=1, description="Optimizer steps on each iteration's groups.")
+    trained_steps: int | None = Field(3, ge=1, description="Window of actions trained, drawn per iteration; None: all.")
+    lr: float = Field(2e-5, gt=0, description="Learning rate after warm-up.")
+    warmup_steps: int = Field(10, ge=0, description="Linear warm-up, in iterations.")
+    decay_from: float = Field(1.0, ge=0, le=1, description="Share of the iterations after which the rate falls to 5 %, "
+                              "linearly: the noise of the last updates is averaged away.")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="AdamW's betas.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
+    clip_range: float = Field(1e-3, gt=0, description="eps_lo of the ratio's clip.")
+    clip_range_high: float | None = Field(None, gt=0, description="eps_hi; None: the same as clip_range.")
+    kl_coef: float = Field(0.03, ge=0, description="beta, weight of KL(pi || pi_ref). 0 keeps no reference copy.")
+    reduction: Literal["mean", "sum"] = Field("mean", description="Over dimensions, for log-ratio and KL.")
+    normalize_ratio: bool = Field(False, description="Log-ratio without its quadratic bias, in units equal for all steps (GRPO-Guard's idea).")
+    advantage_std: Literal["group", "global"] = Field("group", description="Which std divides the advantages.")
+    same_noise: bool = Field(False, description="One z_N (x_N and the first noise) for all samples of a group.")
+    max_staleness: int = Field(0, ge=0, description="Weight versions a group may be behind; 0 is synchronous.")
+    max_bytes_in_flight: int = Field(2 * 1024**3, ge=1, description="Bound on sampled but untrained data, in bytes.")
+    checkpoint_every: int = Field(20, ge=1, description="Iterations between checkpoints.")
+    first_ratio_tolerance: float = Field(1e-6, gt=0, description="How far the first ratio may be from 1.")
+
+    @model_validator(mode="after")
+    def _groups(self) -> "GRPO":
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}: advantages compare samples of one group, "
+                             "so it must be at least 2 (8 to 24 is usual)")
+        if self.prompts_per_step % self.groups_per_micro_batch:
+            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of groups_per_micro_batch "
+                             f"{self.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups")
+        return self
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of whole groups in one iteration, over all ranks."""
+        return self.prompts_per_step // self.groups_per_micro_batch
+
+
+class Learner(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
+    max_failures: int = Field(2, ge=0, description="Restarts of the worker group before the run gives up.")
+
+
+class Resources(Section):
+    rollout_actors: int = Field(1, ge=1, description="Rollout actors.")
+    rollout_cpus: float = Field(0.5, ge=0, description="CPUs that Ray counts for each.")
+    rollout_gpus: float = Field(0.0, ge=0, description="GPUs of each; may be a fraction.")
+    learner_workers: int = Field(1, ge=1, description="Ranks of the learner and of pre-training.")
+    learner_cpus: float = Field(0.5, ge=0, description="CPUs that Ray counts for each.")
+    learner_gpus: float = Field(0.0, ge=0, description="GPUs of each; may be a fraction.")
+    autoscaling: bool = Field(False, description="The cluster can grow: do not refuse a run that is larger than it is now.")
+    threads: int = Field(2, ge=1, description="torch threads of rollout actors and learner ranks; results depend on it.")
+
+
+class Evaluate(Section):
+    prompts: int = Field(64, ge=1, le=512, description="Held-out prompts, the same in every evaluation.")
+    samples: int = Field(4, ge=2, description="Samples of each prompt.")
+    steps: list[int] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")
+    every: int = Field(25, ge=0, description="RL iterations between held-out evaluations; 0: only before and after.")
+    alarm_sigmas: float = Field(
+        2.0, gt=0, description="Over-optimisation alarm: the first held-out reward is so many standard errors below its best.")
+    patience: int | None = Field(
+        None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never.")
