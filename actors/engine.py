@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlproxi.models.loading import trainable
+
 
 def _quiet_deepspeed(device: torch.device) -> None:
     """Environment that DeepSpeed reads at import, and the CPU op it would compile for half a minute."""
@@ -47,7 +49,7 @@ class Engine:
         self.device = device
         self.stage = stage
         self.accumulation = accumulation
-        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(list(trainable(module).values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -103,23 +105,23 @@ class Engine:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[dict[str, Tensor]]:
-        """name -> full float32 parameter, on every rank; a collective at ZeRO 3."""
-        module = self.module.module
+        """name -> full float32 parameter of what is trained, on every rank; a collective at ZeRO 3."""
+        weights = trainable(self.module.module)
         if self.stage < 3:
-            yield dict(module.named_parameters())
+            yield weights
             return
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(module.parameters())), torch.no_grad():
-            yield dict(module.named_parameters())
+        with deepspeed.zero.GatheredParameters(list(weights.values())), torch.no_grad():
+            yield weights
 
     def save(self, folder: Path) -> None:
-        """Every rank's optimizer and weights into ``folder``; a collective."""
-        self.module.save_checkpoint(str(folder), tag="engine")
+        """Every rank's optimizer and trained weights into ``folder``; a collective. What is frozen is not written."""
+        self.module.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
         """The inverse of ``save`` at the same world size. Raises if the folder holds no engine state."""
-        loaded, _ = self.module.load_checkpoint(str(folder), tag="engine")
+        loaded, _ = self.module.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
         if loaded is None:
             raise FileNotFoundError(f"{folder} holds no engine state that can be loaded")
 

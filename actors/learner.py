@@ -13,9 +13,9 @@ import torch.distributed as dist
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.algorithms.rollout import flatten
-from rlproxi.models.pipeline import load_unet, operator
+from rlproxi.models.lora import without_adapters
+from rlproxi.models.pipeline import operator
 from rlproxi.models.precision import autocast
-from rlproxi.models.text import TextEncoder
 
 from .engine import Engine
 from .rank import Rank
@@ -27,23 +27,24 @@ class Learner(Rank):
 
     def __init__(self, setup: LearnerSetup):
         config = setup.config
-        super().__init__(config, setup.run_dir, "rl", setup.scribe)
+        super().__init__(config, setup.run_dir, setup.model_folder, "rl", setup.scribe)
         self.conductor, self.store = setup.conductor, setup.store
         self.algorithm = grpo.build(config)
-        unet = load_unet(setup.model_folder).to(self.device)
-        self.encoder = TextEncoder.from_pretrained(setup.model_folder)
-        self.encoder.model.to(self.device)
-        guidance = config.sampler.guidance_scale
+        denoiser = self.load_denoiser()
         g = config.grpo
-        self.reference = None
-        if g.kl_coef:
-            self.reference = operator(copy.deepcopy(unet).requires_grad_(False), self.encoder, guidance)
+        guidance = config.sampler.guidance_scale
+        copied = None
+        if g.kl_coef and not config.model.lora:
+            copied = copy.deepcopy(denoiser).requires_grad_(False)
         window = g.trained_steps or len(self.algorithm.actions)
         self.engine = Engine(
-            unet, self.device, config.learner.zero_stage, g.groups_per_micro_batch * g.group_size,
+            denoiser, self.device, config.learner.zero_stage, g.groups_per_micro_batch * g.group_size,
             accumulation=g.micro_batches // g.updates_per_step // self.world * window,
             lr=g.lr, betas=g.betas, weight_decay=g.weight_decay, grad_clip=g.grad_clip)
         self.prox = operator(self.engine.module, self.encoder, guidance)
+        self.reference = None
+        if g.kl_coef:
+            self.reference = operator(copied, self.encoder, guidance) if copied else without_adapters(self.prox, denoiser)
 
     def run(self) -> None:
         """From the last checkpoint (or the start) to the last iteration."""
@@ -123,4 +124,4 @@ class Learner(Rank):
     def _save_final(self) -> None:
         with self.engine.gathered() as weights:
             if self.rank == 0:
-                self.save_model("final", weights, self.encoder)
+                self.save_model("final", weights)

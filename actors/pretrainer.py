@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions, start_unet
-from rlproxi.models.pipeline import load_unet
+from rlproxi.algorithms.pretrain import EMA, Matching, conditioning, drop_captions
+from rlproxi.models.autoencoder import latent_facts
+from rlproxi.models.loading import load_autoencoder
 from rlproxi.models.precision import autocast
-from rlproxi.models.text import TextEncoder
 from rlproxi.proximal.matching import TimeTable
 
 from .engine import Engine
@@ -27,20 +27,22 @@ class Pretrainer(Rank):
 
     def __init__(self, setup: PretrainSetup):
         config = setup.config
-        super().__init__(config, setup.run_dir, "pretrain", setup.scribe)
+        super().__init__(config, setup.run_dir, setup.model_folder, "pretrain", setup.scribe)
         self.data_start = setup.data_start
-        self.encoder = TextEncoder.from_pretrained(setup.text_folder)
-        self.encoder.model.to(self.device)
-        unet = load_unet(config.model.init) if config.model.init else start_unet(config)
-        unet = unet.to(self.device)
+        # Pixels that a published autoencoder turns into latents here: the embedded portraits, which need no cache.
+        self.vae = None if setup.cache else load_autoencoder(self.origin)
+        if self.vae is not None:
+            self.vae.to(self.device)
+        self.factor = latent_facts(self.origin)[1] if (self.origin / "vae").is_dir() else 1
+        denoiser = self.load_denoiser()
         p, s = config.pretrain, config.sampler
         schedule = config.schedule.build()
         self.algorithm = Matching(p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid),
                                   config.run.seed)
         share = p.batch_size // self.world
         micro = p.micro_batch_size or share
-        self.ema = EMA(unet, p.ema)
-        self.engine = Engine(unet, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
+        self.ema = EMA(denoiser, p.ema)
+        self.engine = Engine(denoiser, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
                              (0.9, 0.99), 0.0, p.grad_clip)
 
     def run(self) -> None:
@@ -62,7 +64,7 @@ class Pretrainer(Rank):
             if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:
                 self.checkpoint(step + 1)
         if self.rank == 0:
-            self.save_model("pretrained", self.ema.values, self.encoder)
+            self.save_model("pretrained", self.ema.values)
         dist.barrier()
 
     def _skip(self, data, start: int):
@@ -74,15 +76,23 @@ class Pretrainer(Rank):
 
     def _step(self, step: int, batch: dict) -> dict[str, float]:
         config = self.config
-        images = torch.from_numpy(np.array(batch["image"])).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x0 = self._samples(batch)
         captions = drop_captions(list(batch["caption"]), config.data.caption_dropout, config.run.seed, step, self.rank)
-        text = self.encoder.encode(captions)
+        pixels = tuple(side * self.factor for side in x0.shape[-2:])
+        text = conditioning(self.encoder, batch, captions, pixels, self.device)
         with autocast(self.dtype, self.device):
-            losses = self.algorithm.losses(self.engine.module, images, text, step, self.rank)
+            losses = self.algorithm.losses(self.engine.module, x0, text, step, self.rank)
             metrics = self.engine.update(losses, self.algorithm.lr(step))
         with self.engine.gathered() as weights:
             self.ema.update(weights)
         return metrics
+
+    def _samples(self, batch: dict) -> torch.Tensor:
+        """x_0 [B, C, H, W] float32: latents, or pixels in [-1, 1]."""
+        if "latents" in batch:
+            return torch.from_numpy(np.array(batch["latents"])).to(self.device).float()
+        pixels = torch.from_numpy(np.array(batch["image"])).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return pixels if self.vae is None else self.vae.encode(pixels)
 
     def save_own(self, folder: Path) -> None:
         save_file(self.ema.state_dict(), folder / "ema.safetensors")

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlproxi.config import Config
+from rlproxi.models.loading import find_model, load_autoencoder, load_encoder, trainable, training_form
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.precision import compute_dtype
-from rlproxi.models.text import TextEncoder
 
 from . import checkpoints
 from .engine import Engine
@@ -27,7 +27,7 @@ class Rank:
 
     engine: Engine
 
-    def __init__(self, config: Config, run_dir: str, stage: str, scribe: Any):
+    def __init__(self, config: Config, run_dir: str, model_folder: str, stage: str, scribe: Any):
         import ray.train
         import ray.train.torch
 
@@ -39,6 +39,8 @@ class Rank:
         self.config, self.stage, self.scribe = config, stage, scribe
         self.run_dir = Path(run_dir)
         self.dtype = compute_dtype(config.model.precision, self.device)
+        self.origin = find_model(model_folder)
+        self.encoder = load_encoder(self.origin, self.dtype).to(self.device)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A metrics record of this stage; from rank 0 only."""
@@ -76,10 +78,16 @@ class Rank:
         self.load_own(folder)
         return facts["step"]
 
-    def save_model(self, name: str, weights: Mapping[str, Tensor], text: TextEncoder) -> None:
-        """Writes ``models/<name>``: the engine's network with these parameters; for rank 0."""
-        module = self.engine.module.module
-        unet = type(module).from_config(module.config)
-        state = {key: value.detach().float().cpu() for key, value in [*module.named_buffers(), *weights.items()]}
-        unet.load_state_dict(state, strict=False)
-        TextToImage(unet, text, self.config.schedule, self.config.sampler).save_pretrained(self.run_dir / "models" / name)
+    def load_denoiser(self) -> torch.nn.Module:
+        """The starting model's denoiser as this stage trains it, on this rank's device."""
+        return training_form(self.origin, self.config, self.stage, self.dtype).to(self.device)
+
+    def save_model(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Writes ``models/<name>``: the starting model with these trained parameters; for rank 0."""
+        # Loaded anew, because the engine's is wrapped, perhaps sharded, and perhaps in another dtype.
+        denoiser = training_form(self.origin, self.config, self.stage)
+        with torch.no_grad():
+            for key, p in trainable(denoiser).items():
+                p.copy_(weights[key])
+        TextToImage(denoiser, self.encoder, self.config.schedule, self.config.sampler, vae=load_autoencoder(self.origin),
+                    origin=self.origin).save_pretrained(self.run_dir / "models" / name)

@@ -18,12 +18,10 @@ class RolloutActor:
         import torch
 
         from rlproxi.algorithms.rollout import GroupSampler
-        from rlproxi.models.pipeline import load_unet
-        from rlproxi.models.text import TextEncoder
 
         torch.set_num_threads(config.resources.threads)
         device = "cuda" if config.resources.rollout_gpus and torch.cuda.is_available() else "cpu"
-        self.sampler = GroupSampler(config, load_unet(model_folder), TextEncoder.from_pretrained(model_folder), device)
+        self.sampler = GroupSampler.from_pretrained(config, model_folder, device)
         self.version: int | None = None
 
     def ready(self) -> bool:
@@ -41,8 +39,6 @@ class RolloutActor:
         self.sampler.pipeline.save_pretrained(folder)
 
     def _take(self, version: int, weights: np.ndarray) -> None:
-        from rlproxi.algorithms.rollout import unflatten
-
         if version != self.version:
-            unflatten(weights, self.sampler.pipeline.unet)
+            self.sampler.take(weights)
             self.version = version

@@ -18,12 +18,13 @@ from . import checkpoints
 
 @dataclass
 class PretrainSetup:
-    """What a pre-training rank is told. ``text_folder`` holds tokenizer/ and text_encoder/."""
+    """What a pre-training rank is told. ``cache`` holds the encoded shards, where the data are not the portraits."""
 
     config: Config
     run_dir: str
-    text_folder: str
+    model_folder: str
     scribe: Any
+    cache: str | None = None
     data_start: int = 0  # the optimizer step at which the datasets begin
 
 

@@ -26,7 +26,8 @@ from .data import faces
 from .models.pipeline import operator
 from .models.precision import autocast, compute_dtype, has_fast_bfloat16
 from .models.text import TextEncoder, TextStates, build_text_encoder
-from .models.unet import ProximalUNet, build_unet
+from .models.loading import build_denoiser
+from .models.unet import ProximalUNet
 from .proximal.samplers import generator_noise, plan, sample
 
 
@@ -58,7 +59,7 @@ class _Shapes:
         source = collection(config.run.seed, "train_prompts")
         self.prompts = tuple(faces.portrait(source, i).caption for i in range(g.groups_per_micro_batch))
         self.batch = g.groups_per_micro_batch * g.group_size
-        self.unet = build_unet(config).eval()
+        self.unet = build_denoiser(config).eval()
         self.encoder = _encoder(config)
         self.text: TextStates = self.encoder.groups(self.prompts, g.group_size)
         self.y = torch.randn(self.batch, 3, config.data.size, config.data.size)
@@ -172,7 +173,7 @@ def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations
     from .telemetry.runlog import read, series
 
     model = folder / "model"
-    TextToImage(build_unet(config), _encoder(config), config.schedule, config.sampler).save_pretrained(model)
+    TextToImage(build_denoiser(config), _encoder(config), config.schedule, config.sampler).save_pretrained(model)
     values = config.model_dump(mode="json")
     values["run"].update(stages=["rl"], dir=str(folder), name="bench")
     values["model"]["init"] = str(model)

@@ -68,10 +68,12 @@ class Config(Section):
         if left or share % micro:
             raise ValueError(f"pretrain.batch_size {self.pretrain.batch_size} is not a multiple of learner_workers "
                              f"{workers} x micro_batch_size {micro}: change one of them")
-        levels = 2 ** (len(self.model.channels) - 1) * self.model.patch
-        if self.data.size % levels or self.data.size % 8:
-            raise ValueError(f"data.size {self.data.size} must be a multiple of {max(levels, 8)} "
-                             "(model.patch x 2^(levels - 1), and 8 for the classifier)")
+        m = self.model
+        if m.init is None and m.encoders is None:
+            levels = m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
+            if self.data.size % levels or self.data.size % 8:
+                raise ValueError(f"data.size {self.data.size} must be a multiple of {math.lcm(levels, 8)} "
+                                 "(model.patch x 2^(levels - 1), and 8 for the classifier)")
         self._check_rewards()
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .algorithms import grpo
 from .config import Config
-from .models.unet import build_unet
+from .models.loading import build_denoiser
 
 _MB = 1024**2
 
@@ -12,7 +12,7 @@ _MB = 1024**2
 def describe(config: Config) -> str:
     """A page of text about the run, from the config alone."""
     g, p, r, w, s = config.grpo, config.pretrain, config.resources, config.rewards, config.sampler
-    parameters = sum(x.numel() for x in build_unet(config).parameters())
+    parameters = sum(x.numel() for x in build_denoiser(config).parameters())
     micro_bytes = grpo.bytes_per_micro_batch(config)
     images = g.prompts_per_step * g.group_size
     actions = s.num_inference_steps - 1

@@ -152,11 +152,10 @@ class _Session:
     # -- the stages -----------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        from actors.preparer import prepare
+        from actors.preparer import needs, prepare
 
         p = self.config.prepare
-        bars = [("prepare/text", p.text_steps), ("prepare/reward", p.classifier_steps),
-                ("prepare/judge", p.classifier_steps)]
+        bars = [(f"prepare/{name}", p.text_steps if name == "text" else p.classifier_steps) for name in needs(self.config)]
         accuracies = self._watch(lambda: prepare(self.config, self.run_dir, self.scribe), bars)
         for name, accuracy in accuracies.items():
             print(f"               {name} classifier: {accuracy:.3f} of attributes right on fresh portraits")
@@ -164,10 +163,32 @@ class _Session:
     def _pretrain(self) -> None:
         from actors.training import PretrainSetup, pretrain
 
-        init = self.config.model.init
-        text = self.run_dir / "models" / "text" if init is None else _model_folder(init)
-        setup = PretrainSetup(self.config, str(self.run_dir), str(text), self.scribe)
+        setup = PretrainSetup(self.config, str(self.run_dir), str(self._pretrain_start()), self.scribe, self._cache())
         self._watch(lambda: pretrain(setup), [("pretrain", self.config.pretrain.steps)], "loss")
+
+    def _pretrain_start(self) -> Path:
+        """What pre-training starts from: ``model.init``, else a new network, made once as models/start."""
+        from actors.preparer import start_model
+
+        if self.config.model.init:
+            return self._without_adapters(_model_folder(self.config.model.init))
+        own = self.run_dir / "models" / "start"
+        return own if own.is_dir() else start_model(self.config, self.run_dir, self._cache())
+
+    def _cache(self) -> str | None:
+        """The folder of the encoded shards; None for the embedded portraits."""
+        return None if self.config.data.source == "faces" else str(self.config.data.cache or self.run_dir / "cache")
+
+    def _without_adapters(self, folder: Path) -> Path:
+        """``folder``, or, where it holds adapters and new ones are to be trained, a merged copy: they are its base."""
+        if self.config.model.lora is None or not (folder / "lora").is_dir():
+            return folder
+        merged = self.run_dir / "models" / f"{folder.name}-merged"
+        if not merged.is_dir():
+            from .models.pipeline import TextToImage
+
+            TextToImage.from_pretrained(folder).merged().save_pretrained(merged)
+        return merged
 
     def _before(self) -> None:
         self._evaluate("before", self._start_model(), 0)
@@ -195,9 +216,9 @@ class _Session:
         """What RL starts from: this run's pre-training, else ``model.init``."""
         own = self.run_dir / "models" / "pretrained"
         if own.is_dir():
-            return own
+            return self._without_adapters(own)
         if self.config.model.init:
-            return _model_folder(self.config.model.init)
+            return self._without_adapters(_model_folder(self.config.model.init))
         raise ConfigError(f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to "
                           "run.stages or name a model folder with model.init")
 
@@ -224,10 +245,10 @@ class _Session:
         import ray
 
         from .algorithms.rollout import flatten
-        from .models.pipeline import load_unet
+        from .models.loading import trainable, training_form
 
-        conductor, store = self._system(model)
-        ray.get(store.publish.remote(version, flatten(dict(load_unet(model).named_parameters()))))
+        conductor, store = self._system(self._start_model())
+        ray.get(store.publish.remote(version, flatten(trainable(training_form(model, self.config, "rl")))))
         steps = sorted({*self.config.evaluate.steps, self.config.sampler.num_inference_steps})
         result = ray.get(conductor.evaluate.remote(tag, steps, version))
         for count, entry in result["by_steps"].items():
@@ -303,7 +324,7 @@ class _Session:
 
 
 def _model_folder(path: str) -> Path:
-    from .models.pipeline import find_model
+    from .models.loading import find_model
 
     try:
         return find_model(path)

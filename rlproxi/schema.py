@@ -13,7 +13,7 @@ from .proximal.samplers import SAMPLERS
 from .proximal.schedule import GRIDS, VPSchedule
 from .rewards.combine import NORMALIZE
 
-STAGES = ("prepare", "pretrain", "before", "rl", "after", "report")
+STAGES = ("curate", "prepare", "pretrain", "before", "rl", "after", "report")
 Stage = Literal[STAGES]
 
 
@@ -29,7 +29,7 @@ class Run(Section):
     name: str = Field("quickstart", description="Run directories are <dir>/<name>-<date>-<time>.")
     dir: str = Field("runs", description="Where run directories are made; on a cluster, storage all nodes share.")
     seed: int = Field(0, ge=0, description="Every random number of the run follows from this one.")
-    stages: list[Stage] = Field(list(STAGES), description="Which stages run, always in their fixed order.")
+    stages: list[Stage] = Field(list(STAGES[1:]), description="Which stages run, always in their fixed order.")
 
 
 class Data(Section):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..config import Config
 from ..schema import GRPO as Settings
 from ..data.prompts import training_prompts
+from ..models.loading import latent_space
 from ..models.text import TextStates
 from ..proximal import policy
 from ..proximal.operator import Prox
@@ -185,7 +186,11 @@ def share(count: int, updates: int, world: int, update: int, rank: int) -> range
 
 
 def bytes_per_micro_batch(config: Config) -> int:
-    """Bytes of one micro-batch in flight: images and the chain of the trained steps."""
-    g, pixels = config.grpo, 3 * config.data.size**2
+    """Bytes of one micro-batch in flight: images and the chain of the trained steps.
+
+    Raises FileNotFoundError or ValueError where ``model.init`` or ``model.encoders`` is no usable folder.
+    """
+    g = config.grpo
+    channels, side = latent_space(config)
     window = g.trained_steps or config.sampler.num_inference_steps - 1
-    return g.groups_per_micro_batch * g.group_size * pixels * (1 + 4 * 3 * window)
+    return g.groups_per_micro_batch * g.group_size * (3 * config.data.size**2 + 4 * 3 * window * channels * side**2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Iterator
+from dataclasses import replace
+from typing import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ..config import Config
 from ..schema import Pretrain as Settings
 from ..data import faces
-from ..models.text import TextStates
-from ..models.unet import ProximalUNet, build_unet
+from ..models.text import TextEncoder, TextStates
+from ..models.autoencoder import Autoencoder
+from ..models.loading import build_denoiser, trainable
 from ..proximal.matching import TimeTable, corrupt, matching_loss
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
@@ -72,13 +74,23 @@ class Matching:
             yield loss, {"loss": loss.item()}
 
 
-def start_unet(config: Config) -> ProximalUNet:
-    """The network that pre-training starts from: new, with the Gaussian of its preconditioning fitted to the data."""
-    unet = build_unet(config)
-    images, _, _ = faces.batch(collection(config.run.seed, "pretrain"), np.arange(2048), config.data.size,
-                               config.data.hand_fraction)
-    unet.gaussian.fit(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
-    return unet
+def start_denoiser(config: Config, samples: Tensor) -> nn.Module:
+    """The network that pre-training starts from: new, with the Gaussian of its preconditioning fitted to ``samples``
+    [B, C, H, W] of the data (pixels in [-1, 1], or latents)."""
+    denoiser = build_denoiser(config)
+    denoiser.gaussian.fit(samples)
+    return denoiser
+
+
+def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, count: int = 2048) -> Tensor:
+    """Samples [B, C, H, W] of the data for ``start_denoiser``: the first portraits, or the first rows of the cache of
+    encoded shards."""
+    if cache is not None:
+        raise NotImplementedError
+    images = faces.batch(collection(config.run.seed, "pretrain"), np.arange(count if vae is None else count // 8),
+                         config.data.size, config.data.hand_fraction)[0]
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels if vae is None else vae.encode(pixels)
 
 
 def drop_captions(captions: list[str], probability: float, seed: int, step: int, rank: int = 0) -> list[str]:
@@ -89,13 +101,34 @@ def drop_captions(captions: list[str], probability: float, seed: int, step: int,
     return ["" if d else c for c, d in zip(captions, dropped)]
 
 
+def conditioning(encoder: TextEncoder, batch: Mapping[str, np.ndarray], captions: list[str], pixels: tuple[int, int],
+                 device: torch.device) -> TextStates:
+    """What the denoiser is told of a batch: its captions (some of them dropped), encoded or from the cache's columns
+    text_states, text_pooled and text_mask, and, where the data tell it (column size [B, 4]: original height and width,
+    crop top and left), SDXL's six sizes. ``pixels``: height and width of the images.
+    """
+    if "text_states" in batch:
+        columns = (torch.from_numpy(np.array(batch[f"text_{name}"])).to(device).float() for name in ("states", "pooled", "mask"))
+        text = TextStates(*columns)
+        null = encoder.null_like(text)
+        dropped = torch.tensor([caption == "" for caption in captions], device=device)
+        pick = lambda a, b: torch.where(dropped.reshape(-1, *[1] * (a.dim() - 1)), b, a)  # noqa: E731
+        text = TextStates(pick(text.states, null.states), pick(text.pooled, null.pooled), pick(text.mask, null.mask))
+    else:
+        text = encoder.encode(captions)
+    if "size" in batch:
+        told = torch.from_numpy(np.array(batch["size"])).to(device).float()
+        text = replace(text, time_ids=torch.cat([told, told.new_tensor([pixels]).expand(len(told), -1)], 1))
+    return text
+
+
 class EMA:
     """An exponential moving average of parameters, warmed up: decay_k = min(decay, (1 + k)/(10 + k))."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.updates = 0
-        self.values = {name: p.detach().clone().float() for name, p in module.named_parameters()}
+        self.values = {name: p.detach().clone().float() for name, p in trainable(module).items()}
 
     @torch.no_grad()
     def update(self, weights: dict[str, Tensor]) -> None:
@@ -111,3 +144,7 @@ class EMA:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.updates = int(state["updates"])
         self.values = {name: state[name].to(value.device, copy=True) for name, value in self.values.items()}
+
+
+def start_unet(config: Config):  # TEMPORARY, until tests/benchmarks/warm_start.py uses start_denoiser
+    return start_denoiser(config, first_samples(config, None, None))

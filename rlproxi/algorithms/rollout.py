@@ -6,41 +6,67 @@ prompt, sample), so which actor samples a group, and when, changes nothing.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Mapping
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import Config
-from ..models.pipeline import TextToImage, to_uint8
+from ..models.autoencoder import Autoencoder
+from ..models.loading import find_model, load_autoencoder, load_encoder, trainable, training_form
+from ..models.pipeline import TextToImage
+from ..models.precision import compute_dtype
 from ..models.text import TextEncoder
-from ..models.unet import ProximalUNet
 from ..seeds import NamedNoise
 from .requests import PURPOSES, SampleRequest
 
-def flatten(weights: dict[str, Tensor]) -> np.ndarray:
+
+def flatten(weights: Mapping[str, Tensor]) -> np.ndarray:
     """Parameters in their order as one float32 array: the form in which weights travel."""
     return torch.cat([p.detach().float().reshape(-1).cpu() for p in weights.values()]).numpy()
 
 
 @torch.no_grad()
-def unflatten(flat: np.ndarray, module: torch.nn.Module) -> None:
-    """Copies a flat array into a module's parameters. Raises ValueError where the sizes differ."""
-    expected = sum(p.numel() for p in module.parameters())
+def unflatten(flat: np.ndarray, weights: Mapping[str, Tensor]) -> None:
+    """Copies a flat array into parameters. Raises ValueError where the sizes differ."""
+    expected = sum(p.numel() for p in weights.values())
     if flat.size != expected:
-        raise ValueError(f"weights hold {flat.size} numbers where the model has {expected} parameters")
+        raise ValueError(f"weights hold {flat.size} numbers where the model trains {expected}")
     source, at = torch.from_numpy(np.array(flat)), 0
-    for p in module.parameters():
+    for p in weights.values():
         p.copy_(source[at : at + p.numel()].view_as(p))
         at += p.numel()
 
 
 class GroupSampler:
-    """Samples requests with one set of weights, by the config's schedule, sampler and precision."""
+    """Samples requests with one set of weights, by the config's schedule, sampler and precision.
 
-    def __init__(self, config: Config, unet: ProximalUNet, encoder: TextEncoder, device: str | torch.device = "cpu"):
+    Args:
+        denoiser: in the form in which it is trained (``loading.training_form``); ``trained`` are its parameters that
+            change from version to version. origin: the model folder it came from.
+    """
+
+    def __init__(self, config: Config, denoiser: nn.Module, text: TextEncoder, vae: Autoencoder | None = None,
+                 device: str | torch.device = "cpu", origin: Path | None = None):
         self.config = config
-        self.pipeline = TextToImage(unet.requires_grad_(False), encoder, config.schedule, config.sampler,
-                                    config.model.precision).to(device)
+        denoiser = denoiser.to(device)
+        self.trained = trainable(denoiser)
+        self.pipeline = TextToImage(denoiser.requires_grad_(False), text, config.schedule, config.sampler,
+                                    config.model.precision, vae, origin).to(device)
+
+    @classmethod
+    def from_pretrained(cls, config: Config, folder: str | Path, device: str | torch.device = "cpu") -> "GroupSampler":
+        """Loads a model folder as the config trains it."""
+        folder = find_model(folder)
+        dtype = compute_dtype(config.model.precision, device)
+        return cls(config, training_form(folder, config, "rl", dtype), load_encoder(folder, dtype),
+                   load_autoencoder(folder), device, folder)
+
+    def take(self, flat: np.ndarray) -> None:
+        """New weights, as ``flatten`` made them of the same parameters."""
+        unflatten(flat, self.trained)
 
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -58,4 +84,4 @@ class GroupSampler:
             pick = lambda values, shift=0: torch.stack(  # noqa: E731
                 [values[i + shift] for i in request.window]).float().cpu().numpy()
             chain = {"z": pick(run.z), "z_next": pick(run.z, 1), "prox": pick(run.prox)}
-        return to_uint8(run.x), chain
+        return self.pipeline.images(run.x), chain

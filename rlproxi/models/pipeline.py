@@ -3,16 +3,17 @@
 ::
 
     model_index.json         class names, as diffusers writes them
-    unet/                    ProximalUNet: config.json, safetensors
-    text_encoder/ tokenizer/ a transformers pair
-    sampler.json             {"schedule": {...}, "sampler": {...}}, the config's sections of these names
+    unet/ or transformer/    the network: config.json, safetensors
+    lam_embedding/ lora/     a published network's lam branch and adapters, where there are any
+    text_encoder/ tokenizer/ transformers pairs, as many as the checkpoint has
+    vae/ scheduler/          autoencoder and noise levels of a published checkpoint
+    sampler.json             {"schedule": {...}, "sampler": {...}, "size": pixels}
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Sequence
@@ -20,114 +21,67 @@ from typing import Sequence
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from .. import __version__
-from ..schema import Sampler, Schedule
 from ..proximal.operator import Denoiser, ProximalOperator
 from ..proximal.samplers import Step, Trajectory, plan, sample
+from ..schema import Sampler, Schedule
 from ..seeds import NamedNoise
+from . import lora
+from .autoencoder import Autoencoder
+from .loading import (INDEX, SETTINGS, find_model, link, load_autoencoder, load_denoiser, load_encoder, part_of,
+                      read_settings, save_denoiser)
 from .precision import autocast, compute_dtype
 from .text import TextEncoder, TextStates
-from .unet import ProximalUNet
-
-PARTS = ("unet", "text_encoder", "tokenizer")
-INDEX, SETTINGS = "model_index.json", "sampler.json"
-_EXPECTED = (f"expected a model folder ({'/, '.join(PARTS)}/ and {SETTINGS}) "
-             "or a run directory that holds one as models/final or models/pretrained")
+from .text_stacks import CheckpointText
 
 
-def find_model(path: str | os.PathLike) -> Path:
-    """The model folder that ``path`` is, or that the run directory ``path`` holds: models/final, else pretrained.
-
-    Raises FileNotFoundError that names the folder and says what was expected there.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: {_EXPECTED}")
-    for folder in (path, path / "models" / "final", path / "models" / "pretrained"):
-        if (folder / "unet").is_dir():
-            return folder
-    raise FileNotFoundError(f"{path} holds no model: {_EXPECTED}")
-
-
-def check_weights(folder: str | os.PathLike) -> None:
-    """Looks at the headers of ``folder``'s safetensors files.
-
-    Raises FileNotFoundError where there are none, ValueError naming a file that is damaged or cut short.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file, the only kind of weights that is loaded")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}): copy or save the model again") from None
-
-
-def load_unet(folder: str | os.PathLike) -> ProximalUNet:
-    """The ProximalUNet of a model folder or run directory, in float32, for inference (``eval``).
-
-    Raises FileNotFoundError for a folder without one, ValueError for damaged files, or weights that do not
-    fit their config.json.
-    """
-    folder = find_model(folder) / "unet"
-    check_weights(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder / 'config.json'} is missing: {_EXPECTED}")
-    try:
-        unet, info = ProximalUNet.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False,
-                                                  output_loading_info=True, local_files_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder}: the weights do not fit config.json ({error})") from None
-    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
-    if wrong:
-        raise ValueError(f"{folder}: the weights do not fit config.json; missing or unexpected: "
-                         f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}")
-    return unet.eval()
+#: Beginnings of the names of what is never trained.
+FROZEN = ("text_encoder", "tokenizer", "text.json", "vae", "scheduler")
 
 
 class TextToImage:
     """Samples images from prompts by proximal diffusion.
 
     Args:
-        unet: the denoiser. text: its text encoder. schedule, sampler: the config's sections; they give the
+        denoiser: the network. text: its text encoder. schedule, sampler: the config's sections; they give the
             defaults of a call.
         precision: the network's arithmetic, as in the config: auto, float32 or bfloat16. The default draws the same
             image on every chip, to rounding.
+        vae: decodes latents; None: samples are pixels.
+        origin: the model folder it came from; what was not trained is linked from there, not written again.
     """
 
-    def __init__(self, unet: ProximalUNet, text: TextEncoder, schedule: Schedule, sampler: Sampler,
-                 precision: str = "float32"):
-        self.unet = unet.eval()
+    def __init__(self, denoiser: nn.Module, text: TextEncoder, schedule: Schedule, sampler: Sampler,
+                 precision: str = "float32", vae: Autoencoder | None = None, origin: Path | None = None):
+        self.denoiser = denoiser.eval()
         self.text = text
         self.schedule = schedule
         self.sampler = sampler
         self.precision = precision
+        self.vae = vae
+        self.origin = origin
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, precision: str = "float32") -> "TextToImage":
-        """Loads a model folder, or a run directory's models/final, else its models/pretrained.
+    def from_pretrained(cls, folder: str | os.PathLike, precision: str = "float32", size: int | None = None,
+                        schedule: Schedule | None = None, sampler: Sampler | None = None) -> "TextToImage":
+        """Loads a model folder, a run directory's models/final, else its models/pretrained, or a diffusers folder.
+
+        ``size`` (pixels), ``schedule`` and ``sampler`` are for a diffusers folder, which has none of them; None takes
+        the folder's own, else the defaults.
 
         Raises FileNotFoundError naming what is missing where, ValueError naming a file that is damaged.
         """
         folder = find_model(folder)
-        for part in (*PARTS, SETTINGS):
-            if not (folder / part).exists():
-                raise FileNotFoundError(f"{folder / part} is missing: {_EXPECTED}")
         try:
-            values = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            schedule = Schedule.model_validate(values["schedule"])
-            sampler = Sampler.model_validate(values["sampler"])
-        except (KeyError, TypeError, ValidationError, ValueError) as error:
-            reason = f"no {error} in it" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ValueError(f"{folder / SETTINGS} is not readable: {reason}") from None
-        check_weights(folder / "text_encoder")
-        return cls(load_unet(folder), TextEncoder.from_pretrained(folder), schedule, sampler, precision)
+            values = read_settings(folder)
+            schedule = schedule or Schedule.model_validate(values.get("schedule", {}))
+            sampler = sampler or Sampler.model_validate(values.get("sampler", {}))
+        except (AttributeError, TypeError, ValidationError) as error:
+            raise ValueError(f"{folder / SETTINGS} is not readable: {' '.join(str(error).split())}") from None
+        denoiser = load_denoiser(folder, schedule.build(), size)
+        return cls(denoiser, load_encoder(folder), schedule, sampler, precision, load_autoencoder(folder), folder)
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes the model folder, atomically: a reader sees the old model or the new one, never a half.
@@ -142,14 +96,7 @@ class TextToImage:
         fresh, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("new", "old"))
         shutil.rmtree(fresh, ignore_errors=True)
         try:
-            self.unet.save_pretrained(fresh / "unet")
-            self.text.save_pretrained(fresh)
-            settings = {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump()}
-            _write_json(fresh / SETTINGS, settings)
-            _write_json(fresh / INDEX, {
-                "_class_name": type(self).__name__, "_rlproxi_version": __version__,
-                **{part: [type(x).__module__, type(x).__name__]
-                   for part, x in zip(PARTS, (self.unet, self.text.model, self.text.tokenizer))}})
+            self._write(fresh)
             if folder.exists():
                 folder.rename(old)
             fresh.rename(folder)
@@ -160,16 +107,53 @@ class TextToImage:
             shutil.rmtree(old, ignore_errors=True)
         return folder
 
+    def _write(self, folder: Path) -> None:
+        folder.mkdir()
+        save_denoiser(self.denoiser, folder, self.origin)
+        index = {}
+        if self.origin is None:
+            self.text.save_pretrained(folder)
+            parts = self.text.components()
+            if self.vae is not None:
+                self.vae.save_pretrained(folder)
+                parts = {**parts, "vae": self.vae.vae}
+            index = {name: _class(x) for name, x in parts.items()}
+        else:
+            index = _read_index(self.origin)
+            for source in sorted(self.origin.iterdir()):
+                # What is frozen goes on in its files as they are.
+                if source.name.startswith(FROZEN) and not (folder / source.name).exists():
+                    link(source, folder / source.name)
+            if isinstance(self.text, CheckpointText):
+                self.text.save_settings(folder)  # the pipeline's class, which told them, is another one now
+        denoiser = {part_of(self.denoiser): _class(lora.network_of(self.denoiser))}
+        kept = {name: entry for name, entry in index.items() if not name.startswith("_") and (folder / name).is_dir()}
+        _write_json(folder / SETTINGS, {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump(),
+                                        "size": self.size})
+        _write_json(folder / INDEX, {"_class_name": type(self).__name__, "_rlproxi_version": __version__, **kept,
+                                     **denoiser})
+
+    def merged(self) -> "TextToImage":
+        """This model with its adapters added to the base, in float32; itself where it has none."""
+        if self.denoiser.lora is not None:
+            lora.merge(self.denoiser)
+        return self
+
+    @property
+    def size(self) -> int:
+        """H = W of the images in pixels."""
+        return self.denoiser.sample_shape[-1] * (1 if self.vae is None else self.vae.factor)
+
     def to(self, device: str | torch.device) -> "TextToImage":
-        """Moves both networks."""
-        self.unet.to(device)
-        self.text.model.to(device)
+        """Moves all networks."""
+        for part in (self.denoiser, self.text, self.vae):
+            if part is not None:
+                part.to(device)
         return self
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words the tokenizer has no token for: the model cannot tell them from each other."""
-        unknown = self.text.tokenizer.unk_token
-        return [word for word in re.findall(r"\w+", prompt) if unknown in self.text.tokenizer.tokenize(word)]
+        return self.text.unknown_words(prompt)
 
     def __call__(self, prompts: str | Sequence[str], num_inference_steps: int | None = None,
                  guidance_scale: float | None = None, seeds: Sequence[int] | None = None,
@@ -201,7 +185,15 @@ class TextToImage:
 
     @torch.no_grad()
     def _images(self, prompts: list[str], seeds: list[int], count: int | None, guidance: float | None) -> np.ndarray:
-        return to_uint8(self.run(self.text.encode(prompts), NamedNoise([(seed,) for seed in seeds]), count, guidance).x)
+        run = self.run(self.text.encode(prompts), NamedNoise([(seed,) for seed in seeds]), count, guidance)
+        return self.images(run.x)
+
+    def images(self, x: torch.Tensor) -> np.ndarray:
+        """Samples [B, C, H, W] -> images, uint8 [B, H, W, 3]: through the autoencoder, where there is one.
+
+        Raises ValueError for NaN or Inf: no image is that.
+        """
+        return to_uint8(x if self.vae is None else self.vae.decode(x))
 
     def steps(self, num_inference_steps: int | None = None) -> list[Step]:
         """The sampler's plan; None takes the model's own number of steps. Raises ValueError for one it cannot take."""
@@ -215,11 +207,11 @@ class TextToImage:
 
         ``text`` and ``noise`` have a row for each sample; see ``__call__`` for the rest.
         """
-        config, device = self.unet.config, self.unet.device
-        x = noise.start((config.in_channels, config.sample_size, config.sample_size), device)
+        device = self.denoiser.device
+        x = noise.start(self.denoiser.sample_shape, device)
         guidance = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
         with autocast(compute_dtype(self.precision, device), device):
-            return sample(operator(self.unet, self.text, guidance), self.steps(num_inference_steps), x, text, noise,
+            return sample(operator(self.denoiser, self.text, guidance), self.steps(num_inference_steps), x, text, noise,
                           keep_chain)
 
 
@@ -234,6 +226,17 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
         raise ValueError("the sampler returned NaN or infinite pixels: the weights are unusable, or guidance_scale is "
                          "far too high")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _read_index(folder: Path) -> dict:
+    file = folder / INDEX
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _class(part: object) -> list[str]:
+    """[library, class] as diffusers' model_index.json names a part."""
+    module = type(part).__module__
+    return [module if module.startswith("rlproxi") else module.split(".")[0], type(part).__name__]
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -2,14 +2,15 @@
 
 ``TextStates`` is what a denoiser sees; ``TextEncoder`` makes it from captions with a transformers
 tokenizer and text model. The built-in one is a two-layer CLIP text model with a word tokenizer.
+``text_stacks`` has the same verbs for the text encoders of published checkpoints.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,30 +18,41 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextStates:
-    """states [B, L, D], pooled [B, P], mask [B, L] (1 = token, 0 = padding); float32, float32, float32."""
+    """What a denoiser is told, all float32: states [B, L, D], pooled [B, P], mask [B, L] (1 = token, 0 = padding).
+
+    ``time_ids`` [B, 6] is SDXL's micro-conditioning (height and width of the original image, top and left of its crop,
+    height and width of the target, in pixels); None where nothing was said of it.
+    """
 
     states: Tensor
     pooled: Tensor
     mask: Tensor
+    time_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return self.states.shape[0]
 
     def __getitem__(self, index) -> "TextStates":
-        return TextStates(self.states[index], self.pooled[index], self.mask[index])
+        return self._each(lambda x: x[index])
 
     def repeat(self, count: int) -> "TextStates":
         """Each row ``count`` times in a row: [B] -> [B * count]."""
-        return TextStates(*(x.repeat_interleave(count, 0) for x in (self.states, self.pooled, self.mask)))
+        return self._each(lambda x: x.repeat_interleave(count, 0))
 
     def to(self, device) -> "TextStates":
-        return TextStates(self.states.to(device), self.pooled.to(device), self.mask.to(device))
+        return self._each(lambda x: x.to(device))
 
     @staticmethod
     def join(*parts: "TextStates") -> "TextStates":
-        """Concatenates along the batch."""
-        return TextStates(*(torch.cat([getattr(p, name) for p in parts])
-                            for name in ("states", "pooled", "mask")))
+        """Concatenates along the batch. Raises ValueError where only some parts have time_ids."""
+        if len({part.time_ids is None for part in parts}) > 1:
+            raise ValueError("text states with and without time_ids cannot be joined: give all of them, or none")
+        return TextStates(*(None if rows[0] is None else torch.cat(rows)
+                            for rows in zip(*((p.states, p.pooled, p.mask, p.time_ids) for p in parts))))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "TextStates":
+        return TextStates(*(None if x is None else change(x)
+                            for x in (self.states, self.pooled, self.mask, self.time_ids)))
 
 
 class TextEncoder:
@@ -58,6 +70,14 @@ class TextEncoder:
         self.max_length = max_length
         self._null: TextStates | None = None
 
+    def components(self) -> dict[str, object]:
+        """The parts by the names of their folders, for model_index.json."""
+        return {"text_encoder": self.model, "tokenizer": self.tokenizer}
+
+    def to(self, device: str | torch.device) -> "TextEncoder":
+        self.model.to(device)
+        return self
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
         """Loads ``folder``/tokenizer and ``folder``/text_encoder, diffusers' layout."""
@@ -70,7 +90,8 @@ class TextEncoder:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
         kind = (transformers.AutoConfig.from_pretrained(folder / "text_encoder").architectures or ["?"])[0]
         if kind not in cls.KINDS:
-            raise ValueError(f"{folder / 'text_encoder'} holds a {kind}; text encoders known here: {', '.join(cls.KINDS)}")
+            raise ValueError(f"{folder / 'text_encoder'} holds a {kind}; text encoders known here: "
+                             f"{', '.join(cls.KINDS)}")
         model = getattr(transformers, kind).from_pretrained(folder / "text_encoder", use_safetensors=True)
         # Some tokenizers say 1e30 where they know no limit.
         return cls(tokenizer, model, min(tokenizer.model_max_length, 512))
@@ -78,6 +99,10 @@ class TextEncoder:
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         self.model.save_pretrained(Path(folder) / "text_encoder")
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words the tokenizer has no token for: the model cannot tell them from each other."""
+        return unknown_words(self.tokenizer, prompt)
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(ids, mask), each [B, L] int64, L = max_length."""
@@ -107,7 +132,18 @@ class TextEncoder:
         if self._null is None:
             with torch.inference_mode(False):  # kept beyond this call, perhaps for one with gradients
                 self._null = self.encode([""])
-        return self._null.to(text.states.device).repeat(len(text))
+        return as_null(self._null, text)
+
+
+def as_null(row: TextStates, text: TextStates) -> TextStates:
+    """The one unconditional ``row`` for every row of ``text``: on its device, and told of the same sizes."""
+    return replace(row.to(text.states.device).repeat(len(text)), time_ids=text.time_ids)
+
+
+def unknown_words(tokenizer, prompt: str) -> list[str]:
+    """The words of ``prompt`` that ``tokenizer`` cannot spell without its token for unknown ones."""
+    words = re.findall(r"\w+", prompt)
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
 
 def word_tokenizer(captions: list[str], max_length: int):

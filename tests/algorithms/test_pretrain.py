@@ -11,7 +11,7 @@ from rlproxi.config import build_config
 from rlproxi.schema import Pretrain
 from rlproxi.data import faces
 from rlproxi.models.text import TextStates
-from rlproxi.models.unet import build_unet
+from rlproxi.models.loading import build_denoiser
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.schedule import VPSchedule
 
@@ -158,7 +158,7 @@ def test_the_start_is_fitted_to_the_data():
     variance = unet.gaussian.variance.flatten().sort().values
     assert float(variance[-1] / variance[0]) > 100  # smooth pictures: low frequencies carry far more than high ones
     assert variance[0] >= 1e-4 and not torch.equal(unet.gaussian.colors, torch.eye(3))
-    again, plain = start_unet(config), build_unet(config)
+    again, plain = start_unet(config), build_denoiser(config)
     assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), again.state_dict().values()))
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), plain.parameters()))
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlproxi.schema import Sampler, Schedule
-from rlproxi.models.pipeline import TextToImage, find_model, load_unet
+from rlproxi.models.loading import find_model, load_denoiser
+from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.unet import ProximalUNet
 
@@ -101,7 +102,7 @@ def test_a_run_directory_gives_its_final_model_else_the_pretrained_one(model, tm
     assert find_model(tmp_path / "run").name == "pretrained"
     model.save_pretrained(tmp_path / "run/models/final")
     assert find_model(tmp_path / "run").name == "final"
-    assert torch.equal(load_unet(tmp_path / "run").head.weight, model.unet.head.weight)
+    assert torch.equal(load_denoiser(tmp_path / "run").head.weight, model.denoiser.head.weight)
 
 
 def test_missing_folders_say_what_was_expected(model, folder, tmp_path):
@@ -131,14 +132,14 @@ def test_weights_that_do_not_fit_their_config_are_refused(folder):
     for change in ({"channels": [64]}, {"blocks": [2]}):
         config.write_text(json.dumps({**values, **change}))
         with pytest.raises(ValueError, match="do not fit config.json"):
-            load_unet(folder)
+            load_denoiser(folder)
     for file in (folder / "unet").glob("*.safetensors"):
         file.unlink()
     with pytest.raises(FileNotFoundError, match="unet holds no .safetensors file"):
-        load_unet(folder)
+        load_denoiser(folder)
 
 
-@pytest.mark.parametrize("text, words", [("{", "sampler.json is not readable"), ('{"schedule": {}}', "no 'sampler'"),
+@pytest.mark.parametrize("text, words", [("{", "sampler.json is not readable as JSON"), ('{"schedule": {}}', "no 'sampler'"),
                                          ('{"schedule": {}, "sampler": {"nome": 1}}', "nome")])
 def test_an_unreadable_sampler_file_is_named(folder, text, words):
     (folder / "sampler.json").write_text(text)
@@ -153,13 +154,13 @@ def test_impossible_calls_are_refused(model):
         model(CAPTIONS, seeds=[1, 2, 3])
     with pytest.raises(ValueError, match="at least 1 step"):
         model(CAPTIONS, num_inference_steps=0)
-    backward = TextToImage(model.unet, model.text, model.schedule, Sampler(name="backward", num_inference_steps=10))
+    backward = TextToImage(model.denoiser, model.text, model.schedule, Sampler(name="backward", num_inference_steps=10))
     with pytest.raises(ValueError, match="smallest number of steps that works"):
         backward(CAPTIONS, num_inference_steps=2)
 
 
 def test_broken_weights_do_not_become_an_image(model):
-    broken = ProximalUNet.from_config(model.unet.config)
+    broken = ProximalUNet.from_config(model.denoiser.config)
     with torch.no_grad():
         broken.head.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="NaN"):

@@ -1,0 +1,47 @@
+"""How a published network, which knows one noise level, is told of the prox's second number, lam."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Iterator
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .preconditioning import noise_features
+
+
+class LamEmbedding(ModelMixin, ConfigMixin):
+    """(t, lam) -> a vector that is added to a network's time embedding. Its last layer starts at zero, so that a
+    network it is added to starts as what it was.
+
+    Args:
+        dim: width of the time embedding. hidden: of its one hidden layer.
+    """
+
+    @register_to_config
+    def __init__(self, dim: int, hidden: int = 256):
+        super().__init__()
+        self.linear_1 = nn.Linear(128, hidden)
+        self.linear_2 = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.linear_2.weight)
+        nn.init.zeros_(self.linear_2.bias)
+
+    def forward(self, t: Tensor, lam: Tensor) -> Tensor:
+        """t, lam [B] float32 -> [B, dim]."""
+        return self.linear_2(torch.nn.functional.silu(self.linear_1(noise_features(t, lam))))
+
+
+@contextlib.contextmanager
+def told_of_lam(time_embedder: nn.Module, shift: Tensor) -> Iterator[None]:
+    """Inside, ``shift`` [B, dim] is added to whatever ``time_embedder`` returns.
+
+    A hook, and not a changed network: its weights keep the names that diffusers loads and saves.
+    """
+    handle = time_embedder.register_forward_hook(lambda module, inputs, output: output + shift.to(output.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()

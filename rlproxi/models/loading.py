@@ -1,0 +1,265 @@
+"""From a folder to a denoiser: our own networks, and diffusers' under the warm-start formula."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..proximal.schedule import VPSchedule
+from ..schema import Schedule
+from ..seeds import seed_of
+from . import lora
+from .autoencoder import Autoencoder, latent_facts
+from .backbone import LAM, NoiseLevels, ProximalBackbone, adapter_of
+from .checkpoint_files import load_network, read_json
+from .lam import LamEmbedding
+from .text import TextEncoder
+from .text_loading import load_text, text_widths
+from .text_stacks import CheckpointText
+from .transformer import ProximalTransformer
+from .unet import ProximalUNet
+
+INDEX, SETTINGS = "model_index.json", "sampler.json"
+#: Where a denoiser's network lies, in the order that is looked.
+NETWORKS = ("unet", "transformer")
+OWN = {"ProximalUNet": ProximalUNet, "ProximalTransformer": ProximalTransformer}
+EXPECTED = ("expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as diffusers lays them out) "
+            "or a run directory that holds one as models/final or models/pretrained")
+
+
+def find_model(path: str | os.PathLike) -> Path:
+    """The model folder that ``path`` is, or that the run directory ``path`` holds: models/final, else pretrained.
+
+    Raises FileNotFoundError that names the folder and says what was expected there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder: {EXPECTED}")
+    for folder in (path, path / "models" / "final", path / "models" / "pretrained"):
+        if any((folder / part).is_dir() for part in NETWORKS):
+            return folder
+    raise FileNotFoundError(f"{path} holds no model: {EXPECTED}")
+
+
+def network_config(folder: str | os.PathLike) -> tuple[str, dict]:
+    """('unet' or 'transformer', its config.json). Raises FileNotFoundError or ValueError naming the file."""
+    folder = find_model(folder)
+    part = next(part for part in NETWORKS if (folder / part).is_dir())
+    return part, read_json(folder / part / "config.json")
+
+
+def check_weights(folder: str | os.PathLike) -> None:
+    """Looks at the headers of ``folder``'s safetensors files.
+
+    Raises FileNotFoundError where there are none, ValueError naming a file that is damaged or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file, the only kind of weights that is loaded")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}): copy or save the model again") from None
+
+
+def load_part(kind: type, folder: Path) -> nn.Module:
+    """A diffusers-style module in float32. Raises ValueError or FileNotFoundError naming the folder."""
+    check_weights(folder)
+    return load_network(kind, folder, "diffusion_pytorch_model", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+
+
+def load_denoiser(folder: str | os.PathLike, schedule: VPSchedule | None = None, size: int | None = None) -> nn.Module:
+    """The denoiser of a model folder, run directory or diffusers folder, in float32, for inference (``eval``).
+
+    Args:
+        schedule: the proximal schedule of a diffusers folder, which has none of its own; None takes the folder's
+            sampler.json, else the default.
+        size: H = W of its images in pixels, where the network is free to choose; None: the folder's own.
+
+    Raises FileNotFoundError for a folder without one, ValueError for damaged files, weights that do not fit
+    their config.json, or a network that is not known.
+    """
+    folder = find_model(folder)
+    part, values = network_config(folder)
+    own = OWN.get(values.get("_class_name"))
+    if own:
+        denoiser = load_part(own, folder / part)
+    else:
+        denoiser = _backbone(folder, part, values, schedule, size)
+    if (folder / lora.FOLDER).is_dir():
+        lora.load(denoiser, folder)
+    return denoiser.eval()
+
+
+def _backbone(folder: Path, part: str, values: dict, schedule: VPSchedule | None, size: int | None) -> ProximalBackbone:
+    import diffusers
+
+    try:
+        adapter_of(values)
+    except ValueError as error:
+        raise ValueError(f"{folder / part}: {error}") from None
+    levels = NoiseLevels(folder)
+    net = load_part(getattr(diffusers, values["_class_name"]), folder / part)
+    if (folder / LAM).is_dir():
+        branch = load_part(LamEmbedding, folder / LAM)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(0x1A3))
+            branch = LamEmbedding(adapter_of(values).time_embedder(net).linear_2.out_features)
+    settings = read_settings(folder)
+    if schedule is None:
+        schedule = Schedule.model_validate(settings.get("schedule", {})).build()
+    size = size or settings.get("size")
+    return ProximalBackbone(net, branch, levels, schedule, size // latent_facts(folder)[1] if size else None)
+
+
+def part_of(denoiser: nn.Module) -> str:
+    """The folder of a denoiser's network: 'unet' or 'transformer'."""
+    if isinstance(denoiser, ProximalBackbone):
+        return denoiser.adapter.part
+    return "transformer" if isinstance(denoiser, ProximalTransformer) else "unet"
+
+
+def save_denoiser(denoiser: nn.Module, folder: Path, origin: Path | None) -> None:
+    """Writes the network's parts into the model folder ``folder``.
+
+    With adapters, the base is linked from ``origin``, the folder it came from: it was frozen, so it is not written
+    again. Raises ValueError for adapters without an origin.
+    """
+    part = part_of(denoiser)
+    if denoiser.lora is None:
+        denoiser.save_pretrained(folder if isinstance(denoiser, ProximalBackbone) else folder / part)
+        return
+    if origin is None:
+        raise ValueError("adapters are saved beside the base they belong to, and this base was never saved: save the model "
+                         "before model.lora is attached")
+    link(origin / part, folder / part)
+    lora.save(denoiser, folder)
+    if isinstance(denoiser, ProximalBackbone):
+        denoiser.lam_embedding.save_pretrained(folder / LAM)
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard links for the files of a folder (or one file), copies where the file system cannot: models are never
+    written in place, so a link costs no space and stays what it was."""
+    def one(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=one)
+    else:
+        one(str(source), str(target))
+
+
+def load_autoencoder(folder: Path) -> Autoencoder | None:
+    """The autoencoder of a model folder; None for a model of pixels."""
+    return Autoencoder.from_pretrained(folder) if (folder / "vae").is_dir() else None
+
+
+def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder | CheckpointText:
+    """The text encoders of a model folder. Large frozen stacks are held in the network's ``dtype``; what rolls out and
+    what trains must give the same one.
+
+    Raises as ``load_text``, and ValueError naming a file of weights that is damaged.
+    """
+    for part in sorted(folder.glob("text_encoder*")):
+        check_weights(part)
+    return load_text(folder, dtype)
+
+
+def read_settings(folder: Path) -> dict:
+    """sampler.json of a model folder; {} where there is none, as in a folder of diffusers' own."""
+    file = folder / SETTINGS
+    if file.is_file():
+        values = read_json(file)
+        for key in ("schedule", "sampler"):
+            if not isinstance(values.get(key), dict):
+                raise ValueError(f"{file} is not readable: no {key!r} in it")
+        return values
+    if network_config(folder)[1].get("_class_name") in OWN:
+        raise FileNotFoundError(f"{file} is missing: {EXPECTED}")
+    return {}
+
+
+def training_form(folder: str | os.PathLike, config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model folder's denoiser as ``config`` trains it in ``stage`` (pretrain or rl): the same in learner and rollout.
+
+    Without LoRA everything is trained, adapters of the folder merged into it. With it the folder's adapters go on, or
+    new ones are attached, and the frozen base is held in ``dtype``; pre-training trains the lam branch as well.
+    ``trainable`` tells what is trained.
+    """
+    denoiser = load_denoiser(folder, config.schedule.build(), config.data.size)
+    if config.model.lora is None:
+        if denoiser.lora:
+            lora.merge(denoiser)
+        denoiser.requires_grad_(True)
+    else:
+        if denoiser.lora is None:
+            lora.attach(denoiser, config.model.lora, config.run.seed)
+        for p in denoiser.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(dtype)
+        branch = getattr(denoiser, "lam_embedding", None)
+        if stage == "pretrain" and branch is not None:
+            branch.float().requires_grad_(True)
+    if config.model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    if config.model.compile:
+        denoiser.compile()
+    return denoiser
+
+
+def trainable(module: nn.Module) -> dict[str, Tensor]:
+    """name -> parameter of what is trained, in the module's order: what optimizers, averages and updates hold."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def build_denoiser(config: Config) -> nn.Module:
+    """A new network as the config describes it; the run's seed names its initial weights."""
+    m, s = config.model, config.schedule
+    channels, size = latent_space(config)
+    if size % (2 ** (len(m.channels) - 1) * m.patch if m.kind == "unet" else m.patch):
+        raise ValueError(f"a sample is {size} wide (data.size {config.data.size}), which model.patch {m.patch} and the "
+                         "levels do not divide")
+    folder = parts_folder(config)
+    text_dim, pooled_dim = (m.text_dim, m.text_dim) if folder is None else text_widths(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config.run.seed, 0x0DE7))
+        common = dict(sample_size=size, in_channels=channels, patch=m.patch, data_std=m.data_std, beta_min=s.beta_min,
+                      beta_max=s.beta_max, text_dim=text_dim)
+        if m.kind == "transformer":
+            return ProximalTransformer(layers=m.layers, heads=m.heads, **common)
+        return ProximalUNet(channels=tuple(m.channels), blocks=tuple(m.blocks), attention=tuple(m.attention),
+                            pooled_dim=pooled_dim, **common)
+
+
+def parts_folder(config: Config) -> Path | None:
+    """The folder with autoencoder and text encoders that a config brings along; None: pixels, built-in text."""
+    named = config.model.init or config.model.encoders
+    if named is None:
+        return None
+    return find_model(named) if config.model.init else Path(named)
+
+
+def latent_space(config: Config) -> tuple[int, int]:
+    """(channels, H = W) of a sample: the autoencoder's latents, or pixels."""
+    folder = parts_folder(config)
+    if folder is None or not (folder / "vae").is_dir():
+        return 3, config.data.size
+    channels, factor = latent_facts(folder)
+    if config.data.size % factor:
+        raise ValueError(f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})")
+    return channels, config.data.size // factor

@@ -1,0 +1,129 @@
+"""Low-rank adapters, by peft: what is trained is small, and the reference policy is the network with them off.
+
+A model folder keeps them apart from the base (``lora/``), so that sampling computes what training did and the base
+need not be written again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..proximal.operator import Prox
+from ..schema import LoRA
+from ..seeds import seed_of
+
+FOLDER, WEIGHTS, SETTINGS = "lora", "adapter_model.safetensors", "adapter_config.json"
+
+#: Ends of the names of attention's linear layers: diffusers' networks, then our U-Net.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "qkv", "text_kv",
+             "middle.1.out", "attend.out")
+
+
+def network_of(denoiser: nn.Module) -> nn.Module:
+    """The network inside a denoiser: a backbone's or transformer's ``net``, else the denoiser itself."""
+    return getattr(denoiser, "net", denoiser)
+
+
+def attach(denoiser: nn.Module, lora: LoRA, seed: int = 0) -> None:
+    """Adds adapters that change nothing yet (B = 0) and freezes everything else.
+
+    Raises ValueError where ``lora.targets`` names no layer of the network.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    net = network_of(denoiser)
+    denoiser.requires_grad_(False)
+    found = _targets(net, lora.targets or ATTENTION)
+    if not found:
+        names = sorted({name.rsplit(".", 1)[-1] for name, m in net.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(f"model.lora.targets {lora.targets} name no layer of {type(net).__name__}; its linear layers end "
+                         f"in {', '.join(names)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, 0x10A))
+        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=found), net)
+    for name, p in net.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.float()  # whatever dtype the frozen base has
+            p.requires_grad_(True)
+    denoiser.lora = lora
+
+
+def _targets(net: nn.Module, ends: tuple[str, ...] | list[str]) -> list[str]:
+    return [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+            and any(name == end or name.endswith("." + end) for end in ends)]
+
+
+def _layers(denoiser: nn.Module) -> list[nn.Module]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
+
+
+@contextlib.contextmanager
+def adapters_off(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, the network is its base: the reference policy, without a second copy."""
+    layers = _layers(denoiser)
+    # Not peft's enable_adapters: that also turns requires_grad off and on again, under the feet of a graph whose
+    # backward is still to come.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def without_adapters(prox: Prox, denoiser: nn.Module) -> Prox:
+    """``prox``, whose network is ``denoiser``, as the base computes it: the reference policy."""
+    def reference(*args):
+        with adapters_off(denoiser):
+            return prox(*args)
+    return reference
+
+
+def merge(denoiser: nn.Module) -> None:
+    """Adds the adapters to the base's weights and removes them; in the base's dtype, so do it in float32."""
+    net = network_of(denoiser)
+    for name, module in [(n, m) for n, m in net.named_modules() if m in set(_layers(net))]:
+        module.merge(safe_merge=True)
+        parent, _, last = name.rpartition(".")
+        setattr(net.get_submodule(parent), last, module.get_base_layer())
+    denoiser.lora = None
+
+
+def adapter_weights(denoiser: nn.Module) -> dict[str, Tensor]:
+    """name -> adapter parameter of the network."""
+    return {name: p for name, p in network_of(denoiser).named_parameters() if "lora_" in name}
+
+
+def save(denoiser: nn.Module, folder: str | Path) -> None:
+    """Writes ``folder``/lora: rank, alpha and targets as JSON, the adapters as safetensors."""
+    folder = Path(folder) / FOLDER
+    folder.mkdir(parents=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in adapter_weights(denoiser).items()}, folder / WEIGHTS)
+    (folder / SETTINGS).write_text(json.dumps(denoiser.lora.model_dump(), indent=2) + "\n", encoding="utf-8")
+
+
+def load(denoiser: nn.Module, folder: str | Path) -> None:
+    """Attaches the adapters of ``folder``/lora. Raises ValueError where they do not fit the network."""
+    folder = Path(folder) / FOLDER
+    try:
+        attach(denoiser, LoRA.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8")))
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no usable adapter: {error}") from None
+    own = adapter_weights(denoiser)
+    wrong = sorted(set(own) ^ set(saved)) or [n for n, p in own.items() if p.shape != saved[n].shape]
+    if wrong:
+        raise ValueError(f"{folder}: the adapter does not fit the network: {', '.join(wrong[:4])}")
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(saved[name])

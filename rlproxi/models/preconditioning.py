@@ -1,0 +1,132 @@
+"""What every new network of ours has around it: the closed-form prox of a Gaussian fitted to the data.
+
+The network F only has to learn what the data have beyond that Gaussian; F = 0 is the Gaussian's exact prox.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+from ..proximal.operator import expand
+from ..proximal.schedule import VPSchedule
+from .text import TextStates
+
+
+def sinusoid(x: Tensor, dim: int, max_period: float = 1000.0) -> Tensor:
+    """[B] -> [B, dim] sines and cosines of x times geometric frequencies from 1 to ``max_period``."""
+    half = dim // 2
+    frequencies = torch.exp(torch.linspace(0.0, math.log(max_period), half, device=x.device))
+    angles = x.float()[:, None] * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
+def noise_features(t: Tensor, lam: Tensor) -> Tensor:
+    """What a network is told of t and lam: [B], [B] -> [B, 128]. lam spans decades, so its logarithm is taken."""
+    return torch.cat([sinusoid(t, 64), sinusoid((lam + 1e-6).log() / 8, 64)], 1)
+
+
+class Gaussian(nn.Module):
+    """The Gaussian N(mean, Sigma) fitted to the data, Sigma diagonal in a fixed basis: principal colours times
+    the discrete cosine transform. Its prox is known in closed form, a Wiener filter.
+
+    Buffers: ``mean`` [C, H, W]; ``variance`` [C, H, W], of each colour and frequency; ``colors`` [C, C], orthogonal.
+    Starts as N(0, data_std^2 I).
+    """
+
+    def __init__(self, channels: int, size: int, data_std: float):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, size, size))
+        self.register_buffer("variance", torch.full((channels, size, size), data_std**2))
+        self.register_buffer("colors", torch.eye(channels))
+        k = torch.arange(size, dtype=torch.float64)
+        dct = torch.cos(math.pi / size * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / size)
+        dct[0] /= math.sqrt(2)
+        self.register_buffer("dct", dct.float(), persistent=False)
+
+    @torch.no_grad()
+    def fit(self, images: Tensor) -> None:
+        """Estimates mean, colours and variances from images [B, C, H, W].
+
+        Variances are kept between 1e-4 and the mean variance of a pixel. The lower bound keeps the filter
+        invertible. The upper one matters more: with the true, very large variances of the lowest frequencies the
+        linear part explains layout and colour from y alone and the network learns much later to take them from the
+        caption (docs/quickstart.md has the figures).
+        """
+        self.mean.copy_(images.mean(0))
+        centered = images - self.mean
+        pixels = centered.permute(1, 0, 2, 3).flatten(1)
+        self.colors.copy_(torch.linalg.eigh(pixels @ pixels.T).eigenvectors.flip(1).T)
+        variance = self.to_basis(centered).square().mean(0)
+        self.variance.copy_(variance.clamp(min=1e-4, max=float(images.var())))
+
+    def to_basis(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] pixels -> coefficients, an orthogonal map."""
+        return self.dct @ torch.einsum("dc,bchw->bdhw", self.colors, x) @ self.dct.T
+
+    def from_basis(self, x: Tensor) -> Tensor:
+        """The inverse of ``to_basis``."""
+        return torch.einsum("dc,bdhw->bchw", self.colors, self.dct.T @ x @ self.dct)
+
+
+class Preconditioned(ModelMixin, ConfigMixin):
+    """eps_theta(y, t, lam, text) for samples [B, C, H, W] of about unit spread; a subclass is the network F.
+
+    The network is *preconditioned* with the closed form of a Gaussian p_0 = N(m, Sigma). In the basis where
+    Sigma is diagonal, S its variances and v = alpha_bar S + 1 - alpha_bar,
+
+        eps = sqrt(lam) (y - sqrt(alpha_bar) m) / (v + lam) + sqrt(v / (v + lam)) F(..., t, lam, text)
+
+    so F = 0 is the exact prox of that Gaussian, and F's target has unit variance at every frequency and every
+    (t, lam). Where a frequency carries nothing but noise, F has no say: flat areas are clean from the first
+    step. F sees y and the Gaussian's prox, both scaled to unit variance by lam as well as t, so a few large
+    steps, which spread z far beyond the data, do not leave its range. (The closed form is ProxDM's; scaling
+    by it is EDM's idea, Karras et al. 2022.)
+
+    A subclass calls ``precondition`` in its constructor and has ``network(x [B, 2 C, H, W], t, lam, text)``.
+    """
+
+    _supports_gradient_checkpointing = True
+    #: The adapters' settings, where there are any (``models.lora``).
+    lora = None
+
+    def precondition(self, channels: int, size: int, data_std: float, schedule: VPSchedule) -> None:
+        """Sets the schedule (for alpha_bar) and a first Gaussian, N(0, data_std^2 I)."""
+        self.schedule = schedule
+        self.gaussian = Gaussian(channels, size, data_std)
+        self.gradient_checkpointing = False
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of a sample."""
+        return tuple(self.gaussian.mean.shape)
+
+    def forward(self, y: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
+        """y [B, C, H, W] float32; t, lam [B] float32; text with B rows. Returns eps, float32 like y."""
+        alpha_bar = expand(self.schedule.alpha_bar(t), y)
+        signal = alpha_bar * self.gaussian.variance + 1 - alpha_bar
+        return self.estimate_noise(y, alpha_bar, signal, expand(lam, y), t, lam, text)
+
+    def estimate_noise(self, y: Tensor, alpha_bar: Tensor, signal: Tensor, noise: Tensor, t: Tensor, lam: Tensor,
+                       text: TextStates) -> Tensor:
+        """The unit noise n in y = sqrt(alpha_bar) m + a signal of variance ``signal`` [B, C, H, W] (in the
+        Gaussian's basis) + sqrt(noise) n; ``alpha_bar``, ``noise`` [B, 1, 1, 1].
+
+        The prox has signal = v and noise = lam; the score model signal = alpha_bar S and noise = 1 - alpha_bar.
+        """
+        g = self.gaussian
+        with torch.autocast(y.device.type, enabled=False):
+            total = signal + noise
+            linear = g.from_basis(noise.sqrt() / total * g.to_basis(y - alpha_bar.sqrt() * g.mean))
+            scaled = y * total.mean((1, 2, 3), keepdim=True).rsqrt()
+            x = torch.cat([scaled, y - noise.sqrt() * linear], 1)
+        residual = self.network(x, t, lam, text).float()
+        with torch.autocast(y.device.type, enabled=False):
+            return linear + g.from_basis((signal / total).sqrt() * g.to_basis(residual))
+
+    def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
+        """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""
+        raise NotImplementedError
