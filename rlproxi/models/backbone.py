@@ -121,14 +121,16 @@ class NoiseLevels:
         levels = scheduler.alphas_cumprod.double().clamp_min(1e-8)  # 0 at the end with a zero terminal SNR
         self.log_snr = (levels / (1 - levels)).log()
 
-    def time(self, alpha_bar: Tensor) -> Tensor:
-        """alpha_bar [B] -> the time [B] in the network's units, linear in log SNR between the discrete levels and
-        clamped to them."""
-        wanted = (alpha_bar.double().clamp(1e-12, 1 - 1e-12)).logit()
+    def time(self, level: Tensor) -> Tensor:
+        """The time [B] in the network's units, in float64: of alpha_bar [B], linear in log SNR between the discrete
+        levels and clamped to them; for a flow of s [B], s times their number."""
+        if self.prediction == "flow":
+            return level.double() * self.steps
+        wanted = level.double().clamp(1e-12, 1 - 1e-12).logit()
         falling = self.log_snr = self.log_snr.to(wanted.device)
         right = torch.searchsorted(-falling, -wanted).clamp(1, len(falling) - 1)
         high, low = falling[right - 1], falling[right]
-        return (right - 1 + ((high - wanted) / (high - low)).clamp(0, 1)).to(alpha_bar.dtype)
+        return right - 1 + ((high - wanted) / (high - low)).clamp(0, 1)
 
 
 class ProximalBackbone(nn.Module):
@@ -151,8 +153,7 @@ class ProximalBackbone(nn.Module):
         self.schedule, self.levels = schedule, levels
         size = size or net.config.sample_size
         self.sample_shape = (net.config.in_channels, size, size)
-        flow = levels.prediction == "flow"
-        self.formula = WarmStart(self._predict, levels.prediction, schedule, None if flow else levels.time)
+        self.formula = WarmStart(self._predict, levels.prediction, schedule, levels.time)
 
     def forward(self, y: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """y [B, C, H, W] float32; t, lam [B] float32; text with B rows. Returns eps, float32 like y."""
@@ -160,8 +161,6 @@ class ProximalBackbone(nn.Module):
 
     def _predict(self, x: Tensor, time: Tensor, cond: tuple[TextStates, Tensor]) -> Tensor:
         text, shift = cond
-        if self.levels.prediction == "flow":
-            time = time * self.levels.steps
         with told_of_lam(self.adapter.time_embedder(self.net), shift):
             return self.adapter.call(self.net, x, time, text)
 

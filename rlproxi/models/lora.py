@@ -114,11 +114,13 @@ def save(denoiser: nn.Module, folder: str | Path) -> None:
 
 def load(denoiser: nn.Module, folder: str | Path) -> None:
     """Attaches the adapters of ``folder``/lora. Raises ValueError where they do not fit the network."""
+    from safetensors import SafetensorError
+
     folder = Path(folder) / FOLDER
     try:
         attach(denoiser, LoRA.model_validate_json((folder / SETTINGS).read_text(encoding="utf-8")))
         saved = load_file(folder / WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no usable adapter: {error}") from None
     own = adapter_weights(denoiser)
     wrong = sorted(set(own) ^ set(saved)) or [n for n, p in own.items() if p.shape != saved[n].shape]

@@ -29,7 +29,7 @@ class WarmStart(nn.Module):
 
     ``epsilon`` and ``v_prediction`` (v = alpha eps - sigma x_0) models are fed
 
-        x = y / sqrt(1 + lam),  ab' = ab / (1 + lam),  t' = time_of_alpha_bar(ab')
+        x = y / sqrt(1 + lam),  ab' = ab / (1 + lam),  t' = told_time(ab')
 
     and ``flow`` models (x_s = (1 - s) x_0 + s n, velocity n - x_0) are fed
 
@@ -45,63 +45,62 @@ class WarmStart(nn.Module):
     answer. True of the MMSE part, not of the prox, so a network that is to be fine-tuned by
     proximal matching should learn lam too.
 
-    Arithmetic is float32 (float64 if y is), whatever dtype the model answers in. It is a Module so
+    Arithmetic on samples is float32 (float64 if y is), whatever dtype the model answers in. It is a Module so
     that ``parameters()`` reaches a model that is one.
 
     Args:
         model: returns its prediction, shaped like x.
         prediction: ``epsilon``, ``v_prediction`` or ``flow``.
         schedule: the *proximal* schedule, which t and lam belong to.
-        time_of_alpha_bar: ab' [B] -> the time [B] the model is told, in the model's own units; default
-            ``schedule.time_of_alpha_bar``. A discrete diffusers schedule goes here. Not for ``flow``: it is told s.
+        told_time: the noise level [B] in float64 (ab', or s of a flow) -> the time [B] the model is told, in the model's
+            own units; default ``schedule.time_of_alpha_bar``, or s itself. A discrete diffusers schedule goes here.
         max_time: upper bound on the time the model is told, in its own units; None does not clamp.
 
     Raises:
-        ValueError: unknown prediction; time_of_alpha_bar given for ``flow``.
+        ValueError: unknown prediction.
     """
 
     def __init__(self, model: TimedModel, prediction: str, schedule: VPSchedule,
-                 time_of_alpha_bar: Callable[[Tensor], Tensor] | None = None, max_time: float | None = None):
+                 told_time: Callable[[Tensor], Tensor] | None = None, max_time: float | None = None):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
-        if prediction == "flow" and time_of_alpha_bar is not None:
-            raise ValueError("a flow model is told s in [0, 1), not a time of alpha_bar: "
-                             "leave time_of_alpha_bar out and scale s inside the model function if it must be")
         self.model = model
         self.prediction = prediction
         self.schedule = schedule
-        self.time_of_alpha_bar = time_of_alpha_bar or schedule.time_of_alpha_bar
+        self.told_time = told_time or ((lambda s: s) if prediction == "flow" else schedule.time_of_alpha_bar)
         self.max_time = max_time
 
     def forward(self, y: Tensor, t: Tensor, lam: Tensor, cond: Any = None) -> Tensor:
         """eps_prox, like y. y [B, ...]; t, lam [B]. lam = 0 gives 0, the limit."""
         work = torch.promote_types(y.dtype, torch.float32)
-        t, lam = t.to(work), lam.to(work)
+        # One number for each sample: in float64 it costs nothing, and times are told in thousands.
+        t, lam = t.double(), lam.double()
         alpha_bar = self.schedule.alpha_bar(t)
         variance = 1 - alpha_bar + lam  # of the noise in y
         noise = (self._flow_noise if self.prediction == "flow" else self._vp_noise)(
             y.to(work), alpha_bar, variance, lam, cond)
         # The clamp only matters at t = lam = 0, where there is no noise to predict.
-        share = (lam / variance.clamp_min(torch.finfo(work).tiny)).sqrt()
-        return (expand(share, y) * noise).to(y.dtype)
+        share = (lam / variance.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        return (expand(share.to(work), y) * noise).to(y.dtype)
 
     def _vp_noise(self, y: Tensor, alpha_bar: Tensor, variance: Tensor, lam: Tensor, cond: Any) -> Tensor:
         """E[n | y] from an eps or v model."""
         level = alpha_bar / (1 + lam)
-        x = y / expand(1 + lam, y).sqrt()
-        out = self.model(x, self._clamp(self.time_of_alpha_bar(level)), cond).to(y.dtype)
+        x = y / expand((1 + lam).sqrt().to(y.dtype), y)
+        out = self.model(x, self._told(level, y), cond).to(y.dtype)
         if self.prediction == "epsilon":
             return out
-        alpha, sigma = level.sqrt(), (variance / (1 + lam)).sqrt()
+        alpha, sigma = level.sqrt().to(y.dtype), (variance / (1 + lam)).sqrt().to(y.dtype)
         return expand(alpha, y) * out + expand(sigma, y) * x
 
     def _flow_noise(self, y: Tensor, alpha_bar: Tensor, variance: Tensor, lam: Tensor, cond: Any) -> Tensor:
         """E[n | y] from a flow model. n = x_s + (1 - s) velocity directly: via x_0 it would cancel at small s."""
         s = variance.sqrt() / (alpha_bar.sqrt() + variance.sqrt())
-        x = expand((1 - s) / alpha_bar.sqrt(), y) * y
-        velocity = self.model(x, self._clamp(s), cond).to(y.dtype)
-        return x + expand(1 - s, y) * velocity
+        x = expand(((1 - s) / alpha_bar.sqrt()).to(y.dtype), y) * y
+        velocity = self.model(x, self._told(s, y), cond).to(y.dtype)
+        return x + expand((1 - s).to(y.dtype), y) * velocity
 
-    def _clamp(self, time: Tensor) -> Tensor:
-        return time if self.max_time is None else time.clamp(max=self.max_time)
+    def _told(self, level: Tensor, y: Tensor) -> Tensor:
+        time = self.told_time(level)
+        return (time if self.max_time is None else time.clamp(max=self.max_time)).to(y.dtype)

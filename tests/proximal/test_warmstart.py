@@ -82,8 +82,9 @@ def test_time_hook_and_clamp():
     assert recorded_times() > 1.0  # half of alpha_bar(1)
     assert recorded_times(max_time=1.0) == 1.0
     assert recorded_times("flow", max_time=0.5) == 0.5
-    hook = recorded_times(time_of_alpha_bar=lambda ab: 1000 * ab)
+    hook = recorded_times(told_time=lambda ab: 1000 * ab)
     assert hook == pytest.approx(1000 * math.exp(-gamma(0.0, 1.0)) / 2)
+    assert recorded_times("flow", told_time=lambda s: 1000 * s) == pytest.approx(1000 * recorded_times("flow"))
 
 
 @pytest.mark.parametrize("n", [1, 4, 10, 100])
@@ -108,8 +109,6 @@ def test_flow_level_is_the_signal_to_noise_of_y():
 def test_errors():
     with pytest.raises(ValueError, match="'score' is unknown.*epsilon, v_prediction, flow"):
         WarmStart(eps_model, "score", SCHEDULE)
-    with pytest.raises(ValueError, match="flow model is told s"):
-        WarmStart(flow_model, "flow", SCHEDULE, time_of_alpha_bar=lambda ab: ab)
 
 
 def test_parameters_of_the_model_are_reached():
