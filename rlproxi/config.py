@@ -54,6 +54,12 @@ class Config(Section):
                 except ValueError as error:
                     raise ValueError(f"{key}: {error}") from None
         g, workers = self.grpo, self.resources.learner_workers
+        if g.groups_per_micro_batch is None:
+            groups = groups_that_fit(g, workers, max(1, 32 // g.group_size)) or 1
+            g = self.grpo = g.model_copy(update={"groups_per_micro_batch": groups})
+        if g.prompts_per_step % g.groups_per_micro_batch:
+            raise ValueError(f"grpo.prompts_per_step {g.prompts_per_step} is not a multiple of groups_per_micro_batch "
+                             f"{g.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups")
         if g.micro_batches % (workers * g.updates_per_step):
             raise ValueError(
                 f"grpo: {g.micro_batches} micro-batches (prompts_per_step {g.prompts_per_step} / "
@@ -91,6 +97,32 @@ class Config(Section):
             low = r.replicas or self.rewards.replicas
             if r.max_replicas is not None and r.max_replicas < low:
                 raise ValueError(f"rewards: {r.name} has max_replicas {r.max_replicas} below its {low} replicas; raise it")
+
+
+def groups_that_fit(grpo: GRPO, workers: int, most: int) -> int | None:
+    """The largest number of groups in a micro-batch, up to ``most``, that leaves every rank and update an equal share."""
+    for groups in range(min(most, grpo.prompts_per_step), 0, -1):
+        count, left = divmod(grpo.prompts_per_step, groups)
+        if left == 0 and count % (workers * grpo.updates_per_step) == 0:
+            return groups
+    return None
+
+
+def smaller_micro_batch(config: Config, stage: str) -> Config | None:
+    """The same run with about half the images in a forward of ``pretrain`` or ``rl``; None where it cannot be smaller.
+
+    What is learnt stays the same, to rounding: only how many images a forward holds changes.
+    """
+    workers = config.resources.learner_workers
+    if stage == "rl":
+        groups = groups_that_fit(config.grpo, workers, config.grpo.groups_per_micro_batch // 2)
+        return groups and config.model_copy(update={
+            "grpo": config.grpo.model_copy(update={"groups_per_micro_batch": groups})})
+    p = config.pretrain
+    share = p.batch_size // workers
+    now = p.micro_batch_size or share
+    fitting = [size for size in range(1, now // 2 + 1) if share % size == 0]
+    return config.model_copy(update={"pretrain": p.model_copy(update={"micro_batch_size": fitting[-1]})}) if fitting else None
 
 
 def _model_of(annotation) -> type[Section] | None:

@@ -200,7 +200,9 @@ class GRPO(Section):
     steps: int = Field(100, ge=1, description="Policy iterations: sample, score, update.")
     prompts_per_step: int = Field(16, ge=1, description="Groups in one iteration.")
     group_size: int = Field(8, description="G, samples of one prompt.")
-    groups_per_micro_batch: int = Field(8, ge=1, description="Groups sampled, and replayed, in one forward.")
+    groups_per_micro_batch: int | None = Field(
+        None, ge=1, description="Groups sampled, and replayed, in one forward; null: as many as the ranks can share evenly "
+        "with at most 32 images in each (at least one group).")
     updates_per_step: int = Field(1, ge=1, description="Optimizer steps on each iteration's groups.")
     trained_steps: int | None = Field(3, ge=1, description="Window of actions trained, drawn per iteration; None: all.")
     lr: float = Field(2e-5, gt=0, description="Learning rate after warm-up.")
@@ -227,9 +229,6 @@ class GRPO(Section):
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}: advantages compare samples of one group, "
                              "so it must be at least 2 (8 to 24 is usual)")
-        if self.prompts_per_step % self.groups_per_micro_batch:
-            raise ValueError(f"prompts_per_step {self.prompts_per_step} is not a multiple of groups_per_micro_batch "
-                             f"{self.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups")
         return self
 
     @property

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlproxi.config import (Config, ConfigError, build_config, config_folder, dump_config, load_config, parse_override)
+from rlproxi.config import (Config, ConfigError, build_config, config_folder, dump_config, load_config, parse_override,
+                            smaller_micro_batch)
 from rlproxi.config_docs import describe
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ def refused(match: str, values: dict | None = None, *overrides: str) -> str:
 
 def test_the_defaults_are_a_config_that_can_run():
     config = build_config({})
-    assert config == Config() and config.grpo.micro_batches == 2
+    assert config == Config() and config.grpo.micro_batches == 4
 
 
 def test_overrides_reach_every_level_and_parse_as_yaml():
@@ -61,9 +62,10 @@ def test_every_mistake_is_named_at_once():
 
 @pytest.mark.parametrize("override, words", [
     ("grpo.group_size=1", "group_size is 1: .* at least 2"),
-    ("grpo.prompts_per_step=12", "prompts_per_step 12 is not a multiple of groups_per_micro_batch 8"),
-    ("resources.learner_workers=3", "make prompts_per_step a multiple of 24"),
-    ("grpo.updates_per_step=4", "make prompts_per_step a multiple of 32"),
+    ("grpo.prompts_per_step=12 grpo.groups_per_micro_batch=8", "prompts_per_step 12 is not a multiple of groups_per_micro_batch 8"),
+    ("resources.learner_workers=3", "make prompts_per_step a multiple of 3"),
+    ("resources.learner_workers=3 grpo.groups_per_micro_batch=8", "make prompts_per_step a multiple of 24"),
+    ("grpo.updates_per_step=4 grpo.groups_per_micro_batch=8", "make prompts_per_step a multiple of 32"),
     ("pretrain.batch_size=65 resources.learner_workers=2", "pretrain.batch_size 65 is not a multiple"),
     ("pretrain.micro_batch_size=48", "pretrain.batch_size 64 is not a multiple"),
     ("grpo.trained_steps=6", "num_inference_steps 6 gives only 5 actions"),
@@ -148,3 +150,27 @@ def test_the_method_imports_neither_ray_nor_the_system():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
                 [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
             assert not {n.split(".")[0] for n in names} & {"ray", "actors"}, f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("changes, groups", [({}, 4), ({"group_size": 24}, 1), ({"group_size": 64}, 1),
+                                             ({"group_size": 4}, 8), ({"group_size": 4, "updates_per_step": 4}, 4),
+                                             ({"prompts_per_step": 10, "group_size": 4}, 5)])
+def test_micro_batches_follow_from_prompts_and_group_size(changes, groups):
+    config = build_config({"grpo": changes})
+    assert config.grpo.groups_per_micro_batch == groups
+    assert build_config(config.model_dump()).grpo.groups_per_micro_batch == groups  # as a resumed run reads it
+
+
+def test_micro_batches_are_halved_until_they_cannot_be():
+    config = build_config({"grpo": {"prompts_per_step": 24, "groups_per_micro_batch": 12}, "pretrain": {"batch_size": 24},
+                           "resources": {"learner_workers": 2}})
+    seen, sizes = [], []
+    rl = pretrain = config
+    while rl is not None:
+        seen.append(rl.grpo.groups_per_micro_batch)
+        rl = smaller_micro_batch(rl, "rl")
+    while pretrain is not None:
+        sizes.append(pretrain.pretrain.micro_batch_size or 12)
+        pretrain = smaller_micro_batch(pretrain, "pretrain")
+    assert seen == [12, 6, 3, 1] and sizes == [12, 6, 3, 1]
+    assert config.grpo.groups_per_micro_batch == 12  # the run's own config is as it was
