@@ -10,20 +10,21 @@ import asyncio
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, Coroutine
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
 
 from rlproxi.algorithms import grpo
-from rlproxi.algorithms.guard import Evaluated, OverOptimisation
-from rlproxi.algorithms.requests import SampleRequest, split_request
-from rlproxi.config import Config, Reward
-from rlproxi.data.prompts import heldout_prompts
-from rlproxi.evaluation import heldout
+from rlproxi.algorithms.requests import SampleRequest
+from rlproxi.config import Config
+from rlproxi.memory_errors import OUT_OF_MEMORY, is_out_of_memory
 from rlproxi.rewards import RewardError
 from rlproxi.rewards.combine import mean_present
+from rlproxi.schema import Reward
 
+from .evaluator import Evaluator
+from .pool import RolloutPool
 from .reward_service import RewardClient
 from .rollout import RolloutActor
 from .staleness import ByteBudget, StalenessPolicy
@@ -48,39 +49,41 @@ class Conductor:
     def __init__(self, config: Config, run_dir: str, model_folder: str, scribe, store):
         self.config = config
         self.run_dir = Path(run_dir)
-        self.scribe, self.store = scribe, store
+        self.scribe = scribe
         self.client: RewardClient | None = None
+        self.evaluator: Evaluator | None = None
         self.algorithm = grpo.build(config) if "rl" in config.run.stages else None
         self.policy = StalenessPolicy(config.grpo.max_staleness)
         self.budget = ByteBudget(config.grpo.max_bytes_in_flight)
         r = config.resources
-        self.rollouts = [RolloutActor.options(num_cpus=r.rollout_cpus, num_gpus=r.rollout_gpus)
-                         .remote(config, model_folder) for _ in range(r.rollout_actors)]
-        self.idle: asyncio.Queue = asyncio.Queue()
-        for actor in self.rollouts:
-            self.idle.put_nowait(actor)
+        self.pool = RolloutPool([RolloutActor.options(num_cpus=r.rollout_cpus, num_gpus=r.rollout_gpus)
+                                 .remote(config, model_folder) for _ in range(r.rollout_actors)], store, scribe)
         self.changed = asyncio.Condition()
         self.version: int | None = None
         self.begun: int | None = None  # the iteration that the learner started from
         self.ready: dict[int, dict[int, Scored]] = {}
+        self.answers: dict[int, dict | None] = {}  # what the first rank was told of an iteration, all are told
         self.stopped: str | None = None
-        self.finished = False  # held-out rewards have fallen for too long; what is trained so far is saved
-        self.guard = self._guard_of(config.grpo.steps)
-        self.loop: asyncio.Task | None = None
+        self.end: int | None = None  # the first iteration that will not be trained; what is trained so far is saved
         self.tasks: set[asyncio.Task] = set()
         self.last_commit = time.time()
 
     async def connect(self, apps: dict[str, str]) -> int:
-        """Takes the names of the deployed rewards; returns the number of rollout actors once all have loaded the model."""
+        """Takes the names of the deployed rewards; once all rollout actors have loaded the model, their number."""
         self.client = RewardClient(self.config.rewards, apps)
+        self.evaluator = Evaluator(self.config, self.run_dir, self.scribe, self.client,
+                                   self.pool.sample, self.pool.save)
         await self._tell_provenance([*self.config.rewards.train, *self.config.rewards.heldout])
-        await asyncio.gather(*(actor.ready.remote() for actor in self.rollouts))
-        return len(self.rollouts)
+        return await self.pool.ready()
 
     async def _tell_provenance(self, rewards: list[Reward]) -> None:
         for reward in rewards:
-            facts = await self.client.provenance(reward.name)
-            self.scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
+            try:
+                facts = await self.client.provenance(reward.name)
+                self.scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
+            except RewardError as error:  # a line of the report is missing: no reason to end a run
+                message = f"reward {reward.name!r} does not tell what makes its score: {error}"
+                self.scribe.append.remote("warning", {"message": message})
 
     # -- the learner's side ---------------------------------------------------------------
 
@@ -89,41 +92,51 @@ class Conductor:
 
         Whatever was in flight is dropped: names make the same groups again.
         """
-        for task in [self.loop, *self.tasks]:
-            if task is not None:
-                task.cancel()
+        for task in self.tasks:
+            task.cancel()
         self.tasks.clear()
         self.ready.clear()
+        self.answers.clear()
+        self.end = None
         self.budget.used = 0
         self.version = self.begun = iteration
-        self.guard = self._guard_of(iteration)
         self.last_commit = time.time()
         self.scribe.append.remote("resume", {"stage": "rl", "step": iteration})
-        self.loop = asyncio.create_task(self._guard(self._dispatch(iteration)))
+        self._start(self._dispatch(iteration))
 
     async def next_batch(self, iteration: int) -> dict | None:
-        """Blocks until every micro-batch of ``iteration`` is scored; None when the run was stopped, {} when it is
-        finished before its time.
+        """The batch of ``iteration`` once it is all scored; None when the run was stopped, {} when RL ends before it.
 
-        Returns {"requests", "chains" (references), "versions", "rewards" [P, G]}, in order, the same for every rank.
+        Returns {"requests", "chains" (references), "versions", "rewards" [P, G]}, in order. Every rank gets the same
+        answer, whatever happens between their calls: ranks that part wait for each other in a collective for ever.
         """
-        wanted = self.config.grpo.micro_batches
         async with self.changed:
-            await self.changed.wait_for(lambda: self.stopped or self.finished or len(self.ready.get(iteration, {})) == wanted)
-        if self.stopped:
-            return None
-        if self.finished:
-            return {}
-        entries = [self.ready[iteration][j] for j in range(wanted)]
+            await self.changed.wait_for(lambda: self._has_answer(iteration))
+            if iteration not in self.answers:
+                self.answers[iteration] = self._answer(iteration)
+            return self.answers[iteration]
+
+    def _complete(self, iteration: int) -> bool:
+        return len(self.ready.get(iteration, {})) == self.config.grpo.micro_batches
+
+    def _has_answer(self, iteration: int) -> bool:
+        ended = self.end is not None and iteration >= self.end
+        return iteration in self.answers or self.stopped is not None or ended or self._complete(iteration)
+
+    def _answer(self, iteration: int) -> dict | None:
+        """What every rank is told of ``iteration``. What was complete when the run was stopped is still trained on."""
+        if not self._complete(iteration):
+            return {} if self.stopped is None else None
+        entries = [self.ready[iteration][j] for j in range(self.config.grpo.micro_batches)]
         for entry in entries:
             if not self.policy.may_train(iteration, entry.version):
                 raise RuntimeError(f"iteration {iteration} was given a group of version {entry.version}")
         rewards = np.concatenate([e.rewards for e in entries])
         masked = float(np.isnan(rewards).all(1).mean())
         if masked > self.config.rewards.max_masked_fraction:
-            await self._stop(f"{masked:.0%} of the groups of iteration {iteration} have no score "
-                             f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction}); "
-                             "the warnings in metrics.jsonl say what the scorers answered")
+            self._mark_stopped(f"{masked:.0%} of the groups of iteration {iteration} have no score "
+                               f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction}); "
+                               "the warnings in metrics.jsonl say what the scorers answered")
             return None
         return {"requests": [e.request for e in entries], "chains": [e.chain for e in entries],
                 "versions": [e.version for e in entries], "rewards": rewards}
@@ -131,8 +144,8 @@ class Conductor:
     async def commit(self, iteration: int, metrics: dict[str, float]) -> None:
         """Iteration done and the weights of version ``iteration + 1`` published."""
         entries = list(self.ready.pop(iteration).values())
+        self.answers.pop(iteration, None)  # every rank has trained on it, so none will ask
         now = time.time()
-        images = sum(e.request.images for e in entries)
         record = {
             "stage": "rl", "step": iteration + 1, **metrics,
             **{f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries]))
@@ -141,205 +154,116 @@ class Conductor:
             "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
             "seconds/reward": sum(e.seconds["reward"] for e in entries),
             "seconds/step": now - self.last_commit,
-            "images_per_second": images / (now - self.last_commit),
+            "images_per_second": sum(e.request.images for e in entries) / (now - self.last_commit),
             "bytes_in_flight": self.budget.used,
         }
         self.last_commit = now
         self.scribe.append.remote("metrics", record)
-        if iteration == self.begun:
-            # By now they have measured their micro-batch.
-            await self._tell_provenance([r for r in self.config.rewards.train if r.tune_micro_batch])
         self.budget.give_back(len(entries) * grpo.bytes_per_micro_batch(self.config))
         async with self.changed:
             self.version = iteration + 1
             self.changed.notify_all()
-        del entries
+        if iteration == self.begun:
+            # By now they have measured their micro-batch.
+            await self._tell_provenance([r for r in self.config.rewards.train if r.tune_micro_batch])
 
-    async def stop(self, reason: str) -> None:
-        """Ends the run with a message for the user; the learner's next batch is None."""
-        await self._stop(reason)
+    async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
+        """See ``Evaluator.evaluate``."""
+        return await self.evaluator.evaluate(tag, step_counts, version, guidance_scale)
 
-    async def _stop(self, reason: str) -> None:
-        self.scribe.stop.remote(reason)
+    async def stop(self, reason: str, kind: str = "") -> None:
+        """Ends the run with a message for the user (``kind``: see Scribe); an incomplete batch is None from now on."""
         async with self.changed:
-            self.stopped = self.stopped or reason
-            self.changed.notify_all()
+            self._mark_stopped(reason, kind)
+
+    def _mark_stopped(self, reason: str, kind: str = "") -> None:
+        if self.stopped is None:  # told once: a later fault must not end what the driver may have started again
+            self.stopped = reason
+            self.scribe.stop.remote(reason, kind)
+            self.changed.notify_all()  # so the caller holds the lock
 
     async def close(self) -> None:
         """Ends the loop and the rollout actors."""
-        for task in [self.loop, *self.tasks]:
-            if task is not None:
-                task.cancel()
-        for actor in self.rollouts:
-            ray.kill(actor)
+        for task in self.tasks:
+            task.cancel()
+        self.pool.close()
 
     # -- rollouts and rewards -------------------------------------------------------------
 
-    async def _guard(self, work) -> None:
+    def _start(self, work: Coroutine) -> None:
+        task = asyncio.create_task(self._or_stop(work))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _or_stop(self, work: Coroutine) -> None:
         """Turns a fault of the loop into a stop with its words, instead of a learner that waits for ever."""
         try:
             await work
-        except asyncio.CancelledError:
-            raise
         except Exception as error:
-            await self._stop(f"{type(error).__name__}: {error}")
+            if is_out_of_memory(error):
+                await self.stop(f"out of memory: {getattr(error, 'cause', None) or error}", OUT_OF_MEMORY)
+            else:
+                await self.stop(f"{type(error).__name__}: {error}")
+
+    async def _until(self, condition: Callable[[], bool]) -> bool:
+        """Waits for the condition; False when the run was stopped, now or meanwhile."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.stopped is not None or condition())
+        return self.stopped is None
 
     async def _dispatch(self, start: int) -> None:
         every = self.config.evaluate.every
         # An iteration is admitted whole: the learner gives bytes back only when it has all of it.
         size = self.config.grpo.micro_batches * grpo.bytes_per_micro_batch(self.config)
         for iteration in range(start, self.config.grpo.steps):
-            async with self.changed:
-                await self.changed.wait_for(lambda: self.policy.may_dispatch(iteration, self.version))
+            if not await self._until(lambda: self.policy.may_dispatch(iteration, self.version)):
+                return
             if every and iteration % every == 0 and iteration > 0:
                 await self.evaluate(f"step-{iteration:06d}", [self.config.sampler.num_inference_steps], self.version)
-                if self.guard.should_stop:
-                    await self._finish()
-                    return
-            async with self.changed:
-                await self.changed.wait_for(lambda: self.budget.admits(size))
+                if self.evaluator.guard.should_stop:
+                    return await self._finish(iteration)
+            if not await self._until(lambda: self.budget.admits(size)):
+                return
             self.budget.take(size)
             for j, request in enumerate(grpo.requests(self.config, self.algorithm, iteration)):
-                task = asyncio.create_task(self._guard(self._produce(iteration, j, request, self.version)))
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
+                self._start(self._produce(iteration, j, request, self.version))
+
+    async def _finish(self, end: int) -> None:
+        """RL ends before iteration ``end``; what was dispatched earlier is still trained on."""
+        guard = self.evaluator.guard
+        self.scribe.append.remote("note", {"message": f"RL ends early: {guard.below} evaluations in a row far below "
+                                                      f"iteration {guard.best.iteration} (evaluate.patience)"})
+        async with self.changed:
+            self.end = end
+            self.changed.notify_all()
 
     async def _produce(self, iteration: int, j: int, request: SampleRequest, version: int) -> None:
-        images, chain, seconds = await self._sample(request, version)
+        images, chain, seconds = await self.pool.sample(request, version)
         sampled = time.time()
         rewards, parts = await self._score(images, request)
         scored = Scored(request, version, chain, rewards, parts,
                         {"rollout": seconds, "reward": time.time() - sampled})
         async with self.changed:
-            self.ready.setdefault(iteration, {})[j] = scored
-            self.changed.notify_all()
-
-    async def _sample(self, request: SampleRequest, version: int) -> tuple[np.ndarray, ray.ObjectRef, float]:
-        """Images, a reference to the chain, and the seconds an actor was busy with them.
-
-        An actor that dies is restarted by Ray, and the request made again.
-        """
-        while True:
-            actor = await self.idle.get()
-            begun = time.time()
-            try:
-                (weights,) = await self.store.get.remote(version)
-                images, chain = actor.sample.remote(request, version, weights)
-                return await images, chain, time.time() - begun
-            except RayActorError as error:
-                self.scribe.append.remote("warning", {"message": f"rollout actor lost, request repeated: {error}"})
-            finally:
-                self.idle.put_nowait(actor)
+            if self.stopped is None:  # an iteration that a stop left incomplete stays so
+                self.ready.setdefault(iteration, {})[j] = scored
+                self.changed.notify_all()
 
     async def _score(self, images: np.ndarray, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Rewards [P, G] and their parts; a group that cannot be scored is NaN, logged, and counted later."""
+        """Rewards [P, G] and their parts, each [P, G]."""
         groups = np.split(images, len(request.prompts))
-        answers = await asyncio.gather(*(self.client.total(group, prompt)
-                                         for group, prompt in zip(groups, request.prompts)), return_exceptions=True)
-        missing = np.full(request.group_size, np.nan, np.float32)
-        names = [r.name for r in self.config.rewards.train]
-        rows, parts = [], {name: [] for name in names}
-        for prompt, answer in zip(request.prompts, answers):
-            if isinstance(answer, RewardError):
-                self.scribe.append.remote("warning", {"message": f"group {prompt!r} of step {request.step} has no "
-                                                                 f"score: {answer}"})
-                if self.config.rewards.on_failure == "stop":
-                    await self._stop(f"{answer} (rewards.on_failure = stop)")
-                answer = (missing, {name: missing for name in names})
-            elif isinstance(answer, BaseException):
-                raise answer
-            rows.append(answer[0])
-            for name in names:
-                parts[name].append(answer[1][name])
-        return np.stack(rows), {name: np.stack(values) for name, values in parts.items()}
+        answers = await asyncio.gather(*(self._total(group, prompt, request.step)
+                                         for group, prompt in zip(groups, request.prompts)))
+        return (np.stack([total for total, _ in answers]),
+                {name: np.stack([parts[name] for _, parts in answers]) for name in answers[0][1]})
 
-    # -- evaluation -----------------------------------------------------------------------
-
-    async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
-        """Held-out prompts at each step count; writes and returns the evaluation (see evaluation.heldout)."""
-        e = self.config.evaluate
-        indices, prompts = heldout_prompts(self.config)
-        steps = self.config.sampler.num_inference_steps
-        scorers = [r.name for r in [*self.config.rewards.train, *self.config.rewards.heldout]]
-        judges = [r.name for r in self.config.rewards.heldout]
-        result = {"tag": tag, "iteration": version, "prompts": prompts, "samples": e.samples, "guidance_scale": guidance_scale,
-                  "headline_steps": steps, "by_steps": {}}
-        pictures, judged, correct = {}, {}, {}
-        groups = max(1, self.config.grpo.groups_per_micro_batch * self.config.grpo.group_size // e.samples)
-        for count in step_counts:
-            whole = SampleRequest("heldout", 0, tuple(prompts), tuple(indices), e.samples,
-                                  num_steps=count, guidance_scale=guidance_scale)
-            pieces = await asyncio.gather(*(self._sample(r, version) for r in split_request(whole, groups)))
-            images = np.concatenate([piece[0] for piece in pieces])
-            rows = list(zip(np.split(images, len(prompts)), prompts))
-            scores = {name: np.concatenate(await asyncio.gather(*(self._evaluated(name, g, p) for g, p in rows)))
-                      for name in scorers}
-            details = {}
-            for name in judges:
-                parts = await asyncio.gather(*(self._details(name, g, p) for g, p in rows))
-                known = next((list(part) for part in parts if part), [])
-                details[name] = {key: np.concatenate([part.get(key, np.full(e.samples, np.nan)) for part in parts])
-                                 for key in known}
-            result["by_steps"][str(count)] = heldout.summarise(scores, details, judges, e.samples)
-            pictures[count] = images
-            judged[count] = scores[judges[0]] if judges else scores[scorers[0]]
-            correct[count] = details[judges[0]] if judges else {}
-            self.scribe.append.remote("evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count,
-                                                     **result["by_steps"][str(count)]})
-        await self._watch(heldout.headline(result, self.config))
-        heldout.write(self.run_dir, tag, result, pictures, judged, correct)
-        return result
-
-    async def _evaluated(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
-        """Scores of one prompt's samples; NaN, with a warning, where they cannot be had: an evaluation ends no run."""
+    async def _total(self, images: np.ndarray, prompt: str, step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Rewards [G] of a group and their parts; one that cannot be scored is NaN, logged, and counted later."""
         try:
-            return await self.client.score(name, images, prompt)
+            return await self.client.total(images, prompt)
         except RewardError as error:
-            self.scribe.append.remote("warning", {"message": f"evaluation: {prompt!r} has no score: {error}"})
-            return np.full(len(images), np.nan, np.float32)
-
-    async def _details(self, name: str, images: np.ndarray, prompt: str) -> dict[str, np.ndarray]:
-        try:
-            return await self.client.details(name, images, prompt)
-        except RewardError:
-            return {}  # the same prompt's missing score was told of already
-
-    # -- over-optimisation ----------------------------------------------------------------
-
-    def _guard_of(self, upto: int) -> OverOptimisation:
-        """A guard that has seen what the run directory holds up to iteration ``upto``: a resumed run's knows the best."""
-        guard = OverOptimisation(self.config.evaluate.alarm_sigmas, self.config.evaluate.patience)
-        for seen in heldout.evaluated(self.run_dir, self.config, upto):
-            guard.see(seen)
-        return guard
-
-    async def _watch(self, now: Evaluated | None) -> None:
-        """Shows an evaluation to the guard; keeps the best model and passes an alarm on."""
-        if now is None:
-            return
-        alarm = self.guard.see(now)
-        if alarm:
-            self.scribe.append.remote("alarm", {"stage": "rl", "step": now.iteration, "message": alarm,
-                                                "best": self.guard.best.iteration})
-        if self.guard.best is now and now.iteration > 0:
-            await self._keep(now.iteration)
-            self.scribe.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})
-
-    async def _keep(self, version: int) -> None:
-        """Writes the weights of ``version`` as models/best, on a rollout actor, which has the model."""
-        while True:
-            actor = await self.idle.get()
-            try:
-                (weights,) = await self.store.get.remote(version)
-                return await actor.save.remote(version, weights, str(self.run_dir / "models" / "best"))
-            except RayActorError as error:
-                self.scribe.append.remote("warning", {"message": f"rollout actor lost, saving repeated: {error}"})
-            finally:
-                self.idle.put_nowait(actor)
-
-    async def _finish(self) -> None:
-        self.scribe.append.remote("note", {"message": f"RL ends early: {self.guard.below} evaluations in a row far below "
-                                                      f"iteration {self.guard.best.iteration} (evaluate.patience)"})
-        async with self.changed:
-            self.finished = True
-            self.changed.notify_all()
+            message = f"group {prompt!r} of step {step} has no score: {error}"
+            self.scribe.append.remote("warning", {"message": message})
+            if self.config.rewards.on_failure == "stop":
+                await self.stop(f"{error} (rewards.on_failure = stop)")
+            missing = np.full(len(images), np.nan, np.float32)
+            return missing, {r.name: missing for r in self.config.rewards.train}

@@ -14,7 +14,7 @@ class Scribe:
     def __init__(self, run_dir: str):
         self.log = RunLog(run_dir)
         self.newest: dict[str, dict] = {}
-        self.stopped: str | None = None
+        self.clear_stop()
 
     def append(self, event: str, fields: dict) -> None:
         self.log.append(event, **fields)
@@ -25,10 +25,24 @@ class Scribe:
         """The newest metrics of a stage."""
         return self.newest.get(stage)
 
-    def stop(self, reason: str) -> None:
-        """Asks every role to end the run, with a plain message for the user. The first reason stays."""
-        self.stopped = self.stopped or reason
-        self.log.append("warning", message=f"run stopped: {reason}")
+    def stop(self, reason: str, kind: str = "") -> None:
+        """Asks every role to end the run, with a plain message for the user. The first reason stays, with its kind.
+
+        ``kind`` is for the driver: "" ends the run; for ``memory_errors.OUT_OF_MEMORY`` it may know a remedy.
+        """
+        if self.stopped is None:
+            self.stopped, self.kind = reason, kind
+        self.log.append("warning", message=f"run stopped: {reason}", **({"kind": kind} if kind else {}))
 
     def stop_reason(self) -> str | None:
+        """Why the run is to end; None while it goes on."""
         return self.stopped
+
+    def stop_kind(self) -> str:
+        """The kind of ``stop_reason``; "" without one."""
+        return self.kind
+
+    def clear_stop(self) -> None:
+        """Forgets the stop, so that the stage it ended can be started again."""
+        self.stopped: str | None = None
+        self.kind = ""

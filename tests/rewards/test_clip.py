@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_models import save_aesthetic, save_open_clip, save_tokenizer, save_transformers, weights
+from clip_models import save_tokenizer, weights
 from PIL import Image
 
 from rlproxi.models.precision import autocast
@@ -15,25 +15,6 @@ from rlproxi.rewards.base import to_pixels
 from rlproxi.rewards.clip import MEAN, STD, _pillow_resize, longest_side, shortest_side
 from rlproxi.rewards.clip_text import load_tokens, open_clip_clean
 from rlproxi.rewards.open_clip import clip_model, load_open_clip, open_clip_config, open_clip_to_transformers
-
-CPU = {"device": "cpu", "precision": "float32"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("clip")
-
-
-@pytest.fixture(scope="module")
-def files(folder):
-    """Parameters of each scorer for the small models."""
-    hps = {"checkpoint": str(save_open_clip(folder / "hps.pt")),
-           "tokenizer": str(fixtures.write_merges(folder / "merges.txt.gz")), **CPU}
-    both = str(save_transformers(folder / "transformers"))
-    predictor, clip = map(str, save_aesthetic(folder))
-    return {"hpsv2": hps, "hpsv2.1": hps, "hpsv2.0": hps, "clip": {"clip": both, **CPU},
-            "pickscore": {"clip": both, "tokenizer": both, **CPU},
-            "aesthetic": {"predictor": predictor, "clip": clip, **CPU}}
 
 
 # -- images -------------------------------------------------------------------------------
@@ -325,17 +306,17 @@ def test_a_folder_of_pickled_weights_loads_too(files, tmp_path):
     folder = save_tokenizer(tmp_path / "bin")
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    scorers = build("clip", files["clip"]), build("clip", {"clip": str(folder), **CPU})
+    scorers = build("clip", files["clip"]), build("clip", {**files["clip"], "clip": str(folder)})
     image, prompt = fixtures.image("small")[None], [fixtures.PROMPTS[1]]
     assert scorers[1].score(image, prompt) == pytest.approx(scorers[0].score(image, prompt), abs=1e-4)
     assert [file.name for file in scorers[1].files] == ["pytorch_model.bin"]
     state = {key: value for key, value in model.state_dict().items() if "visual_projection" not in key}
     torch.save(state, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="lacks 1 of CLIP's weights, first 'visual_projection.weight'"):
-        build("clip", {"clip": str(folder), **CPU})
+        build("clip", {**files["clip"], "clip": str(folder)})
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match="holds no CLIP that transformers can load"):
-        build("clip", {"clip": str(folder), **CPU})
+        build("clip", {**files["clip"], "clip": str(folder)})
 
 
 def test_another_predictor_or_another_clip_is_refused(files, tmp_path):
@@ -357,5 +338,6 @@ def test_the_same_network_scores_the_same_in_both_formats(files, tmp_path):
     save_tokenizer(tmp_path)
     image, prompt = fixtures.image("exact")[None], ["a photo of a cat"]  # nothing to resize, pad or clean
     hps = build("hpsv2.1", files["hpsv2.1"]).score(image, prompt)
-    pick = build("pickscore", {"clip": str(tmp_path), "tokenizer": str(tmp_path), **CPU}).score(image, prompt)
+    folder = {"clip": str(tmp_path), "tokenizer": str(tmp_path)}
+    pick = build("pickscore", {**files["pickscore"], **folder}).score(image, prompt)
     assert pick[0] / 100 == pytest.approx(hps[0], abs=1e-5)

@@ -6,7 +6,6 @@ import clip_fixtures as fixtures
 import numpy as np
 import pytest
 import torch
-from clip_models import save_aesthetic, save_open_clip, save_tokenizer, save_transformers
 
 from rlproxi.rewards.aesthetic import Aesthetic
 from rlproxi.rewards.base import to_pixels
@@ -19,34 +18,21 @@ from rlproxi.rewards.pickscore import PickScore
 GOLDEN = np.load(Path(__file__).parent / "golden" / "clip_family.npz")
 NAMES = GOLDEN["names"].tolist()
 PAIRS = [(name, fixtures.PROMPTS[i]) for i, name in enumerate(NAMES)]
-CPU = {"device": "cpu", "precision": "float32"}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("clip")
+def hpsv2(files):
+    return HPSv21(**files["hpsv2.1"])
 
 
 @pytest.fixture(scope="module")
-def hpsv2(folder):
-    merges = fixtures.write_merges(folder / "merges.txt.gz")
-    return HPSv21(str(save_open_clip(folder / "hps.pt")), str(merges), **CPU)
+def pickscore(files):
+    return PickScore(**files["pickscore"])
 
 
 @pytest.fixture(scope="module")
-def transformers_folder(folder):
-    return str(save_transformers(folder / "transformers"))
-
-
-@pytest.fixture(scope="module")
-def pickscore(transformers_folder):
-    return PickScore(transformers_folder, transformers_folder, **CPU)
-
-
-@pytest.fixture(scope="module")
-def aesthetic(folder):
-    predictor, clip = save_aesthetic(folder)
-    return Aesthetic(str(predictor), str(clip), **CPU)
+def aesthetic(files):
+    return Aesthetic(**files["aesthetic"])
 
 
 def pixels(name: str) -> torch.Tensor:
@@ -77,9 +63,9 @@ def test_the_transforms_are_not_interchangeable():
     assert np.abs(clip - openai).max() > 0.1  # of an odd number of pixels, they cut another half
 
 
-def test_tokens_are_the_authors(folder):
-    for name in (fixtures.write_merges(folder / "again.txt.gz"), save_tokenizer(folder / "tokenizer")):
-        assert np.array_equal(load_tokens(str(name), open_clip_clean)(fixtures.PROMPTS).numpy(), GOLDEN["hpsv2.tokens"])
+def test_tokens_are_the_authors(files):
+    for name in (files["hpsv2"]["tokenizer"], files["pickscore"]["tokenizer"]):  # merges, a transformers folder
+        assert np.array_equal(load_tokens(name, open_clip_clean)(fixtures.PROMPTS).numpy(), GOLDEN["hpsv2.tokens"])
 
 
 def test_hpsv2_features_are_the_authors(hpsv2):
@@ -106,8 +92,8 @@ def test_pickscore_is_the_authors(pickscore):
     assert np.ptp(GOLDEN["pick.scores"]) > 10
 
 
-def test_clip_score_is_torchmetrics(transformers_folder):
-    found = scores(ClipScore(transformers_folder, **CPU))
+def test_clip_score_is_torchmetrics(files):
+    found = scores(ClipScore(**files["clip"]))
     assert np.abs(found - GOLDEN["clip.scores"]).max() < 1e-3
     assert found[0] == 0 and GOLDEN["pick.scores"][0] < 0  # a negative cosine
 

@@ -1,0 +1,117 @@
+"""Evaluations on the held-out prompts, the alarm they may raise, and the best model so far."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Awaitable, Callable
+
+import numpy as np
+
+from rlproxi.algorithms.guard import OverOptimisation
+from rlproxi.algorithms.requests import SampleRequest, split_request
+from rlproxi.config import Config
+from rlproxi.data.prompts import heldout_prompts
+from rlproxi.evaluation import heldout
+from rlproxi.rewards import RewardError
+
+from .reward_service import RewardClient
+
+
+class Evaluator:
+    """Samples, scores, writes and watches evaluations.
+
+    ``guard`` is the one that saw the newest evaluation, and before it those of earlier iterations in the run
+    directory: it is made anew each time, so a resumed run's and an unbroken run's know the same.
+
+    Args:
+        sample: (request, version) -> (images uint8 [P * S, H, W, 3], anything more). Asked for many pieces at once.
+        save: (version, folder) -> None; writes the model with the weights of that version.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, scribe: Any, client: RewardClient,
+                 sample: Callable[[SampleRequest, int], Awaitable[tuple]], save: Callable[[int, str], Awaitable[None]]):
+        self.config, self.run_dir, self.scribe, self.client = config, run_dir, scribe, client
+        self.sample, self.save = sample, save
+        self.scorers = [r.name for r in [*config.rewards.train, *config.rewards.heldout]]
+        self.judges = [r.name for r in config.rewards.heldout]
+        self.guard = self._new_guard()
+
+    def _new_guard(self) -> OverOptimisation:
+        return OverOptimisation(self.config.evaluate.alarm_sigmas, self.config.evaluate.patience)
+
+    async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
+        """Held-out prompts at each step count; writes and returns the evaluation (see evaluation.heldout)."""
+        samples = self.config.evaluate.samples
+        indices, prompts = heldout_prompts(self.config)
+        result = {"tag": tag, "iteration": version, "prompts": prompts, "samples": samples,
+                  "guidance_scale": guidance_scale, "headline_steps": self.config.sampler.num_inference_steps,
+                  "by_steps": {}}
+        pictures, judged, correct = {}, {}, {}
+        for count in step_counts:
+            whole = SampleRequest("heldout", 0, tuple(prompts), tuple(indices), samples,
+                                  num_steps=count, guidance_scale=guidance_scale)
+            images = await self._images(whole, version)
+            scores, details = await self._judge(images, prompts)
+            entry = heldout.summarise(scores, details, self.judges, samples)
+            result["by_steps"][str(count)] = entry
+            pictures[count] = images
+            judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
+            correct[count] = details[self.judges[0]] if self.judges else {}
+            self.scribe.append.remote("evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count,
+                                                     **entry})
+        # The best model first: an evaluation that can be read has been acted on.
+        await self._watch(result)
+        heldout.write(self.run_dir, tag, result, pictures, judged, correct)
+        return result
+
+    async def _images(self, whole: SampleRequest, version: int) -> np.ndarray:
+        """uint8 [P * S, H, W, 3], made in micro-batches of about the training's size."""
+        g = self.config.grpo
+        groups = max(1, g.groups_per_micro_batch * g.group_size // whole.group_size)
+        pieces = await asyncio.gather(*(self.sample(request, version) for request in split_request(whole, groups)))
+        return np.concatenate([piece[0] for piece in pieces])
+
+    async def _judge(self, images: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
+        """({scorer: [P * S]}, {judge: {part: [P * S]}}); NaN is missing."""
+        samples = self.config.evaluate.samples
+        rows = list(zip(np.split(images, len(prompts)), prompts))
+        scores = {name: np.concatenate(await asyncio.gather(*(self._score(name, *row) for row in rows)))
+                  for name in self.scorers}
+        details = {}
+        for name in self.judges:
+            parts = await asyncio.gather(*(self._details(name, *row) for row in rows))
+            known = next((list(part) for part in parts if part), [])
+            details[name] = {key: np.concatenate([part.get(key, np.full(samples, np.nan)) for part in parts])
+                             for key in known}
+        return scores, details
+
+    async def _score(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
+        """Scores of one prompt's samples; NaN, with a warning, where they cannot be had: an evaluation ends no run."""
+        try:
+            return await self.client.score(name, images, prompt)
+        except RewardError as error:
+            self.scribe.append.remote("warning", {"message": f"evaluation: {prompt!r} has no score: {error}"})
+            return np.full(len(images), np.nan, np.float32)
+
+    async def _details(self, name: str, images: np.ndarray, prompt: str) -> dict[str, np.ndarray]:
+        try:
+            return await self.client.details(name, images, prompt)
+        except RewardError:
+            return {}  # the same prompt's missing score was told of already
+
+    async def _watch(self, result: dict) -> None:
+        """Shows an evaluation to a guard that knows the earlier ones; passes its alarm on and keeps the best model."""
+        self.guard = self._new_guard()
+        now = heldout.headline(result, self.config)
+        if now is None:
+            return
+        for seen in heldout.evaluated(self.run_dir, self.config, now.iteration - 1):
+            self.guard.see(seen)
+        alarm = self.guard.see(now)
+        if alarm:
+            self.scribe.append.remote("alarm", {"stage": "rl", "step": now.iteration, "message": alarm,
+                                                "best": self.guard.best.iteration})
+        if self.guard.best is now and now.iteration > 0:
+            await self.save(now.iteration, str(self.run_dir / "models" / "best"))
+            self.scribe.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})
