@@ -67,7 +67,7 @@ class Learner(Rank):
                 ray.get(self.conductor.stop.remote(str(error)))
                 return
             begun = time.time()
-            self._publish(iteration + 1)
+            metrics["bytes/weights"] = self._publish(iteration + 1)
             metrics["seconds/sync"] = time.time() - begun
             if (iteration + 1) % g.checkpoint_every == 0 or iteration + 1 == g.steps:
                 self.checkpoint(iteration + 1)
@@ -115,11 +115,11 @@ class Learner(Rank):
         self.log(iteration, {"ratio/first_max_deviation": float(worst)})
         self.algorithm.check_first_ratio(float(worst))
 
-    def _publish(self, version: int) -> None:
+    def _publish(self, version: int) -> int:
+        """Hands on what is trained; returns its bytes (0 on every rank but the first, which sends them)."""
         with self.engine.gathered() as weights:
             flat = flatten(weights) if self.rank == 0 else None
-        if flat is not None:
-            ray.get(self.store.publish.remote(version, flat))
+        return 0 if flat is None else ray.get(self.store.publish.remote(version, flat))
 
     def _save_final(self) -> None:
         with self.engine.gathered() as weights:

@@ -18,6 +18,7 @@ from rlproxi.models.precision import autocast
 from rlproxi.proximal.matching import TimeTable
 
 from .engine import Engine
+from .ingest import batches
 from .rank import Rank
 from .training import PretrainSetup
 
@@ -51,8 +52,7 @@ class Pretrainer(Rank):
         start = self.restore()
         if self.rank == 0:
             self.scribe.append.remote("resume", {"stage": self.stage, "step": start})
-        data = ray.train.get_dataset_shard(f"rank{self.rank}").iter_batches(
-            batch_size=p.batch_size // self.world, prefetch_batches=4)
+        data = batches(ray.train.get_dataset_shard(f"rank{self.rank}"), p.batch_size // self.world)
         since, images, window = time.time(), 0, []
         for step, batch in zip(range(start, p.steps), self._skip(data, start)):
             window.append(self._step(step, batch))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from rlproxi.config import Config
+from rlproxi.memory_errors import OUT_OF_MEMORY, first_line, is_out_of_memory
 
 from . import checkpoints
 
@@ -45,23 +46,25 @@ def pretrain(setup: PretrainSetup) -> None:
 
     Raises ConfigError where the last checkpoint was written by another number of ranks.
     """
-    from .ingest import portraits
+    from .ingest import portraits, shards
 
     root = checkpoints.root(setup.run_dir, "pretrain")
     checkpoints.require_world(root, setup.config.resources.learner_workers)
     found = checkpoints.latest(root, warn=lambda message: None)
     setup.data_start = found[1]["step"] if found else 0
-    datasets = {f"rank{rank}": portraits(setup.config, setup.data_start, rank)
-                for rank in range(setup.config.resources.learner_workers)}
+    def dataset(rank: int):
+        if setup.cache is None:
+            return portraits(setup.config, setup.data_start, rank)
+        return shards(setup.config, Path(setup.cache), setup.data_start, rank)
+
+    datasets = {f"rank{rank}": dataset(rank) for rank in range(setup.config.resources.learner_workers)}
     train_on_ray(_pretrain_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)
 
 
 def _pretrain_loop(settings: dict) -> None:
     from .pretrainer import Pretrainer
 
-    rank = Pretrainer(settings["setup"])
-    rank.run()
-    rank.engine.close()
+    _run(Pretrainer, settings["setup"])
 
 
 def train(setup: LearnerSetup) -> None:
@@ -76,8 +79,23 @@ def train(setup: LearnerSetup) -> None:
 def _learner_loop(settings: dict) -> None:
     from .learner import Learner
 
-    rank = Learner(settings["setup"])
-    rank.run()
+    _run(Learner, settings["setup"])
+
+
+def _run(kind: type, setup: Any) -> None:
+    """A rank's life. Out of memory, it tells the driver and fails, which ends the ranks that wait for it; started again by
+    Train, all of them leave at once, and the driver begins anew with less."""
+    import ray
+
+    if ray.get(setup.scribe.stop_kind.remote()) == OUT_OF_MEMORY:
+        return
+    try:
+        rank = kind(setup)
+        rank.run()
+    except Exception as error:
+        if is_out_of_memory(error):
+            ray.get(setup.scribe.stop.remote(f"{kind.__name__.lower()}: out of memory ({first_line(error)})", OUT_OF_MEMORY))
+        raise
     rank.engine.close()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
+from .data.curation.settings import Curate
 from .proximal.samplers import plan
 from .schema import (GRPO, ConfigError, Data, Evaluate, Learner, Model, Prepare, Pretrain, Resources, Rewards, Run, Sampler,
                      Schedule, Section)
@@ -26,6 +27,7 @@ class Config(Section):
 
     run: Run = Run()
     data: Data = Data()
+    curate: Curate = Curate()
     model: Model = Model()
     schedule: Schedule = Schedule()
     sampler: Sampler = Sampler()
@@ -125,12 +127,12 @@ def smaller_micro_batch(config: Config, stage: str) -> Config | None:
     return config.model_copy(update={"pretrain": p.model_copy(update={"micro_batch_size": fitting[-1]})}) if fitting else None
 
 
-def _model_of(annotation) -> type[Section] | None:
+def model_of(annotation) -> type[Section] | None:
     """The Section inside an annotation (also inside list[...]), if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     for argument in typing.get_args(annotation):
-        found = _model_of(argument)
+        found = model_of(argument)
         if found:
             return found
     return None
@@ -141,7 +143,7 @@ def _suggest(path: tuple) -> str:
     section: type[Section] | None = Config
     for part in path[:-1]:
         if isinstance(part, str) and section is not None and part in section.model_fields:
-            section = _model_of(section.model_fields[part].annotation)
+            section = model_of(section.model_fields[part].annotation)
     known = list(section.model_fields) if section else []
     close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
     if close:

@@ -8,8 +8,8 @@ import typing
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .config import Config
-from .schema import LoRA, Reward, Section
+from .config import Config, model_of
+from .schema import Section
 
 _HEAD = """\
 # Configuration
@@ -27,12 +27,27 @@ def describe() -> str:
     """The whole page, Markdown, ending in a newline."""
     parts = [_HEAD]
     for name, field in Config.model_fields.items():
-        parts.append(_section(f"`{name}`", field.annotation, f"{name}."))
-        if name == "rewards":
-            parts.append(_section("Each entry of `rewards.train` and `rewards.heldout`", Reward, "", level=3))
-        if name == "model":
-            parts.append(_section("`model.lora`, where it is not null", LoRA, "model.lora.", level=3))
+        parts += _sections(name, field.annotation, f"`{name}`", f"{name}.", 2)
     return "\n".join(parts)
+
+
+def _sections(path: str, section: type[Section], title: str, prefix: str, level: int) -> list[str]:
+    """A section's table, and those of the sections inside it."""
+    parts = [_section(title, section, prefix, level)]
+    inside: dict[type[Section], list[str]] = {}
+    for name, field in section.model_fields.items():
+        inner = model_of(field.annotation)
+        if inner:
+            inside.setdefault(inner, []).append(name)
+    for inner, names in inside.items():
+        keys = " and ".join(f"`{path}.{name}`" for name in names)
+        field = section.model_fields[names[0]]
+        if typing.get_origin(field.annotation) is list:
+            parts += _sections("", inner, f"Each entry of {keys}", "", level + 1)
+        else:
+            optional = ", where it is not null" if _nullable(field) else ""
+            parts += _sections(f"{path}.{names[0]}", inner, f"{keys}{optional}", f"{path}.{names[0]}.", level + 1)
+    return parts
 
 
 def _section(title: str, section: type[Section], prefix: str, level: int = 2) -> str:
@@ -78,8 +93,8 @@ def _words(annotation: typing.Any) -> str:
         return f"{len(arguments)} x {_words(arguments[0])}"
     if origin is dict:
         return "mapping"
-    if annotation is Reward:
-        return "rewards"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "sections" if annotation.model_fields.get("name") else "a section"
     return {str: "text", bool: "true or false"}.get(annotation, annotation.__name__)
 
 
@@ -87,6 +102,8 @@ def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
         return "required"
     value = field.default
+    if isinstance(value, Section):
+        return "its defaults"
     if isinstance(value, list) and value and isinstance(value[0], Section):
         value = [entry.model_dump(exclude_defaults=True) for entry in value]
     # JSON is YAML, so a default can be pasted into a config as it stands.

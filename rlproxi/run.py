@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import subprocess
 import sys
 import threading
 import time
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
+from typing import Callable
 
-from .config import Config, config_folder, dump_config, load_config
-from .schema import STAGES, ConfigError, Reward
+from .config import Config, config_folder, dump_config, load_config, smaller_micro_batch
+from .schema import STAGES, ConfigError
 from .evaluation.heldout import write_json
-from .telemetry.runlog import read, series, stage_seconds
+from .telemetry.runlog import read, series
 
 
 class RunStopped(RuntimeError):
@@ -37,13 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         config, run_dir = _open(options)
-        _check_params(with_paths(config, run_dir or Path(config.run.dir)))
-        from .dry_run import describe
-
-        print(describe(config))
-        if options.dry_run:
-            return 0
-        _Session(config, run_dir or _new_run_dir(config)).run()
+        if _plan(config, options.dry_run):
+            _Session(config, run_dir or _new_run_dir(config)).run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +44,22 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _plan(config: Config, dry_run: bool) -> bool:
+    """Prints the plan; True when the run can start. Raises ConfigError for what would stop it: a dry run only tells of
+    files that are not there."""
+    from .dry_run import describe
+    from .preflight import problems
+
+    found = problems(config)
+    stopping = [problem.text for problem in found if not (dry_run and problem.missing)]
+    if stopping:
+        raise ConfigError("\n       ".join(stopping))
+    print(describe(config))
+    for problem in found:
+        print(f"missing    {problem.text}")
+    return not dry_run
 
 
 def _open(options) -> tuple[Config, Path | None]:
@@ -79,44 +88,20 @@ def _new_run_dir(config: Config) -> Path:
             folder, n = base.with_name(f"{base.name}-{n}"), n + 1
 
 
-def with_paths(config: Config, run_dir: Path) -> Config:
-    """The embedded scorers read what this run's own ``prepare`` makes, unless told otherwise."""
-    own = {"attributes": "reward", "judge": "judge"}
-
-    def resolve(reward: Reward) -> Reward:
-        if reward.kind in own and "path" not in reward.params:
-            path = str(run_dir / "models" / f"{own[reward.kind]}.safetensors")
-            return reward.model_copy(update={"params": {"path": path, **reward.params}})
-        return reward
-
-    rewards = config.rewards.model_copy(update={
-        "train": [resolve(r) for r in config.rewards.train],
-        "heldout": [resolve(r) for r in config.rewards.heldout]})
-    return config.model_copy(update={"rewards": rewards})
-
-
-def _check_params(config: Config) -> None:
-    """Raises ConfigError for a scorer that does not exist, or parameters that it does not take."""
-    from .rewards import checked_params, parameters
-
-    for key, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
-        for i, reward in enumerate(rewards):
-            try:
-                checked_params(reward.kind, reward.params)
-                if reward.tune_micro_batch and "micro_batch" not in parameters(reward.kind):
-                    raise ValueError(f"reward {reward.name!r} scores without micro-batches; leave tune_micro_batch out")
-            except ValueError as error:
-                raise ConfigError(f"rewards.{key}.{i}: {error}") from None
-
-
 class _Session:
     """One process's work on a run directory."""
 
     def __init__(self, config: Config, run_dir: Path):
         self.run_dir = run_dir.resolve()
-        self.config = with_paths(config, self.run_dir)
-        dump_config(config, self.run_dir / "config.yaml")
         self.start = time.time()
+        self._take(config)
+
+    def _take(self, config: Config) -> None:
+        """The run's config from here on: in its directory as it was given, in here with every path."""
+        from .preflight import with_paths
+
+        dump_config(config, self.run_dir / "config.yaml")
+        self.given, self.config = config, with_paths(config, self.run_dir)
 
     def run(self) -> None:
         """All stages that are configured and not done yet."""
@@ -133,7 +118,7 @@ class _Session:
         done = {r["name"] for r in read(self.run_dir) if r["event"] == "stage" and r["status"] == "done"}
         try:
             for stage in STAGES:
-                if stage in self.config.run.stages and stage not in done:
+                if stage in self.config.run.stages and stage not in done and (stage != "encode" or self._cache()):
                     self._stage(stage)
         finally:
             self._close()
@@ -151,6 +136,25 @@ class _Session:
 
     # -- the stages -----------------------------------------------------------------------
 
+    def _curate(self) -> None:
+        from actors.curator import curate
+
+        told = self._watch(lambda: curate(self.config, self.run_dir, self.scribe),
+                           [("curate/examine", 100), ("curate/write", 100)])
+        print(f"               {told['kept']} of {told['samples']} samples kept")
+
+    def _encode(self) -> None:
+        from actors.encoder import encode
+
+        from .data.shards import list_shards
+        from .models.loading import parts_folder
+
+        parts = parts_folder(self.config)
+        latent = parts is not None and (parts / "vae").is_dir()
+        told = self._watch(lambda: encode(self.config, Path(self._cache()), str(parts) if latent else None, self.scribe),
+                           [("encode", len(list_shards(self.config.data.urls)))])
+        print(f"               {told['samples']} samples, {told['skipped']} skipped {told['reasons'] or ''}")
+
     def _prepare(self) -> None:
         from actors.preparer import needs, prepare
 
@@ -163,8 +167,10 @@ class _Session:
     def _pretrain(self) -> None:
         from actors.training import PretrainSetup, pretrain
 
-        setup = PretrainSetup(self.config, str(self.run_dir), str(self._pretrain_start()), self.scribe, self._cache())
-        self._watch(lambda: pretrain(setup), [("pretrain", self.config.pretrain.steps)], "loss")
+        start = str(self._pretrain_start())
+        self._with_less_memory("pretrain", lambda: self._watch(
+            lambda: pretrain(PretrainSetup(self.config, str(self.run_dir), start, self.scribe, self._cache())),
+            [("pretrain", self.config.pretrain.steps)], "loss"))
 
     def _pretrain_start(self) -> Path:
         """What pre-training starts from: ``model.init``, else a new network, made once as models/start."""
@@ -177,7 +183,10 @@ class _Session:
 
     def _cache(self) -> str | None:
         """The folder of the encoded shards; None for the embedded portraits."""
-        return None if self.config.data.source == "faces" else str(self.config.data.cache or self.run_dir / "cache")
+        from .preflight import cache_folder
+
+        folder = cache_folder(self.config, self.run_dir)
+        return None if folder is None else str(folder)
 
     def _without_adapters(self, folder: Path) -> Path:
         """``folder``, or, where it holds adapters and new ones are to be trained, a merged copy: they are its base."""
@@ -197,9 +206,35 @@ class _Session:
         from actors.training import LearnerSetup, train
 
         model = self._start_model()
-        conductor, store = self._system(model)
-        setup = LearnerSetup(self.config, str(self.run_dir), str(model), conductor, store, self.scribe)
-        self._watch(lambda: train(setup), [("rl", self.config.grpo.steps)], "reward/mean")
+
+        def learn() -> None:
+            conductor, store = self._system(model)
+            setup = LearnerSetup(self.config, str(self.run_dir), str(model), conductor, store, self.scribe)
+            self._watch(lambda: train(setup), [("rl", self.config.grpo.steps)], "reward/mean")
+
+        self._with_less_memory("rl", learn)
+
+    def _with_less_memory(self, stage: str, work: Callable[[], None]) -> None:
+        """Runs ``work``, after an out-of-memory again from the last checkpoint with half the micro-batch, until it fits."""
+        import ray
+
+        from .memory_errors import OUT_OF_MEMORY
+
+        while True:
+            try:
+                return work()
+            except RunStopped as stop:
+                if ray.get(self.scribe.stop_kind.remote()) != OUT_OF_MEMORY:
+                    raise
+                smaller = smaller_micro_batch(self.given, stage)
+                if smaller is None:
+                    raise RunStopped(f"{stop}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
+                                     "model.lora, a higher learner.zero_stage, or a smaller grpo.group_size") from None
+                told = f"{stop}: going on with {_micro_batch(smaller, stage)} (was {_micro_batch(self.given, stage)})"
+                self._take(smaller)
+                print(f"\n               {told}")
+                self._close_system()  # first: a stop that is still on its way must not meet the stage started again
+                ray.get([self.scribe.clear_stop.remote(), self.scribe.append.remote("warning", {"message": told})])
 
     def _after(self) -> None:
         final = self.run_dir / "models" / "final"
@@ -235,7 +270,7 @@ class _Session:
             self.store = WeightStore.remote(keep=self.config.grpo.max_staleness + 2)
             self.conductor = Conductor.remote(self.config, str(self.run_dir), str(model), self.scribe, self.store)
             try:
-                self.apps = deploy(self.config.rewards, self.run_dir.name)
+                self.apps = self.apps or deploy(self.config.rewards, self.run_dir.name)
             except (ValueError, FileNotFoundError, RuntimeError) as error:
                 raise ConfigError(f"rewards: {error}") from None
             ray.get(self.conductor.connect.remote(self.apps))
@@ -294,6 +329,8 @@ class _Session:
         return outcome.get("value")
 
     def _write_summary(self) -> None:
+        from .telemetry.summary import summary
+
         write_json(self.run_dir / "summary.json", summary(self.run_dir, self.config))
 
     def _print_result(self) -> None:
@@ -316,11 +353,26 @@ class _Session:
             from actors.reward_service import withdraw
 
             withdraw(self.apps)
+        self._close_system()
+        ray.kill(self.scribe)
+
+    def _close_system(self) -> None:
+        """Ends conductor, rollout actors and weight store; the rewards stay."""
+        import ray
+
         if self.conductor is not None:
             ray.get(self.conductor.close.remote())
             ray.kill(self.conductor)
             ray.kill(self.store)
-        ray.kill(self.scribe)
+            self.conductor = None
+
+
+def _micro_batch(config: Config, stage: str) -> str:
+    """The key that bounds a forward's images, with its value."""
+    if stage == "rl":
+        return f"grpo.groups_per_micro_batch={config.grpo.groups_per_micro_batch}"
+    size = config.pretrain.micro_batch_size or config.pretrain.batch_size // config.resources.learner_workers
+    return f"pretrain.micro_batch_size={size}"
 
 
 def _model_folder(path: str) -> Path:
@@ -330,41 +382,6 @@ def _model_folder(path: str) -> Path:
         return find_model(path)
     except FileNotFoundError as error:
         raise ConfigError(f"model.init: {error}") from None
-
-
-def summary(run_dir: Path, config: Config) -> dict:
-    """summary.json from the run directory alone: what a script needs."""
-    records = read(run_dir)
-    seconds = stage_seconds(records)
-    rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]
-    rates = [r for r in series(records, "rl", "images_per_second")[1] if not math.isnan(r)]
-
-    def heldout(tag: str) -> float | None:
-        file = run_dir / "evaluation" / f"{tag}.json"
-        if not file.is_file() or not config.rewards.heldout:
-            return None
-        entry = json.loads(file.read_text())["by_steps"].get(str(config.sampler.num_inference_steps))
-        return entry["heldout"][config.rewards.heldout[0].name]["mean"] if entry else None
-
-    return {
-        "seconds": {**seconds, "total": sum(seconds.values())},
-        "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
-        "heldout": {"before": heldout("before"), "after": heldout("after"),
-                    "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None)},
-        "images_per_second": sum(rates) / len(rates) if rates else None,
-        "seed": config.run.seed,
-        "git": _git(),
-        "versions": {name: metadata.version(name) for name in
-                     ("ray", "torch", "deepspeed", "transformers", "diffusers", "numpy")},
-    }
-
-
-def _git() -> str | None:
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return answer.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from .proximal.samplers import SAMPLERS
 from .proximal.schedule import GRIDS, VPSchedule
 from .rewards.combine import NORMALIZE
 
-STAGES = ("curate", "prepare", "pretrain", "before", "rl", "after", "report")
+STAGES = ("curate", "encode", "prepare", "pretrain", "before", "rl", "after", "report")
 Stage = Literal[STAGES]
 
 

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from rlproxi import run
+from rlproxi.telemetry.summary import summary
 from rlproxi.config import build_config
 from rlproxi.telemetry.runlog import RunLog
 
@@ -31,7 +32,7 @@ def test_summary_of_a_whole_run(tmp_path):
         log.append("stage", name="rl", status="done", seconds=30.0)
     evaluation(tmp_path, "before", 0.61)
     evaluation(tmp_path, "after", 0.72)
-    result = run.summary(tmp_path, build_config(SMALL))
+    result = summary(tmp_path, build_config(SMALL))
     assert result["seconds"] == {"pretrain": 20.0, "rl": 30.0, "total": 50.0}
     assert result["reward"] == {"first": 0.5, "last": 0.7}
     assert result["heldout"] == {"before": 0.61, "after": 0.72, "best_iteration": None}
@@ -41,7 +42,7 @@ def test_summary_of_a_whole_run(tmp_path):
 
 
 def test_summary_of_a_run_that_did_nothing_says_none_not_zero(tmp_path):
-    result = run.summary(tmp_path, build_config(SMALL))
+    result = summary(tmp_path, build_config(SMALL))
     assert result["seconds"] == {"total": 0} and result["images_per_second"] is None
     assert result["reward"] == {"first": None, "last": None} and set(result["heldout"].values()) == {None}
 
@@ -54,7 +55,7 @@ def test_a_step_done_again_counts_once_and_stages_add_up(tmp_path):
         log.append("stage", name="rl", status="done", seconds=5.0)
         rl(log, 2, 0.6, 30.0)
         log.append("stage", name="rl", status="done", seconds=6.0)
-    result = run.summary(tmp_path, build_config(SMALL))
+    result = summary(tmp_path, build_config(SMALL))
     assert result["reward"] == {"first": 0.5, "last": 0.6} and result["images_per_second"] == pytest.approx(20.0)
     assert result["seconds"]["rl"] == 11.0
 
@@ -63,7 +64,7 @@ def test_a_step_without_a_score_is_passed_over(tmp_path):
     with RunLog(tmp_path) as log:
         for step, reward in ((1, None), (2, 0.4), (3, 0.6), (4, float("nan"))):
             rl(log, step, reward)
-    assert run.summary(tmp_path, build_config(SMALL))["reward"] == {"first": 0.4, "last": 0.6}
+    assert summary(tmp_path, build_config(SMALL))["reward"] == {"first": 0.4, "last": 0.6}
 
 
 def test_steps_before_a_resume_that_were_not_done_again_do_not_count(tmp_path):
@@ -72,12 +73,12 @@ def test_steps_before_a_resume_that_were_not_done_again_do_not_count(tmp_path):
             rl(log, step, reward)
         log.append("resume", stage="rl", step=1)
         rl(log, 2, 0.55)
-    assert run.summary(tmp_path, build_config(SMALL))["reward"]["last"] == 0.55
+    assert summary(tmp_path, build_config(SMALL))["reward"]["last"] == 0.55
 
 
 def test_without_a_heldout_reward_there_is_no_heldout_number(tmp_path):
     evaluation(tmp_path, "before", 0.61)
-    assert run.summary(tmp_path, build_config({**SMALL, "rewards": {"heldout": []}}))["heldout"]["before"] is None
+    assert summary(tmp_path, build_config({**SMALL, "rewards": {"heldout": []}}))["heldout"]["before"] is None
 
 
 @pytest.fixture

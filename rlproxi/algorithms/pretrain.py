@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Iterator, Mapping
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..schema import Pretrain as Settings
+from ..data import cache as cached
 from ..data import faces
 from ..models.text import TextEncoder, TextStates
 from ..models.autoencoder import Autoencoder
@@ -86,7 +88,7 @@ def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, co
     """Samples [B, C, H, W] of the data for ``start_denoiser``: the first portraits, or the first rows of the cache of
     encoded shards."""
     if cache is not None:
-        raise NotImplementedError
+        return torch.from_numpy(cached.first_samples(config, Path(cache), count))
     images = faces.batch(collection(config.run.seed, "pretrain"), np.arange(count if vae is None else count // 8),
                          config.data.size, config.data.hand_fraction)[0]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -63,6 +63,8 @@ CATALOGUE: tuple[Metric, ...] = (
            "Small against the others; if not, the object store is spilling."),
     Metric("seconds/step", "s", "Wall-clock time of the whole iteration.",
            "Below the sum of the roles when they overlap, above it when something waits."),
+    Metric("bytes/weights", "bytes", "Size of one weight update to the rollout actors: what is trained, in float32.",
+           "With model.lora the adapters alone: often a hundredth of the network."),
     Metric("bytes_in_flight", "bytes", "Sampled data that is not trained on yet.",
            "Bounded by grpo.max_bytes_in_flight; at the bound, sampling waits for the learner."),
 )

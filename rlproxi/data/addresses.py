@@ -1,0 +1,102 @@
+"""Addresses of shards: files, folders, globs and ranges on anything that fsspec can open."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Sequence
+
+#: Endings of the files that are shards.
+TARS, PARQUETS = (".tar", ".tar.gz", ".tgz"), (".parquet",)
+
+#: The package that a kind of storage needs beside fsspec.
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
+            "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path in it.
+
+    Raises ValueError that names the address, and the package to install where its kind of storage needs one.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        package = PACKAGES.get(url.partition("://")[0])
+        remedy = f"pip install {package}" if package else str(error)
+        raise ValueError(f"data.urls: {url!r} needs a package that is not installed here: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"data.urls: {url!r} is no address that fsspec can open ({error})") from None
+
+
+def list_shards(urls: Sequence[str]) -> list[str]:
+    """Every shard that ``urls`` name, sorted and distinct; local ones as absolute paths.
+
+    Each of them is a file, a folder (its tars and parquet files, not those of its subfolders), a glob, an fsspec
+    address, any of these with ``{00000..00099}`` ranges. In folders and globs a parquet file beside a tar of the same
+    name is that tar's table of metadata, as img2dataset writes it, and left out. A gap in a range stays in the list
+    for ``read_shard`` to report.
+
+    Raises ValueError that names the entry which matches nothing, or cannot be opened with what is installed.
+    """
+    return sorted({shard for url in urls for shard in _expand(url)})
+
+
+def _expand(url: str) -> list[str]:
+    parts = _ranges(url)
+    fs = filesystem(parts[0])[0]
+    paths = {filesystem(part)[1].rstrip("/"): part for part in parts}
+    kinds = _kinds(fs, list(paths))
+    shards, missing = [], []
+    for path, part in paths.items():
+        if "*" in path or "?" in path:
+            shards += _shards_among(fs, fs.glob(path))
+        elif kinds.get(path) == "directory":
+            shards += _shards_among(fs, fs.ls(path, detail=False))
+        else:
+            (shards if path in kinds else missing).append(_address(fs, path, part))
+    if not shards:
+        raise ValueError(f"data.urls: {url!r} matches no file: name a {', '.join((*TARS, *PARQUETS))} file, a folder that "
+                         "holds some, a glob or a {00000..00099} range")
+    return shards + missing
+
+
+def _kinds(fs: Any, paths: Sequence[str]) -> dict[str, str]:
+    """'file' or 'directory' for each path that exists. Many are looked up in the lists of their folders, since a remote
+    storage answers no more than some twenty questions a second."""
+    if len(paths) == 1:
+        return {path: fs.info(path)["type"] for path in paths if fs.exists(path)}
+    if "http" in fs.protocol:  # has no lists
+        return dict.fromkeys(paths, "file")
+    folders = {path.rpartition("/")[0] for path in paths}
+    return {entry["name"].rstrip("/"): entry["type"] for folder in folders if fs.isdir(folder)
+            for entry in fs.ls(folder, detail=True)}
+
+
+def _ranges(url: str) -> list[str]:
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", url)
+    if not found:
+        return [url]
+    first, last = found.groups()
+    if int(last) < int(first):
+        raise ValueError(f"data.urls: the range {found.group()} of {url!r} ends before it begins")
+    return [rest for number in range(int(first), int(last) + 1)
+            for rest in _ranges(f"{url[:found.start()]}{number:0{len(first)}d}{url[found.end():]}")]
+
+
+def _shards_among(fs: Any, paths: Sequence[str]) -> list[str]:
+    tars = [path for path in paths if path.endswith(TARS)]
+    stems = {_stem(path) for path in tars}
+    tables = [path for path in paths if path.endswith(PARQUETS) and _stem(path) not in stems]
+    return [_address(fs, path, path) for path in tars + tables]
+
+
+def _stem(path: str) -> str:
+    return next(path.removesuffix(end) for end in (*TARS, *PARQUETS) if path.endswith(end))
+
+
+def _address(fs: Any, path: str, given: str) -> str:
+    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+        return path
+    return given if "::" in given else fs.unstrip_protocol(path)

@@ -1,0 +1,297 @@
+"""Encoded shards on disk: one safetensors file for each, rows grouped by bucket, and what a run uses of them.
+
+A file's name holds a hash of all that its rows depend on: the shard's address and version, the recipe, the weights. So a
+file that exists is right, whoever wrote it, and a run that changes anything writes another one. Inside:
+
+    <h>x<w>/image         uint8 [n, h, w, 3], or    <h>x<w>/latents   float16 [n, c, h/f, w/f]
+    <h>x<w>/size          int32 [n, 4]: height and width of the original, top and left of the crop
+    <h>x<w>/text_states   float16 [n, L, D], text_pooled float32 [n, P], text_mask uint8 [n, L], where text is cached
+    <h>x<w>/caption, key  uint8: UTF-8 one after the other; caption_end, key_end int64 [n]: where each ends
+    skips                 uint8: JSON, [[key, reason], ...]
+
+``manifest-<hash>.jsonl`` lists a run's shards and every skipped sample, ``prompts-<hash>.txt`` some of its captions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+import uuid
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import numpy as np
+
+from ..config import Config
+from .addresses import filesystem
+from .buckets import Size
+from .shards import Skip
+
+#: Part of every fingerprint: files of another layout are not found.
+FORMAT = 1
+STRINGS = ("caption", "key")
+#: Captions that are kept as prompts: more than any RL run sees, few enough for every process to hold.
+PROMPTS = 100_000
+
+
+def digest(*facts: Any) -> str:
+    """A short hash of JSON-able facts."""
+    return hashlib.blake2b(json.dumps([FORMAT, *facts], sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def source_version(url: str) -> str:
+    """What tells a shard from another one at the same address: its etag or checksum, else size and time.
+
+    Raises OSError (FileNotFoundError, ...) where the storage does not answer, ValueError as ``filesystem``.
+    """
+    fs, path = filesystem(url)
+    info = fs.info(path)
+    strong = next((info[name] for name in ("ETag", "etag", "md5Hash", "crc32c") if info.get(name)), None)
+    when = next((info[name] for name in ("mtime", "LastModified", "last_modified", "updated", "created") if info.get(name)), "")
+    return str(strong) if strong else f"{info.get('size')} bytes, {when}"
+
+
+def cached_file(cache: Path, url: str, version: str, fingerprint: str) -> Path:
+    """Where the rows of a shard lie. ``fingerprint``: of the recipe and the weights."""
+    stem = url.rstrip("/").rpartition("/")[2].partition(".")[0]
+    return cache / f"{stem}-{digest(url, version, fingerprint)}.safetensors"
+
+
+def atomically(path: Path, write: Any) -> None:
+    """``write(scratch)``, then a rename: a reader sees the whole file or none. Safe for writers on several nodes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+class Rows:
+    """The rows of one shard while it is encoded; the whole of them is held in memory."""
+
+    def __init__(self):
+        self.columns: dict[Size, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+        self.skips: list[Skip] = []
+
+    def add(self, bucket: Size, **values: Any) -> None:
+        """One row: ``caption`` and ``key`` strings, the others arrays."""
+        for name, value in values.items():
+            self.columns[bucket][name].append(value)
+
+    def save(self, path: Path, shard: str) -> None:
+        from safetensors.numpy import save_file
+
+        tensors = {"skips": _bytes(json.dumps([[s.key, s.reason] for s in self.skips]))}
+        for (height, width), columns in self.columns.items():
+            for name, values in columns.items():
+                at = f"{height}x{width}/{name}"
+                if name in STRINGS:
+                    encoded = [value.encode() for value in values]
+                    tensors[at] = np.frombuffer(b"".join(encoded), np.uint8)
+                    tensors[f"{at}_end"] = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+                else:
+                    # The file keeps the bytes as they lie in memory, and a network's output may lie otherwise.
+                    tensors[at] = np.ascontiguousarray(np.stack(values))
+        atomically(path, lambda scratch: save_file(tensors, scratch, {"shard": shard}))
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+class CachedShard:
+    """A cached file, read row by row.
+
+    Raises FileNotFoundError, or ValueError naming a damaged file.
+    """
+
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path} is gone from the cache: encode again")
+        try:
+            self._file = safe_open(path, framework="np")
+            names = list(self._file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and encode again") from None
+        self.columns: dict[Size, list[str]] = defaultdict(list)
+        for bucket, _, name in (n.partition("/") for n in names if "/" in n):
+            self.columns[parse_size(bucket)].append(name)
+        #: bucket -> the ends of its captions and keys, which are small and asked for row by row
+        self._ends: dict[str, np.ndarray] = {}
+
+    def counts(self) -> dict[Size, int]:
+        """Rows in each bucket."""
+        return {bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0] for bucket in sorted(self.columns)}
+
+    def row(self, bucket: Size, row: int) -> dict[str, Any]:
+        """Arrays, and strings for caption and key, of one row."""
+        found = {}
+        for name in self.columns[bucket]:
+            if name in STRINGS:
+                found[name] = self._string(bucket, name, row)
+            elif not name.endswith("_end"):
+                found[name] = self._file.get_slice(f"{name_of(bucket)}/{name}")[row:row + 1][0]
+        return found
+
+    def captions(self) -> Iterator[str]:
+        for bucket in sorted(self.columns):
+            text = self._file.get_tensor(f"{name_of(bucket)}/caption").tobytes()
+            start = 0
+            for end in self._end(bucket, "caption").tolist():
+                yield text[start:end].decode()
+                start = end
+
+    def skips(self) -> list[tuple[str, str]]:
+        """(key, reason) of each sample that was left out."""
+        return [tuple(pair) for pair in json.loads(self._file.get_tensor("skips").tobytes())]
+
+    def _string(self, bucket: Size, name: str, row: int) -> str:
+        ends = self._end(bucket, name)
+        start = int(ends[row - 1]) if row else 0
+        return self._file.get_slice(f"{name_of(bucket)}/{name}")[start:int(ends[row])].tobytes().decode()
+
+    def _end(self, bucket: Size, name: str) -> np.ndarray:
+        at = f"{name_of(bucket)}/{name}_end"
+        if at not in self._ends:
+            self._ends[at] = self._file.get_tensor(at)
+        return self._ends[at]
+
+
+def name_of(bucket: Size) -> str:
+    return f"{bucket[0]}x{bucket[1]}"
+
+
+def parse_size(name: str) -> Size:
+    height, _, width = name.partition("x")
+    return int(height), int(width)
+
+
+# -- what a run uses --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shard of a run: its file in the cache (None where nothing could be read) and its rows in each bucket."""
+
+    shard: str
+    file: str | None
+    rows: dict[Size, int]
+    skipped: dict[str, int]  # kind of reason -> count
+
+
+def run_name(config: Config) -> str:
+    """A hash of the keys that say which data a run reads: runs that share a cache keep their lists apart by it."""
+    d, m = config.data, config.model
+    urls = [url if "://" in url else os.path.abspath(url) for url in d.urls]
+    return digest(urls, d.size, d.buckets, d.crop, d.crop == "random" and config.run.seed, d.max_pixels, d.cache_text, m.init,
+                  m.encoders, m.patch, m.channels, m.kind)
+
+
+def manifest_path(config: Config, cache: Path) -> Path:
+    return Path(cache) / f"manifest-{run_name(config)}.jsonl"
+
+
+def prompts_path(config: Config, cache: Path) -> Path:
+    """The captions of the run's data, at most ``PROMPTS`` of them, one on each line: what RL may use as prompts."""
+    return Path(cache) / f"prompts-{run_name(config)}.txt"
+
+
+def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list[Skip]) -> dict[str, Any]:
+    """Writes the run's manifest and returns its totals. ``lost``: the skips of shards without a cached file."""
+    skipped = Counter()
+    for entry in entries:
+        skipped.update(entry.skipped)
+    totals = {"shards": len(entries), "samples": sum(sum(e.rows.values()) for e in entries),
+              "skipped": sum(skipped.values()), "reasons": dict(skipped.most_common())}
+
+    def write(scratch: Path) -> None:
+        with open(scratch, "w", encoding="utf-8") as file:
+            def line(**facts: Any) -> None:
+                file.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            line(**totals)
+            for e in entries:
+                line(shard=e.shard, file=e.file, rows={name_of(b): n for b, n in e.rows.items()}, skipped=e.skipped)
+            for entry in entries:
+                for key, reason in CachedShard(cache / entry.file).skips() if entry.file else ():
+                    line(shard=entry.shard, key=key, reason=reason)
+            for skip in lost:
+                line(shard=skip.shard, key=skip.key, reason=skip.reason)
+    atomically(manifest_path(config, cache), write)
+    return totals
+
+
+def read_index(config: Config, cache: Path) -> list[Entry]:
+    """The shards of the run's manifest. Raises FileNotFoundError where nothing was encoded for this config."""
+    path = manifest_path(config, cache)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: nothing was encoded into {cache} for this config's data and model "
+                                "keys; run the stage encode first")
+    entries = []
+    with open(path, encoding="utf-8") as file:
+        next(file)
+        for facts in map(json.loads, file):
+            if "rows" not in facts:
+                break  # the skips follow
+            entries.append(Entry(facts["shard"], facts["file"], {parse_size(b): n for b, n in facts["rows"].items()},
+                                 facts["skipped"]))
+    return entries
+
+
+def captions(config: Config, cache: Path) -> Iterator[str]:
+    """Every caption of the run's data, shard by shard."""
+    for entry in read_index(config, cache):
+        if entry.file:
+            yield from CachedShard(Path(cache) / entry.file).captions()
+
+
+def first_samples(config: Config, cache: Path, count: int) -> np.ndarray:
+    """Up to ``count`` samples of the bucket with most rows, as a denoiser sees them: float32 [n, C, h, w], latents, or pixels
+    in [-1, 1]. An equal part of every shard, so that no single source speaks for all.
+
+    Raises FileNotFoundError as ``read_index``, ValueError where the run has no samples.
+    """
+    entries = [e for e in read_index(config, cache) if e.rows]
+    totals = Counter()
+    for entry in entries:
+        totals.update(entry.rows)
+    if not totals:
+        raise ValueError(f"{manifest_path(config, cache)} lists no samples")
+    bucket = totals.most_common(1)[0][0]
+    each = -(-count // len(entries))
+    found = []
+    for entry in entries:
+        shard = CachedShard(Path(cache) / entry.file)
+        found += [shard.row(bucket, row) for row in range(min(each, entry.rows.get(bucket, 0)))]
+        if len(found) >= count:
+            break
+    if "latents" in found[0]:
+        return np.stack([row["latents"] for row in found[:count]]).astype(np.float32)
+    return np.stack([row["image"] for row in found[:count]]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+
+
+def write_prompts(config: Config, cache: Path, limit: int = PROMPTS) -> int:
+    """Writes distinct captions, one on each line; of more than ``limit`` those with the least hashes. Returns their number."""
+    heap: list[tuple[int, str]] = []
+    kept: set[str] = set()
+    for caption in captions(config, cache):
+        caption = " ".join(caption.split())
+        # Negative: the heap's first is the one to give up.
+        item = (-int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big"), caption)
+        if caption in kept or (len(heap) == limit and item < heap[0]):
+            continue
+        kept.add(caption)
+        if len(heap) < limit:
+            heapq.heappush(heap, item)
+        else:
+            kept.discard(heapq.heapreplace(heap, item)[1])
+    lines = "".join(f"{caption}\n" for _, caption in sorted(heap, reverse=True))
+    atomically(prompts_path(config, cache), lambda scratch: scratch.write_text(lines, encoding="utf-8"))
+    return len(heap)

@@ -1,0 +1,73 @@
+"""New captions by a vision-language model of transformers."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...models.precision import compute_dtype
+from . import models
+from .settings import Caption
+
+KEY = "curate.caption.model"
+
+
+class Captioner:
+    """Greedy captions, so that the same batch gives the same text. Raises FileNotFoundError or ValueError."""
+
+    def __init__(self, settings: Caption, device: str = "cpu"):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.settings, self.device = settings, torch.device(device)
+        self.dtype = compute_dtype(settings.precision, self.device)
+        self.processor = models.load(settings.model, KEY, AutoProcessor.from_pretrained)
+        self.model = models.load(settings.model, KEY, lambda name: AutoModelForImageTextToText.from_pretrained(
+            name, dtype=self.dtype)).eval().to(self.device)
+        self.chats = getattr(self.processor, "chat_template", None) is not None
+        if self.chats and settings.prompt is None:
+            raise ValueError(f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, for "
+                             "example 'Describe this picture of a person in one detailed sentence.'")
+        if self.chats:
+            self.processor.tokenizer.padding_side = "left"  # answers begin where questions end
+
+    def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[str]:
+        """uint8 [H, W, 3] images of any sizes and their captions -> new captions; the old one where the answer is empty."""
+        answers = list(captions)
+        prompts = [None if self.settings.prompt is None else self.settings.prompt.replace("{caption}", c) for c in captions]
+        for chosen in self._batches(prompts):
+            told = self._answer([Image.fromarray(images[i]) for i in chosen], [prompts[i] for i in chosen])
+            for i, text in zip(chosen, told):
+                answers[i] = " ".join(text.split()) or captions[i]
+        return answers
+
+    def _batches(self, prompts: Sequence[str | None]) -> list[list[int]]:
+        """Places that are answered together. Models without a chat format (BLIP) do not know of padding on the left, so
+        theirs are prompts of one length."""
+        groups: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            known = prompt is None or self.chats
+            groups.setdefault(0 if known else len(self.processor.tokenizer(prompt)["input_ids"]), []).append(i)
+        size = self.settings.batch
+        return [group[k : k + size] for group in groups.values() for k in range(0, len(group), size)]
+
+    def _answer(self, images: list[Image.Image], prompts: list[str | None]) -> list[str]:
+        inputs = self._inputs(images, prompts).to(self.device, self.dtype)
+        with torch.no_grad():
+            tokens = self.model.generate(**inputs, max_new_tokens=self.settings.max_tokens, do_sample=False)
+        asked = inputs.get("input_ids")
+        # Decoder-only models repeat the question; in BLIP's answer the prompt is the beginning of the sentence.
+        if asked is not None and torch.equal(tokens[:, : asked.shape[1]], asked):
+            tokens = tokens[:, asked.shape[1] :]
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)
+
+    def _inputs(self, images: list[Image.Image], prompts: list[str | None]) -> Any:
+        if not self.chats:
+            text = {} if prompts[0] is None else {"text": prompts}
+            return self.processor(images=images, return_tensors="pt", **text)
+        chats = [[{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+                 for image, prompt in zip(images, prompts)]
+        return self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                                  return_tensors="pt", processor_kwargs={"padding": True})

@@ -1,0 +1,107 @@
+"""Which images are copies of another one: exact search by Hamming distance, and who stays.
+
+The search is the pigeonhole principle (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007):
+cut 64 bits into B bands; hashes that differ in at most k bits agree on at least B - k whole bands. So for each choice of
+B - k bands, hashes that agree on these are compared bit by bit, and no pair is missed. B is chosen for the number of
+hashes: many bands make more tables with fewer chance meetings in each.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+
+#: Pairs compared at once; bounds the memory.
+_CHUNK = 1 << 22
+
+
+def bands(count: int, distance: int) -> int:
+    """The number of bands that is cheapest for ``count`` hashes, by the expected work on random ones."""
+    def work(parts: int) -> float:
+        bits = (parts - distance) * (64 // parts)
+        return comb(parts, distance) * (count * 20.0 + count * count / 2.0 ** (bits + 1))
+    return min(range(distance + 1, min(distance + 6, 64) + 1), key=work)
+
+
+def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
+    """All pairs of places whose hashes differ in at most ``distance`` bits.
+
+    Args:
+        hashes: uint64 [N], all different (equal ones would make N² pairs).
+        distance: bits, 0 to 16.
+    Returns:
+        int64 [P, 2], first < second, each pair once, sorted.
+    """
+    if distance == 0 or len(hashes) < 2:
+        return np.zeros((0, 2), np.int64)
+    parts = bands(len(hashes), distance)
+    edges = np.linspace(0, 64, parts + 1).astype(int)
+    masks = [((1 << (b - a)) - 1) << a for a, b in zip(edges, edges[1:])]
+    found = [_agreeing(hashes, np.uint64(sum(chosen)), distance) for chosen in combinations(masks, parts - distance)]
+    codes = np.unique(np.concatenate(found))
+    return np.stack(np.divmod(codes, len(hashes)), 1)
+
+
+def _agreeing(hashes: np.ndarray, mask: np.uint64, distance: int) -> np.ndarray:
+    """Pairs within ``distance`` that are equal under ``mask``, as codes first * N + second."""
+    keys = hashes & mask
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    # Runs of equal keys: place i is compared with i + 1, i + 2, ... as long as the run lasts.
+    left = np.flatnonzero(keys[1:] == keys[:-1])
+    found, gap = [np.zeros(0, np.int64)], 1
+    while len(left):
+        for start in range(0, len(left), _CHUNK):
+            part = left[start : start + _CHUNK]
+            a, b = order[part], order[part + gap]
+            near = np.bitwise_count(hashes[a] ^ hashes[b]) <= distance
+            first, second = np.minimum(a, b)[near], np.maximum(a, b)[near]
+            found.append(first * len(hashes) + second)
+        gap += 1
+        left = left[left + gap < len(keys)]
+        left = left[keys[left] == keys[left + gap]]
+    return np.concatenate(found)
+
+
+def duplicate_of(hashes: np.ndarray, pixels: np.ndarray, names: np.ndarray, distance: int) -> np.ndarray:
+    """For each image the place of the kept image that it duplicates, or -1 where it is kept itself.
+
+    Images are taken from the best to the worst, the largest first and, of equally large ones, the first by name. One is
+    kept unless an image that was kept before it is within ``distance``. So kept images all differ in more bits, every
+    dropped one has a better copy that is kept, and the result does not depend on the order of the input.
+
+    Args:
+        hashes: uint64 [N].
+        pixels: [N], width x height.
+        names: [N], the rank of each image's name, all different.
+        distance: bits.
+    Returns:
+        int64 [N].
+    """
+    count = len(hashes)
+    order = np.lexsort((names, -pixels.astype(np.int64)))  # best first
+    # Of equal hashes the best decides for all: their neighbours are the same.
+    unique, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
+    rank = np.argsort(first, kind="stable")  # unique hashes, best image first
+    place = np.empty(len(unique), np.int64)
+    place[rank] = np.arange(len(unique))
+    pairs = near_pairs(unique[rank], distance)
+    kept_by = _greedy(pairs, len(unique))
+    best = order[first[rank]]  # the best image of each hash, in that order
+    answer = np.empty(count, np.int64)
+    answer[order] = best[kept_by[place[group]]]
+    answer[answer == np.arange(count)] = -1
+    return answer
+
+
+def _greedy(pairs: np.ndarray, count: int) -> np.ndarray:
+    """For each place the first kept place that is its neighbour, itself where it is kept; ``pairs`` as ``near_pairs``."""
+    kept_by = np.arange(count)
+    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+    for better, worse in pairs.tolist():
+        # Everything better than `worse` is decided by now, and of its neighbours the best comes first.
+        if kept_by[worse] == worse and kept_by[better] == better:
+            kept_by[worse] = better
+    return kept_by

@@ -1,0 +1,84 @@
+"""The hand-focused subset: by what captions say, and by looking. A tag, not a filter."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+
+from . import models
+from .settings import HandDetector
+
+KEY = "curate.hands.detector.model"
+
+
+def hand_words(caption: str, words: Sequence[str]) -> list[str]:
+    """Those of ``words`` that a caption holds as whole words, in any case, in the order of ``words``."""
+    return [word for word in words if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)]
+
+
+class Detector:
+    """Hands by an object-detection model of transformers, zero-shot or not. Raises FileNotFoundError or ValueError."""
+
+    def __init__(self, settings: HandDetector, device: str = "cpu"):
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES as ZERO_SHOT
+
+        self.settings, self.device = settings, torch.device(device)
+        config = models.load(settings.model, KEY, transformers.AutoConfig.from_pretrained)
+        self.zero_shot = config.model_type in ZERO_SHOT
+        kind = (transformers.AutoModelForZeroShotObjectDetection if self.zero_shot
+                else transformers.AutoModelForObjectDetection)
+        processor = transformers.AutoProcessor if self.zero_shot else transformers.AutoImageProcessor
+        self.wanted = {label.lower() for label in settings.labels}
+        known = {str(name).lower() for name in config.id2label.values()}
+        if not self.zero_shot and not self.wanted & known:
+            raise ValueError(f"curate.hands.detector.labels: {settings.model!r} knows none of {settings.labels}; its classes "
+                             f"are {', '.join(sorted(known)[:20])}")
+        self.processor = models.load(settings.model, KEY, processor.from_pretrained)
+        self.model = models.load(settings.model, KEY, kind.from_pretrained).eval().to(self.device)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[list[dict]]:
+        """uint8 [H, W, 3] images of any sizes -> for each the hands {x, y, w, h, confidence, label} in pixels."""
+        size = self.settings.batch
+        return [hands for k in range(0, len(images), size) for hands in self._detect(images[k : k + size])]
+
+    def _detect(self, images: Sequence[np.ndarray]) -> list[list[dict]]:
+        text = {"text": [self._queries() for _ in images], "padding": True} if self.zero_shot else {}
+        inputs = self.processor(images=list(images), return_tensors="pt", **text).to(self.device)
+        with torch.no_grad():
+            outputs = self.model(**inputs)
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        results = self._results(outputs, inputs, sizes)
+        return [self._hands(result) for result in results]
+
+    def _queries(self) -> Any:
+        """A zero-shot model's question: a list of texts, or one text of sentences where it grounds phrases."""
+        if "input_ids" in inspect.signature(self.processor.post_process_grounded_object_detection).parameters:
+            return " ".join(f"{label.lower()}." for label in self.settings.labels)
+        return list(self.settings.labels)
+
+    def _results(self, outputs: Any, inputs: Any, sizes: torch.Tensor) -> list[dict]:
+        if not self.zero_shot:
+            return self.processor.post_process_object_detection(outputs, threshold=self.settings.min_score, target_sizes=sizes)
+        process = self.processor.post_process_grounded_object_detection
+        given = {"outputs": outputs, "threshold": self.settings.min_score, "target_sizes": sizes}
+        if "input_ids" in inspect.signature(process).parameters:
+            given["input_ids"] = inputs["input_ids"]
+        else:
+            given["text_labels"] = [list(self.settings.labels) for _ in sizes]
+        return process(**given)
+
+    def _hands(self, result: dict) -> list[dict]:
+        names = result.get("text_labels") if self.zero_shot else None
+        if names is None:
+            names = [self.model.config.id2label[int(i)] for i in result["labels"]]
+        hands = []
+        for name, score, (left, top, right, bottom) in zip(names, result["scores"].tolist(), result["boxes"].tolist()):
+            if self.zero_shot or str(name).lower() in self.wanted:
+                hands.append({"x": round(left), "y": round(top), "w": round(right - left), "h": round(bottom - top),
+                              "confidence": round(score, 4), "label": str(name)})
+        return hands

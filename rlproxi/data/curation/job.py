@@ -1,0 +1,63 @@
+"""What a curation checks before it begins, and what it clears away."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Sequence
+
+from ...rewards import checked_params
+from ...schema import ConfigError
+from ..shards import list_shards
+from . import faces, models
+from .hands import KEY as HANDS_KEY
+from .captions import KEY as CAPTION_KEY
+from .plan import Output
+from .records import Place
+from .settings import Curate
+
+
+def check(settings: Curate, out: str | os.PathLike) -> list[str]:
+    """The raw shards, sorted. Raises ConfigError, with the key and the remedy, for what cannot work.
+
+    Loads no model but the face detector, which takes milliseconds.
+    """
+    if not settings.urls:
+        raise ConfigError("curate.urls is empty: name at least one tar or parquet file, folder or glob")
+    try:
+        shards = list_shards(settings.urls)
+        for f in settings.filters:
+            checked_params(f.kind, f.params)
+        if settings.faces:
+            faces.build_detector(settings.faces)
+        if settings.caption:
+            models.check_name(settings.caption.model, CAPTION_KEY)
+        if settings.hands and settings.hands.detector:
+            models.check_name(settings.hands.detector.model, HANDS_KEY)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        raise ConfigError(f"curate: {str(error).replace('data.urls', 'curate.urls')}") from None
+    _check_out(Path(out), shards)
+    return shards
+
+
+def _check_out(out: Path, shards: Sequence[str]) -> None:
+    inside = [s for s in shards if Path(s).resolve().parent == out.resolve()]
+    if inside:
+        raise ConfigError(f"curate.out: {str(out)!r} holds the raw shard {os.path.basename(inside[0])}; choose another folder")
+    if out.is_dir() and not Place(out).examined.is_dir() and any(out.glob("*.tar")):
+        raise ConfigError(f"curate.out: {str(out)!r} holds tars of something else; choose an empty folder")
+
+
+def clear_stale(place: Place, plans: Sequence[Output]) -> None:
+    """Removes what earlier jobs in this folder left: curated shards beyond ``plans`` (other settings, other raw shards), and
+    drafts of processes that were killed. Nothing may be writing there."""
+    names = {place.shard(plan.number).name for plan in plans}
+    for path in place.out.iterdir():
+        if re.fullmatch(r"\d{5}\.tar", path.name) and path.name not in names:
+            place.part(int(path.stem)).unlink(missing_ok=True)
+            path.unlink()
+    for folder in (place.out, place.examined, place.written):
+        for draft in folder.glob(".*.[0-9]*"):
+            if re.fullmatch(r"\..+\.(tar|jsonl|json|html)\.\d+", draft.name):
+                draft.unlink()

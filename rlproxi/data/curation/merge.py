@@ -1,0 +1,184 @@
+"""The end of a curation: one manifest of every sample, the funnel, and what the statistics page shows."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import zlib
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Iterator, Sequence
+
+import numpy as np
+
+from . import faces
+from .phash import distance
+from .plan import Output, Survivors
+from .records import DUPLICATES, UNREADABLE, Place, Record, load_records, read_lines, stages
+from .settings import Curate
+
+KEPT, HANDS = "kept", "hands"
+
+
+@dataclass
+class Series:
+    """One number of each sample that has it, and whether the sample was kept; 5 bytes each."""
+
+    values: array = field(default_factory=lambda: array("f"))
+    kept: array = field(default_factory=lambda: array("b"))
+
+    def add(self, value: float, kept: bool) -> None:
+        self.values.append(value)
+        self.kept.append(kept)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A sample that the page shows: where it is, what was said of it, and the faces to draw."""
+
+    shard: str
+    index: int
+    words: str
+    faces: list[dict]
+
+
+@dataclass
+class Statistics:
+    """What the page is made of. ``examples`` are chosen by a hash of their names, so by nobody."""
+
+    settings: Curate
+    shards: int = 0
+    total: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    unreadable: Counter = field(default_factory=Counter)
+    tags: Counter = field(default_factory=Counter)
+    series: dict[str, Series] = field(default_factory=dict)
+    kept_per_shard: list[int] = field(default_factory=list)
+    _picks: dict[str, list] = field(default_factory=dict)
+
+    def funnel(self) -> list[dict]:
+        """For each stage: how many samples reached it, were dropped by it, and were left."""
+        rows, left = [], self.total
+        for stage in stages(self.settings):
+            rows.append({"stage": stage, "in": left, "dropped": self.dropped[stage], "out": left - self.dropped[stage]})
+            left -= self.dropped[stage]
+        return rows
+
+    def summary(self) -> dict:
+        """curation.json."""
+        return {"raw_shards": self.shards, "samples": self.total, "kept": self.total - sum(self.dropped.values()),
+                "tags": dict(self.tags), "shards": len(self.kept_per_shard), "funnel": self.funnel(),
+                "settings": self.settings.model_dump(mode="json")}
+
+    def drop(self, record: Record, shard: str, stage: str, reason: str) -> None:
+        """Counts a sample that ``stage`` dropped."""
+        self.dropped[stage] += 1
+        if stage == UNREADABLE:
+            self.unreadable[reason.partition(":")[0]] += 1
+        self._add(record, stage, Example(shard, record.index, f"{record.key}: {reason}", record.faces), record.words, [])
+
+    def keep(self, record: Record, shard: str, caption: str, tags: list[str]) -> None:
+        """Counts a sample that is in the curated shards."""
+        words = f"{record.width} x {record.height}: {caption}" + (f" [{', '.join(tags)}]" if tags else "")
+        self._add(record, None, Example(shard, record.index, words, record.faces), len(caption.split()), tags)
+
+    def _add(self, record: Record, stage: str | None, example: Example, words: int | None, tags: list[str]) -> None:
+        self.total += 1
+        kept = stage is None
+        self.tags.update(tags)
+        values = {"shorter side, px": record.width and min(record.width, record.height),
+                  "aspect (longer : shorter side)":
+                      record.width and max(record.width, record.height) / min(record.width, record.height),
+                  "largest face, px": max((faces.size(f) for f in record.faces), default=None),
+                  "face confidence": max((f["confidence"] for f in record.faces), default=None),
+                  **{f"score {name}": score for name, score in record.scores.items()},
+                  "caption, words": words}
+        for name, value in values.items():
+            if value is not None:
+                self.series.setdefault(name, Series()).add(value, kept)
+        if record.width and stage != UNREADABLE:
+            self._pick(KEPT if kept else stage, example)
+            for tag in tags:
+                self._pick(tag, example)
+
+    def _pick(self, stage: str, example: Example) -> None:
+        heap = self._picks.setdefault(stage, [])
+        entry = (-zlib.crc32(f"{example.shard}/{example.index}".encode()), example.shard, example.index, example)
+        if len(heap) < self.settings.examples:
+            heapq.heappush(heap, entry)
+        elif heap and entry[:3] > heap[0][:3]:
+            heapq.heapreplace(heap, entry)
+
+    def examples(self, stage: str) -> list[Example]:
+        """The pictures of a stage, of "kept", or of a tag."""
+        return [entry[3] for entry in sorted(self._picks.get(stage, []), key=lambda e: e[:3], reverse=True)]
+
+
+def merge(place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output], settings: Curate) -> Statistics:
+    """Writes manifest.jsonl, one line for every raw sample in the order (shard, index), and returns the statistics."""
+    statistics = Statistics(settings, shards=len(shards), kept_per_shard=[len(plan) for plan in plans])
+    draft = place.out / f".manifest.jsonl.{os.getpid()}"
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            for line in _lines(place, shards, found, plans, statistics):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        os.replace(draft, place.out / "manifest.jsonl")
+    finally:
+        draft.unlink(missing_ok=True)
+    return statistics
+
+
+def _lines(place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output],
+           statistics: Statistics) -> Iterator[dict]:
+    originals = _originals(place, shards, found)
+    written = (row for plan in plans for row in read_lines(place.part(plan.number)))
+    at = 0
+    for number, shard in enumerate(shards):
+        for record in load_records(place.records(shard)):
+            line = {"shard": shard, "index": record.index, "key": record.key}
+            stage, reason, row = record.stage, record.reason, None
+            if stage is None:
+                if (found.shard[at], found.index[at]) != (number, record.index):
+                    raise RuntimeError(f"{place.records(shard)} changed while the manifest was written; resume the run")
+                if found.duplicate[at] >= 0:
+                    stage, reason = DUPLICATES, _copy_of(originals[int(found.duplicate[at])], record)
+                else:
+                    row = next(written)
+                    if (row["shard"], row["index"]) != (shard, record.index):
+                        raise RuntimeError(f"{place.written} does not belong to these records; delete it and resume the run")
+                at += 1
+            if row is None:
+                line |= {"status": "dropped", "stage": stage, "reason": reason}
+                statistics.drop(record, shard, stage, reason)
+            else:
+                line |= {"status": "kept", "output": row["output"], "output_key": row["output_key"], "tags": row["tags"]}
+                statistics.keep(record, shard, row["caption"], row["tags"])
+            yield line
+
+
+def _originals(place: Place, shards: Sequence[str], found: Survivors) -> dict[int, tuple[str, Record]]:
+    """place -> (shard, record) of every kept sample that others copy."""
+    places = np.unique(found.duplicate[found.duplicate >= 0])
+    by_name = {(int(found.shard[p]), int(found.index[p])): int(p) for p in places}
+    originals = {}
+    for number in np.unique(found.shard[places]).tolist():
+        for record in load_records(place.records(shards[number])):
+            if (number, record.index) in by_name:
+                originals[by_name[number, record.index]] = (shards[number], record)
+    return originals
+
+
+def _copy_of(original: tuple[str, Record], record: Record) -> str:
+    shard, best = original
+    bits = distance(int(best.phash, 16), int(record.phash, 16))
+    return (f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; this one is "
+            f"{record.width} x {record.height}")
+
+
+def write_summary(place: Place, summary: dict) -> None:
+    """Writes curation.json in one move."""
+    draft = place.out / f".curation.json.{os.getpid()}"
+    draft.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, place.out / "curation.json")

@@ -1,0 +1,26 @@
+"""Loading transformers' models for captions and hands, with errors that name the config's key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+from ...rewards.hub import reason
+
+
+def check_name(name: str, key: str) -> None:
+    """Raises FileNotFoundError for what is meant to be a folder and is none; a hub id is owner/name and passes."""
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
+        raise FileNotFoundError(f"{key}: {name!r} is neither a folder on this machine nor a hub id (owner/name)")
+
+
+def load(name: str, key: str, load_one: Callable[[str], Any]) -> Any:
+    """``load_one(name)``; FileNotFoundError or ValueError, naming ``key``, where transformers cannot."""
+    check_name(name, key)
+    try:
+        return load_one(name)
+    except Exception as error:  # transformers, its hub client and its processors have no common ancestor
+        if Path(name).is_dir():
+            raise ValueError(f"{key}: {name!r} cannot be loaded ({reason(error)})") from None
+        raise FileNotFoundError(f"{key}: {name!r} is not on this machine and cannot be downloaded ({reason(error)}); download "
+                                f"it elsewhere and set {key} to its path") from None

@@ -1,0 +1,83 @@
+"""After all raw shards are examined: which samples stay, and which goes into which curated shard."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Sequence
+
+import numpy as np
+
+from .duplicates import duplicate_of
+from .records import Place, examine_fingerprint, fingerprint, load_records
+from .settings import Curate
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What passed the steps of single images, in the order (shard, index): one entry of each array for each sample.
+
+    ``shard`` counts in the list of raw shards; ``duplicate`` is the place of the kept sample that it copies, else -1.
+    28 bytes a sample: 0.4 GB for 15 million.
+    """
+
+    shard: np.ndarray  # int32
+    index: np.ndarray  # int32
+    phash: np.ndarray  # uint64
+    pixels: np.ndarray  # uint32
+    duplicate: np.ndarray  # int64
+
+    def kept(self) -> np.ndarray:
+        """The places that go into the curated shards."""
+        return np.flatnonzero(self.duplicate < 0)
+
+
+def survivors(place: Place, shards: Sequence[str], settings: Curate) -> Survivors:
+    """Reads all records and finds the duplicates over all shards."""
+    columns = {"shard": array("i"), "index": array("i"), "phash": array("Q"), "pixels": array("I")}
+    names = array("i")
+    for number, shard in enumerate(shards):
+        alive = [r for r in load_records(place.records(shard)) if r.stage is None]
+        columns["shard"].extend([number] * len(alive))
+        columns["index"].extend(r.index for r in alive)
+        columns["phash"].extend(int(r.phash, 16) for r in alive)
+        columns["pixels"].extend(r.width * r.height for r in alive)
+        # Ranks of names: shards are sorted, and within one the key decides, wherever it stands in the file.
+        ranks = array("i", bytes(4 * len(alive)))
+        for rank, i in enumerate(sorted(range(len(alive)), key=lambda i: (alive[i].key, alive[i].index))):
+            ranks[i] = len(names) + rank
+        names.extend(ranks)
+    arrays = {name: np.frombuffer(column, column.typecode) for name, column in columns.items()}
+    duplicate = np.full(len(names), -1)
+    if settings.duplicates and len(names):
+        duplicate = duplicate_of(arrays["phash"], arrays["pixels"], np.frombuffer(names, "i"), settings.duplicates.distance)
+    return Survivors(**arrays, duplicate=duplicate)
+
+
+@dataclass(frozen=True)
+class Output:
+    """One curated shard: ``sources`` are (raw shard, indices in it), in the order in which they are written."""
+
+    number: int
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return sum(len(indices) for _, indices in self.sources)
+
+
+def outputs(found: Survivors, shards: Sequence[str], settings: Curate) -> list[Output]:
+    """The curated shards: what is kept, in the order (raw shard, index), ``samples_per_shard`` at a time.
+
+    The fingerprint of each tells what its content depends on, so a resumed job knows which are done.
+    """
+    kept, plans = found.kept(), []
+    for number, start in enumerate(range(0, len(kept), settings.samples_per_shard)):
+        part = kept[start : start + settings.samples_per_shard]
+        sources = []
+        for shard in np.unique(found.shard[part]):
+            sources.append((shards[shard], tuple(found.index[part][found.shard[part] == shard].tolist())))
+        mark = fingerprint(number, settings.model_dump(mode="json", include={"caption", "hands"}),
+                           [(shard, indices, examine_fingerprint(settings, shard)) for shard, indices in sources])
+        plans.append(Output(number, tuple(sources), mark))
+    return plans

@@ -1,0 +1,125 @@
+"""What is known of each sample between the steps, and the files that hold it: JSON lines, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+from .settings import Curate
+
+#: Raised when records of an older version would mean something else.
+FORMAT = 1
+
+#: Stages in the order in which samples pass them; each filter has one of its own between faces and duplicates.
+UNREADABLE, SIZE, FACES, DUPLICATES = "unreadable", "size", "faces", "duplicates"
+
+
+def stages(settings: Curate) -> list[str]:
+    """The names of the stages that can drop a sample, in their order."""
+    return [UNREADABLE, SIZE, *([FACES] if settings.faces else []), *(filter_stage(f.name) for f in settings.filters),
+            *([DUPLICATES] if settings.duplicates else [])]
+
+
+def filter_stage(name: str) -> str:
+    """The stage of a filter."""
+    return f"filter/{name}"
+
+
+@dataclass
+class Record:
+    """One sample of a raw shard. ``stage`` is None as long as nothing dropped it; what no step reached is empty.
+
+    ``index`` counts everything the reader tells of its shard, so (shard, index) names a sample even where keys repeat.
+    ``faces``: {x, y, w, h, confidence} in pixels. ``words``: length of the original caption.
+    """
+
+    index: int
+    key: str
+    stage: str | None = None
+    reason: str | None = None
+    width: int | None = None
+    height: int | None = None
+    phash: str | None = None
+    faces: list[dict] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
+    words: int | None = None
+
+    def drop(self, stage: str, reason: str) -> None:
+        """Notes what the sample failed at, in words."""
+        self.stage, self.reason = stage, reason
+
+
+class Place:
+    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html, and steps/ between them."""
+
+    def __init__(self, out: str | os.PathLike):
+        self.out = Path(out)
+        self.examined, self.written = self.out / "steps" / "examined", self.out / "steps" / "written"
+
+    def records(self, shard: str) -> Path:
+        """The file of a raw shard's records: its name for people, a hash of its address against equal names."""
+        name = os.path.basename(shard).partition(".")[0]
+        return self.examined / f"{name}-{hashlib.sha256(shard.encode()).hexdigest()[:12]}.jsonl"
+
+    def shard(self, number: int) -> Path:
+        """A curated shard."""
+        return self.out / f"{number:05d}.tar"
+
+    def part(self, number: int) -> Path:
+        """The manifest of a curated shard; written after it, so that the one is there only where the other is."""
+        return self.written / f"{number:05d}.jsonl"
+
+
+def fingerprint(*facts: Any) -> str:
+    """Short hash of what a file's content depends on."""
+    return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def examine_fingerprint(settings: Curate, shard: str) -> str:
+    """What a raw shard's records depend on: the settings of the steps that look at one image, and the file."""
+    keys = {"min_size", "max_aspect", "max_pixels", "faces", "filters"}
+    size = os.path.getsize(shard) if os.path.isfile(shard) else None
+    return fingerprint(settings.model_dump(mode="json", include=keys), shard, size)
+
+
+def write_lines(path: Path, mark: str, rows: Iterable[dict]) -> None:
+    """Writes a header with the fingerprint ``mark`` and ``rows``, replacing an older file in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            for row in ({"fingerprint": mark}, *rows):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def is_done(path: Path, mark: str) -> bool:
+    """Whether the file is there and was made under the same fingerprint."""
+    if not path.is_file():
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.loads(file.readline()).get("fingerprint") == mark
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    """The rows of a file of ``write_lines``."""
+    with open(path, encoding="utf-8") as file:
+        file.readline()
+        for line in file:
+            yield json.loads(line)
+
+
+def save_records(path: Path, mark: str, records: Iterable[Record]) -> None:
+    """Writes a raw shard's records."""
+    write_lines(path, mark, (asdict(record) for record in records))
+
+
+def load_records(path: Path) -> Iterator[Record]:
+    """A raw shard's records, in the order of its samples."""
+    return (Record(**row) for row in read_lines(path))

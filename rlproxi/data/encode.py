@@ -1,0 +1,175 @@
+"""One shard to its cached file: decode, fit to a bucket, and, with a model's parts, to latents and text states."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+
+from ..config import Config
+from .buckets import Fit, Size, build_fit
+from .cache import Entry, Rows, CachedShard, digest
+from .images import BadImage, decode
+from .shards import UNREADABLE, Sample, Skip, read_shard
+
+#: Rows of one bucket that go through the networks together.
+BATCH = 8
+
+
+class Unreadable(OSError):
+    """The storage did not give a shard, or gave up in the middle of it; another attempt may succeed."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What rows depend on beside their shard.
+
+    Attributes:
+        sizes, crop, seed: of ``Fit``. max_pixels: of ``decode``.
+        text: whether text states are cached. weights: identity of the autoencoder and text encoders; "" for pixels.
+    """
+
+    sizes: tuple[Size, ...]
+    crop: str
+    seed: int
+    max_pixels: int
+    text: bool
+    weights: str
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(asdict(self))
+
+
+def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
+    """The recipe of a run. ``parts_folder``: a folder with vae/ and text encoders; None caches pixels.
+
+    Raises FileNotFoundError or ValueError naming a part that is missing or unusable, or a key that asks for one.
+    """
+    from ..models.autoencoder import latent_facts
+
+    d, m = config.data, config.model
+    if parts_folder is None and d.cache_text:
+        raise ValueError("data.cache_text is true, but the model works on pixels with the built-in text encoder: set it "
+                         "to false, or name a checkpoint in model.init or model.encoders")
+    factor = latent_facts(parts_folder)[1] if parts_folder else 1
+    # A published network comes with sizes of its own, which the bucket's step covers.
+    levels = 1 if m.init else m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
+    fit = build_fit(d.size, d.buckets, d.crop, config.run.seed if d.crop == "random" else 0, factor, factor * levels)
+    odd = [size for size in fit.sizes if math.gcd(*size) % factor]
+    if odd:
+        raise ValueError(f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder in {parts_folder}")
+    return Recipe(fit.sizes, fit.crop, fit.seed, d.max_pixels, d.cache_text,
+                  identity(parts_folder, d.cache_text) if parts_folder else "")
+
+
+def identity(folder: str, text: bool) -> str:
+    """A hash of the weights and settings in vae/, and in the text encoders' folders where ``text``, wherever they lie.
+
+    Of a large file, its size and 64 pieces are looked at.
+    """
+    kinds = ("vae", "text_encoder*", "tokenizer*") if text else ("vae",)
+    parts = sorted(part for kind in kinds for part in Path(folder).glob(kind))
+    found = hashlib.blake2b(digest_size=16)
+    for file in (f for part in parts if part.is_dir() for f in sorted(part.rglob("*")) if f.is_file()):
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(folder)} {size}".encode())
+        with open(file, "rb") as data:
+            for place in range(64):
+                data.seek(place * size // 64)
+                found.update(data.read(min(2**16, size)))
+    return found.hexdigest()
+
+
+class Encoder:
+    """Encodes shards on one device.
+
+    Args:
+        parts_folder: as in ``build_recipe``. threads: that decode; Pillow works outside the interpreter's lock.
+    """
+
+    def __init__(self, recipe: Recipe, parts_folder: str | None, device: str = "cpu", threads: int = 1):
+        self.recipe, self.device, self.threads = recipe, device, threads
+        self.fit = Fit(recipe.sizes, recipe.crop, recipe.seed)
+        self.autoencoder = self.text = None
+        if parts_folder:
+            from ..models.autoencoder import Autoencoder
+
+            self.autoencoder = Autoencoder.from_pretrained(parts_folder, batch_size=BATCH).to(device)
+            if recipe.text:
+                from ..models.text_loading import load_text
+
+                self.text = load_text(parts_folder)
+                # The built-in encoder is a model beside its tokenizer, a stack moves itself.
+                getattr(self.text, "model", self.text).to(device)
+
+    def shard(self, url: str, path: Path) -> Entry:
+        """Encodes one shard into ``path``. Raises Unreadable where the storage failed, and then writes nothing."""
+        rows = Rows()
+        pending: dict[Size, list[dict]] = {}
+        for item in self._pixels(url):
+            if isinstance(item, Skip):
+                rows.skips.append(item)
+                continue
+            bucket = item["image"].shape[:2]
+            pending.setdefault(bucket, []).append(item)
+            if len(pending[bucket]) == BATCH:
+                self._flush(url, rows, bucket, pending.pop(bucket))
+        for bucket, items in pending.items():
+            self._flush(url, rows, bucket, items)
+        rows.save(path, url)
+        return entry(url, path)
+
+    def _pixels(self, url: str) -> Iterator[dict | Skip]:
+        """The shard's samples as pixels of a bucket, in order, decoded by the threads a few at a time."""
+        items = iter(read_shard(url))
+        with ThreadPoolExecutor(self.threads) as pool:
+            while some := list(islice(items, 8 * self.threads)):
+                for item in some:
+                    if isinstance(item, Skip) and item.kind == UNREADABLE:
+                        raise Unreadable(item.reason)
+                yield from pool.map(lambda item: item if isinstance(item, Skip) else self._one(url, item), some)
+
+    def _one(self, url: str, sample: Sample) -> dict | Skip:
+        try:
+            image, size = self.fit(decode(sample.image, self.recipe.max_pixels), sample.key)
+        except BadImage as error:
+            return Skip(url, sample.key, str(error))
+        return {"image": image, "size": np.array(size, np.int32), "caption": sample.caption, "key": sample.key}
+
+    @torch.no_grad()
+    def _flush(self, url: str, rows: Rows, bucket: Size, items: list[dict]) -> None:
+        if self.autoencoder is not None:
+            x = torch.from_numpy(np.stack([item.pop("image") for item in items])).to(self.device)
+            latents = self.autoencoder.encode(x.permute(0, 3, 1, 2).float() / 127.5 - 1).half().cpu().numpy()
+            for item, value in zip(items, latents):
+                item["latents"] = value
+        if self.text is not None:
+            text = self.text.encode([item["caption"] for item in items])
+            columns = {"text_states": text.states.half(), "text_pooled": text.pooled, "text_mask": text.mask.byte()}
+            for name, values in columns.items():
+                for item, value in zip(items, values.cpu().numpy()):
+                    item[name] = value
+        for item in items:
+            odd = next((n for n in ("latents", "text_states") if n in item and not np.isfinite(item[n]).all()), None)
+            if odd:
+                rows.skips.append(Skip(url, item["key"], f"{odd} beyond float16"))
+            else:
+                rows.add(bucket, **item)
+
+
+def entry(url: str, path: Path) -> Entry:
+    """What a cached file says of its shard."""
+    cached = CachedShard(path)
+    skipped: dict[str, int] = {}
+    for key, reason in cached.skips():
+        kind = Skip(url, key, reason).kind
+        skipped[kind] = skipped.get(kind, 0) + 1
+    return Entry(url, path.name, cached.counts(), skipped)

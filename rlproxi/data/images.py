@@ -1,0 +1,69 @@
+"""Encoded image files to pixels, whatever the internet put into them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+#: What image-text data sets hold. Pillow's other readers are not asked: some of them start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90}
+
+
+class BadImage(ValueError):
+    """Bytes that are no usable image; the message is ``kind`` or ``kind: detail``, as the reason of a skip."""
+
+
+def decode(data: bytes, max_pixels: int) -> np.ndarray:
+    """An encoded JPEG, PNG or WebP -> uint8 [H, W, 3].
+
+    EXIF orientation is applied, transparency is laid over white, and every other mode becomes RGB. The size is taken from
+    the header, before any pixel is decoded; ``max_pixels`` and Pillow's own guard (179 million) bound it. Of an
+    animation the first frame counts.
+
+    Raises BadImage: empty, of an unknown format, too large, truncated or otherwise damaged.
+    """
+    if not data:
+        raise BadImage("empty image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns at half of its limit; ours is max_pixels
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise BadImage(f"image too large: {width} x {height} pixels are more than data.max_pixels = {max_pixels}")
+                turn = _UPRIGHT.get(_orientation(image))
+                image = _rgb(image)
+                return np.array(image if turn is None else image.transpose(turn))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"image too large: {error}") from None
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"unknown image format: none of {', '.join(FORMATS)}, or a damaged header") from None
+    except Exception as error:  # Pillow's readers raise whatever their parsers trip over
+        raise BadImage(f"damaged image: {type(error).__name__}: {' '.join(str(error).split())}") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing about the pixels
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")

@@ -1,0 +1,138 @@
+"""Which rows of which shards make batch number b: pure, seeded, and known for any b without reading what came before.
+
+An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a window, the
+windows' rows follow each other, and every ``batch_size`` of them are a batch; so a batch lies in one window, or starts with
+the few rows that the window before left over. The batches that end in one window come in a random order. What is left of
+a bucket at the end of an epoch is not used in it; another epoch leaves other rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ..seeds import rng
+from .buckets import Size
+
+#: Shards read side by side: enough to mix sources, few enough files to stay in a node's page cache.
+WINDOW = 16
+_SHARDS, _ROWS, _BATCHES = 0x0D01, 0x0D02, 0x0D03
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``rows``: (shard, row within the shard's bucket) for each sample of the global batch."""
+
+    epoch: int
+    bucket: Size
+    rows: list[tuple[int, int]]
+
+    def share(self, rank: int, world: int) -> list[tuple[int, int]]:
+        """The rows of one of ``world`` ranks: equal parts in order, so that together they are what one rank would read."""
+        count = len(self.rows) // world
+        return self.rows[rank * count:(rank + 1) * count]
+
+
+class Order:
+    """The batches of all epochs, by number.
+
+    Args:
+        index: for each shard, the number of rows in each bucket.
+        batch_size: the global one.
+
+    Raises ValueError where no bucket fills a batch.
+    """
+
+    def __init__(self, index: Sequence[Mapping[Size, int]], batch_size: int, seed: int, window: int = WINDOW):
+        if batch_size < 1 or window < 1:
+            raise ValueError(f"batch_size {batch_size} and window {window} must be at least 1")
+        self.batch_size, self.seed, self.window = batch_size, seed, window
+        self.buckets = sorted({bucket for shard in index for bucket in shard})
+        #: [shard, bucket] rows
+        self.rows = np.array([[shard.get(bucket, 0) for bucket in self.buckets] for shard in index],
+                             dtype=np.int64).reshape(len(index), len(self.buckets))
+        totals = self.rows.sum(0)
+        self.batches_per_epoch = int((totals // batch_size).sum())
+        #: Rows of buckets with fewer rows than a batch, which no epoch uses.
+        self.never_used = int(totals[totals < batch_size].sum())
+        if not self.batches_per_epoch:
+            filled = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.buckets, totals)) or "none"
+            raise ValueError(f"no bucket fills a batch of {batch_size} (rows in each: {filled}): add data, lower "
+                             "pretrain.batch_size, or set data.buckets=false")
+        # The newest of each; plain dictionaries, so that an order can be sent to other processes.
+        self._epochs: dict[int, _Epoch] = {}
+        self._shuffles: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def batch(self, number: int) -> Batch:
+        """Batch ``number`` = 0, 1, 2, ... of the endless sequence of epochs."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        plan = self._epoch(epoch)
+        window = int(np.searchsorted(plan.batches_before, place, "right")) - 1
+        bucket, chunk = plan.list_of(window)[place - plan.batches_before[window]]
+        return Batch(epoch, self.buckets[bucket], self._rows(epoch, bucket, chunk))
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        return (self.batch(number) for number in range(start, stop))
+
+    def _epoch(self, epoch: int) -> "_Epoch":
+        if epoch not in self._epochs:
+            self._epochs = {epoch: self._plan(epoch)}
+        return self._epochs[epoch]
+
+    def _plan(self, epoch: int) -> "_Epoch":
+        shards = rng(self.seed, _SHARDS, epoch).permutation(len(self.rows))
+        windows = [shards[i:i + self.window] for i in range(0, len(shards), self.window)]
+        rows_before = np.zeros((len(windows) + 1, len(self.buckets)), np.int64)
+        rows_before[1:] = np.cumsum([self.rows[window].sum(0) for window in windows], 0)
+        return _Epoch(self.seed, epoch, windows, rows_before, rows_before // self.batch_size)
+
+    def _rows(self, epoch: int, bucket: int, chunk: int) -> list[tuple[int, int]]:
+        """Rows [chunk * batch_size, ...) of a bucket's sequence over the windows."""
+        before = self._epoch(epoch).rows_before[:, bucket]
+        at, end, rows = chunk * self.batch_size, (chunk + 1) * self.batch_size, []
+        while at < end:
+            window = int(np.searchsorted(before, at, "right")) - 1
+            stop = min(end, int(before[window + 1]))
+            rows += self._shuffled(epoch, window, bucket)[at - before[window]:stop - before[window]].tolist()
+            at = stop
+        return [(shard, row) for shard, row in rows]
+
+    def _shuffled(self, epoch: int, window: int, bucket: int) -> np.ndarray:
+        """[n, 2] (shard, row) of a bucket in a window, shuffled."""
+        name = (epoch, window, bucket)
+        if name not in self._shuffles:
+            if len(self._shuffles) >= 4 * len(self.buckets):  # a batch may reach back into windows before its own
+                del self._shuffles[next(iter(self._shuffles))]
+            self._shuffles[name] = self._shuffle(*name)
+        return self._shuffles[name]
+
+    def _shuffle(self, epoch: int, window: int, bucket: int) -> np.ndarray:
+        shards = self._epoch(epoch).windows[window]
+        counts = self.rows[shards, bucket]
+        starts = np.repeat(np.cumsum(counts) - counts, counts)
+        pairs = np.stack([np.repeat(shards, counts), np.arange(counts.sum()) - starts], 1)
+        return rng(self.seed, _ROWS, epoch, window, bucket).permutation(pairs)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """``windows``: their shards. ``rows_before``, ``chunks_before`` [windows + 1, buckets]: rows of each bucket in the
+    windows before, and batches that are full by then."""
+
+    seed: int
+    number: int
+    windows: list[np.ndarray]
+    rows_before: np.ndarray
+    chunks_before: np.ndarray
+
+    @property
+    def batches_before(self) -> np.ndarray:
+        return self.chunks_before.sum(1)
+
+    def list_of(self, window: int) -> list[tuple[int, int]]:
+        """(bucket, chunk) of the batches that end in a window, in their order."""
+        pairs = [(bucket, chunk) for bucket in range(self.chunks_before.shape[1])
+                 for chunk in range(self.chunks_before[window, bucket], self.chunks_before[window + 1, bucket])]
+        return [pairs[i] for i in rng(self.seed, _BATCHES, self.number, window).permutation(len(pairs))]

@@ -1,0 +1,292 @@
+"""Image-text shards: tars in img2dataset's layout, or parquet files, read sample by sample.
+
+A tar holds ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and, if it likes, ``<key>.json``, the members of one sample
+side by side. A parquet file holds a column ``image`` or ``jpg`` (bytes, or a struct with ``bytes``), a column ``caption``
+or ``text``, and whatever else. Addresses are anything fsspec knows: paths, s3://, gs://, https://, memory://.
+
+What cannot be read is a ``Skip`` with a reason, never an exception: a data set of millions has bad samples, and the
+reader's caller counts them. A reason is ``kind`` or ``kind: detail``; kinds are few enough to be counted by.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Iterable, Iterator
+
+from .addresses import PARQUETS, filesystem, list_shards
+
+__all__ = ["Sample", "Skip", "list_shards", "read_shard", "write_shard"]
+
+#: Endings of the images in a tar and names of columns, the most wanted first.
+IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGE_COLUMNS, CAPTION_COLUMNS, KEY_COLUMNS = ("image", *IMAGES), ("caption", "text", "txt"), ("key", "__key__")
+#: A larger member is not an image, and would be held in memory whole.
+MEMBER_LIMIT = 256 * 1024**2
+
+#: The kind of a Skip that may go away by itself (a network, a full disk), unlike damage inside a file.
+UNREADABLE = "unreadable file"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``image``: the encoded file, not yet looked at. ``meta``: the json member, {} without one."""
+
+    key: str
+    image: bytes
+    caption: str
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample that could not be used; with the key "" a whole shard, or the rest of one."""
+
+    shard: str
+    key: str
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """The reason without its details."""
+        return self.reason.partition(":")[0]
+
+
+class _Unusable(Exception):
+    """A sample's fault on its way to becoming a Skip."""
+
+
+# -- reading --------------------------------------------------------------------------------
+
+
+def read_shard(url: str) -> Iterator[Sample | Skip]:
+    """The samples of one shard in the file's order, streamed; a Skip for each that cannot be read.
+
+    A file that is missing or cannot be read (any more) is one Skip of kind ``UNREADABLE`` with the key "". The first
+    sample of a key is kept, later ones are skipped. Never raises.
+    """
+    read = _read_parquet if url.endswith(PARQUETS) else _read_tar
+    seen: set[str] = set()
+    try:
+        fs, path = filesystem(url)
+        with fs.open(path, "rb") as file:
+            for item in read(_Source(file), url):
+                if isinstance(item, Sample) and item.key in seen:
+                    item = Skip(url, item.key, "duplicate key")
+                seen.add(item.key)
+                yield item
+    except Exception as error:  # whatever a storage's package raises
+        yield Skip(url, "", f"{UNREADABLE}: {_words(error)}")
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+class _Source:
+    """Forwards, and remembers the storage's own error, which tarfile and pyarrow would turn into a damaged file."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self.file.read(size)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class _Header(tarfile.TarInfo):
+    """A TarInfo whose archive remembers how its list of members ended: tarfile itself takes a damaged header for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            archive.ending = error
+            raise
+
+
+def _read_tar(source: _Source, url: str) -> Iterator[Sample | Skip]:
+    key, members = None, {}
+    whole, fault = True, None
+    try:
+        with tarfile.open(fileobj=source, mode="r|*", tarinfo=_Header) as archive:
+            for info in archive:
+                name, _, ending = _split(info.name)
+                if not info.isfile() or not name or not ending:
+                    continue
+                if key is not None and (name != key or ending in members):
+                    yield _sample(url, key, members)
+                    members = {}
+                key, whole = name, False
+                # What is not asked for is never read into memory; its name still belongs to the sample.
+                members[ending] = _content(archive, info) if ending in (*IMAGES, "txt", "json") else b""
+                whole = True
+            fault = _ending(archive)
+    except Exception as error:  # zlib's, tarfile's, and what damaged numbers in a header lead to
+        if source.error is not None:
+            raise source.error from None
+        fault = _words(error)
+    if key is not None and whole:  # a member that was cut takes its sample with it
+        yield _sample(url, key, members)
+    if fault:
+        yield Skip(url, "", f"damaged tar: the rest of it is lost ({fault})")
+
+
+def _split(path: str) -> tuple[str, str, str]:
+    """'./a/b.seg.png' -> ('a/b', '.', 'seg.png'); hidden files have no key."""
+    folder, name = os.path.split(path.removeprefix("./"))
+    stem, dot, ending = name.partition(".")
+    return (f"{folder}/{stem}" if folder and stem else stem), dot, ending.lower()
+
+
+def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | _Unusable:
+    if info.size > MEMBER_LIMIT:
+        return _Unusable(f"member too large: {info.name} has {info.size} bytes")
+    data = archive.extractfile(info).read()
+    if len(data) != info.size:
+        raise tarfile.ReadError(f"{info.name} is cut short")
+    return data
+
+
+def _ending(archive: tarfile.TarFile) -> str | None:
+    """What is wrong with how the archive ended, None where nothing is."""
+    if not isinstance(archive.ending, tarfile.EOFHeaderError):
+        return f"{archive.ending}; there is no end-of-archive mark"
+    # A hole of zeros, as an interrupted download leaves it, looks like the end; what follows a true end is zeros.
+    while data := archive.fileobj.read(2**20):
+        if data.strip(b"\0"):
+            return "data after the end-of-archive mark"
+    return None
+
+
+def _sample(url: str, key: str, members: dict[str, bytes | _Unusable]) -> Sample | Skip:
+    try:
+        for content in members.values():
+            if isinstance(content, _Unusable):
+                raise content
+        image = next((members[ending] for ending in IMAGES if ending in members), None)
+        return _checked(key, image, members.get("txt"), _object(members.get("json")))
+    except _Unusable as error:
+        return Skip(url, key, str(error))
+
+
+def _checked(key: str, image: Any, caption: Any, meta: dict) -> Sample:
+    if image is None:
+        raise _Unusable("no image")
+    if not isinstance(image, bytes):
+        raise _Unusable(f"no image: a {type(image).__name__} instead of bytes")
+    if not image:
+        raise _Unusable("empty image")
+    if caption is None:
+        raise _Unusable("no caption")
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _Unusable(f"caption is not UTF-8: byte {error.start} ({error.reason})") from None
+    if not isinstance(caption, str):
+        raise _Unusable(f"caption is no text: a {type(caption).__name__}")
+    if not caption.strip():
+        raise _Unusable("empty caption")
+    return Sample(key, image, caption.strip(), meta)
+
+
+def _object(data: bytes | None) -> dict:
+    if data is None:
+        return {}
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _Unusable(f"json is not readable: {_words(error)}") from None
+    if not isinstance(meta, dict):
+        raise _Unusable(f"json is not an object: a {type(meta).__name__}")
+    return meta
+
+
+def _read_parquet(source: _Source, url: str) -> Iterator[Sample | Skip]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(source)
+        names = table.schema_arrow.names
+        image, caption, key = (next((c for c in wanted if c in names), None)
+                               for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS, KEY_COLUMNS))
+        for column, wanted in ((image, IMAGE_COLUMNS), (caption, CAPTION_COLUMNS)):
+            if column is None:
+                yield Skip(url, "", f"no such column: none of {', '.join(wanted)} among {', '.join(names[:20])}")
+                return
+        rows = (row for batch in table.iter_batches(batch_size=64) for row in batch.to_pylist())
+        for number, row in enumerate(rows):
+            yield _row(url, number, row, image, caption, key)
+    except Exception as error:  # pyarrow's, and text that is not UTF-8 on its way to Python
+        if source.error is not None:
+            raise source.error from None
+        yield Skip(url, "", f"damaged parquet: the rest of it is lost ({_words(error)})")
+
+
+def _row(url: str, number: int, row: dict, image: str, caption: str, key: str | None) -> Sample | Skip:
+    # A dot would end the key where the sample is written to a tar.
+    name = f"{number:09d}" if key is None or row[key] in (None, "") else str(row[key]).replace(".", "_")
+    content = row[image]
+    if isinstance(content, dict):
+        content = content.get("bytes")
+    meta = {k: v for k, v in row.items() if k not in (image, caption, key) and not isinstance(v, bytes)}
+    try:
+        return _checked(name, content, row[caption], meta)
+    except _Unusable as error:
+        return Skip(url, name, str(error))
+
+
+# -- writing --------------------------------------------------------------------------------
+
+
+def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
+    """Writes samples as a tar in img2dataset's layout and returns their number.
+
+    Whole or not at all: a reader sees no file, the old one or the new one. The same samples give the same bytes.
+    ``path`` is local. Raises ValueError for a key that the layout cannot hold, or that comes twice.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    keys: set[str] = set()
+    try:
+        with tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
+            for sample in samples:
+                if not sample.key or sample.key.startswith("/") or _split(f"{sample.key}.txt")[::2] != (sample.key, "txt"):
+                    raise ValueError(f"{path}: {sample.key!r} cannot be a key: keys are non-empty and without dots")
+                if sample.key in keys:
+                    raise ValueError(f"{path}: the key {sample.key!r} comes twice")
+                keys.add(sample.key)
+                _add(archive, f"{sample.key}.{_image_ending(sample.image)}", sample.image)
+                _add(archive, f"{sample.key}.txt", sample.caption.encode())
+                if sample.meta:
+                    text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True, default=str)
+                    _add(archive, f"{sample.key}.json", text.encode())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return len(keys)
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # mtime 0, no owner
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def _image_ending(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "jpg"

@@ -1,0 +1,47 @@
+"""summary.json: what a script needs of a run, from its directory alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from ..config import Config
+from .runlog import read, series, stage_seconds
+
+
+def summary(run_dir: Path, config: Config) -> dict:
+    """summary.json from the run directory alone: what a script needs."""
+    records = read(run_dir)
+    seconds = stage_seconds(records)
+    rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]
+    rates = [r for r in series(records, "rl", "images_per_second")[1] if not math.isnan(r)]
+
+    def heldout(tag: str) -> float | None:
+        file = run_dir / "evaluation" / f"{tag}.json"
+        if not file.is_file() or not config.rewards.heldout:
+            return None
+        entry = json.loads(file.read_text())["by_steps"].get(str(config.sampler.num_inference_steps))
+        return entry["heldout"][config.rewards.heldout[0].name]["mean"] if entry else None
+
+    return {
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
+        "heldout": {"before": heldout("before"), "after": heldout("after"),
+                    "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None)},
+        "images_per_second": sum(rates) / len(rates) if rates else None,
+        "seed": config.run.seed,
+        "git": _git(),
+        "versions": {name: metadata.version(name) for name in
+                     ("ray", "torch", "deepspeed", "transformers", "diffusers", "numpy")},
+    }
+
+
+def _git() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or None
