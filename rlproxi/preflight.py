@@ -104,7 +104,7 @@ def _model(config: Config) -> Iterator[Problem]:
     else:
         found = []
     yield from found or _told("model", lambda: latent_space(config))
-    if config.data.buckets and not (m.init and not found and network_config(m.init)[1].get("_class_name") not in OWN):
+    if config.data.buckets and (m.init is None or not found and network_config(m.init)[1].get("_class_name") in OWN):
         yield Problem("data.buckets is true, but networks of our own have one size: set it false, or start from a "
                       "diffusers folder with model.init", False)
     if not found and not m.init:
