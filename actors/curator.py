@@ -62,8 +62,8 @@ class _Worker:
         return pictures.peek(shard, chosen, self.settings.max_pixels)
 
     def _load(self, kind: type) -> None:
-        """Makes way for the models of a phase, and loads them. Not in the constructor: what that raises reaches the driver
-        as a dead actor only."""
+        """Makes way for the models of a phase, and loads them. Not in the constructor: what that raises reaches the
+        driver as a dead actor only."""
         if self.kind is not kind:
             self.kind, self.tools = None, None
             self.tools = kind.load(self.settings, self.device)
@@ -110,7 +110,8 @@ def _check_size(config: Config) -> None:
     have, c = ray.cluster_resources(), config.curate
     for kind, each in (("CPU", c.num_cpus), ("GPU", c.num_gpus)):
         if c.workers * each > have.get(kind, 0) + 1e-9:
-            raise ConfigError(f"curate.workers {c.workers} x num_{kind.lower()}s {each:g} asks for {c.workers * each:g} {kind}s and "
+            raise ConfigError(f"curate.workers {c.workers} x num_{kind.lower()}s {each:g} asks for "
+                              f"{c.workers * each:g} {kind}s and "
                               f"the cluster has {have.get(kind, 0):g}: lower one of them, add nodes, or set "
                               "resources.autoscaling=true if the cluster grows on demand")
 
@@ -118,9 +119,11 @@ def _check_size(config: Config) -> None:
 def _without(shards: list[str], lost: list[str], settings: Curate, scribe: Any) -> list[str]:
     if not lost:
         return shards
-    told = f"{len(lost)} of {len(shards)} shards cannot be read: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
+    named = ", ".join([*lost[:5], *(["..."] if len(lost) > 5 else [])])
+    told = f"{len(lost)} of {len(shards)} shards cannot be read: {named}"
     if settings.unreadable == "stop":
-        raise ConfigError(f"curate.urls: {told}; all others are examined, so make these readable and resume the run, or leave "
+        raise ConfigError(f"curate.urls: {told}; all others are examined, so make these readable and resume the run, "
+                          "or leave "
                           "them out with curate.unreadable=skip")
     scribe.append.remote("warning", {"message": f"curate: {told}; left out"})
     return [s for s in shards if s not in set(lost)]
@@ -162,7 +165,8 @@ class _Pool:
         """(item, result) as they are done. Raises ConfigError for what the user can mend, else what a task raised."""
         if items and not self.workers:
             options = _Worker.options(num_cpus=self.settings.num_cpus, num_gpus=self.settings.num_gpus)
-            self.workers = [options.remote(self.settings, self.out) for _ in range(min(self.settings.workers, self.most))]
+            count = min(self.settings.workers, self.most)
+            self.workers = [options.remote(self.settings, self.out) for _ in range(count)]
         waiting, idle, busy = list(reversed(items)), list(self.workers), {}
         while waiting or busy:
             while waiting and idle:

@@ -1,7 +1,7 @@
 """The stage ``encode``: shards to cached files, each by whichever worker is free.
 
-A shard is encoded whole or not at all and its file's name says what is in it, so a worker that dies costs one shard, which
-Ray gives to its successor, and a run that is started again encodes only what is missing.
+A shard is encoded whole or not at all and its file's name says what is in it, so a worker that dies costs one shard,
+which Ray gives to its successor, and a run that is started again encodes only what is missing.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def encode(config: Config, cache: Path, parts_folder: str | None, scribe: Any) -
     Returns {"shards", "encoded" (of them, now), "samples", "skipped", "reasons" (kind -> count), "unused" (samples in
     buckets too small for a batch), "prompts", "seconds"}.
 
-    Raises ValueError or FileNotFoundError before any work for addresses, keys or folders that cannot be used; ValueError
-    where no sample, or no whole batch, came out; RuntimeError naming a shard that its workers died of.
+    Raises ValueError or FileNotFoundError before any work for addresses, keys or folders that cannot be used;
+    ValueError where no sample, or no whole batch, came out; RuntimeError naming a shard that its workers died of.
     """
     begun = time.time()
     cache = Path(cache)
@@ -113,7 +113,7 @@ class _Progress:
 
 
 def _workers(config: Config, parts_folder: str | None, most: int) -> list[Any]:
-    """(options, threads) of each worker: one for each share of a GPU where networks have one, else for each free CPU."""
+    """(options, threads) of each worker: one for each share of a GPU where networks have one, else each free CPU."""
     r, free = config.resources, ray.available_resources()
     cpus = free.get("CPU", 1.0)
     if parts_folder and r.learner_gpus > 0:
@@ -141,8 +141,8 @@ def _run(config: Config, recipe: Recipe, parts_folder: str | None, todo: dict[st
             try:
                 result = ray.get(done)
             except ray.exceptions.RayActorError as error:
-                raise RuntimeError(f"every worker that was given {url} died, most likely for want of memory: a shard's rows "
-                                   f"are held in memory until they are written; make shards smaller ({error})") from None
+                raise RuntimeError(f"every worker that was given {url} died, most likely for want of memory: a shard's "
+                                   f"rows are held until they are written; make shards smaller ({error})") from None
             idle.append(worker)
             yield url, result
     finally:

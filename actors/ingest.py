@@ -74,7 +74,8 @@ def shards(config: Config, cache: Path, start: int, rank: int) -> ray.data.Datas
 
 
 def batches(dataset: Any, share: int, prefetch: int = 4) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of ``share`` rows of ``portraits`` or ``shards`` (or of Ray Train's shard of one), one dense array a column."""
+    """The batches of ``share`` rows of ``portraits`` or ``shards``, or of Ray Train's shard of one: a dense array for
+    each column."""
     for batch in dataset.iter_batches(batch_size=share, prefetch_batches=prefetch):
         yield {name: _dense(name, column) for name, column in batch.items()}
 
@@ -105,4 +106,5 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 def _step_bytes(entries: list[Any], files: list[str], share: int) -> int:
     """About how large one step's rows are, from the first row there is."""
     file, bucket = next((f, b) for e, f in zip(entries, files) for b in e.rows)
-    return share * sum(column[0].nbytes for name, column in _stack([_open(file).row(bucket, 0)]).items() if name != "caption")
+    columns = _stack([_open(file).row(bucket, 0)])
+    return share * sum(column.nbytes for name, column in columns.items() if name != "caption")

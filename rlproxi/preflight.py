@@ -132,7 +132,9 @@ def _data(config: Config) -> Iterator[Problem]:
     if d.source == "shards" and set(config.run.stages) & {"encode", "pretrain"}:
         yield from _told("data.urls", lambda: list_shards(d.urls), missing=True)
     known = d.prompts is not None or d.source == "faces"  # else the captions of the data, after they are encoded
+    found: list[Problem] = []
     if known and set(config.run.stages) & {"before", "rl", "after"}:
-        yield from _told("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
-    if known and "rl" in config.run.stages:
-        yield from _told("data.prompts", lambda: training_prompts(config, 0))
+        found = _told("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
+    if known and "rl" in config.run.stages and not found:
+        found = _told("data.prompts", lambda: training_prompts(config, 0))
+    yield from found

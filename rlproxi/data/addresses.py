@@ -57,8 +57,8 @@ def _expand(url: str) -> list[str]:
         else:
             (shards if path in kinds else missing).append(_address(fs, path, part))
     if not shards:
-        raise ValueError(f"data.urls: {url!r} matches no file: name a {', '.join((*TARS, *PARQUETS))} file, a folder that "
-                         "holds some, a glob or a {00000..00099} range")
+        raise ValueError(f"data.urls: {url!r} matches no file: name a {', '.join((*TARS, *PARQUETS))} file, a folder "
+                         "that holds some, a glob or a {00000..00099} range")
     return shards + missing
 
 

@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: a few sizes of about equal area, and images fitted to the nearest of them.
 
-A batch needs one shape, and a square crop of every image cuts heads off portraits. Where an image came from, its size and
-the corner of its crop, is kept for SDXL's micro-conditioning (arXiv 2307.01952, section 2.2).
+A batch needs one shape, and a square crop of every image cuts heads off portraits. Where an image came from, its size
+and the corner of its crop, is kept for SDXL's micro-conditioning (arXiv 2307.01952, section 2.2).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def bucket_step(size: int, factor: int = 1) -> int:
 def bucket_sizes(size: int, step: int) -> list[Size]:
     """Buckets of at most size x size pixels, sides multiples of ``step``, from 1:2 to 2:1, narrowest first.
 
-    For each height the widest that fits; of those with the same aspect ratio the largest. Raises ValueError where not even
-    one step fits.
+    For each height the widest that fits; of those with the same aspect ratio the largest. Raises ValueError where not
+    even one step fits.
     """
     if step < 1 or size < step:
         raise ValueError(f"data.size {size} is smaller than {step}, the step of its buckets: raise it, or set "
@@ -67,8 +67,8 @@ class Fit:
     def __call__(self, image: np.ndarray, key: str) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """uint8 [H, W, 3] -> (uint8 [h, w, 3] of a bucket, (H, W, top, left)).
 
-        The image is resized (Lanczos, with antialiasing) until it just covers the bucket, then cropped; top and left are
-        the crop's corner in pixels of the resized image, as SDXL counts them. Small images are enlarged.
+        The image is resized (Lanczos, with antialiasing) until it just covers the bucket, then cropped; top and left
+        are the crop's corner in pixels of the resized image, as SDXL counts them. Small images are enlarged.
         """
         full = image.shape[:2]
         size = self.nearest(*full)

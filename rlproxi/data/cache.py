@@ -1,7 +1,7 @@
 """Encoded shards on disk: one safetensors file for each, rows grouped by bucket, and what a run uses of them.
 
-A file's name holds a hash of all that its rows depend on: the shard's address and version, the recipe, the weights. So a
-file that exists is right, whoever wrote it, and a run that changes anything writes another one. Inside:
+A file's name holds a hash of all that its rows depend on: the shard's address and version, the recipe, the weights. So
+a file that exists is right, whoever wrote it, and a run that changes anything writes another one. Inside:
 
     <h>x<w>/image         uint8 [n, h, w, 3], or    <h>x<w>/latents   float16 [n, c, h/f, w/f]
     <h>x<w>/size          int32 [n, 4]: height and width of the original, top and left of the crop
@@ -22,7 +22,7 @@ import uuid
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -50,8 +50,9 @@ def source_version(url: str) -> str:
     """
     fs, path = filesystem(url)
     info = fs.info(path)
-    strong = next((info[name] for name in ("ETag", "etag", "md5Hash", "crc32c") if info.get(name)), None)
-    when = next((info[name] for name in ("mtime", "LastModified", "last_modified", "updated", "created") if info.get(name)), "")
+    first = lambda *names: next((info[name] for name in names if info.get(name)), None)  # noqa: E731
+    strong = first("ETag", "etag", "md5Hash", "crc32c")
+    when = first("mtime", "LastModified", "last_modified", "updated", "created")
     return str(strong) if strong else f"{info.get('size')} bytes, {when}"
 
 
@@ -129,7 +130,8 @@ class CachedShard:
 
     def counts(self) -> dict[Size, int]:
         """Rows in each bucket."""
-        return {bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0] for bucket in sorted(self.columns)}
+        return {bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0]
+                for bucket in sorted(self.columns)}
 
     def row(self, bucket: Size, row: int) -> dict[str, Any]:
         """Arrays, and strings for caption and key, of one row."""
@@ -191,8 +193,8 @@ def run_name(config: Config) -> str:
     """A hash of the keys that say which data a run reads: runs that share a cache keep their lists apart by it."""
     d, m = config.data, config.model
     urls = [url if "://" in url else os.path.abspath(url) for url in d.urls]
-    return digest(urls, d.size, d.buckets, d.crop, d.crop == "random" and config.run.seed, d.max_pixels, d.cache_text, m.init,
-                  m.encoders, m.patch, m.channels, m.kind)
+    return digest(urls, d.size, d.buckets, d.crop, d.crop == "random" and config.run.seed, d.max_pixels, d.cache_text,
+                  m.init, m.encoders, m.patch, m.channels, m.kind)
 
 
 def manifest_path(config: Config, cache: Path) -> Path:
@@ -232,8 +234,8 @@ def read_index(config: Config, cache: Path) -> list[Entry]:
     """The shards of the run's manifest. Raises FileNotFoundError where nothing was encoded for this config."""
     path = manifest_path(config, cache)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: nothing was encoded into {cache} for this config's data and model "
-                                "keys; run the stage encode first")
+        raise FileNotFoundError(f"{path} does not exist: nothing was encoded into {cache} for this config's data and "
+                                "model keys; run the stage encode first")
     entries = []
     with open(path, encoding="utf-8") as file:
         next(file)
@@ -253,8 +255,8 @@ def captions(config: Config, cache: Path) -> Iterator[str]:
 
 
 def first_samples(config: Config, cache: Path, count: int) -> np.ndarray:
-    """Up to ``count`` samples of the bucket with most rows, as a denoiser sees them: float32 [n, C, h, w], latents, or pixels
-    in [-1, 1]. An equal part of every shard, so that no single source speaks for all.
+    """Up to ``count`` samples of the bucket with most rows, as a denoiser sees them: float32 [n, C, h, w], latents, or
+    pixels in [-1, 1]. An equal part of every shard, so that no single source speaks for all.
 
     Raises FileNotFoundError as ``read_index``, ValueError where the run has no samples.
     """
@@ -278,7 +280,8 @@ def first_samples(config: Config, cache: Path, count: int) -> np.ndarray:
 
 
 def write_prompts(config: Config, cache: Path, limit: int = PROMPTS) -> int:
-    """Writes distinct captions, one on each line; of more than ``limit`` those with the least hashes. Returns their number."""
+    """Writes distinct captions, one on each line, and returns their number; of more than ``limit`` those with the least
+    hashes."""
     heap: list[tuple[int, str]] = []
     kept: set[str] = set()
     for caption in captions(config, cache):

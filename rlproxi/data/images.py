@@ -24,8 +24,8 @@ class BadImage(ValueError):
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
     """An encoded JPEG, PNG or WebP -> uint8 [H, W, 3].
 
-    EXIF orientation is applied, transparency is laid over white, and every other mode becomes RGB. The size is taken from
-    the header, before any pixel is decoded; ``max_pixels`` and Pillow's own guard (179 million) bound it. Of an
+    EXIF orientation is applied, transparency is laid over white, and every other mode becomes RGB. The size is taken
+    from the header, before any pixel is decoded; ``max_pixels`` and Pillow's own guard (179 million) bound it. Of an
     animation the first frame counts.
 
     Raises BadImage: empty, of an unknown format, too large, truncated or otherwise damaged.
@@ -38,7 +38,8 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise BadImage(f"image too large: {width} x {height} pixels are more than data.max_pixels = {max_pixels}")
+                    raise BadImage(f"image too large: {width} x {height} pixels are more than data.max_pixels = "
+                                   f"{max_pixels}")
                 turn = _UPRIGHT.get(_orientation(image))
                 image = _rgb(image)
                 return np.array(image if turn is None else image.transpose(turn))

@@ -1,9 +1,9 @@
 """Which rows of which shards make batch number b: pure, seeded, and known for any b without reading what came before.
 
-An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a window, the
-windows' rows follow each other, and every ``batch_size`` of them are a batch; so a batch lies in one window, or starts with
-the few rows that the window before left over. The batches that end in one window come in a random order. What is left of
-a bucket at the end of an epoch is not used in it; another epoch leaves other rows.
+An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a
+window, the windows' rows follow each other, and every ``batch_size`` of them are a batch; so a batch lies in one
+window, or starts with the few rows that the window before left over. The batches that end in one window come in a
+random order. What is left of a bucket at the end of an epoch is not used in it; another epoch leaves other rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Batch:
     rows: list[tuple[int, int]]
 
     def share(self, rank: int, world: int) -> list[tuple[int, int]]:
-        """The rows of one of ``world`` ranks: equal parts in order, so that together they are what one rank would read."""
+        """The rows of one of ``world`` ranks: equal parts in order, together what one rank would read."""
         count = len(self.rows) // world
         return self.rows[rank * count:(rank + 1) * count]
 

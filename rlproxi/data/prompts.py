@@ -46,8 +46,8 @@ def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
 
 
 def heldout_prompts(config: Config) -> tuple[list[int], list[str]]:
-    """The fixed prompts of every evaluation, (indices, captions), all different: those of data.heldout_prompts, else the
-    reserved ones, in their file's order. More of them begin with the same ones.
+    """The fixed prompts of every evaluation, (indices, captions), all different: those of data.heldout_prompts, else
+    the reserved ones, in their file's order. More of them begin with the same ones.
 
     Raises as ``training_prompts``, and ValueError where there are fewer than evaluate.prompts.
     """
@@ -110,8 +110,8 @@ def _prompt(value: object) -> str:
 
 def _from_file(config: Config) -> bool:
     if config.data.prompts is None and config.data.source == "shards":
-        raise ValueError("data.prompts is not set, and the captions of data.urls are known only after they are encoded: "
-                         "run the stage encode, or name a file of prompts")
+        raise ValueError("data.prompts is not set, and the captions of data.urls are known only after they are "
+                         "encoded: run the stage encode, or name a file of prompts")
     return config.data.prompts is not None
 
 
@@ -130,7 +130,8 @@ def _without(prompts: tuple[str, ...], held: tuple[str, ...] | None, path: str) 
     out = {p for p in prompts if reserved(p)} if held is None else set(held)
     left = tuple(p for p in prompts if p not in out)
     if not left:
-        raise ValueError(f"data.prompts = {path!r} has {len(prompts)} prompts, and all of them are held out: add others")
+        raise ValueError(f"data.prompts = {path!r} has {len(prompts)} prompts, and all of them are held out: add "
+                         "others")
     return left
 
 

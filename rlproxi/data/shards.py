@@ -1,8 +1,9 @@
 """Image-text shards: tars in img2dataset's layout, or parquet files, read sample by sample.
 
-A tar holds ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and, if it likes, ``<key>.json``, the members of one sample
-side by side. A parquet file holds a column ``image`` or ``jpg`` (bytes, or a struct with ``bytes``), a column ``caption``
-or ``text``, and whatever else. Addresses are anything fsspec knows: paths, s3://, gs://, https://, memory://.
+A tar holds ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and, if it likes, ``<key>.json``, the members of one
+sample side by side. A parquet file holds a column ``image`` or ``jpg`` (bytes, or a struct with ``bytes``), a column
+``caption`` or ``text``, and whatever else. Addresses are anything fsspec knows: paths, s3://, gs://, https://,
+memory://.
 
 What cannot be read is a ``Skip`` with a reason, never an exception: a data set of millions has bad samples, and the
 reader's caller counts them. A reason is ``kind`` or ``kind: detail``; kinds are few enough to be counted by.
@@ -105,7 +106,7 @@ class _Source:
 
 
 class _Header(tarfile.TarInfo):
-    """A TarInfo whose archive remembers how its list of members ended: tarfile itself takes a damaged header for the end."""
+    """A TarInfo whose archive remembers how its list of members ended: tarfile takes a damaged header for the end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -264,7 +265,8 @@ def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
     try:
         with tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
             for sample in samples:
-                if not sample.key or sample.key.startswith("/") or _split(f"{sample.key}.txt")[::2] != (sample.key, "txt"):
+                same = _split(f"{sample.key}.txt")[::2] == (sample.key, "txt")
+                if not sample.key or sample.key.startswith("/") or not same:
                     raise ValueError(f"{path}: {sample.key!r} cannot be a key: keys are non-empty and without dots")
                 if sample.key in keys:
                     raise ValueError(f"{path}: the key {sample.key!r} comes twice")

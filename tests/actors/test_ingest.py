@@ -102,8 +102,8 @@ def test_a_killed_worker_costs_nothing_but_time(ray_here, tmp_path):
     victim = None
     while victim is None and thread.is_alive():
         time.sleep(0.02)
-        # Of this process's own Ray.
-        victim = next((p for p in psutil.Process().children(recursive=True) if "EncodeWorker.encode" in _title(p)), None)
+        ours = psutil.Process().children(recursive=True)
+        victim = next((p for p in ours if "EncodeWorker.encode" in _title(p)), None)
     assert victim is not None
     victim.kill()
     thread.join()

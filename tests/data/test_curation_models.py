@@ -90,7 +90,8 @@ def test_a_chat_model_answers_in_batches_as_it_does_alone(folder, images):
 
 def test_an_empty_answer_leaves_the_caption(folder, images, monkeypatch):
     captioner = _captioner(folder("blip"))
-    monkeypatch.setattr(captioner.model, "generate", lambda pixel_values, **_: torch.zeros(len(pixel_values), 3, dtype=torch.long))
+    monkeypatch.setattr(captioner.model, "generate",
+                        lambda pixel_values, **_: torch.zeros(len(pixel_values), 3, dtype=torch.long))
     assert captioner(images, CAPTIONS) == CAPTIONS
 
 
@@ -108,7 +109,8 @@ def test_caption_models_that_cannot_be_used(folder, tmp_path):
 
 @pytest.mark.parametrize("caption, found", [
     ("She raises her Hand.", ["hand"]), ("hands: five fingers", ["hands", "fingers"]), ("a clenched fist!", ["fist"]),
-    ("handsome man in Finland, with a beforehand", []), ("second-hand", ["hand"]), ("palm/thumb", ["thumb", "palm"]), ("", []),
+    ("handsome man in Finland, with a beforehand", []), ("second-hand", ["hand"]), ("palm/thumb", ["thumb", "palm"]),
+    ("", []),
 ])
 def test_words_of_hands_are_whole_words(caption, found):
     assert hand_words(caption, HAND_WORDS) == found
@@ -166,10 +168,11 @@ def settings(tmp_path_factory, folder) -> Curate:
     predictor, clip = clip_models.save_aesthetic(base)
     small = clip_models.save_transformers(base / "small")
     faces = [fixtures.real_face(i, 256 + 16 * (i % 2)) for i in range(6)]
-    fixtures.write_tar(base / "raw" / "00000.tar", [(f"{i:09d}", fixtures.encoded(face), CAPTIONS[i % 4], {"url": str(i)})
-                                                    for i, face in enumerate(faces)])
+    samples = [(f"{i:09d}", fixtures.encoded(face), CAPTIONS[i % 4], {"url": str(i)}) for i, face in enumerate(faces)]
+    fixtures.write_tar(base / "raw" / "00000.tar", samples)
+    aesthetic = {"predictor": str(predictor), "clip": str(clip), "precision": "float32"}
     return Curate(urls=[str(base / "raw")], faces={"min_size": 64}, batch=4,
-                  filters=[{"name": "aesthetic", "params": {"predictor": str(predictor), "clip": str(clip), "precision": "float32"}},
+                  filters=[{"name": "aesthetic", "params": aesthetic},
                            {"name": "match", "scorer": "clip", "params": {"clip": str(small), "precision": "float32"}}],
                   caption={"model": folder("blip"), "max_tokens": 6, "batch": 3, "precision": "float32"},
                   hands={"detector": {"model": folder("yolos"), "min_score": 0.7}})
@@ -214,7 +217,8 @@ def test_captions_and_hands_are_written(settings, tmp_path):
     for sample in read_shard(str(place.shard(0))):
         before = raw[sample.meta["source"]["key"]]
         image = np.array(Image.open(BytesIO(sample.image)))
-        assert sample.caption == sample.meta["caption"] == tools.captioner([image], [before.caption])[0] != before.caption
+        told = tools.captioner([image], [before.caption])[0]
+        assert sample.caption == sample.meta["caption"] == told != before.caption
         assert sample.meta["caption_original"] == before.caption
         assert sample.meta["hands"] == tools.detector([image])[0]
         assert sample.meta["hand_words"] == hand_words(f"{before.caption}\n{sample.caption}", HAND_WORDS)

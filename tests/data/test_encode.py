@@ -9,8 +9,8 @@ import torch
 import tiny_checkpoints
 from rlproxi.config import build_config
 from rlproxi.data.buckets import build_fit
-from rlproxi.data.cache import (CachedShard, cached_file, captions, first_samples, manifest_path, parse_size, prompts_path,
-                                read_index, source_version, write_manifest, write_prompts)
+from rlproxi.data.cache import (CachedShard, cached_file, captions, first_samples, manifest_path, parse_size,
+                                prompts_path, read_index, source_version, write_manifest, write_prompts)
 from rlproxi.data.encode import Encoder, Unreadable, build_recipe, entry, identity
 from rlproxi.data.images import decode
 from rlproxi.data.shards import Skip
@@ -86,7 +86,7 @@ def test_latents_and_text_are_what_the_checkpoint_gives(tmp_path):
     parts = str(tiny_checkpoints.sdxl(tmp_path / "sdxl"))
     (tmp_path / "data").mkdir()
     url = write(tmp_path / "data", count=10)
-    config = build_config({"data": {"source": "shards", "urls": [str(tmp_path / "data")], "size": 64, "cache_text": True},
+    config = build_config({"data": {"source": "shards", "urls": [url], "size": 64, "cache_text": True},
                            "model": {"init": parts}})
     run(config, url, tmp_path / "c.safetensors", parts)
     cached = CachedShard(tmp_path / "c.safetensors")
@@ -164,15 +164,20 @@ def test_prompts_are_distinct_captions_and_a_fair_sample_of_many(tmp_path):
 
 def test_first_samples_come_from_every_shard_and_one_bucket(tmp_path):
     config = shard_config(tmp_path, buckets=True)
-    entries = [run(config, write_tar(tmp_path / f"{n}.tar", [sample(i, image=jpeg(*size, seed=10 * n + i)) for i, size in enumerate(
-        [(40, 40), (30, 60), (40, 40), (40, 40)])]), tmp_path / f"{n}.safetensors") for n in range(3)]
+    sizes = [(40, 40), (30, 60), (40, 40), (40, 40)]
+    entries = []
+    for n in range(3):
+        samples = [sample(i, image=jpeg(*size, seed=10 * n + i)) for i, size in enumerate(sizes)]
+        url = write_tar(tmp_path / f"{n}.tar", samples)
+        entries.append(run(config, url, tmp_path / f"{n}.safetensors"))
     write_manifest(config, tmp_path, entries, [])
     samples = first_samples(config, tmp_path, 4)
     assert samples.shape == (4, 3, 32, 32) and samples.dtype == np.float32
     fit = build_fit(32, True, "center", 0)
     rows = [(0, 0), (0, 2), (1, 0), (1, 2)]  # two of each shard, until there are enough
-    assert all(np.allclose(sample, fit(decode(jpeg(40, 40, 10 * n + i), 10**6), "")[0].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
-               for sample, (n, i) in zip(samples, rows))
+    for got, (n, i) in zip(samples, rows):
+        pixels = fit(decode(jpeg(40, 40, 10 * n + i), 10**6), "")[0]
+        assert np.allclose(got, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
     assert len(first_samples(config, tmp_path, 100)) == 9
 
 

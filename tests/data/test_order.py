@@ -36,7 +36,8 @@ def test_an_epoch_is_a_permutation_without_the_remainders(built, epoch):
     for bucket in BUCKETS:
         total = sum(s.get(bucket, 0) for s in index)
         assert sum(key[0] == bucket for key in seen) == total - total % order.batch_size
-    assert order.never_used == sum(t for t in (sum(s.get(b, 0) for s in index) for b in BUCKETS) if t < order.batch_size)
+    totals = [sum(s.get(b, 0) for s in index) for b in BUCKETS]
+    assert order.never_used == sum(total for total in totals if total < order.batch_size)
 
 
 @given(orders(), st.integers(0, 40))

@@ -38,7 +38,8 @@ def test_webdataset_reads_what_we_write(tmp_path):
     assert write_shard(tmp_path / "x.tar", iter(written)) == 3
     assert read(tmp_path / "x.tar") == (written, [])
     theirs = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False, empty_check=False))
-    assert [(t["__key__"], t["jpg"], t["txt"].decode()) for t in theirs] == [(s.key, s.image, s.caption) for s in written]
+    assert [(t["__key__"], t["jpg"], t["txt"].decode()) for t in theirs] == [
+        (s.key, s.image, s.caption) for s in written]
 
 
 def test_writing_is_repeatable_whole_and_keeps_the_kind_of_image(tmp_path):
@@ -157,8 +158,8 @@ def test_a_hole_of_zeros_is_not_taken_for_the_end(good):
 def test_a_file_that_is_not_there_empty_or_no_tar_is_one_skip(tmp_path):
     (tmp_path / "empty.tar").write_bytes(b"")
     (tmp_path / "text.tar").write_bytes(b"hello " * 1000)
-    for name, kind in [("none.tar", "unreadable file"), ("none.parquet", "unreadable file"), ("empty.tar", "damaged tar"),
-                       ("text.tar", "damaged tar")]:
+    for name, kind in [("none.tar", "unreadable file"), ("none.parquet", "unreadable file"),
+                       ("empty.tar", "damaged tar"), ("text.tar", "damaged tar")]:
         samples, (skip,) = read(tmp_path / name)
         assert not samples and (skip.key, skip.kind) == ("", kind), name
     assert read("nowhere://x.tar")[1][0].kind == "unreadable file"

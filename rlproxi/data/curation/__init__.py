@@ -1,1 +1,1 @@
-"""Curation: from raw image-text shards to filtered, re-captioned, tagged ones. No Ray here; ``actors.curator`` runs it."""
+"""Curation: from raw image-text shards to filtered, re-captioned, tagged ones. ``actors.curator`` runs it on Ray."""

@@ -28,15 +28,17 @@ class Captioner:
             name, dtype=self.dtype)).eval().to(self.device)
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and settings.prompt is None:
-            raise ValueError(f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, for "
+            raise ValueError(f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, "
+                             "for "
                              "example 'Describe this picture of a person in one detailed sentence.'")
         if self.chats:
             self.processor.tokenizer.padding_side = "left"  # answers begin where questions end
 
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[str]:
-        """uint8 [H, W, 3] images of any sizes and their captions -> new captions; the old one where the answer is empty."""
+        """uint8 [H, W, 3] images of any sizes and their captions -> new captions; the old one for an empty answer."""
         answers = list(captions)
-        prompts = [None if self.settings.prompt is None else self.settings.prompt.replace("{caption}", c) for c in captions]
+        template = self.settings.prompt
+        prompts = [None if template is None else template.replace("{caption}", c) for c in captions]
         for chosen in self._batches(prompts):
             told = self._answer([Image.fromarray(images[i]) for i in chosen], [prompts[i] for i in chosen])
             for i, text in zip(chosen, told):

@@ -1,9 +1,9 @@
 """Which images are copies of another one: exact search by Hamming distance, and who stays.
 
-The search is the pigeonhole principle (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007):
-cut 64 bits into B bands; hashes that differ in at most k bits agree on at least B - k whole bands. So for each choice of
-B - k bands, hashes that agree on these are compared bit by bit, and no pair is missed. B is chosen for the number of
-hashes: many bands make more tables with fewer chance meetings in each.
+The search is the pigeonhole principle (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", WWW
+2007): cut 64 bits into B bands; hashes that differ in at most k bits agree on at least B - k whole bands. So for each
+choice of B - k bands, hashes that agree on these are compared bit by bit, and no pair is missed. B is chosen for the
+number of hashes: many bands make more tables with fewer chance meetings in each.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def duplicate_of(hashes: np.ndarray, pixels: np.ndarray, names: np.ndarray, dist
 
 
 def _greedy(pairs: np.ndarray, count: int) -> np.ndarray:
-    """For each place the first kept place that is its neighbour, itself where it is kept; ``pairs`` as ``near_pairs``."""
+    """For each place the first kept neighbour, itself where it is kept; ``pairs`` as ``near_pairs`` gives them."""
     kept_by = np.arange(count)
     pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
     for better, worse in pairs.tolist():

@@ -41,7 +41,8 @@ class Haar:
     def __init__(self, settings: Faces):
         cv2 = self.cv2 = load_opencv()
         if not hasattr(cv2, "CascadeClassifier"):
-            raise ImportError(f"OpenCV {cv2.__version__} has no cascades: pip install \"rlproxi[data]\" (version 4), or set "
+            raise ImportError(f"OpenCV {cv2.__version__} has no cascades: pip install \"rlproxi[data]\" (version 4), "
+                              "or set "
                               "curate.faces.detector=yunet and its model")
         file = Path(settings.model or Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml")
         if not file.is_file():
@@ -71,9 +72,11 @@ class YuNet:
                                     "face_detection_yunet_2023mar.onnx of OpenCV's model zoo")
         try:
             # Half of the threshold: a face that is not certain enough is told from no face.
-            self.network = cv2.FaceDetectorYN.create(settings.model, "", (_YUNET_SIDE, _YUNET_SIDE), settings.confidence / 2)
+            side = (_YUNET_SIDE, _YUNET_SIDE)
+            self.network = cv2.FaceDetectorYN.create(settings.model, "", side, settings.confidence / 2)
         except cv2.error as error:
-            raise ValueError(f"curate.faces.model: OpenCV cannot read {settings.model} ({str(error).strip()})") from None
+            raise ValueError(f"curate.faces.model: OpenCV cannot read {settings.model} ({str(error).strip()})") from "
+                             "None
 
     def __call__(self, image: np.ndarray) -> list[dict]:
         height, width = image.shape[:2]

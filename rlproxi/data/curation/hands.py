@@ -25,18 +25,19 @@ class Detector:
 
     def __init__(self, settings: HandDetector, device: str = "cpu"):
         import transformers
-        from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES as ZERO_SHOT
+        from transformers.models.auto import modeling_auto
 
         self.settings, self.device = settings, torch.device(device)
         config = models.load(settings.model, KEY, transformers.AutoConfig.from_pretrained)
-        self.zero_shot = config.model_type in ZERO_SHOT
+        self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
         kind = (transformers.AutoModelForZeroShotObjectDetection if self.zero_shot
                 else transformers.AutoModelForObjectDetection)
         processor = transformers.AutoProcessor if self.zero_shot else transformers.AutoImageProcessor
         self.wanted = {label.lower() for label in settings.labels}
         known = {str(name).lower() for name in config.id2label.values()}
         if not self.zero_shot and not self.wanted & known:
-            raise ValueError(f"curate.hands.detector.labels: {settings.model!r} knows none of {settings.labels}; its classes "
+            raise ValueError(f"curate.hands.detector.labels: {settings.model!r} knows none of {settings.labels}; its "
+                             "classes "
                              f"are {', '.join(sorted(known)[:20])}")
         self.processor = models.load(settings.model, KEY, processor.from_pretrained)
         self.model = models.load(settings.model, KEY, kind.from_pretrained).eval().to(self.device)
@@ -63,7 +64,8 @@ class Detector:
 
     def _results(self, outputs: Any, inputs: Any, sizes: torch.Tensor) -> list[dict]:
         if not self.zero_shot:
-            return self.processor.post_process_object_detection(outputs, threshold=self.settings.min_score, target_sizes=sizes)
+            return self.processor.post_process_object_detection(outputs, threshold=self.settings.min_score,
+                                                                target_sizes=sizes)
         process = self.processor.post_process_grounded_object_detection
         given = {"outputs": outputs, "threshold": self.settings.min_score, "target_sizes": sizes}
         if "input_ids" in inspect.signature(process).parameters:

@@ -44,14 +44,15 @@ def check(settings: Curate, out: str | os.PathLike) -> list[str]:
 def _check_out(out: Path, shards: Sequence[str]) -> None:
     inside = [s for s in shards if Path(s).resolve().parent == out.resolve()]
     if inside:
-        raise ConfigError(f"curate.out: {str(out)!r} holds the raw shard {os.path.basename(inside[0])}; choose another folder")
+        raise ConfigError(f"curate.out: {str(out)!r} holds the raw shard {os.path.basename(inside[0])}; choose "
+                          "another folder")
     if out.is_dir() and not Place(out).examined.is_dir() and any(out.glob("*.tar")):
         raise ConfigError(f"curate.out: {str(out)!r} holds tars of something else; choose an empty folder")
 
 
 def clear_stale(place: Place, plans: Sequence[Output]) -> None:
-    """Removes what earlier jobs in this folder left: curated shards beyond ``plans`` (other settings, other raw shards), and
-    drafts of processes that were killed. Nothing may be writing there."""
+    """Removes what earlier jobs in this folder left: curated shards beyond ``plans`` (other settings, other raw shards),
+    and drafts of processes that were killed. Nothing may be writing there."""
     names = {place.shard(plan.number).name for plan in plans}
     for path in place.out.iterdir():
         if re.fullmatch(r"\d{5}\.tar", path.name) and path.name not in names:

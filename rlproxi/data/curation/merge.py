@@ -77,7 +77,8 @@ class Statistics:
         self.dropped[stage] += 1
         if stage == UNREADABLE:
             self.unreadable[reason.partition(":")[0]] += 1
-        self._add(record, stage, Example(shard, record.index, f"{record.key}: {reason}", record.faces), record.words, [])
+        example = Example(shard, record.index, f"{record.key}: {reason}", record.faces)
+        self._add(record, stage, example, record.words, [])
 
     def keep(self, record: Record, shard: str, caption: str, tags: list[str]) -> None:
         """Counts a sample that is in the curated shards."""
@@ -116,7 +117,8 @@ class Statistics:
         return [entry[3] for entry in sorted(self._picks.get(stage, []), key=lambda e: e[:3], reverse=True)]
 
 
-def merge(place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output], settings: Curate) -> Statistics:
+def merge(place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output],
+          settings: Curate) -> Statistics:
     """Writes manifest.jsonl, one line for every raw sample in the order (shard, index), and returns the statistics."""
     statistics = Statistics(settings, shards=len(shards), kept_per_shard=[len(plan) for plan in plans])
     draft = place.out / f".manifest.jsonl.{os.getpid()}"
@@ -147,13 +149,14 @@ def _lines(place: Place, shards: Sequence[str], found: Survivors, plans: Sequenc
                 else:
                     row = next(written)
                     if (row["shard"], row["index"]) != (shard, record.index):
-                        raise RuntimeError(f"{place.written} does not belong to these records; delete it and resume the run")
+                        raise RuntimeError(f"{place.written} does not belong to these records; delete it and resume "
+                                           "the run")
                 at += 1
             if row is None:
                 line |= {"status": "dropped", "stage": stage, "reason": reason}
                 statistics.drop(record, shard, stage, reason)
             else:
-                line |= {"status": "kept", "output": row["output"], "output_key": row["output_key"], "tags": row["tags"]}
+                line |= {"status": "kept", **{k: row[k] for k in ("output", "output_key", "tags")}}
                 statistics.keep(record, shard, row["caption"], row["tags"])
             yield line
 
@@ -173,7 +176,8 @@ def _originals(place: Place, shards: Sequence[str], found: Survivors) -> dict[in
 def _copy_of(original: tuple[str, Record], record: Record) -> str:
     shard, best = original
     bits = distance(int(best.phash, 16), int(record.phash, 16))
-    return (f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; this one is "
+    return (f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
+            "this one is "
             f"{record.width} x {record.height}")
 
 

@@ -27,7 +27,8 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 _CLIPPED = 1000
 
 #: What a stage is about.
-_MEANING = {"unreadable": "no image, no caption, damaged", "size": "too small or too narrow", "faces": "no face, too small, "
+_MEANING = {"unreadable": "no image, no caption, damaged", "size": "too small or too narrow", "faces": "no face, too "
+                                                                                                       "small, "
             "too uncertain or too many", "duplicates": "copies of a kept picture", KEPT: "in the curated shards",
             HANDS: "kept and tagged as hand-focused"}
 
@@ -93,8 +94,8 @@ def _funnel(statistics: Statistics) -> str:
         axes.grid(axis="y", visible=False)
 
     svg = figures.svg(draw, "funnel", "Samples left after each stage", (7.2, 0.8 + 0.34 * len(bars)))
-    table = [[row["stage"], f"{row['in']:,}", f"{row['dropped']:,}", f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-",
-              f"{row['out']:,}"] for row in rows]
+    table = [[row["stage"], f"{row['in']:,}", f"{row['dropped']:,}",
+              f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-", f"{row['out']:,}"] for row in rows]
     out = _figure(svg, "manifest.jsonl tells of each sample where it is, or why it was dropped.")
     out += _table(["stage", "samples in", "dropped", "share", "left"], table)
     if statistics.unreadable:
@@ -118,8 +119,8 @@ def _histogram(name: str, series: Series) -> str:
         axes = figure.subplots()
         low, high = np.percentile(values, [0, 99.5]) if len(values) > _CLIPPED else (values.min(), values.max())
         edges = np.linspace(low, high if high > low else low + 1, 41)
-        axes.hist([np.clip(values[kept], *edges[[0, -1]]), np.clip(values[~kept], *edges[[0, -1]])], edges, stacked=True,
-                  color=[figures.AFTER, figures.BEFORE], label=["kept", "dropped"])
+        inside = np.clip(values, edges[0], edges[-1])
+        axes.hist([inside[kept], inside[~kept]], edges, stacked=True, color=[figures.AFTER, figures.BEFORE], label=["kept", "dropped"])
         axes.set_axisbelow(True)
         axes.set_xlabel(name)
         axes.set_ylabel("samples")

@@ -26,8 +26,8 @@ def phash(image: np.ndarray) -> int:
 
     The grey picture, 32 x 32, is transformed by a cosine transform (DCT-II); each of the 64 lowest frequencies but the
     mean gives one bit, set where it is above their median. Lightness and contrast thus do not matter, and exactly half
-    of the bits are set. A picture without any structure has hash 0. The idea is Zauner's (Implementation and benchmarking
-    of perceptual image hash functions, 2010); the choice of frequencies is ours.
+    of the bits are set. A picture without any structure has hash 0. The idea is Zauner's (Implementation and
+    benchmarking of perceptual image hash functions, 2010); the choice of frequencies is ours.
     """
     grey = Image.fromarray(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     cosines, rows, columns = _basis()

@@ -50,7 +50,8 @@ def survivors(place: Place, shards: Sequence[str], settings: Curate) -> Survivor
     arrays = {name: np.frombuffer(column, column.typecode) for name, column in columns.items()}
     duplicate = np.full(len(names), -1)
     if settings.duplicates and len(names):
-        duplicate = duplicate_of(arrays["phash"], arrays["pixels"], np.frombuffer(names, "i"), settings.duplicates.distance)
+        duplicate = duplicate_of(arrays["phash"], arrays["pixels"], np.frombuffer(names, "i"),
+                                 settings.duplicates.distance)
     return Survivors(**arrays, duplicate=duplicate)
 
 

@@ -54,7 +54,7 @@ class Record:
 
 
 class Place:
-    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html, and steps/ between them."""
+    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ between them."""
 
     def __init__(self, out: str | os.PathLike):
         self.out = Path(out)

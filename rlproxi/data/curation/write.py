@@ -70,17 +70,20 @@ def _chosen(plan: Output, place: Place) -> Iterator[_Chosen]:
             record = records.get(index)
             if record is not None:
                 if not isinstance(item, Sample) or item.key != record.key:
-                    raise ShardUnreadable(f"{shard} has changed since it was examined: sample {index} was {record.key!r} and is "
+                    raise ShardUnreadable(f"{shard} has changed since it was examined: sample {index} was "
+                                          f"{record.key!r} and is "
                                           f"{item.key!r}; delete {place.records(shard)} and resume")
                 yield _Chosen(shard, item, record)
                 left -= 1
             if not left:
                 break
         if left:
-            raise ShardUnreadable(f"{shard}: {left} samples that were there when it was examined cannot be read any more")
+            raise ShardUnreadable(f"{shard}: {left} samples that were there when it was examined cannot be read any "
+                                  "more")
 
 
-def _finish(waiting: list[_Chosen], plan: Output, settings: Curate, tools: WriteTools, rows: list[dict]) -> Iterator[Sample]:
+def _finish(waiting: list[_Chosen], plan: Output, settings: Curate, tools: WriteTools,
+            rows: list[dict]) -> Iterator[Sample]:
     captions = [one.sample.caption for one in waiting]
     found: list[list[dict]] = [[] for _ in waiting]
     if waiting and (tools.captioner or tools.detector):

@@ -1,0 +1,69 @@
+"""A micro-batch that does not fit: the run halves it and goes on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlproxi.telemetry.runlog import read, series
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+
+# Loaded by every Python process of the run: networks that are trained on more than four images run out of memory, with
+# the error that a GPU raises.
+SMALL_CHIP = """
+import importlib.util, sys
+
+class Patched:
+    def find_spec(self, name, path=None, target=None):
+        if name != "rlproxi.models.unet":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            import torch
+            network = module.ProximalUNet.network
+
+            def small(self, x, *rest):
+                if torch.is_grad_enabled() and len(x) > 4:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+                return network(self, x, *rest)
+            module.ProximalUNet.network = small
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Patched())
+"""
+
+
+def test_pretraining_and_rl_halve_their_micro_batches(smoke, from_smoke, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SMALL_CHIP)
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+    runs = tmp_path / "runs"
+    done = subprocess.run(
+        [sys.executable, "-m", "rlproxi.run", str(ROOT / "configs" / "smoke.yaml"), f"run.dir={runs}", *from_smoke,
+         "run.stages=[pretrain, rl]", "pretrain.steps=2", "pretrain.batch_size=8", "pretrain.log_every=1", "grpo.steps=2",
+         "evaluate.every=0", "learner.max_failures=1"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (folder,) = runs.iterdir()
+    records = read(folder)
+    told = [r["message"] for r in records if r["event"] == "warning" and "going on with" in r["message"]]
+    assert len(told) == 2
+    assert "pretrainer: out of memory (CUDA out of memory" in told[0]
+    assert told[0].endswith("going on with pretrain.micro_batch_size=4 (was pretrain.micro_batch_size=8)")
+    assert told[1].endswith("going on with grpo.groups_per_micro_batch=1 (was grpo.groups_per_micro_batch=2)")
+    values = yaml.safe_load((folder / "config.yaml").read_text())  # a resumed run begins with what fits
+    assert values["pretrain"]["micro_batch_size"] == 4 and values["grpo"]["groups_per_micro_batch"] == 1
+    for stage in ("pretrain", "rl"):
+        assert list(series(records, stage, "loss")[0]) == [1, 2]
+    assert series(records, "rl", "ratio/first_max_deviation")[1] == [0.0]

@@ -1,0 +1,91 @@
+"""What is told before a run starts: the key, the value and the remedy."""
+
+import json
+import shutil
+
+import pytest
+
+import tiny_checkpoints
+from rlproxi import run
+from rlproxi.config import build_config
+from rlproxi.preflight import problems
+from shard_fixtures import sample, write_tar
+
+RUNS = {"rewards": {"train": [{"name": "jpeg"}], "heldout": []}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_checkpoints.sd15(tmp_path_factory.mktemp("sd15") / "model")
+
+
+def found(*overrides: str) -> list[tuple[str, bool]]:
+    return [(p.text, p.missing) for p in problems(build_config(RUNS, list(overrides)))]
+
+
+def one(*overrides: str) -> tuple[str, bool]:
+    (problem,) = found(*overrides)
+    return problem
+
+
+def test_nothing_stands_in_the_way_of_the_defaults(folder):
+    assert found() == [] and [p.text for p in problems(build_config({}))] == []
+    assert found(f"model.init={folder}", "data.size=64") == []
+    assert found(f"model.encoders={folder}", "data.size=64", "model.patch=1") == []
+    assert found(f"model.encoders={folder}", "data.size=64", "model.kind=transformer", "model.patch=2", "model.layers=1") == []
+
+
+def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
+    assert one("model.init=nowhere") == (
+        "model.init: nowhere is not a folder: expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as "
+        "diffusers lays them out) or a run directory that holds one as models/final or models/pretrained", True)
+    text, missing = one("model.encoders=nowhere", "data.size=64")
+    assert text.startswith("model.encoders: nowhere") and missing
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = other / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "FluxTransformer2DModel"}))
+    text, missing = one(f"model.init={other}", "data.size=64")
+    assert text.startswith("model.init: a FluxTransformer2DModel cannot be made a proximal network here") and not missing
+
+
+def test_sizes_that_do_not_fit(folder):
+    assert "data.size 60 is not a multiple of 8, the autoencoder's factor" in one(f"model.init={folder}", "data.size=60")[0]
+    assert "a sample is 9 wide (data.size 72), which model.patch 2" in one(
+        f"model.encoders={folder}", "data.size=72", "model.patch=2")[0]
+    assert one("data.buckets=true")[0].startswith("data.buckets is true, but networks of our own have one size")
+    assert found(f"model.init={folder}", "data.size=64", "data.buckets=true") == []
+
+
+def test_scorers_files_and_functions():
+    text, missing = one("rewards.train=[{name: hpsv2, params: {checkpoint: gone.pt}}]")
+    assert text.startswith("rewards.train.0: reward 'hpsv2': checkpoint 'gone.pt' does not exist: name its file") and missing
+    text, missing = one("rewards.heldout=[{name: mine, scorer: python, params: {function: 'no_such_module:f'}}]")
+    assert text.startswith("rewards.heldout.0: ") and "no_such_module" in text and not missing
+    # Another environment's modules and files are not this process's to look for.
+    assert found("rewards.train=[{name: mine, scorer: python, params: {function: 'no_such_module:f'}, "
+                 "runtime_env: {pip: [x]}}]") == []
+
+
+def test_data_and_prompts(tmp_path):
+    text, missing = one("data.source=shards", f"data.urls=[{tmp_path}/none-*.tar]")
+    assert text.startswith("data.urls") and "none-*.tar" in text and missing
+    write_tar(tmp_path / "0.tar", [sample(0)])
+    assert found("data.source=shards", f"data.urls=[{tmp_path}]") == []
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\nthree\n")
+    text, missing = one(f"data.prompts={file}", "evaluate.prompts=4")
+    assert "lower evaluate.prompts, or name a longer file in data.heldout_prompts" in text and not missing
+    assert found(f"data.prompts={file}", "evaluate.prompts=4", "run.stages=[pretrain]") == []
+    text, missing = one(f"data.prompts={tmp_path}/gone.txt")
+    assert "gone.txt" in text and missing
+
+
+def test_the_front_door_refuses_and_a_dry_run_tells(capsys, tmp_path):
+    arguments = [f"run.dir={tmp_path / 'runs'}", "rewards.train=[{name: hpsv2, params: {checkpoint: gone.pt}}]"]
+    assert run.main(arguments) == 2
+    assert "error: rewards.train.0: reward 'hpsv2': checkpoint 'gone.pt'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert run.main([*arguments, "--dry-run"]) == 0
+    assert "missing    rewards.train.0: reward 'hpsv2'" in capsys.readouterr().out
+    assert run.main(["data.buckets=true", "--dry-run"]) == 2  # no file can mend that
