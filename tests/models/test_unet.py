@@ -3,6 +3,7 @@ import torch
 from closed_form import Gaussian
 
 from rlproxi.models.text import TextStates
+from rlproxi.models.transformer import ProximalTransformer
 from rlproxi.models.unet import ProximalUNet
 from rlproxi.proximal import ProximalOperator
 from rlproxi.score import ScoreModel
@@ -14,9 +15,12 @@ def text(batch: int, length: int = 5, dim: int = 16) -> TextStates:
     return TextStates(torch.randn(batch, length, dim), torch.randn(batch, dim), mask)
 
 
-def network(randomise: bool = False) -> ProximalUNet:
+def network(randomise: bool = False, kind: str = "unet") -> ProximalUNet | ProximalTransformer:
     torch.manual_seed(0)
-    model = ProximalUNet(sample_size=8, channels=(32, 32), blocks=(1, 1), text_dim=16, pooled_dim=16, data_std=0.5)
+    if kind == "transformer":
+        model = ProximalTransformer(sample_size=8, in_channels=3, layers=2, heads=2, head_dim=8, text_dim=16, data_std=0.5)
+    else:
+        model = ProximalUNet(sample_size=8, channels=(32, 32), blocks=(1, 1), text_dim=16, pooled_dim=16, data_std=0.5)
     if randomise:  # the zero-initialised layers too, so that every path matters
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1)
@@ -26,11 +30,13 @@ def network(randomise: bool = False) -> ProximalUNet:
 Y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 T = torch.tensor([0.0, 0.1, 0.5, 0.9])
 LAM = torch.tensor([0.01, 1.0, 0.3, 2.0])
+both_kinds = pytest.mark.parametrize("kind", ["unet", "transformer"])
 
 
+@both_kinds
 @torch.no_grad()
-def test_zero_head_is_the_exact_gaussian_prox():
-    model, target = network(), Gaussian(0.0, 0.5)
+def test_zero_head_is_the_exact_gaussian_prox(kind):
+    model, target = network(kind=kind), Gaussian(0.0, 0.5)
     v = target.marginal(T)[1][:, None, None, None]
     lam = LAM[:, None, None, None]
     assert torch.allclose(model(Y, T, LAM, text(4)), lam.sqrt() * Y / (v + lam), atol=1e-6)
@@ -38,20 +44,37 @@ def test_zero_head_is_the_exact_gaussian_prox():
     assert torch.allclose(out, target.prox(Y, 0.3, 0.7), atol=1e-6)
 
 
+@both_kinds
 @torch.no_grad()
-def test_round_trip(tmp_path):
-    model, cond = network(randomise=True), text(4)
+def test_round_trip(kind, tmp_path):
+    model, cond = network(True, kind), text(4)
     model.save_pretrained(tmp_path)
-    again = ProximalUNet.from_pretrained(tmp_path).eval()
+    again = type(model).from_pretrained(tmp_path).eval()
     assert again.config.data_std == 0.5 and again.schedule == model.schedule
     assert torch.allclose(model(Y, T, LAM, cond), again(Y, T, LAM, cond), atol=1e-6)
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), again.state_dict().values()))
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
 
 
+@both_kinds
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    cond, grads = text(4), []
+    for checkpointing in (False, True):
+        model, calls = network(True, kind), []
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        block = next(m for m in model.modules() if type(m).__name__ in ("ResBlock", "BasicTransformerBlock"))
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+        model(Y, T, LAM, cond).square().mean().backward()
+        assert len(calls) == (2 if checkpointing else 1)  # computed again in the backward pass
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*grads) if a is not None)
+
+
+@both_kinds
 @torch.no_grad()
-def test_every_input_matters_and_padding_does_not():
-    model, cond = network(randomise=True), text(4)
+def test_every_input_matters_and_padding_does_not(kind):
+    model, cond = network(True, kind), text(4)
     base = model(Y, T, LAM, cond)
     both = torch.cat([Y, Y.flip(0)], 1)
     plain = model.network(both, T, LAM, cond)
