@@ -42,8 +42,8 @@ def demand(config: Config) -> dict[str, float]:
 
 
 def check_size(config: Config) -> None:
-    """Raises ConfigError where the cluster has fewer CPUs or GPUs than the run asks for."""
-    if config.resources.autoscaling:
+    """Raises ConfigError where the cluster has fewer CPUs or GPUs than the run's roles ask for."""
+    if config.resources.autoscaling or not set(config.run.stages) & {"pretrain", "before", "rl", "after"}:
         return
     have = ray.cluster_resources()
     for kind, wanted in demand(config).items():

@@ -123,8 +123,7 @@ def _without(shards: list[str], lost: list[str], settings: Curate, scribe: Any) 
     told = f"{len(lost)} of {len(shards)} shards cannot be read: {named}"
     if settings.unreadable == "stop":
         raise ConfigError(f"curate.urls: {told}; all others are examined, so make these readable and resume the run, "
-                          "or leave "
-                          "them out with curate.unreadable=skip")
+                          "or leave them out with curate.unreadable=skip")
     scribe.append.remote("warning", {"message": f"curate: {told}; left out"})
     return [s for s in shards if s not in set(lost)]
 

@@ -15,7 +15,7 @@ from rlproxi.data import faces
 
 @lru_cache(maxsize=None)
 def photograph(name: str) -> Image.Image:
-    """One of scikit-image's own photographs: astronaut (512 x 512, a face of 95 pixels), coffee, chelsea, rocket, ..."""
+    """One of scikit-image's own photographs: astronaut (512 x 512, a face of 95 pixels), coffee, chelsea, rocket."""
     import skimage.data
 
     folder = Path(skimage.data.__file__).parent
@@ -24,7 +24,7 @@ def photograph(name: str) -> Image.Image:
 
 @lru_cache(maxsize=None)
 def real_face(index: int, size: int = 256) -> Image.Image:
-    """Face ``index`` of the hundred of scikit-image's part of Labeled Faces in the Wild, enlarged from 25 x 25 pixels."""
+    """Face ``index`` of the hundred of scikit-image's part of Labeled Faces in the Wild, enlarged from 25 x 25."""
     import skimage.data
 
     grey = np.load(Path(skimage.data.__file__).parent / "lfw_subset.npy")[index]
@@ -52,7 +52,8 @@ def write_tar(path: Path, samples: list[tuple[str, bytes, str | None, dict | Non
     with webdataset.TarWriter(str(path)) as writer:
         for key, image, caption, meta in samples:
             sample = {"__key__": key, "png" if image.startswith(b"\x89PNG") else "jpg": image}
-            writer.write(sample | ({} if caption is None else {"txt": caption}) | ({} if meta is None else {"json": meta}))
+            extra = {"txt": caption, "json": meta}
+            writer.write(sample | {ending: value for ending, value in extra.items() if value is not None})
     return path
 
 

@@ -8,8 +8,8 @@ import torch
 
 import clip_models
 
-_WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC] a photo of person with hand hands red blue hat smiling cat the on in "
-          "describe this picture").split()
+_WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC] a photo of person with hand hands red blue hat smiling cat the "
+          "on in describe this picture").split()
 
 
 def _drawn(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -31,7 +31,8 @@ def save_blip(folder: Path) -> Path:
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BlipConfig(
         text_config={**tower, "vocab_size": len(tokenizer), "encoder_hidden_size": 32, "projection_dim": 32,
-                     "max_position_embeddings": 64, "bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0},
+                     "max_position_embeddings": 64, "bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3,
+                     "pad_token_id": 0},
         vision_config={**tower, "image_size": 32, "patch_size": 8}, projection_dim=32, image_text_hidden_size=32)
     _drawn(BlipForConditionalGeneration(config)).save_pretrained(folder)
     BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
@@ -52,9 +53,10 @@ def save_llava(folder: Path) -> Path:
                                         unk_token="<unk>", additional_special_tokens=["<image>"])
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **tower, "image_size": 32, "patch_size": 16, "projection_dim": 32},
-        text_config={"model_type": "llama", **tower, "vocab_size": len(vocabulary), "num_key_value_heads": 2, "pad_token_id": 0,
-                     "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={"model_type": "clip_vision_model", **tower, "image_size": 32, "patch_size": 16,
+                       "projection_dim": 32},
+        text_config={"model_type": "llama", **tower, "vocab_size": len(vocabulary), "num_key_value_heads": 2,
+                     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
         image_token_id=4, vision_feature_layer=-1)
     _drawn(LlavaForConditionalGeneration(config)).save_pretrained(folder)
     template = ("{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
@@ -69,8 +71,8 @@ def save_yolos(folder: Path) -> Path:
     """As hustvl/yolos-tiny, with the classes person and hand."""
     from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
-    config = YolosConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=[64, 64],
-                         patch_size=16, num_detection_tokens=8, id2label={0: "person", 1: "Hand"},
+    config = YolosConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                         image_size=[64, 64], patch_size=16, num_detection_tokens=8, id2label={0: "person", 1: "Hand"},
                          label2id={"person": 0, "Hand": 1})
     _drawn(YolosForObjectDetection(config)).save_pretrained(folder)
     YolosImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
@@ -79,7 +81,8 @@ def save_yolos(folder: Path) -> Path:
 
 def save_owlvit(folder: Path) -> Path:
     """As google/owlvit-base-patch32: zero-shot, with CLIP's tokenizer."""
-    from transformers import AutoTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor
+    from transformers import (AutoTokenizer, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor,
+                              OwlViTProcessor)
 
     tokenizer = AutoTokenizer.from_pretrained(clip_models.save_tokenizer(folder))
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -31,7 +31,8 @@ def _tensor(name: str, array: np.ndarray) -> bytes:
 
 
 def _node(kind: str, inputs: list[str], output: str, **attributes: list[int]) -> bytes:
-    named = [_field(1, key) + b"".join(_field(8, v) for v in values) + _field(20, 7) for key, values in attributes.items()]
+    named = [_field(1, key) + b"".join(_field(8, v) for v in values) + _field(20, 7)
+             for key, values in attributes.items()]
     return (b"".join(_field(1, i) for i in inputs) + _field(2, output) + _field(3, f"make_{output}") + _field(4, kind)
             + b"".join(_field(5, a) for a in named))
 
@@ -42,7 +43,7 @@ def _value(name: str, shape: list[int | str]) -> bytes:
 
 
 def write_convolutions(file: Path, size: int, outputs: dict[str, tuple[np.ndarray, np.ndarray, int]]) -> Path:
-    """Input [1, 3, size, size]; each output is a convolution (weight [C, 3, s, s], bias [C], stride s) as [1, H W, C]."""
+    """Input [1, 3, size, size]; each output, a convolution (weight [C, 3, s, s], bias [C], stride s) as [1, H W, C]."""
     nodes, tensors, results = [], [], []
     for name, (weight, bias, stride) in outputs.items():
         channels = len(bias)

@@ -18,34 +18,12 @@ from ..data.faces import parse_caption
 from ..telemetry import runlog
 from ..telemetry.catalogue import lookup
 from . import figures
+from .html import STYLE, card, figure, missing, table
 from .images import data_uri, score_colour
 from .rundir import RunDirectory, Samples, dig, load
 
 #: The gallery shows the first prompts of the held-out list; nobody picks them.
 GALLERY_PROMPTS, GALLERY_SAMPLES = 12, 4
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --faint: #656d76; --line: #d0d7de; --card: #f6f8fa; --paper: #fff; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --faint: #8d96a0; --line: #30363d; --card: #161b22; --paper: #0d1117; } }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); background: var(--paper);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-p { margin: .4rem 0; } .faint, figcaption { color: var(--faint); font-size: .875rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .6rem; margin: .8rem 0; }
-.card { flex: 1 1 10rem; padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .5rem;
-  background: var(--card); }
-.card b { display: block; font-size: 1.35rem; } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .2rem .8rem .2rem 0; text-align: left;
-  border-bottom: 1px solid var(--line); vertical-align: top; } td.number, th.number { text-align: right; }
-figure { margin: .8rem 0; } svg { display: block; width: 100%; min-width: 30rem; height: auto; }
-.missing { color: var(--faint); border-left: 3px solid var(--line); padding-left: .6rem; font-style: italic; }
-.prompt { margin: 1rem 0; padding-top: .6rem; border-top: 1px solid var(--line); }
-.pair { display: flex; flex-wrap: wrap; gap: .4rem 1.6rem; } .side { flex: 1 1 18rem; }
-.strip { display: flex; flex-wrap: wrap; gap: .4rem; } .shot { width: 5.2rem; font-size: .75rem; line-height: 1.25; }
-.shot img { display: block; width: 100%; image-rendering: pixelated; border-radius: .25rem; }
-.wrong { color: var(--faint); } pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .8rem; }
-"""
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
@@ -82,28 +60,9 @@ def render(run: RunDirectory) -> str:
     body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
     return ("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{name} - rlproxi report</title>\n<style>{_STYLE}</style></head><body>\n"
+            f"<title>{name} - rlproxi report</title>\n<style>{STYLE}</style></head><body>\n"
             f'<h1>{name}</h1><p class="faint">rlproxi run report, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
             f"{top}\n{body}\n</body></html>\n")
-
-
-def _missing(sentence: str) -> str:
-    return f'<p class="missing">{escape(sentence)}</p>\n'
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f'<figure><div class="scroll">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>\n'
-
-
-def _card(label: str, value: str, note: str = "") -> str:
-    return f'<div class="card">{escape(label)}<b>{escape(value)}</b><span class="faint">{escape(note)}</span></div>'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{" class=number" if i else ""}>{escape(c)}</{tag}>'
-                                for i, c in enumerate(cells)) + "</tr>"
-    return f'<div class="scroll"><table>{row(head, "th")}{"".join(row(r, "td") for r in rows)}</table></div>\n'
 
 
 def _number(value, digits: int = 3) -> str:
@@ -123,24 +82,24 @@ def _headline(run: RunDirectory) -> str:
         recorded = dig(run.summary, "heldout", tag)
         values[tag] = score or ((float(recorded), 0.0) if isinstance(recorded, (int, float)) else None)
     shown = [f"{v[0]:.3f}" + (f" ± {v[1]:.3f}" if v[1] else "") if v else "missing" for v in values.values()]
-    cards.append(_card(f"Held-out {judge or 'reward'}, {steps or '?'} steps", " → ".join(shown),
+    cards.append(card(f"Held-out {judge or 'reward'}, {steps or '?'} steps", " → ".join(shown),
                        "before → after (± standard error over prompts); never optimised, fixed prompts and seeds"))
     _, rewards = runlog.series(run.records, "rl", "reward/mean")
     first, last = (dig(run.summary, "reward", key) for key in ("first", "last"))
     if first is None and rewards:
         first, last = rewards[0], rewards[-1]
-    cards.append(_card("Training reward", f"{_number(first)} → {_number(last)}" if first is not None else "missing",
+    cards.append(card("Training reward", f"{_number(first)} → {_number(last)}" if first is not None else "missing",
                        "first → last RL step"))
     speed = run.summary.get("images_per_second")
     if speed is not None:
-        cards.append(_card("Throughput", f"{_number(speed)} images/s", "sampled, scored and trained on"))
+        cards.append(card("Throughput", f"{_number(speed)} images/s", "sampled, scored and trained on"))
     seconds = dig(run.summary, "seconds") or runlog.stage_seconds(run.records)
     total = seconds.get("total") or sum(seconds.values())
     if seconds:
-        cards.append(_card("Wall clock", _duration(total), "all stages together"))
+        cards.append(card("Wall clock", _duration(total), "all stages together"))
     out = f'<div class="cards">{"".join(cards)}</div>\n'
     stages = [[name, _duration(value)] for name, value in seconds.items() if name != "total"]
-    out += _table(["stage", "time"], stages) if stages else _missing("No stage has finished yet.")
+    out += table(["stage", "time"], stages) if stages else missing("No stage has finished yet.")
     facts = [f"seed {dig(run.config, 'run', 'seed')}"] if run.config else []
     if run.summary.get("git"):
         facts.append(f"git {run.summary['git']}")
@@ -152,7 +111,7 @@ def _gallery(run: RunDirectory) -> str:
     tags = [tag for tag in ("before", "after") if tag in run.evaluations]
     samples = {tag: found for tag in tags if (found := run.samples(tag)) is not None}
     if not samples:
-        return _missing("No sample images: the evaluations 'before' and 'after' have not stored any.")
+        return missing("No sample images: the evaluations 'before' and 'after' have not stored any.")
     evaluation = run.evaluations[next(iter(samples))]
     prompts, count = evaluation.get("prompts") or [], int(evaluation.get("samples") or 1)
     out = (f'<p class="faint">The first {min(len(prompts), GALLERY_PROMPTS)} of {len(prompts)} held-out prompts, not '
@@ -164,7 +123,7 @@ def _gallery(run: RunDirectory) -> str:
                         for tag, found in samples.items())
         out += f'<div class="prompt"><p>{escape(prompt) or "(no caption)"}</p><div class="pair">{sides}</div></div>\n'
     lost = [tag for tag in ("before", "after") if tag not in samples]
-    return out + (_missing(f"No images of evaluation '{lost[0]}'.") if lost else "")
+    return out + (missing(f"No images of evaluation '{lost[0]}'.") if lost else "")
 
 
 def _strip(samples: Samples, prompt: str, p: int, count: int) -> str:
@@ -199,11 +158,11 @@ def _reward(run: RunDirectory) -> str:
     points = run.heldout_curve(judge) if judge else ([], [], [])
     heldout = {judge: points} if points[0] else {}
     if not train and not heldout:
-        return _missing("No RL step and no evaluation has been logged yet.")
-    out = _figure(figures.reward_curve(train, heldout), "Progress is what both show. A training reward that climbs "
+        return missing("No RL step and no evaluation has been logged yet.")
+    out = figure(figures.reward_curve(train, heldout), "Progress is what both show. A training reward that climbs "
                   "while the held-out one falls is reward hacking.")
     if not train:
-        out += _missing("No RL step has been logged yet.")
+        out += missing("No RL step has been logged yet.")
     return out
 
 
@@ -213,9 +172,9 @@ def _policy(run: RunDirectory) -> str:
     out = ""
     if curves:
         reading = " ".join(f"{k}: {lookup(k).reading}" for k in curves)
-        out += _figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
+        out += figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
     else:
-        out += _missing("No KL, clip fraction or ratio has been logged yet.")
+        out += missing("No KL, clip fraction or ratio has been logged yet.")
     _, deviations = runlog.series(run.records, "rl", "ratio/first_max_deviation")
     finite = [d for d in deviations if math.isfinite(d)]
     if finite:
@@ -225,7 +184,7 @@ def _policy(run: RunDirectory) -> str:
         out += (f"<p>Ratio check: on fresh samples, before any update, the ratio was off 1 by at most "
                 f"<b>{_number(max(finite))}</b> in {checks}{limit}.</p>\n")
     else:
-        out += _missing("No ratio check (ratio/first_max_deviation) has been logged.")
+        out += missing("No ratio check (ratio/first_max_deviation) has been logged.")
     return out
 
 
@@ -237,13 +196,13 @@ def _frontier(run: RunDirectory) -> str:
         if points:
             curves[tag] = tuple(list(column) for column in zip(*points))
     if not curves:
-        return _missing("No evaluation at any number of steps yet.")
-    out = _figure(figures.against_steps(curves, f"held-out {judge}"), "Bars are standard errors over prompts.")
+        return missing("No evaluation at any number of steps yet.")
+    out = figure(figures.against_steps(curves, f"held-out {judge}"), "Bars are standard errors over prompts.")
     rows = []
     for n in sorted({n for curve in curves.values() for n in curve[0]}):
         scores = [run.score(tag, judge, n) for tag in ("before", "after")]
         rows.append([str(n), *(f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores)])
-    return out + _table(["steps", "before", "after"], rows)
+    return out + table(["steps", "before", "after"], rows)
 
 
 def _attributes(run: RunDirectory) -> str:
@@ -251,29 +210,29 @@ def _attributes(run: RunDirectory) -> str:
     found = {tag: {k: v for k, v in (dig(run.entry(tag), "details", judge) or {}).items() if v is not None}
              for tag in ("before", "after")}
     if not any(found.values()):
-        return _missing("No judge has told attributes apart yet.")
-    return _figure(figures.paired_bars(found["before"], found["after"], f"share judged right by {judge}", "attributes"),
+        return missing("No judge has told attributes apart yet.")
+    return figure(figures.paired_bars(found["before"], found["after"], f"share judged right by {judge}", "attributes"),
                    "Only images whose caption claims the attribute count.")
 
 
 def _pretraining(run: RunDirectory) -> str:
     steps, values = runlog.series(run.records, "pretrain", "loss")
     if not steps:
-        return _missing("No pre-training loss in the log: the run started from a model, or has not got there yet.")
-    return _figure(figures.loss_curve(steps, values), "Proximal matching.")
+        return missing("No pre-training loss in the log: the run started from a model, or has not got there yet.")
+    return figure(figures.loss_curve(steps, values), "Proximal matching.")
 
 
 def _roles(run: RunDirectory) -> str:
     names = [f"seconds/{role}" for role in ("rollout", "reward", "train", "sync", "step")]
     curves = {k.removeprefix("seconds/"): s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
     if not curves:
-        return _missing("No times of roles have been logged yet.")
+        return missing("No times of roles have been logged yet.")
     rows = []
     for role, (_, values) in curves.items():
         finite = [v for v in values if math.isfinite(v)] or [math.nan]
         rows.append([role, _number(sum(finite) / len(finite)), _number(max(finite)), f"{sum(finite):.0f}"])
-    return (_figure(figures.roles(curves), "'step' is an iteration's wall clock; roles that overlap add up to more.")
-            + _table(["role", "mean, s", "longest, s", "sum, s"], rows))
+    return (figure(figures.roles(curves), "'step' is an iteration's wall clock; roles that overlap add up to more.")
+            + table(["role", "mean, s", "longest, s", "sum, s"], rows))
 
 
 def _events(run: RunDirectory) -> str:
@@ -295,6 +254,6 @@ def _events(run: RunDirectory) -> str:
 
 def _config(run: RunDirectory) -> str:
     if not run.config:
-        return _missing("config.yaml is missing or not readable.")
+        return missing("config.yaml is missing or not readable.")
     text = yaml.safe_dump(run.config, sort_keys=False)
     return f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>\n"

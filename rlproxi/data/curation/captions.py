@@ -29,8 +29,7 @@ class Captioner:
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and settings.prompt is None:
             raise ValueError(f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, "
-                             "for "
-                             "example 'Describe this picture of a person in one detailed sentence.'")
+                             "for example 'Describe this picture of a person in one detailed sentence.'")
         if self.chats:
             self.processor.tokenizer.padding_side = "left"  # answers begin where questions end
 

@@ -26,7 +26,8 @@ def load_opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(f'face detection needs OpenCV ({error}): pip install "rlproxi[data]", or set curate.faces=null') from None
+        raise ImportError(f'face detection needs OpenCV ({error}): pip install "rlproxi[data]", or set '
+                          "curate.faces=null") from None
     return cv2
 
 
@@ -42,8 +43,7 @@ class Haar:
         cv2 = self.cv2 = load_opencv()
         if not hasattr(cv2, "CascadeClassifier"):
             raise ImportError(f"OpenCV {cv2.__version__} has no cascades: pip install \"rlproxi[data]\" (version 4), "
-                              "or set "
-                              "curate.faces.detector=yunet and its model")
+                              "or set curate.faces.detector=yunet and its model")
         file = Path(settings.model or Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml")
         if not file.is_file():
             raise FileNotFoundError(f"curate.faces.model: cascade {str(file)!r} does not exist")
@@ -75,8 +75,8 @@ class YuNet:
             side = (_YUNET_SIDE, _YUNET_SIDE)
             self.network = cv2.FaceDetectorYN.create(settings.model, "", side, settings.confidence / 2)
         except cv2.error as error:
-            raise ValueError(f"curate.faces.model: OpenCV cannot read {settings.model} ({str(error).strip()})") from "
-                             "None
+            raise ValueError(f"curate.faces.model: OpenCV cannot read {settings.model} "
+                             f"({str(error).strip()})") from None
 
     def __call__(self, image: np.ndarray) -> list[dict]:
         height, width = image.shape[:2]

@@ -37,8 +37,7 @@ class Detector:
         known = {str(name).lower() for name in config.id2label.values()}
         if not self.zero_shot and not self.wanted & known:
             raise ValueError(f"curate.hands.detector.labels: {settings.model!r} knows none of {settings.labels}; its "
-                             "classes "
-                             f"are {', '.join(sorted(known)[:20])}")
+                             f"classes are {', '.join(sorted(known)[:20])}")
         self.processor = models.load(settings.model, KEY, processor.from_pretrained)
         self.model = models.load(settings.model, KEY, kind.from_pretrained).eval().to(self.device)
 

@@ -51,8 +51,8 @@ def _check_out(out: Path, shards: Sequence[str]) -> None:
 
 
 def clear_stale(place: Place, plans: Sequence[Output]) -> None:
-    """Removes what earlier jobs in this folder left: curated shards beyond ``plans`` (other settings, other raw shards),
-    and drafts of processes that were killed. Nothing may be writing there."""
+    """Removes what earlier jobs in this folder left: curated shards beyond ``plans`` (other settings, other raw
+    shards), and drafts of processes that were killed. Nothing may be writing there."""
     names = {place.shard(plan.number).name for plan in plans}
     for path in place.out.iterdir():
         if re.fullmatch(r"\d{5}\.tar", path.name) and path.name not in names:

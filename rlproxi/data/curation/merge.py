@@ -177,8 +177,7 @@ def _copy_of(original: tuple[str, Record], record: Record) -> str:
     shard, best = original
     bits = distance(int(best.phash, 16), int(record.phash, 16))
     return (f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
-            "this one is "
-            f"{record.width} x {record.height}")
+            f"this one is {record.width} x {record.height}")
 
 
 def write_summary(place: Place, summary: dict) -> None:

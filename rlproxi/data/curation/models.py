@@ -23,5 +23,4 @@ def load(name: str, key: str, load_one: Callable[[str], Any]) -> Any:
         if Path(name).is_dir():
             raise ValueError(f"{key}: {name!r} cannot be loaded ({reason(error)})") from None
         raise FileNotFoundError(f"{key}: {name!r} is not on this machine and cannot be downloaded ({reason(error)}); "
-                                "download "
-                                f"it elsewhere and set {key} to its path") from None
+                                f"download it elsewhere and set {key} to its path") from None

@@ -12,7 +12,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from ...evaluation import figures
-from ...evaluation.report import _STYLE, _card, _figure, _missing, _table
+from ...evaluation.html import STYLE, card, figure, missing, table
 from . import pictures
 from .merge import HANDS, KEPT, Series, Statistics
 from .records import Place, stages
@@ -60,7 +60,7 @@ def render(statistics: Statistics, found: dict[str, dict[int, str]], name: str) 
     body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
     return ("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(name)} - rlproxi curation</title>\n<style>{_STYLE}{_PICTURES}</style></head><body>\n"
+            f"<title>{escape(name)} - rlproxi curation</title>\n<style>{STYLE}{_PICTURES}</style></head><body>\n"
             f'<h1>{escape(name)}</h1><p class="faint">rlproxi curation, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
             f"{body}\n</body></html>\n")
 
@@ -69,12 +69,12 @@ def _cards(statistics: Statistics) -> str:
     summary = statistics.summary()
     share = f"{summary['kept'] / summary['samples']:.1%} of them" if summary["samples"] else ""
     hands = statistics.tags[HANDS]
-    cards = [_card("Raw samples", f"{summary['samples']:,}", f"in {summary['raw_shards']:,} shards"),
-             _card("Kept", f"{summary['kept']:,}", share),
-             _card("Curated shards", f"{summary['shards']:,}", f"of {statistics.settings.samples_per_shard:,} samples")]
+    cards = [card("Raw samples", f"{summary['samples']:,}", f"in {summary['raw_shards']:,} shards"),
+             card("Kept", f"{summary['kept']:,}", share),
+             card("Curated shards", f"{summary['shards']:,}", f"of {statistics.settings.samples_per_shard:,} samples")]
     if statistics.settings.hands:
         part = f"{hands / summary['kept']:.1%} of the kept" if summary["kept"] else ""
-        cards.append(_card("Tagged 'hands'", f"{hands:,}", part))
+        cards.append(card("Tagged 'hands'", f"{hands:,}", part))
     return f'<div class="cards">{"".join(cards)}</div>\n'
 
 
@@ -94,21 +94,21 @@ def _funnel(statistics: Statistics) -> str:
         axes.grid(axis="y", visible=False)
 
     svg = figures.svg(draw, "funnel", "Samples left after each stage", (7.2, 0.8 + 0.34 * len(bars)))
-    table = [[row["stage"], f"{row['in']:,}", f"{row['dropped']:,}",
+    rows = [[row["stage"], f"{row['in']:,}", f"{row['dropped']:,}",
               f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-", f"{row['out']:,}"] for row in rows]
-    out = _figure(svg, "manifest.jsonl tells of each sample where it is, or why it was dropped.")
-    out += _table(["stage", "samples in", "dropped", "share", "left"], table)
+    out = figure(svg, "manifest.jsonl tells of each sample where it is, or why it was dropped.")
+    out += table(["stage", "samples in", "dropped", "share", "left"], rows)
     if statistics.unreadable:
         kinds = sorted(statistics.unreadable.items(), key=lambda kind: (-kind[1], kind[0]))
-        out += _table(["unreadable, because", "samples"], [[kind, f"{count:,}"] for kind, count in kinds])
+        out += table(["unreadable, because", "samples"], [[kind, f"{count:,}"] for kind, count in kinds])
     return out
 
 
 def _histograms(statistics: Statistics) -> str:
     if not statistics.series:
-        return _missing("No sample could be read.")
+        return missing("No sample could be read.")
     note = "The last bar holds the 0.5 % beyond it as well."
-    return "".join(_figure(_histogram(name, series), note if len(series.values) > _CLIPPED else "")
+    return "".join(figure(_histogram(name, series), note if len(series.values) > _CLIPPED else "")
                    for name, series in statistics.series.items())
 
 
@@ -120,7 +120,8 @@ def _histogram(name: str, series: Series) -> str:
         low, high = np.percentile(values, [0, 99.5]) if len(values) > _CLIPPED else (values.min(), values.max())
         edges = np.linspace(low, high if high > low else low + 1, 41)
         inside = np.clip(values, edges[0], edges[-1])
-        axes.hist([inside[kept], inside[~kept]], edges, stacked=True, color=[figures.AFTER, figures.BEFORE], label=["kept", "dropped"])
+        axes.hist([inside[kept], inside[~kept]], edges, stacked=True, color=[figures.AFTER, figures.BEFORE],
+                  label=["kept", "dropped"])
         axes.set_axisbelow(True)
         axes.set_xlabel(name)
         axes.set_ylabel("samples")

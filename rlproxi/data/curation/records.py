@@ -54,7 +54,7 @@ class Record:
 
 
 class Place:
-    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ between them."""
+    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ in between."""
 
     def __init__(self, out: str | os.PathLike):
         self.out = Path(out)

@@ -20,8 +20,7 @@ CONFIDENCE = {"haar": 4.0, "yunet": 0.9}
 class Duplicates(Section):
     distance: int = Field(
         4, ge=0, le=16, description="Images whose 64-bit perceptual hashes differ in at most so many bits are the "
-        "same picture; "
-        "the largest is kept.")
+        "same picture; the largest is kept.")
 
 
 class Faces(Section):
@@ -40,8 +39,7 @@ class Faces(Section):
     def _file(self) -> "Faces":
         if self.detector == "yunet" and self.model is None:
             raise ValueError("detector is 'yunet' but model is null: set it to the path of "
-                             "face_detection_yunet_2023mar.onnx "
-                             "(OpenCV's model zoo)")
+                             "face_detection_yunet_2023mar.onnx (OpenCV's model zoo)")
         return self
 
     @property
@@ -84,8 +82,7 @@ class Caption(Section):
 
 class HandDetector(Section):
     model: str = Field(description="An object-detection model of transformers, zero-shot ones too (OWL-ViT, Grounding "
-                       "DINO): a "
-                       "folder or a hub id.")
+                       "DINO): a folder or a hub id.")
     labels: list[str] = Field(
         ["hand"], min_length=1, description="Its classes that mean a hand; for a zero-shot model, what it looks for.")
     min_score: float = Field(0.5, ge=0, le=1, description="Detections below this do not count.")
@@ -108,8 +105,7 @@ class Curate(Section):
         "{00000..00099} ranges.")
     out: str | None = Field(
         None, description="Folder of the curated shards, the manifest and the statistics page; on a cluster, storage "
-        "all nodes "
-        "share. null: <run directory>/curated.")
+        "all nodes share. null: <run directory>/curated.")
     min_size: int = Field(256, ge=1, description="The shorter side has at least so many pixels.")
     max_aspect: float = Field(2.0, ge=1, description="The longer side is at most so many times the shorter one.")
     max_pixels: int = Field(64_000_000, ge=1, description="Images with more pixels are not decoded, and count as "
