@@ -107,6 +107,8 @@ class Model(Section):
         bad = [c for c in self.channels if c % 32]
         if bad:
             raise ValueError(f"channels {bad} are not multiples of 32, which attention heads and fast kernels need")
+        if self.lora and not self.init:
+            raise ValueError("lora adapts a network that has learnt something: name it with init, or leave lora out")
         if self.init and self.encoders:
             raise ValueError("init and encoders exclude each other: a model folder brings its own autoencoder and text encoders")
         return self
