@@ -22,6 +22,14 @@ def at_least(minimum: int):
     return convert
 
 
+def share(text: str) -> float:
+    """An argparse type: a finite number >= 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rlproxi", description="Reward fine-tuning of text-to-image models "
                                   "around proximal diffusion.")
@@ -59,6 +67,38 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--csv", type=Path, metavar="FILE", help="also write the scores here")
     judge.set_defaults(action=score)
 
+    give = commands.add_parser("export", help="write a model as a diffusers folder that stands alone")
+    give.add_argument("model", metavar="MODEL", help="a run directory or a model folder")
+    give.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
+    give.add_argument("--merge", action=argparse.BooleanOptionalAction,
+                      help="add adapters to the base's weights (default: where the base is a published network)")
+    give.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                      help="of the weights as stored (default: as they are)")
+    give.add_argument("--adapter-only", action="store_true", help="the adapters alone, in diffusers' LoRA format")
+    give.set_defaults(action=export)
+
+    offer = commands.add_parser("serve", help="serve a model over HTTP, by Ray Serve")
+    offer.add_argument("model", metavar="MODEL", help="a run directory or a model folder")
+    offer.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
+    offer.add_argument("--port", type=at_least(1), default=8000, help="(default 8000)")
+    offer.add_argument("--replicas", type=at_least(1), default=1, metavar="N", help="copies of the model (default 1)")
+    offer.add_argument("--gpus", type=share, default=0.0, metavar="F", help="GPUs for each, fractions too (default 0)")
+    offer.add_argument("--cpus", type=share, default=1.0, metavar="F", help="CPUs for each (default 1)")
+    offer.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="float32",
+                       help="the network's arithmetic (default float32)")
+    offer.add_argument("--exact", action=argparse.BooleanOptionalAction,
+                       help="draw the images of a batch one at a time, so that none depends on its neighbours in its "
+                       "last digit (default: on a CPU)")
+    offer.add_argument("--max-batch", type=at_least(1), default=8, metavar="N", help="images at once (default 8)")
+    offer.add_argument("--batch-wait-ms", type=at_least(0), default=20, metavar="MS",
+                       help="how long a batch waits for company (default 20)")
+    offer.add_argument("--max-queue", type=at_least(1), default=64, metavar="N",
+                       help="requests accepted and not yet answered; the next is told 503 (default 64)")
+    offer.add_argument("--max-steps", type=at_least(1), default=100, metavar="N",
+                       help="a request may ask for (default 100)")
+    offer.add_argument("--max-prompt-chars", type=at_least(1), default=2000, metavar="N", help="(default 2000)")
+    offer.set_defaults(action=serve)
+
     tell = commands.add_parser("report", help="write report.html from a run directory")
     tell.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     tell.set_defaults(action=report)
@@ -90,6 +130,45 @@ def score(arguments: argparse.Namespace) -> int:
     from .rewards import command
 
     return command.score(arguments)
+
+
+def export(arguments: argparse.Namespace) -> int:
+    from . import export as exporting
+
+    print(exporting.export(arguments.model, arguments.out, arguments.merge, arguments.dtype, arguments.adapter_only))
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serves until Ctrl-C or SIGTERM, then takes the application down."""
+    import secrets
+    import signal
+    import threading
+
+    import ray
+
+    from actors import image_service
+    from actors.cluster import connect
+
+    identity = secrets.token_hex(4)
+    limits = image_service.Limits(arguments.max_queue, arguments.max_batch, arguments.batch_wait_ms,
+                                  arguments.max_steps, arguments.max_prompt_chars)
+    app = image_service.application(arguments.model, identity, arguments.replicas, arguments.cpus, arguments.gpus,
+                                    arguments.precision, arguments.exact, limits)
+    started, name = connect() == "started", f"images-{identity}"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        image_service.check_size(arguments.replicas, arguments.cpus, arguments.gpus)
+        print(f"serving {arguments.model} at {image_service.up(app, identity, name, arguments.host, arguments.port)}; "
+              "Ctrl-C ends it", flush=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("\nending", flush=True)
+    finally:
+        image_service.down(name, everything=started)
+        if started:
+            ray.shutdown()
+    return 0
 
 
 def report(arguments: argparse.Namespace) -> int:

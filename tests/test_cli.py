@@ -60,6 +60,9 @@ def test_sample_warns_of_words_the_model_does_not_know(run_dir, tmp_path, capsys
     (["sample", "x", "--model", "no/such"], "no/such is not a folder: expected a model folder"),
     (["sample", "x", "--model", ".", "--out", "x.jpg"], "must end in .png"),
     (["report", "no/such"], "no/such is not a folder: expected a run directory"),
+    (["export", "no/such", "out"], "no/such is not a folder: expected a model folder"),
+    (["export", ".", "."], ". holds no model: expected a model folder"),
+    (["serve", "no/such"], "no/such is not a folder: expected a model folder"),
 ])
 def test_a_users_mistake_is_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -76,6 +79,10 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, words, tmp_path, mo
     (["score", "x"], "required: --reward"), (["score", "--reward", "jpeg"], "required: IMAGES"),
     (["score", "x", "--reward", "y", "--prompt", "a", "--prompts", "b"], "not allowed with argument --prompt"),
     (["score", "x", "--reward", "y", "--json", "a", "--csv", "b"], "not allowed with argument --json"),
+    (["export", "x"], "required: OUT"), (["export", "x", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
+    (["serve"], "required: MODEL"), (["serve", "x", "--port", "0"], "0 is less than 1"),
+    (["serve", "x", "--gpus", "-1"], "-1 is not a number of at least 0"),
+    (["serve", "x", "--cpus", "nan"], "nan is not a number of at least 0"),
 ])
 def test_bad_usage_is_status_2(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -216,6 +223,18 @@ def test_report_writes_the_page(run_dir, capsys):
     assert "note: hello" in (run_dir / "report.html").read_text(encoding="utf-8")
 
 
+def test_export_writes_a_folder_and_says_where(run_dir, tmp_path, capsys):
+    out = tmp_path / "new" / "model"
+    assert cli.main(["export", str(run_dir), str(out), "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert "| weights | bfloat16 |" in (out / "README.md").read_text(encoding="utf-8")
+    assert TextToImage.from_pretrained(out)(CAPTION, seeds=[1]).shape == (1, 16, 16, 3)
+    assert cli.main(["export", str(run_dir), str(out)]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert cli.main(["export", str(run_dir), str(tmp_path / "x"), "--adapter-only"]) == 2
+    assert "has no adapters" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("command", ["run", "bench"])
 def test_run_and_bench_get_everything_behind_the_word(command, monkeypatch, capsys):
     seen = []
@@ -248,4 +267,4 @@ def test_python_m_rlproxi_is_the_same_command_and_imports_no_framework():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: rlproxi" in done.stdout
-    assert all(word in done.stdout for word in ("run", "sample", "score", "report", "bench"))
+    assert all(word in done.stdout for word in ("run", "sample", "score", "export", "serve", "report", "bench"))

@@ -30,6 +30,7 @@ from ..schema import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora
 from .autoencoder import Autoencoder
+from .backbone import LAM, ProximalBackbone
 from .loading import (INDEX, SETTINGS, find_model, link, load_autoencoder, load_denoiser, load_encoder, part_of,
                       read_settings, save_denoiser)
 from .precision import autocast, compute_dtype
@@ -39,6 +40,8 @@ from .text_stacks import CheckpointText
 
 #: Beginnings of the names of what is never trained.
 FROZEN = ("text_encoder", "tokenizer", "text.json", "vae", "scheduler")
+#: What model_index.json calls this model; ``diffusers_pipeline`` makes diffusers know it.
+PIPELINE = "ProxT2IPipeline"
 
 
 class TextToImage:
@@ -126,12 +129,12 @@ class TextToImage:
                     link(source, folder / source.name)
             if isinstance(self.text, CheckpointText):
                 self.text.save_settings(folder)  # the pipeline's class, which told them, is another one now
-        denoiser = {part_of(self.denoiser): _class(lora.network_of(self.denoiser))}
+        denoiser = _denoiser_classes(self.denoiser)
         kept = {name: entry for name, entry in index.items() if not name.startswith("_") and (folder / name).is_dir()}
         _write_json(folder / SETTINGS, {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump(),
                                         "size": self.size})
-        _write_json(folder / INDEX, {"_class_name": type(self).__name__, "_rlproxi_version": __version__, **kept,
-                                     **denoiser})
+        _write_json(folder / INDEX, {"_class_name": PIPELINE, "_rlproxi_version": __version__, **kept, **denoiser,
+                                     "sampler": ["rlproxi.models.diffusers_pipeline", "ProximalSampler"]})
 
     def merged(self) -> "TextToImage":
         """This model with its adapters added to the base, in float32; itself where it has none."""
@@ -231,6 +234,12 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 def _read_index(folder: Path) -> dict:
     file = folder / INDEX
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _denoiser_classes(denoiser: Denoiser) -> dict[str, list[str]]:
+    if isinstance(denoiser, ProximalBackbone):
+        return {part_of(denoiser): _class(denoiser.net), LAM: _class(denoiser.lam_embedding)}
+    return {part_of(denoiser): _class(denoiser)}
 
 
 def _class(part: object) -> list[str]:

@@ -82,7 +82,7 @@ def _settings(folder: Path, found: list[str], index: dict) -> TextSettings | Non
                              f"{settings.kind} that {SETTINGS} names")
         return settings
     pipeline = str(index.get("_class_name", ""))
-    if not pipeline.endswith("Pipeline"):
+    if not pipeline.endswith("Pipeline") or pipeline == "ProxT2IPipeline":
         return None
     kinds = [kind for kind in KINDS if classes in _allowed(kind) and found == list(ENDS[: len(found)])]
     # Other pipelines too have one T5, but with lengths and captions of their own.

@@ -71,7 +71,7 @@ def test_round_trip_gives_the_same_image(model, folder):
     assert np.array_equal(again(CAPTIONS, seeds=[1, 2]), model(CAPTIONS, seeds=[1, 2]))
     assert again.sampler == model.sampler and again.schedule == model.schedule
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == "TextToImage" and index["unet"] == ["rlproxi.models.unet", "ProximalUNet"]
+    assert index["_class_name"] == "ProxT2IPipeline" and index["unet"] == ["rlproxi.models.unet", "ProximalUNet"]
     assert sorted(p.name for p in folder.parent.iterdir()) == ["model"]  # no scratch folder is left
 
 

@@ -1,0 +1,296 @@
+"""The trained model as a diffusers pipeline: its components, its loading and saving, its call.
+
+There is no second sampler here. The components are put together to a ``TextToImage``, and that draws.
+
+diffusers looks for a pipeline's class among its own names and imports no module because a folder says so. Importing
+this module puts ``ProxT2IPipeline`` there; after that ``DiffusionPipeline.from_pretrained`` loads every model folder.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Sequence
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from PIL import Image
+from torch import Tensor, nn
+
+from ..schema import Sampler, Schedule
+from ..seeds import NamedNoise
+from . import lora, transformer, unet
+from .autoencoder import Autoencoder
+from .backbone import LAM, NoiseLevels, ProximalBackbone
+from .checkpoint_files import read_json
+from .generators import seeds_of
+from .loading import INDEX, find_model, part_of, read_settings
+from .pipeline import TextToImage, to_uint8
+from .preconditioning import Preconditioned
+from .text import TextEncoder
+from .text_loading import ENDS
+from .text_stacks import KINDS, TextSettings
+from .text_stacks import SETTINGS as TEXT_SETTINGS
+
+TEXT_PARTS = tuple(part + end for end in ENDS for part in ("tokenizer", "text_encoder"))
+COMPONENTS = ("unet", "transformer", LAM, "vae", *TEXT_PARTS, "scheduler", "sampler")
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+class ProximalSampler(SchedulerMixin):
+    """What of a model folder is no network, as a component: schedule, sampler, image size, text settings, adapters.
+
+    It has no folder of its own, so diffusers gives ``from_pretrained`` the model folder itself.
+
+    Args:
+        folder: the model folder; None for a model that was never saved.
+        text: the settings of a published checkpoint's text encoders; None for the built-in encoder.
+        adapters: whether the network is still to get the folder's adapters.
+    """
+
+    def __init__(self, schedule: Schedule, sampler: Sampler, size: int | None = None,
+                 text: TextSettings | None = None, folder: Path | None = None, adapters: bool = False):
+        self.schedule, self.sampler, self.size, self.text = schedule, sampler, size, text
+        self.folder, self.adapters = folder, adapters
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> "ProximalSampler":
+        """Reads a model folder's sampler.json and text.json. Raises ValueError or FileNotFoundError naming the file."""
+        folder = Path(folder)
+        values, file = read_settings(folder), folder / TEXT_SETTINGS
+        text = TextSettings(**read_json(file)) if file.is_file() else None
+        return cls(Schedule.model_validate(values.get("schedule", {})),
+                   Sampler.model_validate(values.get("sampler", {})), values.get("size"), text, folder,
+                   (folder / lora.FOLDER).is_dir())
+
+
+class ProxT2IPipeline(DiffusionPipeline):
+    """Text to image by proximal diffusion.
+
+    Components, None where a model has none: ``unet`` or ``transformer`` (our network, or a published one), its
+    ``lam_embedding``, ``vae`` (none: the model's samples are pixels), ``text_encoder`` and ``tokenizer`` with their
+    ``_2`` and ``_3``, ``scheduler`` (the published network's noise levels) and ``sampler`` (the proximal one).
+
+    Weights stay in the dtype they were loaded in. ``to(torch.bfloat16)`` makes the network compute in bfloat16, as
+    ``model.precision`` of a run does; in float32 it draws what ``TextToImage`` draws, bit for bit.
+    """
+
+    _optional_components = list(COMPONENTS)
+
+    # Every component is required in the signature's sense: diffusers then lets a caller of from_pretrained replace it.
+    def __init__(self, unet, transformer, lam_embedding, vae, tokenizer, text_encoder, tokenizer_2, text_encoder_2,
+                 tokenizer_3, text_encoder_3, scheduler, sampler):
+        super().__init__()
+        if sampler is None:
+            raise ValueError("this model_index.json names no sampler: the folder is a plain diffusers one, or older "
+                             "than this version; ProxT2IPipeline.from_pretrained(folder) loads it")
+        self.register_modules(unet=unet, transformer=transformer, lam_embedding=lam_embedding, vae=vae,
+                              tokenizer=tokenizer, text_encoder=text_encoder, tokenizer_2=tokenizer_2,
+                              text_encoder_2=text_encoder_2, tokenizer_3=tokenizer_3, text_encoder_3=text_encoder_3,
+                              scheduler=scheduler, sampler=sampler)
+        self.precision = "float32"
+        self._assembled: TextToImage | None = None
+        self._assembled_from: tuple[int, ...] = ()
+        if sampler.adapters:
+            lora.load(unet if unet is not None else transformer, sampler.folder)
+            sampler.adapters = False
+        self._loaded = self._identities()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> "ProxT2IPipeline":
+        """Loads a model folder, a run directory's models/final, else its models/pretrained, or a plain diffusers folder
+        (a published checkpoint as the warm-start formula makes it, with the default schedule and sampler).
+
+        Args:
+            options: diffusers' own, for a model folder; a plain diffusers folder takes none.
+
+        Raises FileNotFoundError or ValueError naming what is missing or damaged.
+        """
+        folder = find_model(pretrained_model_name_or_path)
+        if (folder / INDEX).is_file() and "sampler" in read_json(folder / INDEX):
+            return super().from_pretrained(folder, **options)
+        if options:
+            raise ValueError(f"{folder} is a plain diffusers folder, loaded in float32 without options; given: "
+                             f"{', '.join(options)}")
+        return cls.from_model(TextToImage.from_pretrained(folder))
+
+    @classmethod
+    def from_model(cls, model: TextToImage) -> "ProxT2IPipeline":
+        """A pipeline around the networks of ``model``, which it shares."""
+        denoiser = model.denoiser
+        parts: dict[str, Any] = dict.fromkeys(COMPONENTS)
+        parts.update(model.text.components())
+        parts[part_of(denoiser)] = denoiser.net if isinstance(denoiser, ProximalBackbone) else denoiser
+        if isinstance(denoiser, ProximalBackbone):
+            denoiser.net.lora = denoiser.lora
+            parts[LAM], parts["scheduler"] = denoiser.lam_embedding, _scheduler(model.origin)
+        parts["vae"] = model.vae.vae if model.vae is not None else None
+        parts["sampler"] = ProximalSampler(model.schedule, model.sampler, model.size,
+                                           getattr(model.text, "settings", None), model.origin)
+        pipeline = cls(**parts)
+        pipeline.precision = model.precision
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True) -> None:
+        """Writes a model folder, which ``from_pretrained``, ``TextToImage`` and ``rlproxi sample`` read.
+
+        What was not trained is linked from the folder this pipeline came from, where the file system can;
+        ``rlproxi export`` writes a folder that stands alone.
+
+        Raises ValueError where components were replaced since loading, FileExistsError where the folder holds something
+        else.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False: a model folder holds safetensors alone")
+        if self._identities() != self._loaded:
+            raise ValueError("components were replaced since loading, and the parts of a model folder belong together: "
+                             "save the new component with its own save_pretrained")
+        self.model.save_pretrained(save_directory)
+
+    def to(self, *args: Any, **kwargs: Any) -> "ProxT2IPipeline":
+        """Moves the networks; a dtype (float32 or bfloat16) sets the network's arithmetic and leaves the weights alone.
+
+        Raises ValueError for another dtype.
+        """
+        dtype = kwargs.pop("dtype", None) or next((x for x in args if isinstance(x, torch.dtype)), None)
+        if dtype is not None:
+            self.precision = _precision(dtype)
+        args = tuple(x for x in args if not isinstance(x, torch.dtype))
+        return super().to(*args, **kwargs) if args or kwargs else self
+
+    @property
+    def model(self) -> TextToImage:
+        """The components put together; again where one was replaced."""
+        if self._assembled is None or self._assembled_from != self._identities():
+            self._assembled, self._assembled_from = self._assemble(), self._identities()
+        self._assembled.precision = self._arithmetic(self._assembled.denoiser)
+        return self._assembled
+
+    def _identities(self) -> tuple[int, ...]:
+        return tuple(id(getattr(self, name)) for name in COMPONENTS)
+
+    def _assemble(self) -> TextToImage:
+        s = self.sampler
+        vae = Autoencoder(self.vae) if self.vae is not None else None
+        if s.text is None:
+            text = TextEncoder(self.tokenizer, self.text_encoder, min(self.tokenizer.model_max_length, 512))
+        else:
+            stack = KINDS[s.text.kind]
+            text = stack({name: getattr(self, name) for name in TEXT_PARTS[: 2 * len(stack.ENCODERS)]}, s.text)
+        network = self.unet if self.unet is not None else self.transformer
+        if not isinstance(network, Preconditioned):
+            size = s.size // vae.factor if s.size else None
+            adapters = getattr(network, "lora", None)
+            network = ProximalBackbone(network, self.lam_embedding, _levels(self.scheduler), s.schedule.build(), size)
+            network.lora = adapters
+        return TextToImage(network, text, s.schedule, s.sampler, vae=vae, origin=s.folder)
+
+    def _arithmetic(self, denoiser: nn.Module) -> str:
+        """The network's arithmetic; its own dtype where it was loaded in another than float32."""
+        network = lora.network_of(denoiser)
+        dtype = next(network.parameters()).dtype
+        if dtype is torch.float32:
+            return self.precision
+        if isinstance(denoiser, Preconditioned):  # its closed form is exact in float32 only
+            raise ValueError(f"this network was loaded in {dtype}: load it without dtype, then use to(torch.bfloat16)")
+        return _precision(dtype)
+
+    @torch.no_grad()
+    def __call__(self, prompt: str | Sequence[str], num_inference_steps: int | None = None,
+                 guidance_scale: float | None = None, num_images_per_prompt: int = 1,
+                 generator: torch.Generator | Sequence[torch.Generator] | None = None, output_type: str = "pil",
+                 return_dict: bool = True, height: int | None = None, width: int | None = None,
+                 batch_size: int = 64) -> ImagePipelineOutput | tuple:
+        """Prompts -> images, ``num_images_per_prompt`` for each prompt, side by side.
+
+        Args:
+            num_inference_steps, guidance_scale: None takes the model's own.
+            generator: names the noise. A fresh ``torch.Generator().manual_seed(s)`` gives image j of every prompt the
+                seed s + j, as ``rlproxi sample --seed s``; one that has drawn already gives new seeds. A list has one
+                for each image. None takes seeds from torch's global generator.
+            output_type: pil; np, float32 [B, H, W, 3] in [0, 1]; pt, float32 [B, 3, H, W] in [0, 1]; latent, what the
+                sampler returns, float32 [B, C, h, w].
+            height, width: nothing but the model's own size.
+            batch_size: images in one forward; bounds the memory only.
+
+        Raises ValueError for an argument that cannot be, naming it.
+        """
+        model = self.model
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise ValueError("prompt: give a string or a list of at least one string")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: give at least 1")
+        if output_type not in OUTPUTS:
+            raise ValueError(f"output_type {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
+        for name, value in (("height", height), ("width", width)):
+            if value not in (None, model.size):
+                raise ValueError(f"{name}={value}: this model draws {model.size} pixels, no other size")
+        steps = len(model.steps(num_inference_steps))
+        seeds = seeds_of(generator, len(prompts), num_images_per_prompt)
+        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
+        parts = []
+        with self.progress_bar(total=steps * -(-len(prompts) // batch_size)) as bar:
+            def count(*_) -> None:  # a hook that returned something would replace the network's output
+                bar.update()
+
+            hook = model.denoiser.register_forward_hook(count)  # a step is one forward, with guidance too
+            try:
+                for i in range(0, len(prompts), batch_size):
+                    rows = slice(i, i + batch_size)
+                    noise = NamedNoise([(seed,) for seed in seeds[rows]])
+                    x = model.run(model.text.encode(prompts[rows]), noise, num_inference_steps, guidance_scale).x
+                    parts.append(x if output_type == "latent" else _decoded(model, x))
+            finally:
+                hook.remove()
+        images = _as(output_type, torch.cat(parts))
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _decoded(model: TextToImage, x: Tensor) -> Tensor:
+    """Samples -> images float32 [B, 3, H, W], about [-1, 1]."""
+    return x if model.vae is None else model.vae.decode(x)
+
+
+def _as(output_type: str, images: Tensor) -> list[Image.Image] | np.ndarray | Tensor:
+    if output_type == "latent":
+        return images
+    whole = to_uint8(images)  # it refuses NaN
+    if output_type == "pil":
+        return [Image.fromarray(image) for image in whole]
+    images = ((images + 1) / 2).clamp(0, 1)
+    return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    if dtype not in names:
+        raise ValueError(f"{dtype} is not an arithmetic of this model: load it without dtype, then use "
+                         "to(torch.bfloat16) or leave it in float32")
+    return names[dtype]
+
+
+def _scheduler(folder: Path) -> Any:
+    name = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    return getattr(diffusers, name).from_pretrained(folder / "scheduler")
+
+
+def _levels(scheduler: Any) -> NoiseLevels:
+    """The noise levels of a scheduler, which are read from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler.save_pretrained(Path(folder) / "scheduler")
+        return NoiseLevels(Path(folder))
+
+
+def _register() -> None:
+    # model_index.json names the class; folders of the first version call it TextToImage.
+    diffusers.ProxT2IPipeline = diffusers.TextToImage = ProxT2IPipeline
+    # In the module that model_index.json names for a component diffusers also looks for the component's base class.
+    for module in (unet, transformer):
+        module.ModelMixin = ModelMixin
+
+
+_register()
