@@ -97,7 +97,9 @@ class Model(Section):
         None, description="Train low-rank adapters and leave the rest frozen: {rank: 32, alpha: 64}; null: train everything.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time.")
-    compile: bool = Field(False, description="torch.compile for the network: pays on GPUs after a minute or two of compilation.")
+    compile: bool = Field(
+        False, description="torch.compile for the network, after a minute or two of compilation. With and without gradients it "
+        "is compiled apart and rounds apart, so the first ratio is 1 to rounding only: raise grpo.first_ratio_tolerance.")
 
     @model_validator(mode="after")
     def _levels(self) -> "Model":
