@@ -4,42 +4,62 @@ from __future__ import annotations
 
 from .algorithms import grpo
 from .config import Config
-from .models.loading import build_denoiser
+from .memory import Estimate, Role, estimate
 
-_MB = 1024**2
+_MB, _GIB = 1024**2, 1024**3
 
 
 def describe(config: Config) -> str:
-    """A page of text about the run, from the config alone."""
+    """A page of text about the run, from the config and the config.json files of its model folders; no weights are read.
+
+    Raises ConfigError where ``model.init`` or ``model.encoders`` is no usable folder or does not fit the config.
+    """
+    if not set(config.run.stages) - {"curate", "report"}:
+        return "\n".join(_curation(config))
+    return "\n".join([*_plan(config, memory := estimate(config)), *map(_memory, memory.roles)])
+
+
+def _curation(config: Config) -> list[str]:
+    c = config.curate
+    asked = [name for name, wanted in (("faces", c.faces), ("duplicates", c.duplicates), ("captions", c.caption),
+                                       ("hands", c.hands)) if wanted]
+    return [f"run        {config.run.name}; stages: {', '.join(config.run.stages)}",
+            f"curate     {', '.join(c.urls) or 'nothing yet'} -> {c.out or '<run directory>/curated'}",
+            f"steps      at least {c.min_size} px, aspect up to {c.max_aspect:g}; "
+            + ", ".join([*(f"filter {x.name}" for x in c.filters), *asked]),
+            f"workers    {c.workers}, {c.num_cpus:g} CPU and {c.num_gpus:g} GPU each"]
+
+
+def _plan(config: Config, memory: Estimate) -> list[str]:
     g, p, r, w, s = config.grpo, config.pretrain, config.resources, config.rewards, config.sampler
-    parameters = sum(x.numel() for x in build_denoiser(config).parameters())
     micro_bytes = grpo.bytes_per_micro_batch(config)
     images = g.prompts_per_step * g.group_size
     actions = s.num_inference_steps - 1
     trained = g.trained_steps or actions
-    weights = parameters * 4 / _MB
-    # float32 weights, gradients and two Adam moments; the moments are shared from ZeRO 1, the rest later.
-    z, n = config.learner.zero_stage, r.learner_workers
-    state = weights * (1 / (n if z == 3 else 1) + 1 / (n if z >= 2 else 1) + 2 / (n if z >= 1 else 1))
-    reference = weights if g.kl_coef else 0.0
     unit = lambda gpus: f"{gpus:g} GPU" if gpus else "CPU"  # noqa: E731
-    lines = [
+    whole = memory.trained == memory.parameters
+    return [
         f"run        {config.run.name}, seed {config.run.seed}; stages: {', '.join(config.run.stages)}",
-        f"model      {parameters / 1e6:.2f} M parameters, {config.data.size}x{config.data.size}, "
-        f"precision {config.model.precision}",
+        f"model      {memory.parameters / 1e6:.2f} M parameters, {'all' if whole else f'{memory.trained / 1e6:.2f} M'} "
+        f"trained, {config.data.size}x{config.data.size}, precision {config.model.precision}",
         f"sampler    {s.name}, {s.num_inference_steps} steps from T = {s.start_time} on the {s.grid} grid, "
         f"guidance {s.guidance_scale}: {actions} actions",
-        f"pretrain   {p.steps} steps of {p.batch_size} images on {n} rank(s), candidates {p.candidates}",
+        f"pretrain   {p.steps} steps of {p.batch_size} images on {r.learner_workers} rank(s), candidates {p.candidates}",
         f"rollout    {r.rollout_actors} actor(s), {unit(r.rollout_gpus)} each",
         f"rewards    {', '.join(x.name for x in w.train)}; held out: {', '.join(x.name for x in w.heldout) or 'none'}; "
         f"{w.replicas} replica(s), {unit(w.num_gpus)} each",
-        f"learner    {n} rank(s), {unit(r.learner_gpus)} each, ZeRO {z}; about {state + reference:.0f} MB a rank for "
-        "weights, gradients, Adam and the reference, without activations",
+        f"learner    {r.learner_workers} rank(s), {unit(r.learner_gpus)} each, ZeRO {config.learner.zero_stage}",
         f"iteration  {g.prompts_per_step} prompts x {g.group_size} samples = {images} images in {g.micro_batches} "
         f"micro-batches of {g.groups_per_micro_batch} groups; {trained} of {actions} actions trained; "
         f"{g.updates_per_step} update(s); {g.steps} iterations",
         f"in flight  {micro_bytes / _MB:.1f} MB a micro-batch, {g.micro_batches * micro_bytes / _MB:.1f} MB an iteration; "
-        f"bound {g.max_bytes_in_flight / _MB:.0f} MB; weights {weights:.1f} MB a version",
+        f"bound {g.max_bytes_in_flight / _MB:.0f} MB; weights {memory.update_bytes / _MB:.1f} MB a version",
         f"staleness  at most {g.max_staleness} version(s)" + (" (synchronous)" if g.max_staleness == 0 else ""),
     ]
-    return "\n".join(lines)
+
+
+def _memory(role: Role) -> str:
+    """One role's peak, the largest part first."""
+    parts = sorted(role.parts.items(), key=lambda item: -item[1])
+    return (f"memory     {role.name}: {role.total / _GIB:.2f} GiB of {'its GPU' if role.gpus else 'host memory'}: "
+            + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts if size))

@@ -8,6 +8,7 @@ from typing import Callable, Iterator
 
 from .config import Config
 from .data.cache import prompts_path
+from .data.curation import job
 from .data.prompts import heldout_prompts, training_prompts
 from .data.shards import list_shards
 from .models.backbone import NoiseLevels, adapter_of
@@ -59,7 +60,8 @@ def problems(config: Config) -> list[Problem]:
     if set(config.run.stages) - {"curate", "report"}:
         found += [*_model(config), *_data(config)]
     if "curate" in config.run.stages:
-        found += _told("curate.urls", lambda: list_shards(config.curate.urls), missing=True)
+        found += _told("curate", lambda: job.check(config.curate, config.curate.out or "curated"),
+                       missing=not config.curate.urls)
     return found
 
 

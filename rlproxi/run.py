@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="a YAML file (default: configs/quickstart.yaml) and overrides such as grpo.lr=1e-5")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run directory")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         config, run_dir = _open(options)
         if _plan(config, options.dry_run):
@@ -56,10 +56,23 @@ def _plan(config: Config, dry_run: bool) -> bool:
     stopping = [problem.text for problem in found if not (dry_run and problem.missing)]
     if stopping:
         raise ConfigError("\n       ".join(stopping))
-    print(describe(config))
+    print(describe(config if not found else _with_shapes(config)))
     for problem in found:
         print(f"missing    {problem.text}")
     return not dry_run
+
+
+def _with_shapes(config: Config) -> Config:
+    """The config with the shapes of the published checkpoint in the place of one that is not there yet."""
+    from .models.loading import published_shapes
+
+    model = config.model
+    for key in ("init", "encoders"):
+        named = getattr(model, key)
+        shapes = published_shapes(named) if named and not Path(named).is_dir() else None
+        if shapes:
+            model = model.model_copy(update={key: str(shapes)})
+    return config.model_copy(update={"model": model})
 
 
 def _open(options) -> tuple[Config, Path | None]:

@@ -7,7 +7,7 @@ import pytest
 
 import tiny_checkpoints
 from rlproxi import run
-from rlproxi.config import build_config
+from rlproxi.config import build_config, config_folder, load_config
 from rlproxi.preflight import problems
 from shard_fixtures import sample, write_tar
 
@@ -89,3 +89,30 @@ def test_the_front_door_refuses_and_a_dry_run_tells(capsys, tmp_path):
     assert run.main([*arguments, "--dry-run"]) == 0
     assert "missing    rewards.train.0: reward 'hpsv2'" in capsys.readouterr().out
     assert run.main(["data.buckets=true", "--dry-run"]) == 2  # no file can mend that
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in config_folder().glob("*.yaml")))
+def test_recipes_lack_nothing_but_files(recipe):
+    config = load_config(config_folder() / recipe)
+    assert all(p.missing for p in problems(config))
+    if recipe not in ("quickstart.yaml", "smoke.yaml"):
+        lines = (config_folder() / recipe).read_text().splitlines()
+        keys = [line for line in lines if line.startswith("  ") and line.strip() and not line.lstrip().startswith(("#", "- "))]
+        bare = [line for line in keys if "#" not in line]
+        # Every key says why it has its value; a line that opens or goes on with a list, or names a scorer's file, need not.
+        assert all(line.rstrip().endswith((":", ",")) or "params:" in line for line in bare), bare
+
+
+def test_a_checkpoint_that_is_not_there_yet_is_planned_from_its_published_shapes(capsys, tmp_path):
+    changes = ["--dry-run", f"model.init={tmp_path}/stable-diffusion-v1-5", "data.size=64"]
+    assert run.main([str(config_folder() / "sd15-prox-lora.yaml"), *changes]) == 0
+    told = capsys.readouterr().out
+    assert "866.26 M parameters, 6.38 M trained, 64x64" in told and "memory     learner rank: " in told
+    assert f"missing    model.init: {tmp_path}/stable-diffusion-v1-5 is not a folder" in told
+
+
+def test_a_curation_is_planned_without_a_model(capsys):
+    assert run.main([str(config_folder() / "data-curate.yaml"), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "curate     nothing yet -> <run directory>/curated" in told and "memory" not in told
+    assert "missing    curate.urls is empty: name at least one tar" in told

@@ -46,6 +46,15 @@ def find_model(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"{path} holds no model: {EXPECTED}")
 
 
+def published_shapes(folder: str | os.PathLike) -> Path | None:
+    """The config.json files, without weights, of the published checkpoint whose name ``folder`` has; None for others.
+
+    With them a run can be planned before its checkpoint is downloaded.
+    """
+    shapes = Path(__file__).parent / "published" / Path(folder).name
+    return shapes if shapes.is_dir() else None
+
+
 def network_config(folder: str | os.PathLike) -> tuple[str, dict]:
     """('unet' or 'transformer', its config.json). Raises FileNotFoundError or ValueError naming the file."""
     folder = find_model(folder)
@@ -75,7 +84,8 @@ def check_weights(folder: str | os.PathLike) -> None:
 def load_part(kind: type, folder: Path) -> nn.Module:
     """A diffusers-style module in float32. Raises ValueError or FileNotFoundError naming the folder."""
     check_weights(folder)
-    return load_network(kind, folder, "diffusion_pytorch_model", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    # Cast here too: diffusers goes by the first tensor's dtype, and a file may hold several.
+    return load_network(kind, folder, "diffusion_pytorch_model", torch_dtype=torch.float32, low_cpu_mem_usage=False).float()
 
 
 def load_denoiser(folder: str | os.PathLike, schedule: VPSchedule | None = None, size: int | None = None) -> nn.Module:
@@ -263,3 +273,48 @@ def latent_space(config: Config) -> tuple[int, int]:
     if config.data.size % factor:
         raise ValueError(f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})")
     return channels, config.data.size // factor
+
+
+def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """What ``config`` trains in ``stage``, as ``training_form`` gives it, but on the meta device: shapes without data.
+
+    Built from config.json files alone, in seconds at any size. Raises FileNotFoundError or ValueError as loading does.
+    """
+    with torch.device("meta"):
+        denoiser = build_denoiser(config) if config.model.init is None else _empty_denoiser(config)
+        if config.model.lora is None:
+            denoiser.requires_grad_(True)
+        else:
+            folder = None if config.model.init is None else find_model(config.model.init)
+            if folder is not None and (folder / lora.FOLDER).is_dir():
+                lora.attach(denoiser, lora.LoRA.model_validate(read_json(folder / lora.FOLDER / lora.SETTINGS)))
+            else:
+                lora.attach(denoiser, config.model.lora)
+            for p in denoiser.parameters():
+                if not p.requires_grad:
+                    p.data = p.data.to(dtype)
+            branch = getattr(denoiser, "lam_embedding", None)
+            if stage == "pretrain" and branch is not None:
+                branch.float().requires_grad_(True)
+    if config.model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return denoiser
+
+
+def _empty_denoiser(config: Config) -> nn.Module:
+    folder = find_model(config.model.init)
+    part, values = network_config(folder)
+    own = OWN.get(values.get("_class_name"))
+    try:
+        if own:
+            return own.from_config(values)
+        import diffusers
+
+        adapter = adapter_of(values)  # an unknown class is refused before it is looked up
+        net = getattr(diffusers, values["_class_name"]).from_config(values)
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{folder / part / 'config.json'} describes no network that is known here: {error}") from None
+    with torch.device("cpu"):
+        levels = NoiseLevels(folder)
+    branch = LamEmbedding(adapter.time_embedder(net).linear_2.out_features)
+    return ProximalBackbone(net, branch, levels, config.schedule.build(), config.data.size // latent_facts(folder)[1])

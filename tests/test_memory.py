@@ -1,0 +1,198 @@
+"""The memory estimate against what torch's profiler sees real steps allocate, and against closed forms."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from memory_fixtures import SHAPES, profiled_peak, real_network, real_step, small_folder
+from rlproxi.config import build_config
+from rlproxi.memory import BUCKET, estimate
+from rlproxi.memory_parts import count, empty_vae, text_encoders
+from rlproxi.memory_steps import decoding_peak, learner_losses, training_peak
+from rlproxi.memory_trace import LiveBytes, no_memory, traced, without_data
+from rlproxi.models.autoencoder import Autoencoder
+from rlproxi.models.loading import empty_form, trainable
+from rlproxi.schema import ConfigError
+
+LORA = {"rank": 4, "alpha": 4}
+ROWS = 8
+
+
+def small_config(kind: str, tmp_path, **model):
+    """A learner of 8 images in a micro-batch: a new U-Net, or a checkpoint's network."""
+    values = {"data": {"size": 32}, "model": {"channels": [32, 64], **model}, "run": {"stages": ["rl"]},
+              "grpo": {"group_size": ROWS, "prompts_per_step": 2, "groups_per_micro_batch": 1, "kl_coef": 0.0}}
+    if kind != "new":
+        values["data"]["size"] = 64
+        values["model"] = {"init": str(small_folder(kind, tmp_path / kind)), **model}
+    return build_config(values)
+
+
+@pytest.mark.parametrize("kind, precision, lora, checkpointing", [
+    ("new", "float32", None, False), ("new", "bfloat16", None, False), ("new", "float32", None, True),
+    ("sd15", "float32", None, False), ("sd15", "bfloat16", None, False), ("sd15", "bfloat16", None, True),
+    ("sd15", "bfloat16", LORA, False), ("sd15", "float32", LORA, True), ("sd15", "bfloat16", LORA, True),
+    ("sd3-medium", "float32", None, False), ("sd3-medium", "bfloat16", LORA, False),
+    ("sd3-medium", "bfloat16", LORA, True)])
+def test_peak_of_a_training_step_is_what_the_profiler_sees(kind, precision, lora, checkpointing, tmp_path):
+    config = small_config(kind, tmp_path, precision=precision, lora=lora, gradient_checkpointing=checkpointing)
+    dtype = getattr(torch, precision)
+    real = real_network(config, dtype)
+    real_step(learner_losses(config, real, ROWS), dtype)  # once before: what is made once is not the step's
+    losses = learner_losses(config, real, ROWS)  # holds the inputs, which are the batch's
+    measured = profiled_peak(lambda: real_step(losses, dtype))
+    role = next(role for role in estimate(config).roles if role.name == "learner rank")
+    assert role.parts["activations"] == pytest.approx(measured, rel=0.03)
+    assert role.parts["gradients"] == sum(p.grad.nbytes for p in trainable(real).values())
+    assert role.parts["network"] == sum(x.nbytes for x in [*real.parameters(), *real.buffers()])
+
+
+def test_gradient_checkpointing_and_lora_show(tmp_path):
+    peaks = {}
+    for lora in (None, LORA):
+        for checkpointing in (False, True):
+            config = small_config("sd15", tmp_path / f"{lora is None}{checkpointing}", precision="float32", lora=lora,
+                                  gradient_checkpointing=checkpointing)
+            peaks[lora is not None, checkpointing] = estimate(config)
+    for lora in (True, False):
+        plain, less = (peaks[lora, c].roles[0].parts["activations"] for c in (False, True))
+        assert less < 0.8 * plain
+    assert peaks[True, False].update_bytes < 0.2 * peaks[False, False].update_bytes
+
+
+def test_decoding_peak_is_what_the_profiler_sees(tmp_path):
+    folder = small_folder("sd15", tmp_path / "sd15")
+    real = Autoencoder(empty_vae(folder).to_empty(device="cpu").requires_grad_(False))
+    z = torch.zeros(4, 4, 8, 8)
+
+    def decode():
+        with torch.no_grad():
+            ((real.decode(z) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    decode()
+    with no_memory():
+        estimated = decoding_peak(empty_vae(folder), (4, 8, 8), 4, "cpu")
+    assert estimated == pytest.approx(profiled_peak(decode), rel=0.05)
+
+
+@pytest.mark.parametrize("ghosts", [True, False])
+def test_live_bytes_of_a_chain_of_layers_in_closed_form(ghosts):
+    """y = silu(silu(x)): each output is saved, and a backward holds two gradients beside what is still saved."""
+    with no_memory() if ghosts else nullcontext():
+        x = torch.zeros(1024, requires_grad=True)
+        with LiveBytes() as live:
+            y = torch.nn.functional.silu(torch.nn.functional.silu(x))
+            assert live.now == live.peak == 2 * 4096
+            y.backward(torch.ones_like(x))
+            del y
+            assert live.now == 4096  # x's new gradient
+
+
+def test_ghosts_allocate_what_fake_tensors_do():
+    """torch's own data-free tensors, slower, as the second opinion; with Adam-like in-place updates and views."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def step(make) -> list[int]:
+        network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(4, 32), nn.SiLU(), nn.Flatten(), nn.Linear(32 * 36, 8),
+                                nn.LayerNorm(8), nn.Softmax(-1))
+        x = torch.zeros(4, 3, 8, 8)
+        with make(network) as live, torch.autocast("cpu", torch.bfloat16):
+            seen = [network(x).square().mean()]
+            seen.append(live.now)
+            seen[0].backward()
+            network[0].weight.data.add_(network[0].weight.grad, alpha=-1.0)
+        return [seen[1], live.now, live.peak]
+
+    with FakeTensorMode():
+        fake = step(lambda network: LiveBytes())
+    with no_memory():
+        ghosts = step(lambda network: LiveBytes())
+    assert ghosts[1:] == fake[1:] and min(fake) > 0
+    assert ghosts[0] == pytest.approx(fake[0], abs=64)  # numbers of one element
+
+
+def test_cuda_autocast_keeps_norms_in_float32_and_rounds_to_blocks():
+    with no_memory():
+        x, w = torch.zeros(3, 5), torch.zeros(5, 5, requires_grad=True)
+        with traced("cuda") as live, torch.autocast("cpu", torch.bfloat16):
+            y = nn.functional.linear(x, w)
+            assert y.dtype is torch.bfloat16
+            assert nn.functional.layer_norm(y, (5,)).dtype is torch.float32
+            assert y.softmax(-1).dtype is torch.float32
+            assert live.now % 512 == 0 and live.now > 0
+        with traced("cpu"), torch.autocast("cpu", torch.bfloat16):
+            assert nn.functional.layer_norm(y, (5,)).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 2), (2, 4), (3, 4)])
+def test_engine_state_by_zero_stage(stage, ranks, tmp_path):
+    """As measured on DeepSpeed with two ranks (docs/memory.md)."""
+    base = {"run": {"stages": ["rl"]}, "data": {"size": 16}, "model": {"channels": [32, 32], "precision": "float32"},
+            "grpo": {"prompts_per_step": 8, "groups_per_micro_batch": 1, "kl_coef": 0.1}}
+    config = build_config({**base, "learner": {"zero_stage": stage},
+                           "resources": {"learner_workers": ranks, "learner_gpus": 1}})
+    found = estimate(config)
+    parts, size = found.roles[0].parts, 4 * found.trained
+    assert parts["gradients"] == (size // ranks if stage >= 2 else size)
+    assert parts["Adam moments"] == 2 * (size // ranks if stage else size)
+    assert parts.get("master weights", 0) == (size // ranks if stage else 0)
+    assert parts.get("reduction buffer", 0) == (4 * BUCKET if stage else 0)
+    assert parts["reference copy"] == pytest.approx(size, rel=0.05)  # and the Gaussian's buffers
+    assert found.roles[0].total == sum(parts.values()) and parts[found.roles[0].largest] == max(parts.values())
+
+
+@pytest.mark.parametrize("name, network, texts, vae", [
+    ("sd15", 859_520_964, [123_060_480], 83_653_863),
+    ("sdxl", 2_567_463_684, [123_060_480, 694_659_840], 83_653_863),
+    ("sd3-medium", 2_028_328_000, [123_650_304, 694_659_840, 4_762_310_656], 83_819_683)])
+def test_published_shapes_have_the_published_parameters(name, network, texts, vae):
+    config = build_config({"data": {"size": 512}, "model": {"init": str(SHAPES[name])}})
+    denoiser = empty_form(config, "rl")
+    assert count(denoiser.net.parameters()) == network
+    assert all(x.device.type == "meta" for x in denoiser.parameters())
+    with torch.device("meta"):
+        assert [count(model.parameters()) for model in text_encoders(config, SHAPES[name])] == texts
+    assert count(empty_vae(SHAPES[name]).parameters()) == vae
+
+
+@pytest.mark.parametrize("name, trained", [("sd15", 6_377_472), ("sd3-medium", 18_776_064)])
+def test_billions_of_parameters_are_planned_for_in_seconds_and_without_weights(name, trained):
+    config = build_config({
+        "run": {"stages": ["rl"]}, "data": {"size": 512}, "resources": {"learner_gpus": 1, "rollout_gpus": 1},
+        "model": {"init": str(SHAPES[name]), "lora": {"rank": 32, "alpha": 64}}})
+    begun = time.process_time()
+    found = estimate(config)
+    assert time.process_time() - begun < 20
+    assert found.trained == trained and found.update_bytes == 4 * trained
+    assert [role.name for role in found.roles] == ["learner rank", "rollout actor"]
+    frozen = 2 * (found.parameters - trained)  # in bfloat16
+    assert frozen + 4 * trained <= found.roles[0].parts["network"] < 1.15 * (frozen + 4 * trained)
+
+
+def test_learner_peak_has_a_term_for_each_image(tmp_path):
+    config = small_config("sd15", tmp_path, precision="float32", gradient_checkpointing=False)
+    peaks = []
+    for rows in (4, 8, 16):
+        network = without_data(empty_form(config, "rl"))
+        with no_memory():
+            peaks.append(training_peak(learner_losses(config, network, rows), trainable(network).values(), torch.float32,
+                                       "cpu")[1])
+    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.02)
+
+
+@pytest.mark.parametrize("key", ["init", "encoders"])
+@pytest.mark.parametrize("damage, words", [
+    (None, "is not a folder"), ("vae/config.json", "vae/config.json is missing"),
+    ("text_encoder/config.json", "text_encoder/config.json is missing")])
+def test_an_unusable_folder_is_an_error_that_names_key_folder_and_remedy(key, damage, words, tmp_path):
+    folder = tmp_path / "model"
+    if damage:
+        small_folder("sd15", folder)
+        (folder / damage).unlink()
+    with pytest.raises(ConfigError, match=f"model.{key} = .*model.*{words}.*hf download"):
+        estimate(build_config({"data": {"size": 64}, "model": {"patch": 1, key: str(folder)}}))
