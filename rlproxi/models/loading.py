@@ -212,9 +212,16 @@ def training_form(folder: str | os.PathLike, config: Config, stage: str, dtype: 
     ``trainable`` tells what is trained.
     """
     denoiser = load_denoiser(folder, config.schedule.build(), config.data.size)
+    if denoiser.lora and config.model.lora is None:
+        lora.merge(denoiser)
+    _set_trained(denoiser, config, stage, dtype)
+    if config.model.compile:
+        denoiser.compile()
+    return denoiser
+
+
+def _set_trained(denoiser: nn.Module, config: Config, stage: str, dtype: torch.dtype) -> None:
     if config.model.lora is None:
-        if denoiser.lora:
-            lora.merge(denoiser)
         denoiser.requires_grad_(True)
     else:
         if denoiser.lora is None:
@@ -227,9 +234,6 @@ def training_form(folder: str | os.PathLike, config: Config, stage: str, dtype: 
             branch.float().requires_grad_(True)
     if config.model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    if config.model.compile:
-        denoiser.compile()
-    return denoiser
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
@@ -282,22 +286,10 @@ def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -
     """
     with torch.device("meta"):
         denoiser = build_denoiser(config) if config.model.init is None else _empty_denoiser(config)
-        if config.model.lora is None:
-            denoiser.requires_grad_(True)
-        else:
-            folder = None if config.model.init is None else find_model(config.model.init)
-            if folder is not None and (folder / lora.FOLDER).is_dir():
-                lora.attach(denoiser, lora.LoRA.model_validate(read_json(folder / lora.FOLDER / lora.SETTINGS)))
-            else:
-                lora.attach(denoiser, config.model.lora)
-            for p in denoiser.parameters():
-                if not p.requires_grad:
-                    p.data = p.data.to(dtype)
-            branch = getattr(denoiser, "lam_embedding", None)
-            if stage == "pretrain" and branch is not None:
-                branch.float().requires_grad_(True)
-    if config.model.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        folder = None if config.model.init is None else find_model(config.model.init)
+        if config.model.lora and folder is not None and (folder / lora.FOLDER).is_dir():
+            lora.attach(denoiser, lora.LoRA.model_validate(read_json(folder / lora.FOLDER / lora.SETTINGS)))
+        _set_trained(denoiser, config, stage, dtype)
     return denoiser
 
 
