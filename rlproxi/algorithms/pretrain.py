@@ -146,7 +146,3 @@ class EMA:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.updates = int(state["updates"])
         self.values = {name: state[name].to(value.device, copy=True) for name, value in self.values.items()}
-
-
-def start_unet(config: Config):  # TEMPORARY, until tests/benchmarks/warm_start.py uses start_denoiser
-    return start_denoiser(config, first_samples(config, None, None))

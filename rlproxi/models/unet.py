@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..proximal.schedule import VPSchedule
-from .preconditioning import Preconditioned, noise_features, sinusoid  # noqa: F401
+from .preconditioning import Preconditioned, noise_features
 from .text import TextStates
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rlproxi.algorithms.prepare import collection
-from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions, start_unet
+from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions, first_samples, start_denoiser
 from rlproxi.config import build_config
 from rlproxi.schema import Pretrain
 from rlproxi.data import faces
@@ -151,14 +151,14 @@ def test_lam_power_weighs_the_draws_around_a_mean_of_one(power):
 
 def test_the_start_is_fitted_to_the_data():
     config = build_config({"data": {"size": 16}, "model": {"channels": [32, 32], "text_dim": 32}})
-    unet = start_unet(config)
+    unet = start_denoiser(config, first_samples(config, None, None))
     images = faces.batch(collection(0, "pretrain"), np.arange(2000, 2300), 16)[0] / 127.5 - 1
     mean = unet.gaussian.mean.permute(1, 2, 0).numpy()
     assert np.abs(mean - images.mean(0)).mean() < 0.03
     variance = unet.gaussian.variance.flatten().sort().values
     assert float(variance[-1] / variance[0]) > 100  # smooth pictures: low frequencies carry far more than high ones
     assert variance[0] >= 1e-4 and not torch.equal(unet.gaussian.colors, torch.eye(3))
-    again, plain = start_unet(config), build_denoiser(config)
+    again, plain = start_denoiser(config, first_samples(config, None, None)), build_denoiser(config)
     assert all(torch.equal(a, b) for a, b in zip(unet.state_dict().values(), again.state_dict().values()))
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), plain.parameters()))
 
