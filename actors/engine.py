@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlproxi.models.loading import trainable
+from rlproxi.models.precision import autocast
 
 
 def _quiet_deepspeed(device: torch.device) -> None:
@@ -30,6 +31,18 @@ def _quiet_deepspeed(device: torch.device) -> None:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _autocast_inside(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Makes the module enter autocast by itself: DeepSpeed switches a caller's off on GPUs, so that the learner would
+    not compute what the rollout did."""
+    plain = module.forward
+
+    def forward(*args, **kwargs):
+        with autocast(dtype, device):
+            return plain(*args, **kwargs)
+
+    module.forward = forward
+
+
 class Engine:
     """A module under DeepSpeed: float32 masters, AdamW, ZeRO ``stage``.
 
@@ -39,22 +52,27 @@ class Engine:
         module: what is trained; called through ``engine.module``.
         micro_batch_size: samples of one forward on one rank (bookkeeping for DeepSpeed).
         accumulation: how many losses one update is made of, on each rank.
+        dtype: the arithmetic of the forward; bfloat16 by autocast.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, stage: int, micro_batch_size: int,
-                 accumulation: int, lr: float, betas: tuple[float, float], weight_decay: float, grad_clip: float):
+                 accumulation: int, lr: float, betas: tuple[float, float], weight_decay: float, grad_clip: float,
+                 dtype: torch.dtype = torch.float32):
         _quiet_deepspeed(device)
         import deepspeed
 
         self.device = device
         self.stage = stage
         self.accumulation = accumulation
-        optimizer = torch.optim.AdamW(list(trainable(module).values()), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        weights = list(trainable(module).values())
+        optimizer = torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        _autocast_inside(module, dtype, device)
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": grad_clip,
-            "zero_optimization": {"stage": stage},
+            # Its bucket for reductions is 2 GB unless told otherwise, however little is trained.
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in weights))},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }

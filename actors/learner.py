@@ -40,7 +40,7 @@ class Learner(Rank):
         self.engine = Engine(
             denoiser, self.device, config.learner.zero_stage, g.groups_per_micro_batch * g.group_size,
             accumulation=g.micro_batches // g.updates_per_step // self.world * window,
-            lr=g.lr, betas=g.betas, weight_decay=g.weight_decay, grad_clip=g.grad_clip)
+            lr=g.lr, betas=g.betas, weight_decay=g.weight_decay, grad_clip=g.grad_clip, dtype=self.dtype)
         self.prox = operator(self.engine.module, self.encoder, guidance)
         self.reference = None
         if g.kl_coef:

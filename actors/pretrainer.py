@@ -44,7 +44,7 @@ class Pretrainer(Rank):
         micro = p.micro_batch_size or share
         self.ema = EMA(denoiser, p.ema)
         self.engine = Engine(denoiser, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
-                             (0.9, 0.99), 0.0, p.grad_clip)
+                             (0.9, 0.99), 0.0, p.grad_clip, self.dtype)
 
     def run(self) -> None:
         """From the last checkpoint (or the start) to the last step."""

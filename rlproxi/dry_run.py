@@ -10,7 +10,7 @@ _MB, _GIB = 1024**2, 1024**3
 
 
 def describe(config: Config) -> str:
-    """A page of text about the run, from the config and the config.json files of its model folders; no weights are read.
+    """A page of text about the run, from the config and its model folders' config.json files; no weights are read.
 
     Raises ConfigError where ``model.init`` or ``model.encoders`` is no usable folder or does not fit the config.
     """
@@ -44,7 +44,8 @@ def _plan(config: Config, memory: Estimate) -> list[str]:
         f"trained, {config.data.size}x{config.data.size}, precision {config.model.precision}",
         f"sampler    {s.name}, {s.num_inference_steps} steps from T = {s.start_time} on the {s.grid} grid, "
         f"guidance {s.guidance_scale}: {actions} actions",
-        f"pretrain   {p.steps} steps of {p.batch_size} images on {r.learner_workers} rank(s), candidates {p.candidates}",
+        f"pretrain   {p.steps} steps of {p.batch_size} images on {r.learner_workers} rank(s), candidates "
+        f"{p.candidates}",
         f"rollout    {r.rollout_actors} actor(s), {unit(r.rollout_gpus)} each",
         f"rewards    {', '.join(x.name for x in w.train)}; held out: {', '.join(x.name for x in w.heldout) or 'none'}; "
         f"{w.replicas} replica(s), {unit(w.num_gpus)} each",
@@ -52,8 +53,8 @@ def _plan(config: Config, memory: Estimate) -> list[str]:
         f"iteration  {g.prompts_per_step} prompts x {g.group_size} samples = {images} images in {g.micro_batches} "
         f"micro-batches of {g.groups_per_micro_batch} groups; {trained} of {actions} actions trained; "
         f"{g.updates_per_step} update(s); {g.steps} iterations",
-        f"in flight  {micro_bytes / _MB:.1f} MB a micro-batch, {g.micro_batches * micro_bytes / _MB:.1f} MB an iteration; "
-        f"bound {g.max_bytes_in_flight / _MB:.0f} MB; weights {memory.update_bytes / _MB:.1f} MB a version",
+        f"in flight  {micro_bytes / _MB:.1f} MB a micro-batch, {g.micro_batches * micro_bytes / _MB:.1f} MB an "
+        f"iteration; bound {g.max_bytes_in_flight / _MB:.0f} MB; weights {memory.update_bytes / _MB:.1f} MB a version",
         f"staleness  at most {g.max_staleness} version(s)" + (" (synchronous)" if g.max_staleness == 0 else ""),
     ]
 

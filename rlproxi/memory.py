@@ -1,4 +1,4 @@
-"""What a run will hold in memory, role by role, from its config and its folders' config.json files: no weights are read.
+"""What a run will hold in memory, role by role, from its config and its folders' config.json files, without weights.
 
 Weights, optimizer and averages are counted from the shapes of the very networks that would run. Activations are
 counted by running the very losses and samplers on tensors without data (``memory_trace``).
@@ -24,8 +24,9 @@ from .models.text_loading import text_widths
 from .proximal.matching import TimeTable
 from .schema import ConfigError
 
-#: Gradients in DeepSpeed's reduction buffer (its default); allocated whole from ZeRO 1 on, however few are trained.
+#: The most gradients in DeepSpeed's reduction buffer (see actors/engine.py), which is allocated whole from ZeRO 1 on.
 BUCKET = 500_000_000
+
 
 @dataclass(frozen=True)
 class Role:
@@ -38,10 +39,6 @@ class Role:
     @property
     def total(self) -> int:
         return sum(self.parts.values())
-
-    @property
-    def largest(self) -> str:
-        return max(self.parts, key=self.parts.get)
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,8 @@ class _Estimator:
             if self.vae is not None and c.data.source == "faces":  # shards are encoded before
                 parts["autoencoder"] = held(self.vae)
                 peak = max(peak, encoding_peak(self.vae, self.shape, share, device))
-        return Role("pretrainer rank", c.resources.learner_gpus, self._with_engine(parts, count(trained.values()), peak))
+        parts = self._with_engine(parts, count(trained.values()), peak)
+        return Role("pretrainer rank", c.resources.learner_gpus, parts)
 
     def _rollout(self, device: str) -> Role:
         c, g = self.config, self.config.grpo
@@ -212,7 +210,7 @@ class _Estimator:
         parts["gradients"] = share if stage >= 2 else size
         parts["Adam moments"] = 2 * share if stage else 2 * size
         if stage and self.config.resources.learner_gpus:  # untouched, so free, in host memory
-            parts["reduction buffer"] = 4 * BUCKET
+            parts["reduction buffer"] = min(size, 4 * BUCKET)
         # After the last backward, when activations are gone: gradients made flat for the reduction or the optimizer.
         flat = {0: min(size, 4 * BUCKET), 1: share, 2: share, 3: size}[stage]
         parts["activations" if activations >= flat else "flat gradients"] = max(activations, flat)

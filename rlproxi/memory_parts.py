@@ -17,8 +17,8 @@ from .models.text_stacks import KINDS
 from .schema import Reward
 
 #: Parameters of the published scorers (docs/rewards/).
-SCORERS = {"hpsv2": 986_109_441, "hpsv2.1": 986_109_441, "hpsv2.0": 986_109_441, "pickscore": 986_109_441, "clip": 427_616_513,
-           "imagereward": 446_206_689, "aesthetic": 304_894_178}
+SCORERS = {"hpsv2": 986_109_441, "hpsv2.1": 986_109_441, "hpsv2.0": 986_109_441, "pickscore": 986_109_441,
+           "clip": 427_616_513, "imagereward": 446_206_689, "aesthetic": 304_894_178}
 
 
 def count(tensors: Iterable[Tensor]) -> int:

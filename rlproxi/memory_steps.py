@@ -23,7 +23,7 @@ from .proximal.operator import ProximalOperator
 
 
 def learner_losses(config: Config, network: nn.Module, rows: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """The GRPO losses of one micro-batch of ``rows`` samples, of zeros, without a reference; on the network's device."""
+    """The GRPO losses of one micro-batch of ``rows`` samples, all zeros, without a reference, where the network is."""
     prox, z, text = inputs(config, network, rows)
     algorithm = grpo.build(config)
     window = algorithm.window(0)

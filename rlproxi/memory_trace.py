@@ -187,7 +187,8 @@ def without_data(module: nn.Module) -> nn.Module:
             for name, value in store.items():
                 if value is not None and id(value) not in made and not isinstance(value, Ghost):
                     ghost = Ghost(value.detach().to("meta"))
-                    made[id(value)] = nn.Parameter(ghost, value.requires_grad) if isinstance(value, nn.Parameter) else ghost
+                    whole = isinstance(value, nn.Parameter)
+                    made[id(value)] = nn.Parameter(ghost, value.requires_grad) if whole else ghost
                 if value is not None:
                     store[name] = made.get(id(value), value)
     return module

@@ -15,14 +15,16 @@ from rlproxi.models.precision import autocast
 
 #: The published shapes.
 SHAPES = {name: published_shapes(folder) for name, folder in (
-    ("sd15", "stable-diffusion-v1-5"), ("sdxl", "stable-diffusion-xl-base-1.0"), ("sd3-medium", "stable-diffusion-3-medium"))}
+    ("sd15", "stable-diffusion-v1-5"), ("sdxl", "stable-diffusion-xl-base-1.0"),
+    ("sd3-medium", "stable-diffusion-3-medium"))}
 
-_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 32}
+_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "projection_dim": 32}
 _VAE = {"block_out_channels": [32] * 4, "norm_num_groups": 8, "layers_per_block": 1}
 _SMALL = {
     "sd15": {
-        "unet": {"block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2,
-                 "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "unet": {"block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 32,
+                 "attention_head_dim": 2, "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
                  "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]},
         "vae": _VAE, "text_encoder": _CLIP},
     "sd3-medium": {

@@ -29,7 +29,7 @@ def test_plan_of_the_quickstart():
 def test_plan_of_a_new_network_in_a_checkpoints_latents(kind, tmp_path):
     folder = small_folder("sd15", tmp_path / "encoders")
     page = lines(build_config({
-        "data": {"size": 128}, "resources": {"learner_gpus": 1, "rollout_gpus": 0.5},
+        "run": {"stages": ["rl"]}, "data": {"size": 64}, "resources": {"learner_gpus": 1, "rollout_gpus": 0.5},
         "model": {"encoders": str(folder), "kind": kind, "patch": 2, "channels": [32, 64], "layers": 2, "heads": 1}}))
     rollout = next(line for line in page["memory"] if line.startswith("rollout"))
     assert "GiB of its GPU" in rollout and "autoencoder" in rollout and "text encoders" in rollout
@@ -37,7 +37,8 @@ def test_plan_of_a_new_network_in_a_checkpoints_latents(kind, tmp_path):
 
 def test_plan_of_adapters_on_a_checkpoint_counts_the_trained_ones(tmp_path):
     folder = small_folder("sd15", tmp_path / "sd15")
-    values = {"data": {"size": 128}, "model": {"init": str(folder), "lora": {"rank": 2, "alpha": 2}},
+    values = {"run": {"stages": ["rl"]}, "data": {"size": 64},
+              "model": {"init": str(folder), "lora": {"rank": 2, "alpha": 2}},
               "rewards": {"train": [{"name": "hpsv2.1"}]}}
     page = lines(build_config(values))
     assert "M trained" in page["model"][0]

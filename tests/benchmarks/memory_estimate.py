@@ -1,7 +1,8 @@
-"""The memory estimate against what is really allocated: the figures of docs/memory.md.
+r"""The memory estimate against what is really allocated: the figures of docs/memory.md.
 
     PYTHONPATH=.:tests python tests/benchmarks/memory_estimate.py
-    PYTHONPATH=.:tests python tests/benchmarks/memory_estimate.py configs/sd15-prox-lora.yaml model.init=rlproxi/models/published/stable-diffusion-v1-5
+    PYTHONPATH=.:tests python tests/benchmarks/memory_estimate.py configs/sd15-prox-lora.yaml \
+        model.init=rlproxi/models/published/stable-diffusion-v1-5
 
 Without arguments: small networks on the CPU, by torch's profiler. With a config: one loss and backward of the learner,
 one prox and one decoding of the rollout, at the config's sizes and with random weights, on the GPU if there is one
@@ -33,15 +34,17 @@ _MIB = 1024**2
 
 
 def small_table() -> None:
-    print(f"{'network':12} {'precision':9} {'trained':7} {'checkpointing':13} {'estimate':>9} {'measured':>9} MiB {'error':>7}")
+    print(f"{'network':12} {'precision':9} {'trained':7} {'checkpointing':13} {'estimate':>9} {'measured':>9} MiB"
+          f" {'error':>7}")
     with tempfile.TemporaryDirectory() as root:
-        for case in itertools.product(("new", "sd15", "sd3-medium"), ("float32", "bfloat16"), (False, True), (False, True)):
+        either = (False, True)
+        for case in itertools.product(("new", "sd15", "sd3-medium"), ("float32", "bfloat16"), either, either):
             kind, precision, lora, checkpointing = case
             if kind != "new" or not lora:  # adapters need something to adapt
                 config = _small(kind, precision, lora, checkpointing, Path(root) / "-".join(map(str, case)))
-                estimated, measured = _activations(config), _measured(config, getattr(torch, precision))
-                print(f"{kind:12} {precision:9} {'LoRA' if lora else 'all':7} {str(checkpointing):13} {estimated / _MIB:9.2f} "
-                      f"{measured / _MIB:9.2f}     {estimated / measured - 1:+7.2%}", flush=True)
+                estimated, measured = (x / _MIB for x in (_activations(config), _measured(config)))
+                print(f"{kind:12} {precision:9} {'LoRA' if lora else 'all':7} {str(checkpointing):13} "
+                      f"{estimated:9.2f} {measured:9.2f}     {estimated / measured - 1:+7.2%}", flush=True)
 
 
 def _small(kind: str, precision: str, lora: bool, checkpointing: bool, folder: Path) -> Config:
@@ -61,7 +64,8 @@ def _rows(config: Config) -> int:
     return config.grpo.groups_per_micro_batch * config.grpo.group_size
 
 
-def _measured(config: Config, dtype: torch.dtype) -> int:
+def _measured(config: Config) -> int:
+    dtype = getattr(torch, config.model.precision)
     network = real_network(config, dtype)
     real_step(learner_losses(config, network, _rows(config)), dtype)
     losses = learner_losses(config, network, _rows(config))
@@ -76,7 +80,7 @@ class Recipe:
         self.config = config.model_copy(update={"grpo": config.grpo.model_copy(update={"kl_coef": 0.0}),
                                                 "run": config.run.model_copy(update={"stages": ["rl"]})})
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        gpus = {"learner_gpus": 1.0, "rollout_gpus": 1.0} if self.device == "cuda" else {"learner_gpus": 0, "rollout_gpus": 0}
+        gpus = dict.fromkeys(("learner_gpus", "rollout_gpus"), 1.0 if self.device == "cuda" else 0.0)
         self.config = self.config.model_copy(update={"resources": config.resources.model_copy(update=gpus)})
         self.dtype = torch.float32 if config.model.precision == "float32" else torch.bfloat16
         self.rows = _rows(config)
@@ -92,7 +96,8 @@ class Recipe:
         network = real_network(self.config, self.dtype, self.device)
         losses = [learner_losses(self.config, network, self.rows) for _ in range(3)]
         real_step(losses[0], self.dtype, self.device)
-        self._compare("loss and backward", _activations(self.config), lambda: real_step(losses[1], self.dtype, self.device))
+        self._compare("loss and backward", _activations(self.config),
+                      lambda: real_step(losses[1], self.dtype, self.device))
         return self._seconds(lambda: real_step(losses[2], self.dtype, self.device))
 
     def _forward(self) -> float:

@@ -1,0 +1,44 @@
+"""DeepSpeed around a module, in one process: the arithmetic of its forward."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from actors.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def group():
+    """One group for all: DeepSpeed keeps what it knows of the first."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+def outputs(engine: Engine, x: torch.Tensor) -> torch.dtype:
+    """The dtype that the first layer computes in."""
+    seen = []
+    hook = engine.module.module[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    engine.module(x)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_engine_computes_in_the_dtype_it_is_told_whatever_deepspeed_thinks_of_autocast(group, dtype):
+    engine = Engine(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), torch.device("cpu"), 0, 2, 1, 1e-3, (0.9, 0.99), 0.0, 1.0,
+                    dtype)
+    x = torch.ones(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        assert outputs(engine, x) is dtype
+        # On a GPU DeepSpeed sees the caller's autocast, which its own settings do not ask for, and switches it off.
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert outputs(engine, x) is dtype
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    engine.close()
