@@ -31,13 +31,18 @@ class ScoreModel(nn.Module):
         self.backbone = backbone
         self.schedule = backbone.schedule
 
-    def forward(self, x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
-        """x [B, C, H, W] float32, t [B] float32 in [0, 1]. Returns eps like x."""
+    def forward(self, x: Tensor, t: Tensor, cond: Any = None, lam: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W] float32, t [B] float32 in [0, 1]. Returns eps like x.
+
+        lam [B] is what the network is told beside t, and changes nothing else: None tells it 0, as score training
+        does; a warm start that goes on to proximal matching tells it the prox's.
+        """
         alpha_bar = expand(self.schedule.alpha_bar(t), x)
         # 1 - alpha_bar without cancellation, and never 0, where F's scale would be 0/0.
         noise = expand(-torch.expm1(-self.schedule.integral(0.0, t)), x).clamp(min=1e-8)
         signal = alpha_bar * self.backbone.gaussian.variance
-        return self.backbone.estimate_noise(x, alpha_bar, signal, noise, t, torch.zeros_like(t), cond)
+        return self.backbone.estimate_noise(x, alpha_bar, signal, noise, t,
+                                            torch.zeros_like(t) if lam is None else lam, cond)
 
 
 def guided(model: EpsModel, guidance_scale: float = 1.0, null_cond: Callable[[Any], Any] | None = None,
