@@ -130,3 +130,12 @@ def test_fitted_gaussian_is_the_prox_of_its_own_covariance():
         total = ab * covariance + (1 - ab + lam) * torch.eye(192)
         expected = lam.sqrt() * torch.linalg.solve(total, (Y[i] - ab.sqrt() * fitted.mean).flatten())
         assert torch.allclose(model(Y, T, LAM, text(4))[i].flatten(), expected, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_score_model_is_told_lam_only_where_asked():
+    model, cond = ScoreModel(network(randomise=True)), text(4)
+    times = T.clamp(min=0.02)
+    plain = model(Y, times, cond)
+    assert torch.equal(plain, model(Y, times, cond, torch.zeros(4)))
+    assert not torch.allclose(plain, model(Y, times, cond, LAM), atol=1e-4)
