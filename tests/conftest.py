@@ -16,3 +16,14 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# What a test runs in this process may set another number, and images are equal to the bit only at one number of threads.
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_for_what_a_module_shares():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
