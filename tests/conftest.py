@@ -13,6 +13,14 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """With `-n 2` one process takes all that shares the session's Ray, first and in order; the other the rest by file."""
+    for item in items:
+        with_ray = item.get_closest_marker("system") is not None
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
