@@ -13,6 +13,7 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """With `-n 2` one process takes all that shares the session's Ray, first and in order; the other the rest by file."""
     for item in items:
