@@ -13,13 +13,21 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2` one process takes all tests that share the session's Ray, the other the rest, file by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if file.startswith("tests/system/") or file == "tests/actors/test_ingest.py" else file
+
+    config.option.loadscopereorder = False  # in the order below
+    return OneRay(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """With `-n 2` one process takes all that shares the session's Ray, first and in order; the other the rest by file."""
-    for item in items:
-        with_ray = item.get_closest_marker("system") is not None
-        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)  # what takes longest begins first
 
 
 @pytest.fixture(autouse=True)
