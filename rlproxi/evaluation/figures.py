@@ -10,6 +10,7 @@ from typing import Callable, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 #: Readable on white and on black. Text and axes take the page's colour, see ``svg``.
 BEFORE, AFTER, TRAIN, HELDOUT = "#8b949e", "#2f81f7", "#2f81f7", "#e8833a"
@@ -78,16 +79,35 @@ def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: s
     return svg(draw, name, label, (2.9 * len(curves) + 0.6, 2.6))
 
 
-def against_steps(curves: Curves, ylabel: str, name: str = "frontier") -> str:
-    """Reward against the number of sampling steps, before and after."""
+def against_steps(curves: Curves, ylabel: str, distances: Curves | None = None, level: float | None = None,
+                  name: str = "frontier") -> str:
+    """Reward against the number of sampling steps, before and after; beside it the distance to data.
+
+    ``level``: the distance of as many real images, a dashed line.
+    """
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        lines(axes, curves, (BEFORE, AFTER), "number of proximal steps N", ylabel, markers=True)
-        ticks = sorted({x for curve in curves.values() for x in curve[0]})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(t) for t in ticks])
-        axes.minorticks_off()
-    return svg(draw, name, f"{ylabel} against the number of steps")
+        left, *right = figure.subplots(1, 2 if distances else 1, squeeze=False)[0]
+        lines(left, curves, (BEFORE, AFTER), "number of proximal steps N", ylabel, markers=True)
+        _step_ticks(left, curves)
+        for axes in right:
+            lines(axes, distances, (BEFORE, AFTER), "number of proximal steps N", "distance to data", markers=True)
+            _step_ticks(axes, distances)
+            axes.set_yscale("log")  # few steps are many times farther away than many
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+            if level:
+                axes.axhline(level, color=HELDOUT, linestyle="--", linewidth=1.2, label="real images")
+                axes.legend()
+    beside = " and distance to data" if distances else ""
+    return svg(draw, name, f"{ylabel}{beside} against the number of steps", (8.0, 3.2) if distances else (6.4, 3.2))
+
+
+def _step_ticks(axes, curves: Curves) -> None:
+    ticks = sorted({x for curve in curves.values() for x in curve[0]})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def paired_bars(before: dict[str, float], after: dict[str, float], xlabel: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Scores on fixed prompts and seeds, with their uncertainty."""
+"""What is measured on fixed prompts and seeds: scores with their uncertainty, diversity, distance to data."""
 
 from __future__ import annotations
 
@@ -29,9 +29,13 @@ def mean_and_error(scores: np.ndarray, samples: int) -> dict[str, float | None]:
 
 
 def summarise(scores: dict[str, np.ndarray], details: dict[str, dict[str, np.ndarray]], heldout: list[str],
-              samples: int) -> dict:
-    """One step count's entry of an evaluation file."""
-    entry = {"heldout": {}, "train": {}, "details": {}}
+              samples: int, seen: dict | None = None) -> dict:
+    """One step count's entry of an evaluation file.
+
+    ``seen``: what ``reference.Comparison`` found: "diversity", a number, and "distance", {"total", "layout",
+    "texture"}. What is not known stays out of the entry.
+    """
+    entry = {"heldout": {}, "train": {}, "details": {}, **(seen or {})}
     for name, values in scores.items():
         entry["heldout" if name in heldout else "train"][name] = mean_and_error(values, samples)
     for name, columns in details.items():

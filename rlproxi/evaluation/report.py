@@ -90,6 +90,7 @@ def _headline(run: RunDirectory) -> str:
         first, last = rewards[0], rewards[-1]
     cards.append(card("Training reward", f"{_number(first)} → {_number(last)}" if first is not None else "missing",
                        "first → last RL step"))
+    cards += _looks(run)
     speed = run.summary.get("images_per_second")
     if speed is not None:
         cards.append(card("Throughput", f"{_number(speed)} images/s", "sampled, scored and trained on"))
@@ -105,6 +106,33 @@ def _headline(run: RunDirectory) -> str:
         facts.append(f"git {run.summary['git']}")
     facts += [f"{name} {version}" for name, version in (dig(run.summary, "versions") or {}).items()]
     return out + (f'<p class="faint">{escape(", ".join(facts))}</p>\n' if facts else "")
+
+
+#: What is measured beside scores: title -> (its place in an evaluation's entry, how to read it).
+_LOOKS = {"Distance to data": (("distance", "total"), "colours, composition and texture; lower is closer"),
+          "Diversity": (("diversity",), "between samples of one prompt; 0: always the same picture")}
+
+
+def _looks(run: RunDirectory) -> list[str]:
+    """Cards of distance and diversity, before and after; none where neither evaluation has them."""
+    def change(*key: str) -> str:
+        return " → ".join(_number(dig(run.entry(tag), *key)) for tag in ("before", "after"))
+
+    cards = []
+    for title, (key, note) in _LOOKS.items():
+        if change(*key) == "- → -":
+            continue
+        if key[0] == "distance":
+            note += f"; layout {change('distance', 'layout')}, texture {change('distance', 'texture')}"
+        level = _real(run, *key)
+        note += f"; real images {_number(level)}" if level is not None else ""
+        cards.append(card(f"{title}, {run.headline_steps} steps", change(*key), note))
+    return cards
+
+
+def _real(run: RunDirectory, *key: str) -> float | None:
+    """A figure of as many real images as were evaluated."""
+    return next((v for tag in ("before", "after") if (v := dig(run.evaluations, tag, "data", *key)) is not None), None)
 
 
 def _gallery(run: RunDirectory) -> str:
@@ -197,12 +225,23 @@ def _frontier(run: RunDirectory) -> str:
             curves[tag] = tuple(list(column) for column in zip(*points))
     if not curves:
         return missing("No evaluation at any number of steps yet.")
-    out = figure(figures.against_steps(curves, f"held-out {judge}"), "Bars are standard errors over prompts.")
+    distances = {tag: tuple(map(list, zip(*points))) for tag in curves if (points := [
+        (n, d) for n in curves[tag][0] if (d := dig(run.entry(tag, n), "distance", "total")) is not None])}
+    level = _real(run, "distance", "total")
+    out = figure(figures.against_steps(curves, f"held-out {judge}", distances, level),
+                  "Bars are standard errors over prompts." + (" Dashed: as many real images." if level else ""))
+    counts = sorted({n for curve in curves.values() for n in curve[0]})
+    looks = [key for key, _ in _LOOKS.values()
+             if any(dig(run.entry(tag, n), *key) is not None for tag in curves for n in counts)]
     rows = []
-    for n in sorted({n for curve in curves.values() for n in curve[0]}):
+    for n in counts:
         scores = [run.score(tag, judge, n) for tag in ("before", "after")]
-        rows.append([str(n), *(f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores)])
-    return out + table(["steps", "before", "after"], rows)
+        rows.append([str(n), *(f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores),
+                     *(_number(dig(run.entry(tag, n), *key)) for key in looks for tag in ("before", "after"))])
+    if level is not None:
+        rows.append(["real images", "-", "-", *(_number(_real(run, *key)) for key in looks for _ in range(2))])
+    head = [f"{name} {tag}" for name in ("held-out", *(key[0] for key in looks)) for tag in ("before", "after")]
+    return out + table(["steps", *head], rows)
 
 
 def _attributes(run: RunDirectory) -> str:

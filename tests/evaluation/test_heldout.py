@@ -29,6 +29,13 @@ def entry(attributes=0.5, judge=0.6):
     return summarise(scores, {}, ["judge"], 2)
 
 
+def test_what_was_seen_is_in_the_entry_and_what_is_not_known_is_not():
+    seen = {"diversity": 0.1, "distance": {"total": 0.03, "layout": 0.02, "texture": 0.01}}
+    found = summarise({"judge": np.ones(4)}, {}, ["judge"], 2, seen)
+    assert {**entry(), **seen}.keys() == found.keys() and {k: found[k] for k in seen} == seen
+    assert not {"diversity", "distance"} & entry().keys()
+
+
 def test_the_headline_is_the_first_judge_and_the_weighted_training_rewards():
     seen = headline({"iteration": 30, "by_steps": {"2": entry(0.1, 0.1), "4": entry()}}, CONFIG)
     assert seen == Evaluated(30, pytest.approx(2 * 0.5 - 0.5 * 2), pytest.approx(0.6), 0.0)

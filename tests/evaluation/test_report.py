@@ -21,13 +21,17 @@ PICTURES, CAPTIONS, _ = faces.batch(1, np.repeat(np.arange(P), S), 16)
 PROMPTS = CAPTIONS[::S]
 
 
-def evaluation(run_dir, tag: str, level: float) -> None:
-    """Stores an evaluation through the writer that the conductor uses; scores lie around ``level``."""
+def evaluation(run_dir, tag: str, level: float, looks: bool = False) -> None:
+    """Stores an evaluation through the writer that the conductor uses; scores lie around ``level``; with
+    ``looks`` the distance is level / steps and the diversity level / 2."""
     scores = np.float32([level - 0.1, level + 0.1] * P)
     details = {"judge": {"skin": np.full(P * S, level), "hand": np.full(P * S, np.nan), "all": scores}}
     result = {"tag": tag, "prompts": PROMPTS, "samples": S, "headline_steps": 6, "by_steps": {
-        str(n): heldout.summarise({"judge": scores - 0.1 * (n == 2), "attributes": scores}, details, ["judge"], S)
-        for n in STEPS}}
+        str(n): heldout.summarise({"judge": scores - 0.1 * (n == 2), "attributes": scores}, details, ["judge"], S, {
+            "diversity": level / 2, "distance": {"total": level / n, "layout": level / n - 0.01, "texture": 0.01},
+        } if looks else None) for n in STEPS}}
+    if looks:
+        result["data"] = {"images": P * S, "diversity": 0.123, "distance": {"total": 0.0456}}
     heldout.write(run_dir, tag, result, {n: PICTURES for n in STEPS}, {n: scores for n in STEPS},
                   {n: {} for n in STEPS})
 
@@ -152,6 +156,27 @@ def test_curves_are_those_of_the_log(finished):
     assert steps == [0, 25, 30] and np.allclose(means, [0.55, 0.65, 0.8]) and np.allclose(errors, 0, atol=1e-6)
     assert np.allclose(run.score("after", "judge", 2), (0.7, 0), atol=1e-6)
     assert run.score("after", "attributes") is not None and run.score("after", "nobody") is None
+
+
+def test_distance_and_diversity_stand_beside_the_judge(finished):
+    text = write_report(finished).read_text(encoding="utf-8")
+    assert not [words for words in ("istance to data", "iversity", "real images") if words in text], "of an older run"
+    evaluation(finished, "before", 0.3, looks=True)
+    evaluation(finished, "after", 0.6, looks=True)
+    page = Page(write_report(finished).read_text(encoding="utf-8"))
+    assert "held-out judge and distance to data against the number of steps" in page.labels
+    for words in ("Distance to data, 6 steps 0.05 → 0.1 ", "layout 0.04 → 0.09, texture 0.01 → 0.01",
+                  "; real images 0.0456", "Diversity, 6 steps 0.15 → 0.3 ", "real images 0.123",
+                  "steps held-out before held-out after distance before distance after diversity before diversity "
+                  "after 2 0.200 ± 0.000 0.500 ± 0.000 0.15 0.3 0.15 0.3 6 0.300 ± 0.000 0.600 ± 0.000 0.05 0.1 0.15 0.3 "
+                  "real images - - 0.0456 0.0456 0.123 0.123"):
+        assert words in page.text, words
+
+
+def test_a_distance_that_only_one_evaluation_has_is_shown_for_it(finished):
+    evaluation(finished, "after", 0.6, looks=True)
+    page = Page(write_report(finished).read_text(encoding="utf-8"))
+    assert "Distance to data, 6 steps - → 0.1 " in page.text and "0.550 ± 0.000 0.600 ± 0.000 - 0.1 - 0.3" in page.text
 
 
 def test_words_the_judge_found_wrong_are_named(finished):

@@ -1,0 +1,135 @@
+"""What an evaluation's images are compared with: real images of a run, and the figures that come of them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from itertools import islice
+from typing import Iterator
+
+import numpy as np
+
+from ..config import Config
+from ..data import faces
+from ..data.prompts import heldout_prompts
+from ..seeds import rng, seed_of
+from .distance import SPACES, Features, Reference
+from .diversity import diversity
+
+#: Real images that the data's statistics are made of, and the fewest that will do.
+COUNT, LEAST = 2048, 256
+#: Portraits of more pixels than this take long to draw, and there are fewer of them.
+_QUICK = 64 * 64
+_BATCH = 32
+#: Names the collection of portraits, apart from those of algorithms.prepare.
+_COLLECTION = 0x4EF5
+
+
+def reference_images(config: Config, count: int = COUNT) -> np.ndarray | None:
+    """The first ``count`` real images of a run, uint8 [n, size, size, 3] (see ``_real``); fewer where the data end,
+    None where they hold none that can be read. Raises ValueError for addresses in data.urls that match nothing."""
+    batches = list(_batches(islice(_real(config), count)))
+    return np.concatenate(batches) if batches else None
+
+
+def _real(config: Config) -> Iterator[np.ndarray]:
+    """Real images [size, size, 3], one after the other.
+
+    Source faces: endless, portrait i is one of held-out prompt i modulo their number, drawn anew: what the caption
+    says, the rest by chance; no hand where the caption is silent, as in all captions of the data. Source shards: the
+    readable images of data.urls in order, fitted to the square as for training; their captions are not the held-out
+    prompts.
+    """
+    return _portraits(config) if config.data.source == "faces" else _photographs(config)
+
+
+def _portraits(config: Config) -> Iterator[np.ndarray]:
+    prompts = heldout_prompts(config)[1]
+    source = seed_of(config.run.seed, _COLLECTION)
+    drawn = (_portrait(caption, rng(source, turn, place))
+             for turn in itertools.count()
+             for place, caption in enumerate(prompts))
+    while True:
+        yield from faces.render(list(islice(drawn, _BATCH)), config.data.size)
+
+
+def _portrait(caption: str, draw: np.random.Generator) -> faces.Portrait:
+    attributes = faces.draw_attributes(draw, hand_fraction=0) | faces.parse_caption(caption)
+    return faces.Portrait(attributes, caption, draw.random(7))
+
+
+def _photographs(config: Config) -> Iterator[np.ndarray]:
+    from ..data.buckets import build_fit
+    from ..data.images import BadImage, decode
+    from ..data.shards import Sample, list_shards, read_shard
+
+    d = config.data
+    fit = build_fit(d.size, False, d.crop, config.run.seed)
+    for item in itertools.chain.from_iterable(map(read_shard, list_shards(d.urls))):
+        if isinstance(item, Sample):
+            try:
+                yield fit(decode(item.image, d.max_pixels), item.key)[0]
+            except BadImage:
+                pass  # counted where the data are encoded
+
+
+def _batches(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    while batch := list(islice(images, _BATCH)):
+        yield np.stack(batch)
+
+
+class Comparison:
+    """Diversity and distance to data of a run's evaluations, all of them of one number of images.
+
+    The data's statistics are made at the first call and kept: a second for portraits of 32 x 32. Where there are none,
+    the distance is left out of every result. ``note`` says what is missing and why.
+
+    Attributes:
+        data: what real images have, as many as were evaluated and none of the reference's own: {"images", "distance",
+            "diversity" (source faces, whose captions have many portraits)}; {} until known, and where it is not.
+    """
+
+    def __init__(self, config: Config, spaces: dict[str, Features] = SPACES):
+        self.config, self.spaces = config, spaces
+        self.reference: Reference | None = None
+        self.data: dict = {}
+        self.note: str | None = None
+        self._asked, self._lock = False, threading.Lock()
+
+    def __call__(self, images: np.ndarray) -> dict:
+        """uint8 [P * S, H, W, 3], prompt-major -> {"diversity": float, "distance": {"total", "layout", "texture"}}."""
+        found: dict = {"diversity": diversity(images, self.config.evaluate.samples)}
+        size = (self.config.data.size,) * 2
+        if images.shape[1:3] != size:
+            self.note = f"no distance to data: images are {images.shape[1]} x {images.shape[2]}, data.size is {size[0]}"
+            return found
+        with self._lock:  # calls may come from several threads, and the statistics are made once
+            if not self._asked:
+                self._learn(len(images))
+                self._asked = True
+        if self.reference is not None:
+            found["distance"] = self.reference.distance(images)
+        return found
+
+    def _learn(self, images: int) -> None:
+        d, real, count = self.config.data, _real(self.config), COUNT
+        if d.source == "faces":
+            count = min(COUNT, max(LEAST, COUNT * _QUICK // d.size**2))
+        try:
+            reference = Reference(_batches(islice(real, count)), self.spaces)
+            if reference.images < LEAST:
+                raise ValueError(f"data.urls hold {reference.images} readable images, {LEAST} are needed")
+        except Exception as error:  # a storage's own errors among them; an evaluation ends no run
+            self.note = f"no distance to data: {' '.join(str(error).split())}"
+            return
+        self.reference = reference
+        own = list(islice(real, images))
+        if len(own) < images:  # a level at another number would mislead
+            self.note = f"no distance of real images: data.urls hold {len(own)} beside the reference, not {images}"
+            return
+        self.data = {"images": images, "distance": reference.distance(np.stack(own))}
+        if d.source == "faces":
+            # Portraits go round the prompts: sample-major to prompt-major.
+            samples = self.config.evaluate.samples
+            rounds = np.stack(own).reshape(samples, images // samples, *own[0].shape)
+            self.data["diversity"] = diversity(rounds.swapaxes(0, 1).reshape(images, *own[0].shape), samples)
