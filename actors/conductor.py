@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Coroutine
 
 import numpy as np
 import ray
 
-from rlproxi.algorithms import grpo
+from rlproxi.algorithms import registry
+from rlproxi.algorithms.grpo import bytes_per_micro_batch
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config import Config
 from rlproxi.memory_errors import OUT_OF_MEMORY, is_out_of_memory
@@ -32,14 +33,14 @@ from .staleness import ByteBudget, StalenessPolicy
 
 @dataclass
 class Scored:
-    """A sampled and scored micro-batch, waiting for the learner."""
+    """A sampled and scored micro-batch, waiting for the learner; or, where the learner samples for itself, its prompts."""
 
     request: SampleRequest
     version: int
-    chain: ray.ObjectRef
-    rewards: np.ndarray  # [P, G] float32, NaN where a group could not be scored
-    parts: dict[str, np.ndarray]  # scorer -> [P, G]
-    seconds: dict[str, float]
+    chain: ray.ObjectRef | None = None
+    rewards: np.ndarray | None = None  # [P, G] float32, NaN where a group could not be scored
+    parts: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> [P, G]
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @ray.remote(num_cpus=0, max_concurrency=256)
@@ -52,9 +53,9 @@ class Conductor:
         self.scribe = scribe
         self.client: RewardClient | None = None
         self.evaluator: Evaluator | None = None
-        self.algorithm = grpo.build(config) if "rl" in config.run.stages else None
-        self.policy = StalenessPolicy(config.grpo.max_staleness)
-        self.budget = ByteBudget(config.grpo.max_bytes_in_flight)
+        self.algorithm = registry.build(config) if "rl" in config.run.stages else None
+        self.policy = StalenessPolicy(config.rl.max_staleness)
+        self.budget = ByteBudget(config.rl.max_bytes_in_flight)
         r = config.resources
         self.pool = RolloutPool([RolloutActor.options(num_cpus=r.rollout_cpus, num_gpus=r.rollout_gpus)
                                  .remote(config, model_folder) for _ in range(r.rollout_actors)], store, scribe)
@@ -117,7 +118,7 @@ class Conductor:
             return self.answers[iteration]
 
     def _complete(self, iteration: int) -> bool:
-        return len(self.ready.get(iteration, {})) == self.config.grpo.micro_batches
+        return len(self.ready.get(iteration, {})) == self.config.rl.micro_batches
 
     def _has_answer(self, iteration: int) -> bool:
         ended = self.end is not None and iteration >= self.end
@@ -127,7 +128,9 @@ class Conductor:
         """What every rank is told of ``iteration``. What was complete when the run was stopped is still trained on."""
         if not self._complete(iteration):
             return {} if self.stopped is None else None
-        entries = [self.ready[iteration][j] for j in range(self.config.grpo.micro_batches)]
+        entries = [self.ready[iteration][j] for j in range(self.config.rl.micro_batches)]
+        if not self.algorithm.needs_rollouts:
+            return {"requests": [e.request for e in entries], "rewards": None}
         for entry in entries:
             if not self.policy.may_train(iteration, entry.version):
                 raise RuntimeError(f"iteration {iteration} was given a group of version {entry.version}")
@@ -148,24 +151,25 @@ class Conductor:
         now = time.time()
         record = {
             "stage": "rl", "step": iteration + 1, **metrics,
-            **{f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries]))
-               for name in entries[0].parts},
-            "staleness/mean": float(np.mean([iteration - e.version for e in entries])),
-            "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
-            "seconds/reward": sum(e.seconds["reward"] for e in entries),
+            **(self._told_of_rollouts(iteration, entries) if self.algorithm.needs_rollouts else {}),
             "seconds/step": now - self.last_commit,
             "images_per_second": sum(e.request.images for e in entries) / (now - self.last_commit),
-            "bytes_in_flight": self.budget.used,
         }
         self.last_commit = now
         self.scribe.append.remote("metrics", record)
-        self.budget.give_back(len(entries) * grpo.bytes_per_micro_batch(self.config))
+        self.budget.give_back(len(entries) * bytes_per_micro_batch(self.config))
         async with self.changed:
             self.version = iteration + 1
             self.changed.notify_all()
         if iteration == self.begun:
             # By now they have measured their micro-batch.
             await self._tell_provenance([r for r in self.config.rewards.train if r.tune_micro_batch])
+
+    def _told_of_rollouts(self, iteration: int, entries: list[Scored]) -> dict[str, float]:
+        rewards = {f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries])) for name in entries[0].parts}
+        return {**rewards, "staleness/mean": float(np.mean([iteration - e.version for e in entries])),
+                "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
+                "seconds/reward": sum(e.seconds["reward"] for e in entries), "bytes_in_flight": self.budget.used}
 
     async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
         """See ``Evaluator.evaluate``."""
@@ -214,8 +218,8 @@ class Conductor:
     async def _dispatch(self, start: int) -> None:
         every = self.config.evaluate.every
         # An iteration is admitted whole: the learner gives bytes back only when it has all of it.
-        size = self.config.grpo.micro_batches * grpo.bytes_per_micro_batch(self.config)
-        for iteration in range(start, self.config.grpo.steps):
+        size = self.config.rl.micro_batches * bytes_per_micro_batch(self.config)
+        for iteration in range(start, self.algorithm.steps):
             if not await self._until(lambda: self.policy.may_dispatch(iteration, self.version)):
                 return
             if every and iteration % every == 0 and iteration > 0:
@@ -225,8 +229,11 @@ class Conductor:
             if not await self._until(lambda: self.budget.admits(size)):
                 return
             self.budget.take(size)
-            for j, request in enumerate(grpo.requests(self.config, self.algorithm, iteration)):
-                self._start(self._produce(iteration, j, request, self.version))
+            for j, request in enumerate(self.algorithm.requests(iteration)):
+                if self.algorithm.needs_rollouts:
+                    self._start(self._produce(iteration, j, request, self.version))
+                else:
+                    await self._hand_over(iteration, j, Scored(request, self.version))
 
     async def _finish(self, end: int) -> None:
         """RL ends before iteration ``end``; what was dispatched earlier is still trained on."""
@@ -241,8 +248,10 @@ class Conductor:
         images, chain, seconds = await self.pool.sample(request, version)
         sampled = time.time()
         rewards, parts = await self._score(images, request)
-        scored = Scored(request, version, chain, rewards, parts,
-                        {"rollout": seconds, "reward": time.time() - sampled})
+        await self._hand_over(iteration, j, Scored(request, version, chain, rewards, parts,
+                                                   {"rollout": seconds, "reward": time.time() - sampled}))
+
+    async def _hand_over(self, iteration: int, j: int, scored: Scored) -> None:
         async with self.changed:
             if self.stopped is None:  # an iteration that a stop left incomplete stays so
                 self.ready.setdefault(iteration, {})[j] = scored

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlproxi.algorithms.anchor import AnchoredAdamW
 from rlproxi.models.loading import trainable
 from rlproxi.models.precision import autocast
 
@@ -53,11 +54,12 @@ class Engine:
         micro_batch_size: samples of one forward on one rank (bookkeeping for DeepSpeed).
         accumulation: how many losses one update is made of, on each rank.
         dtype: the arithmetic of the forward; bfloat16 by autocast.
+        anchor: weight of the squared distance to the first weights, see ``AnchoredAdamW``.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, stage: int, micro_batch_size: int,
                  accumulation: int, lr: float, betas: tuple[float, float], weight_decay: float, grad_clip: float,
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype = torch.float32, anchor: float = 0.0):
         _quiet_deepspeed(device)
         import deepspeed
 
@@ -65,7 +67,7 @@ class Engine:
         self.stage = stage
         self.accumulation = accumulation
         weights = list(trainable(module).values())
-        optimizer = torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        optimizer = AnchoredAdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, anchor=anchor)
         _autocast_inside(module, dtype, device)
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,

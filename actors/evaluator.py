@@ -13,6 +13,7 @@ from rlproxi.algorithms.requests import SampleRequest, split_request
 from rlproxi.config import Config
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
+from rlproxi.evaluation.reference import Comparison
 from rlproxi.rewards import RewardError
 
 from .reward_service import RewardClient
@@ -35,6 +36,7 @@ class Evaluator:
         self.sample, self.save = sample, save
         self.scorers = [r.name for r in [*config.rewards.train, *config.rewards.heldout]]
         self.judges = [r.name for r in config.rewards.heldout]
+        self.compare, self.told = Comparison(config), None
         self.guard = self._new_guard()
 
     def _new_guard(self) -> OverOptimisation:
@@ -53,13 +55,15 @@ class Evaluator:
                                   num_steps=count, guidance_scale=guidance_scale)
             images = await self._images(whole, version)
             scores, details = await self._judge(images, prompts)
-            entry = heldout.summarise(scores, details, self.judges, samples)
+            entry = heldout.summarise(scores, details, self.judges, samples, await self._look(images))
             result["by_steps"][str(count)] = entry
             pictures[count] = images
             judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
             correct[count] = details[self.judges[0]] if self.judges else {}
             self.scribe.append.remote("evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count,
                                                      **entry})
+        if self.compare.data:
+            result["data"] = self.compare.data
         # The best model first: an evaluation that can be read has been acted on.
         await self._watch(result)
         heldout.write(self.run_dir, tag, result, pictures, judged, correct)
@@ -67,7 +71,7 @@ class Evaluator:
 
     async def _images(self, whole: SampleRequest, version: int) -> np.ndarray:
         """uint8 [P * S, H, W, 3], made in micro-batches of about the training's size."""
-        g = self.config.grpo
+        g = self.config.rl
         groups = max(1, g.groups_per_micro_batch * g.group_size // whole.group_size)
         pieces = await asyncio.gather(*(self.sample(request, version) for request in split_request(whole, groups)))
         return np.concatenate([piece[0] for piece in pieces])
@@ -99,6 +103,14 @@ class Evaluator:
             return await self.client.details(name, images, prompt)
         except RewardError:
             return {}  # the same prompt's missing score was told of already
+
+    async def _look(self, images: np.ndarray) -> dict:
+        """Diversity and distance to data; what is missing of them is told once."""
+        seen = await asyncio.to_thread(self.compare, images)
+        if self.compare.note != self.told:
+            self.told = self.compare.note
+            self.scribe.append.remote("note", {"message": f"evaluation: {self.told}"})
+        return seen
 
     async def _watch(self, result: dict) -> None:
         """Shows an evaluation to a guard that knows the earlier ones; passes its alarm on and keeps the best model."""

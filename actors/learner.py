@@ -1,21 +1,26 @@
-"""The GRPO learner: Ray Train around DeepSpeed around rlproxi.algorithms.grpo."""
+"""The learner: Ray Train around DeepSpeed around whatever algorithm the config names."""
 
 from __future__ import annotations
 
 import copy
 import time
+from pathlib import Path
 
 import numpy as np
 import ray
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from rlproxi.algorithms import grpo
-from rlproxi.algorithms.requests import SampleRequest
+from rlproxi.algorithms import registry
+from rlproxi.algorithms.base import Batch, Parts
+from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.rollout import flatten
+from rlproxi.models.loading import load_autoencoder
 from rlproxi.models.lora import without_adapters
-from rlproxi.models.pipeline import operator
 from rlproxi.models.precision import autocast
+from rlproxi.rewards.gradients import RewardGradients
 
 from .engine import Engine
 from .rank import Rank
@@ -23,105 +28,123 @@ from .training import LearnerSetup
 
 
 class Learner(Rank):
-    """One rank."""
+    """One rank of the stage rl. Asks the conductor for batches, and hands on the weights that come of them."""
 
     def __init__(self, setup: LearnerSetup):
         config = setup.config
         super().__init__(config, setup.run_dir, setup.model_folder, "rl", setup.scribe)
         self.conductor, self.store = setup.conductor, setup.store
-        self.algorithm = grpo.build(config)
+        self.algorithm = registry.build(config)
+        self.checkpoint_every = config.rl.checkpoint_every
+        self.checked = False
         denoiser = self.load_denoiser()
-        g = config.grpo
-        guidance = config.sampler.guidance_scale
-        copied = None
-        if g.kl_coef and not config.model.lora:
-            copied = copy.deepcopy(denoiser).requires_grad_(False)
-        window = g.trained_steps or len(self.algorithm.actions)
-        self.engine = Engine(
-            denoiser, self.device, config.learner.zero_stage, g.groups_per_micro_batch * g.group_size,
-            accumulation=g.micro_batches // g.updates_per_step // self.world * window,
-            lr=g.lr, betas=g.betas, weight_decay=g.weight_decay, grad_clip=g.grad_clip, dtype=self.dtype)
-        self.prox = operator(self.engine.module, self.encoder, guidance)
-        self.reference = None
-        if g.kl_coef:
-            self.reference = operator(copied, self.encoder, guidance) if copied else without_adapters(self.prox, denoiser)
+        networks = self.algorithm.networks(denoiser)
+        copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None
+        self.ema = EMA(denoiser, config.rl.ema) if config.rl.ema else None
+        self.engines = {name: self._engine(network, count) for (name, network), count in
+                        zip(networks.items(), self.algorithm.losses_per_update(self.world).values(), strict=True)}
+        wrapped = {name: engine.module for name, engine in self.engines.items()}
+        reference = None
+        if self.algorithm.needs_reference:
+            # Without the engine, whose hooks would take a gradient to the input for a backward of its own.
+            reference = copied or without_adapters(denoiser, denoiser)
+        self.algorithm.connect(Parts(wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape,
+                                     self.device))
 
-    def run(self) -> None:
-        """From the last checkpoint (or the start) to the last iteration."""
-        start = self.restore()
+    def _engine(self, network: nn.Module, losses: int) -> Engine:
+        s = self.config.rl
+        return Engine(network, self.device, self.config.learner.zero_stage, s.groups_per_micro_batch * s.group_size, losses,
+                      lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, grad_clip=s.grad_clip, dtype=self.dtype,
+                      anchor=s.anchor)
+
+    def _copies_reference(self) -> bool:
+        return self.algorithm.needs_reference and not self.config.model.lora
+
+    def _gradients(self) -> RewardGradients | None:
+        if not self.algorithm.needs_gradients:
+            return None
+        vae = load_autoencoder(self.origin)
+        return RewardGradients.build(self.config.rewards.train, vae and vae.to(self.device),
+                                     self.algorithm.normalize_gradients, self.device)
+
+    # -- the loop's ends (see Rank.run) ----------------------------------------------------
+
+    def begin(self, start: int) -> None:
         self._publish(start)
         if self.rank == 0:
             ray.get(self.conductor.begin.remote(start))
         dist.barrier()
-        g = self.config.grpo
-        for iteration in range(start, g.steps):
-            batch = ray.get(self.conductor.next_batch.remote(iteration))
-            if batch is None:
-                return
-            if not batch:
-                break  # finished before its time
-            try:
-                metrics = self._iterate(iteration, batch, check=iteration == start)
-            except (grpo.FirstRatioError, FloatingPointError) as error:
-                # Would happen again after a restart: tell the user instead.
-                ray.get(self.conductor.stop.remote(str(error)))
-                return
-            begun = time.time()
-            metrics["bytes/weights"] = self._publish(iteration + 1)
-            metrics["seconds/sync"] = time.time() - begun
-            if (iteration + 1) % g.checkpoint_every == 0 or iteration + 1 == g.steps:
-                self.checkpoint(iteration + 1)
-            if self.rank == 0:
-                ray.get(self.conductor.commit.remote(iteration, metrics))
-        self._save_final()
 
-    def _iterate(self, iteration: int, batch: dict, check: bool) -> dict[str, float]:
-        g = self.config.grpo
-        begun = time.time()
-        window = self.algorithm.window(iteration)
-        advantages = grpo.advantages(batch["rewards"], g.advantage_std)
-        metrics: dict[str, list[float]] = {}
-        for update in range(g.updates_per_step):
-            mine = grpo.share(len(batch["requests"]), g.updates_per_step, self.world, update, self.rank)
-            micro = [self._micro_batch(batch, j, advantages) for j in mine]
-            if check and update == 0:
-                self._check_first_ratio(iteration, micro, window)
-            with autocast(self.dtype, self.device):
-                losses = self.algorithm.losses(self.prox, self.reference, micro, window)
-                done = self.engine.update(losses, self.algorithm.lr(iteration))
-            for key, value in done.items():
-                metrics.setdefault(key, []).append(value)
-        result = {key: float(max(values) if "max" in key else np.mean(values)) for key, values in metrics.items()}
-        return {**result, **advantages.stats, "seconds/train": time.time() - begun}
+    def next_batch(self, iteration: int) -> Batch | None:
+        """None: RL ends here. Every rank gets the same answer."""
+        found = ray.get(self.conductor.next_batch.remote(iteration))
+        if found is None:
+            self.stopped = True  # the run was stopped: nothing is saved as its result
+            return None
+        if not found:
+            return None  # finished before its time
+        batch = Batch(iteration, found["requests"], self.rank, self.world, found["rewards"],
+                      lambda j: self._chain(found["chains"][j]))
+        return batch if self._accepted(batch) else None
 
-    def _micro_batch(self, batch: dict, j: int, advantages: grpo.Advantages) -> grpo.MicroBatch:
-        request: SampleRequest = batch["requests"][j]
-        chain = ray.get(batch["chains"][j])
-        groups = len(request.prompts)
-        rows = slice(j * groups, (j + 1) * groups)
-        tensor = lambda x: torch.from_numpy(np.array(x)).to(self.device)  # noqa: E731  (arrays arrive read-only)
-        return grpo.MicroBatch(
-            tensor(chain["z"]), tensor(chain["z_next"]), tensor(chain["prox"]),
-            tensor(advantages.values[rows].reshape(-1)), tensor(advantages.weight[rows].reshape(-1)),
-            self.encoder.groups(request.prompts, request.group_size))
-
-    def _check_first_ratio(self, iteration: int, micro: list[grpo.MicroBatch], window) -> None:
-        """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
+    def _accepted(self, batch: Batch) -> bool:
+        """Whether the algorithm, before this process's first update, finds the batch as it should be."""
+        if self.checked:
+            return True
         with torch.no_grad(), autocast(self.dtype, self.device):
-            worst = max(metrics["ratio/max_deviation"]
-                        for _, metrics in self.algorithm.losses(self.prox, None, micro, window))
-        worst = torch.tensor(worst, device=self.device)
+            found = {name: self._largest(value) for name, value in self.algorithm.check(batch).items()}
+        if found:
+            self.log(batch.iteration, found)
+        self.checked = True
+        return self.or_stop(lambda: self.algorithm.accept(found))
+
+    def _largest(self, value: float) -> float:
+        worst = torch.tensor(value, device=self.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
-        self.log(iteration, {"ratio/first_max_deviation": float(worst)})
-        self.algorithm.check_first_ratio(float(worst))
+        return float(worst)
+
+    def _chain(self, reference: ray.ObjectRef) -> dict[str, Tensor]:
+        # Copied, because arrays arrive read-only.
+        return {key: torch.from_numpy(np.array(value)).to(self.device) for key, value in ray.get(reference).items()}
+
+    def stop(self, error: Exception) -> None:
+        ray.get(self.conductor.stop.remote(str(error)))
+
+    def updated(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
+        """After the updates of an iteration: averages, and hands on what the rollout actors will need."""
+        begun = time.time()
+        if self.ema is not None:
+            with self.engine.gathered() as weights:
+                self.ema.update(weights)
+        metrics.update(self.algorithm.metrics(batch))
+        if self.algorithm.needs_rollouts or self._evaluation_follows(iteration + 1):
+            metrics["bytes/weights"] = self._publish(iteration + 1)
+        metrics["seconds/sync"] = time.time() - begun
+
+    def _evaluation_follows(self, version: int) -> bool:
+        every = self.config.evaluate.every
+        return bool(every) and version % every == 0
+
+    def done(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
+        if self.rank == 0:
+            ray.get(self.conductor.commit.remote(iteration, metrics))
+
+    def finish(self) -> None:
+        with self.engine.gathered() as weights:
+            if self.rank == 0:
+                self.save_model("final", self.ema.values if self.ema is not None else weights)
 
     def _publish(self, version: int) -> int:
-        """Hands on what is trained; returns its bytes (0 on every rank but the first, which sends them)."""
+        """Hands on what is trained, averaged where there is an average; returns its bytes (0 on every rank but the first,
+        which sends them)."""
         with self.engine.gathered() as weights:
-            flat = flatten(weights) if self.rank == 0 else None
+            flat = flatten(self.ema.values if self.ema is not None else weights) if self.rank == 0 else None
         return 0 if flat is None else ray.get(self.store.publish.remote(version, flat))
 
-    def _save_final(self) -> None:
-        with self.engine.gathered() as weights:
-            if self.rank == 0:
-                self.save_model("final", weights)
+    def save_own(self, folder: Path) -> None:
+        if self.ema is not None:
+            save_file(self.ema.state_dict(), folder / "ema.safetensors")
+
+    def load_own(self, folder: Path) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(folder / "ema.safetensors"))

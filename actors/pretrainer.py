@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from rlproxi.algorithms.pretrain import EMA, Matching, conditioning, drop_captions
+from rlproxi.algorithms.ema import EMA
+from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, drop_captions
 from rlproxi.models.autoencoder import latent_facts
 from rlproxi.models.loading import load_autoencoder
-from rlproxi.models.precision import autocast
 from rlproxi.proximal.matching import TimeTable
 
 from .engine import Engine
@@ -43,49 +44,42 @@ class Pretrainer(Rank):
         share = p.batch_size // self.world
         micro = p.micro_batch_size or share
         self.ema = EMA(denoiser, p.ema)
-        self.engine = Engine(denoiser, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
-                             (0.9, 0.99), 0.0, p.grad_clip, self.dtype)
+        self.engines = {"policy": Engine(denoiser, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
+                                         (0.9, 0.99), 0.0, p.grad_clip, self.dtype)}
+        self.checkpoint_every = p.checkpoint_every
+        self.since, self.window = time.time(), []
 
-    def run(self) -> None:
-        """From the last checkpoint (or the start) to the last step."""
-        p = self.config.pretrain
-        start = self.restore()
+    def begin(self, start: int) -> None:
         if self.rank == 0:
             self.scribe.append.remote("resume", {"stage": self.stage, "step": start})
-        data = batches(ray.train.get_dataset_shard(f"rank{self.rank}"), p.batch_size // self.world)
-        since, images, window = time.time(), 0, []
-        for step, batch in zip(range(start, p.steps), self._skip(data, start)):
-            window.append(self._step(step, batch))
-            images += p.batch_size
-            if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
-                means = {key: float(np.mean([m[key] for m in window])) for key in window[0]}
-                self.log(step + 1, {**means, "images_per_second": images / (time.time() - since)})
-                since, images, window = time.time(), 0, []
-            if (step + 1) % p.checkpoint_every == 0 or step + 1 == p.steps:
-                self.checkpoint(step + 1)
+        data = batches(ray.train.get_dataset_shard(f"rank{self.rank}"), self.config.pretrain.batch_size // self.world)
+        # The dataset begins at the step that the driver knew of; a restart within the job may be further on.
+        self.data = islice(data, start - self.data_start, None)
+
+    def next_batch(self, step: int) -> MatchingBatch | None:
+        found = next(self.data, None)
+        if found is None:
+            return None
+        config, x0 = self.config, self._samples(found)
+        captions = drop_captions(list(found["caption"]), config.data.caption_dropout, config.run.seed, step, self.rank)
+        pixels = tuple(side * self.factor for side in x0.shape[-2:])
+        return MatchingBatch(step, x0, conditioning(self.encoder, found, captions, pixels, self.device), self.rank,
+                             self.engine.module)
+
+    def updated(self, step: int, batch: MatchingBatch, metrics: dict[str, float]) -> None:
+        with self.engine.gathered() as weights:
+            self.ema.update(weights)
+        p = self.config.pretrain
+        self.window.append(metrics)
+        if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
+            means = {key: float(np.mean([m[key] for m in self.window])) for key in metrics if key != "seconds/train"}
+            self.log(step + 1, {**means, "images_per_second": len(self.window) * p.batch_size / (time.time() - self.since)})
+            self.since, self.window = time.time(), []
+
+    def finish(self) -> None:
         if self.rank == 0:
             self.save_model("pretrained", self.ema.values)
         dist.barrier()
-
-    def _skip(self, data, start: int):
-        """The dataset begins at the step that the driver knew of; a restart within the job may be further on."""
-        ahead = start - self.data_start
-        for index, batch in enumerate(data):
-            if index >= ahead:
-                yield batch
-
-    def _step(self, step: int, batch: dict) -> dict[str, float]:
-        config = self.config
-        x0 = self._samples(batch)
-        captions = drop_captions(list(batch["caption"]), config.data.caption_dropout, config.run.seed, step, self.rank)
-        pixels = tuple(side * self.factor for side in x0.shape[-2:])
-        text = conditioning(self.encoder, batch, captions, pixels, self.device)
-        with autocast(self.dtype, self.device):
-            losses = self.algorithm.losses(self.engine.module, x0, text, step, self.rank)
-            metrics = self.engine.update(losses, self.algorithm.lr(step))
-        with self.engine.gathered() as weights:
-            self.ema.update(weights)
-        return metrics
 
     def _samples(self, batch: dict) -> torch.Tensor:
         """x_0 [B, C, H, W] float32: latents, or pixels in [-1, 1]."""

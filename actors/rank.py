@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlproxi.algorithms.base import AlgorithmStopped
 from rlproxi.config import Config
 from rlproxi.models.loading import find_model, load_autoencoder, load_encoder, trainable, training_form
 from rlproxi.models.pipeline import TextToImage
-from rlproxi.models.precision import compute_dtype
+from rlproxi.models.precision import autocast, compute_dtype
 
 from . import checkpoints
 from .engine import Engine
 
 
 class Rank:
-    """One process of a Ray Train group: its place, its arithmetic, its checkpoints.
+    """One process of a Ray Train group: its place, its arithmetic, its loop, its checkpoints.
 
-    A subclass sets ``engine`` and, where its algorithm has a state beside the engine's, overrides
-    ``save_own`` and ``load_own``.
+    A subclass says where batches come from and who is told of them, and sets ``algorithm`` (``steps``, and ``updates`` of a
+    batch), ``engines`` (one for each network that is trained, the first the one that is saved) and ``checkpoint_every``.
+    Where it has a state beside the engines', it overrides ``save_own`` and ``load_own``.
     """
 
-    engine: Engine
+    algorithm: Any
+    engines: dict[str, Engine]
+    checkpoint_every: int
+    stopped = False
 
     def __init__(self, config: Config, run_dir: str, model_folder: str, stage: str, scribe: Any):
         import ray.train
@@ -47,6 +54,80 @@ class Rank:
         if self.rank == 0:
             self.scribe.append.remote("metrics", {"stage": self.stage, "step": step, **metrics})
 
+    @property
+    def engine(self) -> Engine:
+        """That of the network that is evaluated and saved."""
+        return next(iter(self.engines.values()))
+
+    def close(self) -> None:
+        """Frees the engines; the object is of no use afterwards."""
+        for engine in self.engines.values():
+            engine.close()
+
+    # -- the one training loop --------------------------------------------------------------
+
+    def run(self) -> None:
+        """From the last checkpoint (or the start) to the last step."""
+        start = self.restore()
+        self.begin(start)
+        for step in range(start, self.algorithm.steps):
+            batch = self.next_batch(step)
+            if batch is None:
+                break
+            metrics: dict[str, float] = {}
+            if not self.or_stop(lambda: metrics.update(self._update(batch))):
+                break
+            self.updated(step, batch, metrics)
+            if (step + 1) % self.checkpoint_every == 0 or step + 1 == self.algorithm.steps:
+                self.checkpoint(step + 1)
+            self.done(step, batch, metrics)
+        if not self.stopped:
+            self.finish()
+
+    def _update(self, batch: Any) -> dict[str, float]:
+        """The batch's updates, one after another; the mean of each metric over them (the maximum where its name says max).
+        Those of the first network have their plain names, the others' the network's before it."""
+        begun = time.time()
+        first = next(iter(self.engines))
+        seen: dict[str, list[float]] = {}
+        for update in self.algorithm.updates(batch):
+            with autocast(self.dtype, self.device):
+                done = self.engines[update.network].update(update.losses, update.lr)
+            for key, value in done.items():
+                seen.setdefault(key if update.network == first else f"{update.network}/{key}", []).append(value)
+        means = {key: float(max(values) if "max" in key else np.mean(values)) for key, values in seen.items()}
+        return {**means, "seconds/train": time.time() - begun}
+
+    def or_stop(self, work: Callable[[], None]) -> bool:
+        """Does ``work``; False where it ended in what would happen again after a restart: the user is told instead."""
+        try:
+            work()
+            return True
+        except (AlgorithmStopped, FloatingPointError) as error:
+            self.stopped = True
+            self.stop(error)
+            return False
+
+    def begin(self, start: int) -> None:
+        """Before the first step, which is ``start``."""
+
+    def next_batch(self, step: int) -> Any | None:
+        """What ``algorithm.updates`` takes; None ends training."""
+        raise NotImplementedError
+
+    def stop(self, error: Exception) -> None:
+        """Tells the user that training cannot go on."""
+        raise error
+
+    def updated(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
+        """After the updates and before the checkpoint; may add to the metrics."""
+
+    def done(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
+        """After the checkpoint, if one was due."""
+
+    def finish(self) -> None:
+        """After the last step."""
+
     # -- checkpoints: collectives, called by every rank -------------------------------------
 
     def save_own(self, folder: Path) -> None:
@@ -60,7 +141,8 @@ class Rank:
         root = checkpoints.root(self.run_dir, self.stage)
         scratch = checkpoints.begin(root, step) if self.rank == 0 else checkpoints.scratch(root, step)
         dist.barrier()
-        self.engine.save(scratch)
+        for name, engine in self.engines.items():
+            engine.save(scratch / name)
         if self.rank == 0:
             self.save_own(scratch)
         dist.barrier()
@@ -74,7 +156,8 @@ class Rank:
         if found is None:
             return 0
         folder, facts = found
-        self.engine.load(folder)
+        for name, engine in self.engines.items():
+            engine.load(folder / name)
         self.load_own(folder)
         return facts["step"]
 

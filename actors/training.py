@@ -96,7 +96,7 @@ def _run(kind: type, setup: Any) -> None:
         if is_out_of_memory(error):
             ray.get(setup.scribe.stop.remote(f"{kind.__name__.lower()}: out of memory ({first_line(error)})", OUT_OF_MEMORY))
         raise
-    rank.engine.close()
+    rank.close()
 
 
 def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, run_dir: str, name: str,

@@ -19,8 +19,9 @@ from pydantic import ValidationError, model_validator
 
 from .data.curation.settings import Curate
 from .proximal.samplers import plan
-from .schema import (GRPO, ConfigError, Data, Evaluate, Learner, Model, Prepare, Pretrain, Resources, Rewards, Run, Sampler,
-                     Schedule, Section)
+from .schema import (ALGORITHMS, DIDR, GRPO, R0, ConfigError, Custom, Data, Evaluate, Learner, Model, Prepare, Pretrain,
+                     Resources, Rewards, Run, Sampler, Schedule, Section, Training)
+
 
 class Config(Section):
     """The whole run."""
@@ -35,6 +36,9 @@ class Config(Section):
     prepare: Prepare = Prepare()
     pretrain: Pretrain = Pretrain()
     grpo: GRPO = GRPO()
+    r0: R0 = R0()
+    didr: DIDR = DIDR()
+    custom: Custom = Custom()
     learner: Learner = Learner()
     resources: Resources = Resources()
     evaluate: Evaluate = Evaluate()
@@ -42,38 +46,23 @@ class Config(Section):
     @model_validator(mode="after")
     def _across(self) -> "Config":
         schedule, s = self.schedule.build(), self.sampler
-        if "rl" in self.run.stages:
-            if s.name == "ode":
-                raise ValueError("sampler.name is 'ode', which draws no noise and so has no policy to train; "
-                                 "use hybrid or backward, or leave 'rl' out of run.stages")
-            if s.num_inference_steps < 2:
-                raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions, so RL needs at least 2")
         plan(schedule, s.name, s.num_inference_steps, s.start_time, s.grid)
-        for key, counts in (("pretrain.candidates", self.pretrain.candidates), ("evaluate.steps", self.evaluate.steps)):
-            for n in counts:
+        candidates = [(f"{name}.{key}", getattr(getattr(self, name), key)) for name, key in
+                      (("r0", "guidance_candidates"), ("didr", "candidates"))]
+        for key, counts in (("pretrain.candidates", self.pretrain.candidates), ("evaluate.steps", self.evaluate.steps),
+                            *candidates):
+            for n in counts or ():
                 try:
                     plan(schedule, s.name, n, s.start_time, s.grid)
                 except ValueError as error:
                     raise ValueError(f"{key}: {error}") from None
-        g, workers = self.grpo, self.resources.learner_workers
-        if g.groups_per_micro_batch is None:
-            groups = groups_that_fit(g, workers, max(1, 32 // g.group_size)) or 1
-            g = self.grpo = g.model_copy(update={"groups_per_micro_batch": groups})
-        if g.prompts_per_step % g.groups_per_micro_batch:
-            raise ValueError(f"grpo.prompts_per_step {g.prompts_per_step} is not a multiple of groups_per_micro_batch "
-                             f"{g.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups")
-        if g.micro_batches % (workers * g.updates_per_step):
-            raise ValueError(
-                f"grpo: {g.micro_batches} micro-batches (prompts_per_step {g.prompts_per_step} / "
-                f"groups_per_micro_batch {g.groups_per_micro_batch}) cannot be shared by resources.learner_workers "
-                f"{workers} x grpo.updates_per_step {g.updates_per_step}: make prompts_per_step a multiple of "
-                f"{g.groups_per_micro_batch * workers * g.updates_per_step}")
-        if g.trained_steps and g.trained_steps > s.num_inference_steps - 1 and "rl" in self.run.stages:
-            raise ValueError(f"grpo.trained_steps is {g.trained_steps}, but num_inference_steps "
-                             f"{s.num_inference_steps} gives only {s.num_inference_steps - 1} actions; lower it or use null")
+        if "rl" in self.run.stages:
+            self._check_algorithm()
+        workers = self.resources.learner_workers
+        self._share_prompts(workers)
         share, left = divmod(self.pretrain.batch_size, workers)
         micro = self.pretrain.micro_batch_size or share
-        if left or share % micro:
+        if "pretrain" in self.run.stages and (left or share % micro):
             raise ValueError(f"pretrain.batch_size {self.pretrain.batch_size} is not a multiple of learner_workers "
                              f"{workers} x micro_batch_size {micro}: change one of them")
         m = self.model
@@ -84,6 +73,57 @@ class Config(Section):
                                  "(model.patch x 2^(levels - 1), and 8 for the classifier)")
         self._check_rewards()
         return self
+
+    @property
+    def section(self) -> str:
+        """The name of the section that holds the settings of the stage rl."""
+        return self.run.algorithm if self.run.algorithm in ALGORITHMS else "custom"
+
+    @property
+    def rl(self) -> Training:
+        """The settings of the stage rl: the section of ``run.algorithm``."""
+        return getattr(self, self.section)
+
+    def with_rl(self, **values: Any) -> "Config":
+        """The same run with other settings of the stage rl."""
+        return self.model_copy(update={self.section: self.rl.model_copy(update=values)})
+
+    def _check_algorithm(self) -> None:
+        s, g, steps = self.sampler, self.grpo, self.sampler.num_inference_steps
+        if self.run.algorithm == "grpo":
+            if s.name == "ode":
+                raise ValueError("sampler.name is 'ode', which draws no noise and so has no policy to train; "
+                                 "use hybrid or backward, or leave 'rl' out of run.stages")
+            if steps < 2:
+                raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2")
+            if g.trained_steps and g.trained_steps > steps - 1:
+                raise ValueError(f"grpo.trained_steps is {g.trained_steps}, but num_inference_steps {steps} gives only "
+                                 f"{steps - 1} actions; lower it or use null")
+        if self.run.algorithm == "didr" and steps != 1:
+            raise ValueError(f"sampler.num_inference_steps is {steps}, and didr trains a generator of one step: set it to 1")
+        if self.run.algorithm == "r0" and not self.r0.checkpoint_steps and not self.r0.plus and self.learner.zero_stage == 3:
+            raise ValueError("learner.zero_stage 3 gathers weights for one forward and backward at a time, and "
+                             "r0.checkpoint_steps=false has several forwards in one graph: set it to true, or use stage 2")
+        if self.run.algorithm == "didr" and self.didr.divergence == "score" and self.learner.zero_stage == 3:
+            raise ValueError("didr.divergence 'score' differentiates through the fake score's input, which learner.zero_stage 3 "
+                             "cannot: use stage 2")
+
+    def _share_prompts(self, workers: int) -> None:
+        """Fills in ``groups_per_micro_batch`` of the stage rl and sees that ranks and updates get equal shares."""
+        name, g = self.section, self.rl
+        if g.groups_per_micro_batch is None:
+            groups = groups_that_fit(g, workers, max(1, 32 // g.group_size)) or 1
+            g = g.model_copy(update={"groups_per_micro_batch": groups})
+            setattr(self, name, g)
+        if g.prompts_per_step % g.groups_per_micro_batch:
+            raise ValueError(f"{name}.prompts_per_step {g.prompts_per_step} is not a multiple of groups_per_micro_batch "
+                             f"{g.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups")
+        if g.micro_batches % (workers * g.updates_per_step):
+            raise ValueError(
+                f"{name}: {g.micro_batches} micro-batches (prompts_per_step {g.prompts_per_step} / "
+                f"groups_per_micro_batch {g.groups_per_micro_batch}) cannot be shared by resources.learner_workers "
+                f"{workers} x {name}.updates_per_step {g.updates_per_step}: make prompts_per_step a multiple of "
+                f"{g.groups_per_micro_batch * workers * g.updates_per_step}")
 
     def _check_rewards(self) -> None:
         train, heldout = self.rewards.train, self.rewards.heldout
@@ -101,11 +141,11 @@ class Config(Section):
                 raise ValueError(f"rewards: {r.name} has max_replicas {r.max_replicas} below its {low} replicas; raise it")
 
 
-def groups_that_fit(grpo: GRPO, workers: int, most: int) -> int | None:
+def groups_that_fit(settings: Training, workers: int, most: int) -> int | None:
     """The largest number of groups in a micro-batch, up to ``most``, that leaves every rank and update an equal share."""
-    for groups in range(min(most, grpo.prompts_per_step), 0, -1):
-        count, left = divmod(grpo.prompts_per_step, groups)
-        if left == 0 and count % (workers * grpo.updates_per_step) == 0:
+    for groups in range(min(most, settings.prompts_per_step), 0, -1):
+        count, left = divmod(settings.prompts_per_step, groups)
+        if left == 0 and count % (workers * settings.updates_per_step) == 0:
             return groups
     return None
 
@@ -117,9 +157,8 @@ def smaller_micro_batch(config: Config, stage: str) -> Config | None:
     """
     workers = config.resources.learner_workers
     if stage == "rl":
-        groups = groups_that_fit(config.grpo, workers, config.grpo.groups_per_micro_batch // 2)
-        return groups and config.model_copy(update={
-            "grpo": config.grpo.model_copy(update={"groups_per_micro_batch": groups})})
+        groups = groups_that_fit(config.rl, workers, config.rl.groups_per_micro_batch // 2)
+        return groups and config.with_rl(groups_per_micro_batch=groups)
     p = config.pretrain
     share = p.batch_size // workers
     now = p.micro_batch_size or share
@@ -148,9 +187,9 @@ def _suggest(path: tuple) -> str:
     close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {'.'.join([*(str(p) for p in path[:-1]), close[0]])}?"
-    # Perhaps the key exists in another section.
-    homes = [f"{name}.{path[-1]}" for name, field in Config.model_fields.items()
-             if path[-1] in field.annotation.model_fields]
+    # Perhaps the key exists in another section; what all algorithms have is told of the default one.
+    homes = [f"{name}.{path[-1]}" for name, field in Config.model_fields.items() if path[-1] in field.annotation.model_fields
+             and (name == "grpo" or not issubclass(field.annotation, Training) or path[-1] not in GRPO.model_fields)]
     if homes:
         return f"did you mean {' or '.join(homes)}?"
     return f"known keys here: {', '.join(known)}"

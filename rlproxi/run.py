@@ -18,7 +18,7 @@ from typing import Callable
 from .config import Config, config_folder, dump_config, load_config, smaller_micro_batch
 from .schema import STAGES, ConfigError
 from .evaluation.heldout import write_json
-from .telemetry.runlog import read, series
+from .telemetry.runlog import last_step, read
 
 
 class RunStopped(RuntimeError):
@@ -223,7 +223,7 @@ class _Session:
         def learn() -> None:
             conductor, store = self._system(model)
             setup = LearnerSetup(self.config, str(self.run_dir), str(model), conductor, store, self.scribe)
-            self._watch(lambda: train(setup), [("rl", self.config.grpo.steps)], "reward/mean")
+            self._watch(lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean")
 
         self._with_less_memory("rl", learn)
 
@@ -242,7 +242,7 @@ class _Session:
                 smaller = smaller_micro_batch(self.given, stage)
                 if smaller is None:
                     raise RunStopped(f"{stop}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
-                                     "model.lora, a higher learner.zero_stage, or a smaller grpo.group_size") from None
+                                     "model.lora, a higher learner.zero_stage, or a smaller group_size") from None
                 told = f"{stop}: going on with {_micro_batch(smaller, stage)} (was {_micro_batch(self.given, stage)})"
                 self._take(smaller)
                 print(f"\n               {told}")
@@ -251,8 +251,8 @@ class _Session:
 
     def _after(self) -> None:
         final = self.run_dir / "models" / "final"
-        trained = series(read(self.run_dir), "rl", "reward/mean")[0]  # fewer than grpo.steps after an early end
-        self._evaluate("after", final if final.is_dir() else self._start_model(), int(max(trained, default=0)))
+        trained = last_step(read(self.run_dir), "rl") or 0  # fewer than the config's after an early end
+        self._evaluate("after", final if final.is_dir() else self._start_model(), trained)
 
     def _report(self) -> None:
         from .evaluation.report import write_report
@@ -280,7 +280,7 @@ class _Session:
 
         if self.conductor is None:
             # Rollout actors load the model while the rewards are deployed.
-            self.store = WeightStore.remote(keep=self.config.grpo.max_staleness + 2)
+            self.store = WeightStore.remote(keep=self.config.rl.max_staleness + 2)
             self.conductor = Conductor.remote(self.config, str(self.run_dir), str(model), self.scribe, self.store)
             try:
                 self.apps = self.apps or deploy(self.config.rewards, self.run_dir.name)
@@ -302,7 +302,8 @@ class _Session:
         for count, entry in result["by_steps"].items():
             told = ", ".join(f"{name} {x['mean']:.3f} ± {x['sem']:.3f}" if x["mean"] is not None else f"{name} no score"
                              for name, x in [*entry["heldout"].items(), *entry["train"].items()])
-            print(f"               {tag} RL, {count:>3} steps: {told}")
+            far = f", distance {entry['distance']['total']:.3f}" if "distance" in entry else ""
+            print(f"               {tag} RL, {count:>3} steps: {told}, diversity {entry['diversity']:.3f}{far}")
 
     # -- around them ----------------------------------------------------------------------
 
@@ -350,8 +351,9 @@ class _Session:
         if (self.run_dir / "report.html").is_file():
             print(f"\nreport         {self.run_dir / 'report.html'}")
         final = json.loads((self.run_dir / "summary.json").read_text()) if (self.run_dir / "summary.json").is_file() else {}
-        if final.get("heldout", {}).get("after") is not None:
-            print(f"held-out judge {final['heldout']['before']:.3f} -> {final['heldout']['after']:.3f}")
+        before, after = (final.get("heldout", {}).get(when) for when in ("before", "after"))
+        if after is not None:
+            print(f"held-out judge {'not evaluated' if before is None else f'{before:.3f}'} -> {after:.3f}")
         alarms = [r for r in read(self.run_dir) if r["event"] == "alarm"]
         if alarms:
             best = alarms[-1]["best"]
@@ -383,7 +385,7 @@ class _Session:
 def _micro_batch(config: Config, stage: str) -> str:
     """The key that bounds a forward's images, with its value."""
     if stage == "rl":
-        return f"grpo.groups_per_micro_batch={config.grpo.groups_per_micro_batch}"
+        return f"{config.section}.groups_per_micro_batch={config.rl.groups_per_micro_batch}"
     size = config.pretrain.micro_batch_size or config.pretrain.batch_size // config.resources.learner_workers
     return f"pretrain.micro_batch_size={size}"
 

@@ -44,3 +44,16 @@ def one_thread_for_what_a_module_shares():
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def process_group():
+    """A torch.distributed world of this process, one for all tests: DeepSpeed keeps what it knows of the first."""
+    import torch.distributed as dist
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+            patch.setenv(name, value)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()

@@ -1,12 +1,13 @@
-"""GRPO on the z-chain: a loss from tensors, nothing about where tensors come from.
+"""GRPO on the z-chain.
 
 L = -mean over samples and trained steps of min(rho A, clip(rho, 1 - eps_lo, 1 + eps_hi) A) + beta KL,
-with rho and KL from ``proximal.policy`` (ProxT2I, arXiv 2511.18742; the form of DeepSeekMath's GRPO).
+with rho and KL from ``proximal.policy`` (ProxT2I, arXiv 2511.18742; the form of DeepSeekMath's GRPO). The last step is
+deterministic and has no ratio; where the rewards are differentiable, ``last_step_weight`` sends their gradient through it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Iterator
 
 import numpy as np
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..schema import GRPO as Settings
-from ..data.prompts import training_prompts
 from ..models.loading import latent_space
+from ..models.pipeline import operator
 from ..models.text import TextStates
 from ..proximal import policy
 from ..proximal.operator import Prox
 from ..proximal.samplers import Step, plan
-from .requests import SampleRequest, split_request
+from ..rewards.gradients import mean_scores
+from ..schema import GRPO as Settings
+from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, share
+from .requests import SampleRequest
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class MicroBatch:
     """Whole groups, in the shape they were sampled in, at the K trained steps of this batch.
 
     z, z_next, prox [K, B, ...] float32: the prox's input, the next input (the action) and the
-    rollout's prox output; advantages, weight [B]; text has B rows.
+    rollout's prox output; z_last [B, ...]: the input of the last step, where its gradient is wanted. advantages, weight [B];
+    text and prompts have B rows.
     """
 
     z: Tensor
@@ -81,49 +85,98 @@ class MicroBatch:
     advantages: Tensor
     weight: Tensor
     text: TextStates
+    prompts: tuple[str, ...] = ()
+    z_last: Tensor | None = None
 
 
-class FirstRatioError(RuntimeError):
+class FirstRatioError(AlgorithmStopped):
     """Rollout and learner disagree before the first update."""
 
 
-class GRPO:
-    """The loss object of the learner.
+class GRPO(Algorithm):
+    """The loss object of the learner. ``plan``: the sampler's steps, k = N..1."""
 
-    Args:
-        settings: the ``grpo`` section.
-        steps: the sampler's plan (k = N..1).
-        seed: names the windows of trained steps.
-    """
+    settings: Settings
 
-    def __init__(self, settings: Settings, steps: list[Step], seed: int = 0):
-        self.settings = settings
-        self.actions = policy.actions(steps)
-        self.seed = seed
+    def __init__(self, config: Config):
+        super().__init__(config)
+        s = config.sampler
+        self.plan: list[Step] = plan(config.schedule.build(), s.name, s.num_inference_steps, s.start_time, s.grid)
+        self.actions = policy.actions(self.plan)
+        self.needs_reference = self.settings.kl_coef > 0
+        self.needs_gradients = self.settings.last_step_weight > 0
+        self.normalize_gradients = False  # the term is the reward itself, as large as it is
 
     def window(self, iteration: int) -> list[policy.Action]:
         """The actions trained in this iteration, drawn per batch (per sample would inflate the spread)."""
-        count = self.settings.trained_steps or len(self.actions)
         rng = np.random.default_rng((self.seed, 0x57EB, iteration))
-        return [self.actions[i] for i in sorted(rng.choice(len(self.actions), count, replace=False))]
+        return [self.actions[i] for i in sorted(rng.choice(len(self.actions), self.trained_steps, replace=False))]
 
-    def lr(self, iteration: int) -> float:
-        """Linear warm-up, constant, then linear decay to 5 %."""
-        s = self.settings
-        begin = s.decay_from * s.steps
-        through = max(0.0, (iteration - begin) / max(1.0, s.steps - begin))
-        return s.lr * min(1.0, (iteration + 1) / max(1, s.warmup_steps)) * (1 - 0.95 * min(1.0, through))
+    @property
+    def trained_steps(self) -> int:
+        """Actions in a window."""
+        return self.settings.trained_steps or len(self.actions)
+
+    def requests(self, iteration: int) -> list[SampleRequest]:
+        kept = tuple(action.index for action in self.window(iteration))
+        return [replace(request, window=kept, keep_last=self.needs_gradients) for request in super().requests(iteration)]
+
+    def losses_per_update(self, world: int) -> dict[str, int]:
+        return {"policy": self.micro_batches(world) * (self.trained_steps + self.needs_gradients)}
+
+    def connect(self, parts: Parts) -> None:
+        super().connect(parts)
+        guidance = self.config.sampler.guidance_scale
+        self.prox = operator(parts.networks["policy"], parts.encoder, guidance)
+        self.reference = parts.reference and operator(parts.reference, parts.encoder, guidance)
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        found = advantages(batch.rewards, self.settings.advantage_std)
+        for update in range(self.settings.updates_per_step):
+            micro = self._micro_batches(batch, update, found)
+            yield Update("policy", self.lr(batch.iteration),
+                         self.losses(self.prox, self.reference, micro, self.window(batch.iteration)))
+
+    def metrics(self, batch: Batch) -> dict[str, float]:
+        return advantages(batch.rewards, self.settings.advantage_std).stats
+
+    def _micro_batches(self, batch: Batch, update: int, found: Advantages) -> list[MicroBatch]:
+        mine = share(len(batch.requests), self.settings.updates_per_step, batch.world, update, batch.rank)
+        return [self._micro_batch(batch, j, found) for j in mine]
+
+    def _micro_batch(self, batch: Batch, j: int, found: Advantages) -> MicroBatch:
+        request, chain = batch.requests[j], batch.chain(j)
+        groups = len(request.prompts)
+        rows = slice(j * groups, (j + 1) * groups)
+        flat = lambda x: torch.from_numpy(x[rows].reshape(-1)).to(self.parts.device)  # noqa: E731
+        return MicroBatch(chain["z"], chain["z_next"], chain["prox"], flat(found.values), flat(found.weight),
+                          self.parts.encoder.groups(request.prompts, request.group_size), request.rows,
+                          chain.get("z_last"))
 
     def losses(self, prox: Prox, reference: Prox | None, batches: list[MicroBatch],
                window: list[policy.Action]) -> Iterator[tuple[Tensor, dict[str, float]]]:
-        """One loss for each (micro-batch, trained step), each for a backward of its own.
+        """One loss for each (micro-batch, trained step), and one for the last step where its gradient is wanted.
 
-        Their mean is the objective. ``prox`` carries gradients; ``reference`` is called without.
+        Their mean is the objective up to a constant. ``prox`` carries gradients; ``reference`` is called without.
         Lazy: the next forward runs only when the next loss is asked for.
         """
+        # The policy's losses count as their own mean, with the last step's beside it or without.
+        scale = (len(window) + 1) / len(window) if self.needs_gradients else 1.0
         for batch in batches:
             for position, action in enumerate(window):
-                yield self._loss(prox, reference, batch, position, action)
+                loss, metrics = self._loss(prox, reference, batch, position, action)
+                yield scale * loss, metrics
+            if self.needs_gradients:
+                yield self._last_loss(prox, batch, len(window) + 1)
+
+    def _last_loss(self, prox: Prox, batch: MicroBatch, scale: float):
+        """-eta r(prox(stop-grad z_1)) by its gradient, which is all that differs from the reward itself."""
+        step = self.plan[-1]
+        x = prox(batch.z_last, step.t, step.lam, batch.text)
+        found = self.parts.gradients(x, batch.prompts)
+        loss = -self.settings.last_step_weight * scale * (found.ascent * x).flatten(1).sum(1).mean()
+        mean = mean_scores(found.scores, self.parts.gradients.weights).get("reward/mean")
+        return loss, {} if mean is None else {"last_step/reward": mean}
 
     def _loss(self, prox, reference, batch: MicroBatch, position: int, action: policy.Action):
         s = self.settings
@@ -149,8 +202,16 @@ class GRPO:
         metrics["loss"] = loss.item()
         return loss, metrics
 
-    def check_first_ratio(self, deviation: float) -> None:
+    def check(self, batch: Batch) -> dict[str, float]:
+        """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
+        micro = self._micro_batches(batch, 0, advantages(batch.rewards, self.settings.advantage_std))
+        deviations = [self._loss(self.prox, None, one, position, action)[1]["ratio/max_deviation"]
+                      for one in micro for position, action in enumerate(self.window(batch.iteration))]
+        return {"ratio/first_max_deviation": max(deviations)}
+
+    def accept(self, found: dict[str, float]) -> None:
         """Raises FirstRatioError where max |rho - 1| before any update exceeds the tolerance."""
+        deviation = found["ratio/first_max_deviation"]
         if not deviation <= self.settings.first_ratio_tolerance:
             raise FirstRatioError(
                 f"before the first update the learner's ratio is off 1 by {deviation:.2e} "
@@ -160,37 +221,14 @@ class GRPO:
                 "to rule out rounding), and check that both loaded the same weights.")
 
 
-def build(config: Config) -> GRPO:
-    """The algorithm of a config, with its plan."""
-    s = config.sampler
-    steps = plan(config.schedule.build(), s.name, s.num_inference_steps, s.start_time, s.grid)
-    return GRPO(config.grpo, steps, config.run.seed)
-
-
-def requests(config: Config, algorithm: GRPO, iteration: int) -> list[SampleRequest]:
-    """What the rollout actors are asked for in one iteration: micro-batches of whole groups, in order."""
-    indices, prompts = training_prompts(config, iteration)
-    whole = SampleRequest("train", iteration, tuple(prompts), tuple(indices), config.grpo.group_size,
-                          tuple(action.index for action in algorithm.window(iteration)))
-    return split_request(whole, config.grpo.groups_per_micro_batch)
-
-
-def share(count: int, updates: int, world: int, update: int, rank: int) -> range:
-    """Which of ``count`` micro-batches a rank takes in one of the iteration's updates.
-
-    Each update's set of micro-batches is the same at every world size.
-    """
-    block, mine = count // updates, count // updates // world
-    start = update * block + rank * mine
-    return range(start, start + mine)
-
-
 def bytes_per_micro_batch(config: Config) -> int:
-    """Bytes of one micro-batch in flight: images and the chain of the trained steps.
+    """Bytes of one micro-batch in flight: images and the chain of the trained steps; 0 where nothing is sampled ahead.
 
     Raises FileNotFoundError or ValueError where ``model.init`` or ``model.encoders`` is no usable folder.
     """
+    if config.run.algorithm != "grpo":
+        return 0
     g = config.grpo
     channels, side = latent_space(config)
-    window = g.trained_steps or config.sampler.num_inference_steps - 1
-    return g.groups_per_micro_batch * g.group_size * (3 * config.data.size**2 + 4 * 3 * window * channels * side**2)
+    tensors = 3 * (g.trained_steps or config.sampler.num_inference_steps - 1) + (g.last_step_weight > 0)
+    return g.groups_per_micro_batch * g.group_size * (3 * config.data.size**2 + 4 * tensors * channels * side**2)

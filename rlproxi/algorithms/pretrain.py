@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterator, Mapping
 
@@ -17,12 +17,24 @@ from ..data import cache as cached
 from ..data import faces
 from ..models.text import TextEncoder, TextStates
 from ..models.autoencoder import Autoencoder
-from ..models.loading import build_denoiser, trainable
+from ..models.loading import build_denoiser
 from ..proximal.matching import TimeTable, corrupt, matching_loss
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
 from ..seeds import generator, rng
+from .base import Update
 from .prepare import collection
+
+
+@dataclass
+class MatchingBatch:
+    """One rank's share of a step: images x_0 [B, C, H, W] in [-1, 1] (or latents) with what the denoiser is told of them."""
+
+    step: int
+    images: Tensor
+    text: TextStates
+    rank: int
+    denoiser: Denoiser
 
 
 class Matching:
@@ -38,6 +50,16 @@ class Matching:
         self.seed = seed
         # Divided by its mean over the draws, so that the power moves the emphasis and not the learning rate.
         self.lam_scale = float((times.lam**settings.lam_power * times.probability).sum())
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.settings.steps
+
+    def updates(self, batch: MatchingBatch) -> Iterator[Update]:
+        """The step's one update."""
+        yield Update("policy", self.lr(batch.step),
+                     self.losses(batch.denoiser, batch.images, batch.text, batch.step, batch.rank))
 
     def zeta(self, step: int) -> float | None:
         """None in the L1 phase, then the zetas in equally long phases."""
@@ -122,27 +144,3 @@ def conditioning(encoder: TextEncoder, batch: Mapping[str, np.ndarray], captions
         told = torch.from_numpy(np.array(batch["size"])).to(device).float()
         text = replace(text, time_ids=torch.cat([told, told.new_tensor([pixels]).expand(len(told), -1)], 1))
     return text
-
-
-class EMA:
-    """An exponential moving average of parameters, warmed up: decay_k = min(decay, (1 + k)/(10 + k))."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.updates = 0
-        self.values = {name: p.detach().clone().float() for name, p in trainable(module).items()}
-
-    @torch.no_grad()
-    def update(self, weights: dict[str, Tensor]) -> None:
-        """``weights``: name -> parameter, the same names."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        for name, value in self.values.items():
-            value.lerp_(weights[name].to(value), 1 - decay)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {**self.values, "updates": torch.tensor(self.updates)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.updates = int(state["updates"])
-        self.values = {name: state[name].to(value.device, copy=True) for name, value in self.values.items()}

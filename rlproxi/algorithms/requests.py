@@ -12,7 +12,8 @@ class SampleRequest:
     """A micro-batch of whole groups: the unit that is sampled, and replayed, in one shape.
 
     prompts [P] with the indices that name them; each gives ``group_size`` samples. ``num_steps`` and
-    ``guidance_scale`` None: the config's. ``window``: the positions in the plan whose chain is kept.
+    ``guidance_scale`` None: the config's. ``window``: the positions in the plan whose chain is kept;
+    ``keep_last``: the last step's input as well.
     """
 
     purpose: str
@@ -23,10 +24,20 @@ class SampleRequest:
     window: tuple[int, ...] = ()
     num_steps: int | None = None
     guidance_scale: float | None = None
+    keep_last: bool = False
 
     @property
     def images(self) -> int:
         return len(self.prompts) * self.group_size
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The prompt of each sample."""
+        return tuple(prompt for prompt in self.prompts for _ in range(self.group_size))
+
+    def names(self, seed: int) -> list[tuple[int, ...]]:
+        """The name of each sample's noise."""
+        return [(seed, PURPOSES[self.purpose], self.step, index, j) for index in self.indices for j in range(self.group_size)]
 
 
 def split_request(request: SampleRequest, groups: int) -> list[SampleRequest]:

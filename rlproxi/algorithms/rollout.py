@@ -20,7 +20,7 @@ from ..models.pipeline import TextToImage
 from ..models.precision import compute_dtype
 from ..models.text import TextEncoder
 from ..seeds import NamedNoise
-from .requests import PURPOSES, SampleRequest
+from .requests import SampleRequest
 
 
 def flatten(weights: Mapping[str, Tensor]) -> np.ndarray:
@@ -71,17 +71,20 @@ class GroupSampler:
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(images uint8 [P*G, H, W, 3], chain). The chain holds z, z_next and prox, each float32
-        [K, P*G, C, H, W] for the K positions of ``request.window`` (empty arrays are left out)."""
+        [K, P*G, C, H, W] for the K positions of ``request.window`` (empty arrays are left out), and, where it is to be kept,
+        z_last [P*G, C, H, W]."""
         c = self.config
-        names = [(c.run.seed, PURPOSES[request.purpose], request.step, index, j)
-                 for index in request.indices for j in range(request.group_size)]
-        starts = [(*name[:4], 0) for name in names] if c.grpo.same_noise and request.purpose == "train" else None
+        names = request.names(c.run.seed)
+        same = getattr(c.rl, "same_noise", False) and request.purpose == "train"
+        starts = [(*name[:4], 0) for name in names] if same else None
         text = self.pipeline.text.groups(request.prompts, request.group_size)
         run = self.pipeline.run(text, NamedNoise(names, starts), request.num_steps, request.guidance_scale,
-                                keep_chain=bool(request.window))
+                                keep_chain=bool(request.window) or request.keep_last)
         chain = {}
         if request.window:
             pick = lambda values, shift=0: torch.stack(  # noqa: E731
                 [values[i + shift] for i in request.window]).float().cpu().numpy()
             chain = {"z": pick(run.z), "z_next": pick(run.z, 1), "prox": pick(run.prox)}
+        if request.keep_last:
+            chain["z_last"] = run.z[-1].float().cpu().numpy()
         return self.pipeline.images(run.x), chain

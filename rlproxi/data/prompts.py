@@ -35,7 +35,7 @@ def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
 
     Raises ValueError naming a file that holds no usable prompts, FileNotFoundError one that is missing.
     """
-    count = config.grpo.prompts_per_step
+    count = config.rl.prompts_per_step
     indices = list(range(step * count, (step + 1) * count))
     if _from_file(config):
         prompts = _training_list(config)

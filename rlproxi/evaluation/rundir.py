@@ -95,7 +95,7 @@ class RunDirectory:
 
     def heldout_curve(self, name: str) -> tuple[list[int], list[float], list[float]]:
         """(RL steps, means, standard errors) of every evaluation of a reward at the headline step count."""
-        last = max(runlog.series(self.records, "rl", "reward/mean")[0], default=None)
+        last = runlog.last_step(self.records, "rl")
         points = {}
         for tag in self.evaluations:
             match = re.fullmatch(r"step-(\d+)", tag)

@@ -126,6 +126,12 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def is_differentiable(name: str) -> bool:
+    """Whether a registered scorer has gradients to its pixels."""
+    kind = _REGISTRY.get(name)
+    return isinstance(kind, type) and issubclass(kind, TorchScorer)
+
+
 def build(name: str, params: dict[str, Any] | None = None) -> Scorer:
     """Makes a scorer. Raises ValueError for an unknown name, or parameters that it does not take."""
     params = checked_params(name, params or {})

@@ -117,6 +117,17 @@ def read(run_dir: str | os.PathLike) -> list[dict]:
     return records
 
 
+def last_step(records: Iterable[dict], stage: str) -> int | None:
+    """The last step that a stage has logged metrics of and not dropped by a "resume"; None where there is none."""
+    last: int | None = None
+    for record in records:
+        if record.get("stage") == stage and last is not None and record["event"] == "resume":
+            last = min(last, record["step"]) or None
+        elif record.get("stage") == stage and record["event"] == "metrics":
+            last = max(last or 0, record["step"])
+    return last
+
+
 def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one metric, ascending in step.
 

@@ -2,21 +2,9 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from actors.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def group():
-    """One group for all: DeepSpeed keeps what it knows of the first."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-            patch.setenv(name, value)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
 
 def outputs(engine: Engine, x: torch.Tensor) -> torch.dtype:
@@ -29,7 +17,7 @@ def outputs(engine: Engine, x: torch.Tensor) -> torch.dtype:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_engine_computes_in_the_dtype_it_is_told_whatever_deepspeed_thinks_of_autocast(group, dtype):
+def test_the_engine_computes_in_the_dtype_it_is_told_whatever_deepspeed_thinks_of_autocast(process_group, dtype):
     engine = Engine(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), torch.device("cpu"), 0, 2, 1, 1e-3, (0.9, 0.99), 0.0, 1.0,
                     dtype)
     x = torch.ones(2, 4)

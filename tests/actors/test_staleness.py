@@ -126,7 +126,7 @@ def test_an_iteration_larger_than_the_budget_still_reaches_the_learner():
     config = build_config({"grpo": {"prompts_per_step": 16, "groups_per_micro_batch": 8}})
     size = grpo.bytes_per_micro_batch(config)
     conductor = object.__new__(Conductor.__ray_metadata__.modified_class)
-    conductor.config, conductor.algorithm = config, grpo.build(config)
+    conductor.config, conductor.algorithm = config, grpo.GRPO(config)
     conductor.policy, conductor.budget = StalenessPolicy(0), ByteBudget(2 * size - 1)
     conductor.version, conductor.stopped, conductor.ready, conductor.tasks = 0, None, {}, set()
 

@@ -1,26 +1,31 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from generator_fixtures import Quadratic
 from torch.distributions import Independent, Normal
 
 from rlproxi.algorithms import grpo
-from rlproxi.algorithms.grpo import GRPO, FirstRatioError, MicroBatch, advantages, requests, share
+from rlproxi.algorithms.base import share
+from rlproxi.algorithms.grpo import GRPO, FirstRatioError, MicroBatch, advantages
 from rlproxi.schema import GRPO as Settings
 from rlproxi.config import build_config
 from rlproxi.data.prompts import training_prompts
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.schedule import VPSchedule
+from rlproxi.rewards.gradients import RewardGradients
 
 STEPS = plan(VPSchedule(), "hybrid", 6, 0.8)
 NAN = float("nan")
 
 
-def algorithm(steps=STEPS, seed=0, **settings) -> GRPO:
+def algorithm(seed=0, steps=6, **settings) -> GRPO:
+    """Of the schema's default sampler: with six steps, those in STEPS."""
     plain = {"kl_coef": 0.0, "reduction": "sum", "trained_steps": None, "clip_range": 0.2}
-    return GRPO(Settings(**{**plain, **settings}), steps, seed)
+    return GRPO(build_config({"run": {"seed": seed}, "sampler": {"num_inference_steps": steps}, "grpo": {**plain, **settings}}))
 
 
 class Linear:
@@ -138,7 +143,7 @@ def test_mean_reduction_divides_the_gradient_by_the_dimensions():
 
 def test_gradient_climbs_the_expected_reward():
     """Monte Carlo through advantages() against the analytic gradient of E r, r = -(z' - c)^2, in one dimension."""
-    algo, prox, groups, size, target = algorithm(plan(VPSchedule(), "hybrid", 2, 0.8)), Linear(*OLD), 32, 2048, 1.5
+    algo, prox, groups, size, target = algorithm(steps=2), Linear(*OLD), 32, 2048, 1.5
     (action,) = algo.actions
     g = torch.Generator().manual_seed(0)
     start = torch.randn(groups, dtype=torch.float64, generator=g)
@@ -158,7 +163,7 @@ def test_gradient_climbs_the_expected_reward():
 
 def moved(advantage: float, shift: float, **settings):
     """(gradient, metrics) after prox moved by ``shift`` along the noise that was drawn: ln rho = n d - d^2/2, n = 1."""
-    algo = algorithm(plan(VPSchedule(), "hybrid", 2, 0.8), **settings)
+    algo = algorithm(steps=2, **settings)
     (action,) = algo.actions
     one = torch.ones(1, 1, dtype=torch.float64)
     old = OLD[0] * one + OLD[1]
@@ -191,7 +196,7 @@ def test_the_upper_clip_may_be_wider():
 
 def test_normalised_ratio_leaves_the_quadratic_term_out():
     rho = moved(1.0, 0.1, normalize_ratio=True)[2]["ratio/mean"]
-    assert rho == pytest.approx(math.exp(0.1 * algorithm(plan(VPSchedule(), "hybrid", 2, 0.8)).actions[0].s))
+    assert rho == pytest.approx(math.exp(0.1 * algorithm(steps=2).actions[0].s))
 
 
 def test_ratio_is_exactly_one_at_equal_weights():
@@ -256,9 +261,9 @@ def test_a_first_ratio_off_one_stops_in_plain_words(deviation):
     algo = algorithm(first_ratio_tolerance=1e-6)
     with pytest.raises(FirstRatioError, match=r"ratio is off 1 by .* \(grpo.first_ratio_tolerance = 1e-06\).*"
                                               "set model.precision=float32"):
-        algo.check_first_ratio(deviation)
-    algo.check_first_ratio(0.0)
-    algo.check_first_ratio(1e-6)
+        algo.accept({"ratio/first_max_deviation": deviation})
+    algo.accept({"ratio/first_max_deviation": 0.0})
+    algo.accept({"ratio/first_max_deviation": 1e-6})
 
 
 # -- the window ---------------------------------------------------------------------------
@@ -284,18 +289,18 @@ def config(**grpo_settings):
 
 def test_requests_are_micro_batches_of_whole_groups():
     c = config()
-    algo = grpo.build(c)
-    asked = requests(c, algo, 7)
+    algo = GRPO(c)
+    asked = algo.requests(7)
     indices, prompts = training_prompts(c, 7)
     assert [len(r.prompts) for r in asked] == [4, 4, 4] and all(r.images == 12 for r in asked)
     assert [i for r in asked for i in r.indices] == indices and [p for r in asked for p in r.prompts] == prompts
     window = tuple(action.index for action in algo.window(7))
     assert all((r.purpose, r.step, r.group_size, r.window) == ("train", 7, 3, window) for r in asked)
-    assert asked == requests(c, grpo.build(c), 7)
+    assert asked == GRPO(c).requests(7)
 
 
 def test_build_takes_the_configs_plan():
-    algo = grpo.build(config())
+    algo = GRPO(config())
     assert [a.step for a in algo.actions] == plan(VPSchedule(), "hybrid", 5, 0.8)[:-1]
     assert algo.settings.group_size == 3
 
@@ -325,3 +330,25 @@ def test_learning_rate_warms_up_holds_and_falls():
     assert lr(0) == pytest.approx(0.2) and lr(4) == lr(total // 2) == pytest.approx(1.0)
     assert lr(total) == pytest.approx(0.05) and lr(total * 3 // 4) == pytest.approx(1 - 0.95 / 2, abs=0.02)
     assert algorithm(lr=1.0, warmup_steps=0).lr(total - 1) == 1.0
+
+
+# -- the last step's reward gradient ------------------------------------------------------
+
+
+def test_the_last_step_climbs_the_reward_through_the_prox_and_leaves_the_policys_losses_as_they_were():
+    plain, with_last = algorithm(steps=3), algorithm(steps=3, last_step_weight=0.7)
+    assert with_last.needs_gradients and not plain.needs_gradients
+    assert with_last.losses_per_update(1)["policy"] == plain.micro_batches(1) * 3
+    assert all(r.keep_last for r in with_last.requests(0)) and not any(r.keep_last for r in plain.requests(0))
+    scorer = Quadratic(2.0, 0.3)
+    with_last.parts = SimpleNamespace(gradients=RewardGradients({"q": (scorer, 1.5)}, normalize=False))
+    batch = rollout(plain.actions)
+    batch.prompts, batch.z_last = ("p",) * 24, batch.z_next[-1] / 4
+    prox = Linear(*OLD)
+    ours = gradient(with_last.losses(prox, None, [batch], with_last.actions), prox)
+    policy_part = gradient(plain.losses(prox, None, [batch], plain.actions), prox)
+    x = prox(batch.z_last, 0.0, 0.1, None)
+    pixels = ((x + 1) / 2).clamp(0, 1)
+    reward = -scorer.gain / 2 * (pixels - scorer.goal).square().flatten(1).mean(1)
+    reward_part = torch.autograd.grad(-0.7 * 1.5 * reward.mean(), prox.theta)[0]
+    torch.testing.assert_close(ours, policy_part + reward_part, rtol=1e-5, atol=1e-8)

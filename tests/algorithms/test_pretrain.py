@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from rlproxi.algorithms.prepare import collection
-from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions, first_samples, start_denoiser
+from rlproxi.algorithms.ema import EMA
+from rlproxi.algorithms.pretrain import Matching, drop_captions, first_samples, start_denoiser
 from rlproxi.config import build_config
 from rlproxi.schema import Pretrain
 from rlproxi.data import faces

@@ -116,7 +116,7 @@ def test_replay_in_the_same_shape_is_bit_identical_and_the_ratio_exactly_one(sam
     unet = make_unet(config).train()
     encoder = sampler.pipeline.text
     prox = operator(unet, encoder, config.sampler.guidance_scale)
-    algorithm = grpo.build(config)
+    algorithm = grpo.GRPO(config)
     window = [algorithm.actions[i] for i in REQUEST.window]
     text = encoder.groups(REQUEST.prompts, REQUEST.group_size)
     for k, action in enumerate(window):

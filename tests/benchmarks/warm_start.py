@@ -34,7 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlproxi.algorithms.prepare import collection
-from rlproxi.algorithms.pretrain import EMA, Matching, drop_captions, first_samples, start_denoiser
+from rlproxi.algorithms.ema import EMA
+from rlproxi.algorithms.pretrain import Matching, drop_captions, first_samples, start_denoiser
 from rlproxi.config import Config, load_config
 from rlproxi.data import faces
 from rlproxi.data.prompts import heldout_prompts

@@ -1,0 +1,161 @@
+"""DIDR: a one-step generator towards the reward-tilted target, compared at every noise level (arXiv 2605.24001).
+
+An iteration has two stages: a fake score follows the generator's own marginals by denoising, and the generator moves by
+
+    G = D_fake(y) - D_ref(y) - kappa s_r(y),   L = 1/2 ||x_0 - stop-grad(x_0 - G)||^2
+
+(docs/method.md; ``distillation`` and ``diffused_reward`` have the formulas). Without the reward's term it is Diff-Instruct
+(DI), with a terminal reward instead DI++, with a terminal reward and a score divergence DI*.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..models.pipeline import operator
+from ..models.text import TextStates
+from ..proximal.clean import Ladder, Level, as_clean
+from ..proximal.matching import TimeTable, corrupt, matching_loss
+from ..proximal.samplers import plan
+from ..rewards.gradients import mean_scores
+from ..schema import DIDR as Settings
+from ..seeds import NamedNoise, generator, rng
+from .base import Algorithm, Batch, Parts, Update, share
+from .diffused_reward import damped, denoise_steps, proxy, weight
+from .distillation import direction, normalise, score_divergence, surrogate
+from .requests import SampleRequest
+
+
+class DIDR(Algorithm):
+    """The loss object of DIDR, DI, DI++ and DI*."""
+
+    settings: Settings
+    needs_rollouts = False
+    needs_reference = True
+    normalize_gradients = False
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        s = config.sampler
+        self.schedule = config.schedule.build()
+        (self.step,) = plan(self.schedule, s.name, 1, s.start_time, s.grid)
+        self.needs_gradients = self.settings.reward != "none"
+        self.ladder = Ladder(TimeTable(self.schedule, self.settings.candidates or config.pretrain.candidates, s.name,
+                                       s.start_time, s.grid), self.schedule)
+
+    def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        return {"policy": denoiser, "fake": copy.deepcopy(denoiser)}
+
+    def losses_per_update(self, world: int) -> dict[str, int]:
+        return {name: self.micro_batches(world) for name in ("policy", "fake")}
+
+    def connect(self, parts: Parts) -> None:
+        super().connect(parts)
+        self.prox = operator(parts.networks["policy"], parts.encoder, self.config.sampler.guidance_scale)
+        self.fake = as_clean(parts.networks["fake"])
+        self.reference = as_clean(parts.reference)
+        self.target = as_clean(operator(parts.reference, parts.encoder, self.settings.guidance_scale).residual)
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        s = self.settings
+        for update in range(s.updates_per_step):
+            mine = share(len(batch.requests), s.updates_per_step, batch.world, update, batch.rank)
+            requests = [batch.requests[j] for j in mine]
+            work = [(request, self.parts.encoder.groups(request.prompts, request.group_size)) for request in requests]
+            for turn in range(1, s.fake_updates + 1):
+                yield Update("fake", self.lr(batch.iteration, s.fake_lr), self._fake_losses(work, turn))
+            yield Update("policy", self.lr(batch.iteration), self._losses(work))
+
+    # -- drawing ----------------------------------------------------------------------------
+
+    def _generate(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
+        """x_0 of the generator, with its graph. Turn 0 has the noise that an evaluation's names would give it."""
+        names = request.names(self.seed)
+        noise = NamedNoise(names if turn == 0 else [(*name, turn) for name in names])
+        x = noise.start(self.parts.sample_shape, self.parts.device)
+        z = self.step.a * x + self.step.s * noise(self.step.k, x) if self.step.s else self.step.a * x
+        return self.prox(z, self.step.t, self.step.lam, text)
+
+    def _draw(self, request: SampleRequest, turn: int, x0: Tensor) -> tuple[Level, torch.Generator]:
+        """Noise levels for a micro-batch, and the generator of its noise."""
+        name = (self.seed, 0xD1D2, request.step, request.indices[0], turn)
+        level = self.ladder.draw(rng(*name), len(x0), *self.settings.levels)
+        return level.to(x0.device), generator(*name)
+
+    @staticmethod
+    def _noise(g: torch.Generator, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=g).to(like.device)
+
+    # -- stage I: the fake score ------------------------------------------------------------
+
+    def _fake_losses(self, work: list[tuple[SampleRequest, TextStates]], turn: int):
+        for request, text in work:
+            with torch.no_grad():
+                x0 = self._generate(request, text, turn)
+            level, g = self._draw(request, turn, x0)
+            n2 = self._noise(g, x0)
+            y = corrupt(self.schedule, x0, level.t, level.lam, self._noise(g, x0), n2)
+            eps = self.parts.networks["fake"](y, level.t, level.lam, text)
+            loss = (matching_loss(eps, n2) if self.settings.fake_loss == "l1" else
+                    (eps - n2).flatten(1).square().mean(1)).mean()
+            yield loss, {"loss": loss.item()}
+
+    # -- stage II: the generator ------------------------------------------------------------
+
+    def _losses(self, work: list[tuple[SampleRequest, TextStates]]):
+        for request, text in work:
+            x0 = self._generate(request, text, 0)
+            level, g = self._draw(request, 0, x0)
+            loss = self._divergence(x0, level, g, request, text)
+            metrics = {"loss": loss.item()}
+            if self.settings.reward == "terminal":
+                found = self.parts.gradients(x0, request.rows)
+                loss = loss - self.settings.reward_weight * (found.ascent * x0).flatten(1).sum(1).mean()
+                metrics |= mean_scores(found.scores, self.parts.gradients.weights)
+            elif self.needs_gradients:
+                with torch.no_grad():
+                    metrics |= mean_scores(self.parts.gradients.total(x0, request.rows)[1], self.parts.gradients.weights)
+            yield loss, metrics
+
+    def _divergence(self, x0: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
+        n = self._noise(g, x0)
+        if self.settings.divergence == "score":
+            fake = self.parts.plain["fake"]
+            with _frozen(fake):  # its weights must not gather gradients of the generator's loss
+                return score_divergence(x0, n, level, as_clean(fake), self.target, text).mean()
+        with torch.no_grad():
+            y = level.diffuse(x0.detach(), n)
+            fake, target = self.fake(y, level, text), self.target(y, level, text)
+        gap = direction(fake, target + self._pull(y, level, g, request, text) if self.settings.reward == "diffused" else target)
+        return surrogate(x0, normalise(gap, x0, target)).mean()
+
+    def _pull(self, y: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
+        """kappa s_r: where the diffused reward moves the reference's clean prediction."""
+        s, clamped = self.settings, weight(level, self.settings.kappa_max)
+        # The posterior's own noise between steps, which alone approaches the truth (see diffused_reward).
+        denoise = lambda y, k=0: denoise_steps(self.reference, y, level, self.ladder, s.reward_steps, text,  # noqa: E731
+                                               lambda k, like: self._noise(g, like), eta=None)
+        reward = lambda x: self.parts.gradients.total(x, request.rows)[0]  # noqa: E731
+        if s.damped:
+            return damped(y, denoise, reward, s.beta, clamped)[0]
+        score, _ = proxy(y, denoise, reward, s.beta, s.particles)
+        return clamped.reshape(-1, *[1] * (y.dim() - 1)) * score
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module):
+    """Inside, what is trained of the module counts as constant."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -1,0 +1,161 @@
+"""Clean predictions: what a proximal residual says about x_0, and the noise levels it may be asked at.
+
+The prox's input at a *level* (t, lam) is an ordinary noisy sample,
+
+    y = alpha x_0 + sigma n,    alpha = sqrt(alpha_bar(t)),    sigma = sqrt(1 - alpha_bar(t) + lam),
+
+so one residual contains one estimate of x_0 (docs/method.md, section 1: the warm start, read backwards). Distillation
+and diffused rewards are written for estimates of x_0; this file is where they meet the proximal networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .operator import Denoiser, expand
+from .schedule import VPSchedule
+
+
+@dataclass(frozen=True)
+class Level:
+    """One noise level for each sample: t, lam, alpha, sigma, all [B] and of one floating dtype."""
+
+    t: Tensor
+    lam: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    @classmethod
+    def of(cls, schedule: VPSchedule, t: Tensor, lam: Tensor) -> "Level":
+        """The level of t, lam [B], computed in float64 and returned in t's dtype (at least float32)."""
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        exponent = schedule.integral(0.0, t.double())
+        alpha = (-exponent / 2).exp()
+        # 1 - alpha_bar as expm1: near t = 0 the subtraction would keep no digits.
+        sigma = (lam.double() - torch.expm1(-exponent)).sqrt()
+        return cls(t.to(dtype), lam.to(dtype), alpha.to(dtype), sigma.to(dtype))
+
+    @property
+    def kappa(self) -> Tensor:
+        """sigma^2 / alpha [B]: what turns a score at this level into a displacement of x_0."""
+        return self.sigma.square() / self.alpha
+
+    @property
+    def log_noise(self) -> Tensor:
+        """ln(sigma / alpha) [B], the level as one number: with lam = 0 half the negative log signal-to-noise ratio."""
+        return (self.sigma / self.alpha).log()
+
+    def diffuse(self, x0: Tensor, n: Tensor) -> Tensor:
+        """y = alpha x0 + sigma n. x0, n [B, ...]; differentiable in both."""
+        return expand(self.alpha, x0) * x0 + expand(self.sigma, x0) * n
+
+    def noise(self, y: Tensor, x0: Tensor) -> Tensor:
+        """The n that ``diffuse`` would have needed to make y [B, ...] of x0."""
+        return (y - expand(self.alpha, y) * x0) / expand(self.sigma, y)
+
+    def to(self, device: torch.device | str) -> "Level":
+        """The same level on another device."""
+        return Level(*(part.to(device) for part in (self.t, self.lam, self.alpha, self.sigma)))
+
+
+#: clean(y, level, cond) -> estimate of x_0, like y.
+Clean = Callable[[Tensor, Level, Any], Tensor]
+
+
+def clean_prediction(y: Tensor, eps: Tensor, level: Level) -> Tensor:
+    """x_0 as a proximal residual eps = (y - prox) / sqrt(lam) sees it: (y - sigma^2 / sqrt(lam) eps) / alpha.
+
+    Where eps is the conditional mean E[n_2 | y] this is E[x_0 | y] exactly: L2-trained and warm-started networks. A
+    network of proximal matching's L1 phase answers with a median, one of its second phase with a mode; the result
+    is then the same algebra of that answer, equal to E[x_0 | y] only where mean and mode agree (Gaussians).
+
+    Errors of eps come out times kappa / sqrt(lam). Arithmetic is float32, or float64 if y is.
+
+    Args:
+        y, eps: [B, ...].
+        level: with lam > 0 for every sample.
+    """
+    work = torch.promote_types(y.dtype, torch.float32)
+    y, eps = y.to(work), eps.to(work)
+    ratio = level.sigma.square() / level.lam.sqrt()
+    return (y - expand(ratio, y) * eps) / expand(level.alpha, y)
+
+
+def as_clean(denoiser: Denoiser) -> Clean:
+    """``clean_prediction`` of eps(y, t, lam, cond), as a function of (y, level, cond).
+
+    For a guided one pass ``ProximalOperator(...).residual``: guidance is linear in eps, so it is linear in x_0 too.
+    """
+    def clean(y: Tensor, level: Level, cond: Any = None) -> Tensor:
+        return clean_prediction(y, denoiser(y, level.t, level.lam, cond), level)
+
+    return clean
+
+
+class Times(Protocol):
+    """What a ladder is built from; ``TimeTable`` is one. Arrays of one length."""
+
+    t: np.ndarray
+    lam: np.ndarray
+    probability: np.ndarray
+
+
+class Ladder:
+    """The levels of a table of (t, lam, probability), from the least to the most noise.
+
+    A proximal network has only been trained on these pairs, so distillation draws and descends on them and nowhere
+    between. Levels come out as float32 on the CPU.
+
+    Raises:
+        ValueError: an empty table, or an entry with lam <= 0, whose residual says nothing about x_0.
+    """
+
+    def __init__(self, times: Times, schedule: VPSchedule):
+        t, lam, probability = (np.asarray(column, dtype=np.float64) for column in
+                               (times.t, times.lam, times.probability))
+        if len(t) == 0 or (lam <= 0).any():
+            raise ValueError(f"a ladder of {len(t)} levels with lam {lam.tolist()}: it needs at least one level, and "
+                             "every lam above 0; check the sampler and the step candidates the table was made of")
+        log_noise = Level.of(schedule, torch.from_numpy(t), torch.from_numpy(lam)).log_noise.numpy()
+        order = np.argsort(log_noise, kind="stable")
+        self.schedule = schedule
+        self.t, self.lam, self.log_noise = t[order], lam[order], log_noise[order]
+        self.cumulative = np.cumsum(probability[order]) / probability.sum()
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def draw(self, rng: np.random.Generator, batch: int, low: float = 0.02, high: float = 0.98) -> Level:
+        """``batch`` independent levels, by the table's probabilities between two quantiles of the noise.
+
+        The quantile is drawn, u ~ U[low, high], and looked up: an entry at the end loses the part of its mass that lies
+        outside and disappears only when all of it does.
+
+        Raises:
+            ValueError: not 0 <= low < high <= 1.
+        """
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"levels are drawn between the quantiles {low} and {high}; need 0 <= low < high <= 1")
+        index = np.searchsorted(self.cumulative, rng.uniform(low, high, batch), side="right")
+        return self._at(index.clip(max=len(self) - 1))
+
+    def below(self, level: Level, fraction: float) -> Level:
+        """Per sample, the entry ``fraction`` of the way in ln(sigma/alpha) from ``level`` down to the lowest entry.
+
+        The nearest entry is taken, but never one above ``level`` (a level below all entries gets the lowest).
+        """
+        start = level.log_noise.detach().double().cpu().numpy()
+        target = (1 - fraction) * start + fraction * self.log_noise[0]
+        distance = np.abs(self.log_noise[None] - target[:, None])
+        # A tolerance, for an entry that came out as float32 is to find itself.
+        distance[:, 1:][self.log_noise[None, 1:] > start[:, None] + 1e-5] = np.inf
+        return self._at(distance.argmin(1)).to(level.t.device)
+
+    def _at(self, index: np.ndarray) -> Level:
+        return Level.of(self.schedule, torch.from_numpy(self.t[index]).float(),
+                        torch.from_numpy(self.lam[index]).float())

@@ -1,0 +1,104 @@
+"""Gradients of differentiable rewards with respect to samples: what R0, DIDR and GRPO's last step climb.
+
+The rewards' networks live in the learner's process, on its device: a gradient is as large as the image, so a service would
+move float32 images both ways for every sample (docs/algorithms.md has the measurement).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.autoencoder import Autoencoder
+from ..schema import Reward
+from .base import TorchScorer, build, is_differentiable
+
+
+@dataclass
+class Gradients:
+    """scores: name -> [B]; ascent: the direction in which the weighted rewards rise, like the samples; both detached."""
+
+    scores: dict[str, Tensor]
+    ascent: Tensor
+
+
+class RewardGradients:
+    """The training rewards as functions of samples (pixels in [-1, 1], or latents).
+
+    Args:
+        scorers: name -> (scorer, weight).
+        vae: decodes samples into pixels; None: they are pixels.
+        normalize: divide each reward's gradient by its own norm, for each sample, before weighting: no reward drowns the
+            others, whatever its scale (R0, arXiv 2503.13070). False: the plain gradient of the weighted sum.
+    """
+
+    def __init__(self, scorers: dict[str, tuple[TorchScorer, float]], vae: Autoencoder | None = None, normalize: bool = True):
+        self.scorers, self.vae, self.normalize = scorers, vae, normalize
+        if vae is not None:
+            vae.vae.requires_grad_(False)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {name: weight for name, (_, weight) in self.scorers.items()}
+
+    @classmethod
+    def build(cls, rewards: Sequence[Reward], vae: Autoencoder | None, normalize: bool,
+              device: str | torch.device) -> "RewardGradients":
+        """Builds the scorers on ``device``. Raises ValueError as ``rewards.build``, and for one without gradients."""
+        scorers = {}
+        for reward in rewards:
+            if not is_differentiable(reward.kind):
+                raise ValueError(f"reward {reward.name!r} has no gradient: {reward.kind} is not a network of pixels")
+            scorers[reward.name] = (build(reward.kind, {**reward.params, "device": str(device)}), reward.weight)
+        return cls(scorers, vae, normalize)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """Samples -> [B, 3, H, W] in [0, 1]. Clipped, so that nothing is gained beyond black and white."""
+        images = x if self.vae is None else self.vae.decode(x)
+        return ((images + 1) / 2).clamp(0, 1)
+
+    def total(self, x: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the weighted sum [B], differentiable in x; name -> [B] detached)."""
+        pixels = self.pixels(x)
+        scores = {name: scorer.rewards(pixels, prompts).float() for name, (scorer, _) in self.scorers.items()}
+        total = sum(self.scorers[name][1] * value for name, value in scores.items())
+        return total, {name: value.detach() for name, value in scores.items()}
+
+    def __call__(self, x: Tensor, prompts: Sequence[str],
+                 also: Callable[[Tensor], dict[str, tuple[Tensor, float]]] | None = None) -> Gradients:
+        """Scores and ascent direction at samples x [B, ...].
+
+        ``also``: x -> {name: (direction like x, weight)}, ascent directions that are no reward's gradient.
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            pixels = self.pixels(x)
+            scores, ascent = {}, torch.zeros_like(x)
+            for i, (name, (scorer, weight)) in enumerate(self.scorers.items()):
+                value = scorer.rewards(pixels, prompts).float()
+                (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=i + 1 < len(self.scorers))
+                scores[name] = value.detach()
+                ascent += weight * self._scaled(gradient)
+        for direction, weight in (also(x.detach()) if also else {}).values():
+            ascent += weight * self._scaled(direction)
+        return Gradients(scores, ascent)
+
+    def _scaled(self, gradient: Tensor) -> Tensor:
+        # A sample whose score is missing has no direction; one NaN must not reach the weights.
+        gradient = torch.where(torch.isfinite(gradient).flatten(1).all(1).reshape(-1, *[1] * (gradient.dim() - 1)),
+                               gradient, torch.zeros_like(gradient))
+        if not self.normalize:
+            return gradient
+        return gradient / (gradient.flatten(1).norm(dim=1).reshape(-1, *[1] * (gradient.dim() - 1)) + 1e-12)
+
+
+def mean_scores(scores: dict[str, Tensor], weights: dict[str, float]) -> dict[str, float]:
+    """reward/<name> and reward/mean of a micro-batch, over the samples that have a score."""
+    found = {f"reward/{name}": value[torch.isfinite(value)].mean().item() for name, value in scores.items()
+             if torch.isfinite(value).any()}
+    if len(found) == len(scores):
+        found["reward/mean"] = sum(weights[name] * found[f"reward/{name}"] for name in scores)
+    return found
