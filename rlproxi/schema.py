@@ -297,13 +297,16 @@ class DIDR(Training):
     divergence: Literal["kl", "score"] = Field(
         "kl", description="kl: integral KL, as DI, DI++ and DIDR; score: the score-based divergence of DI*, with a terminal reward.")
     beta: float = Field(0.05, gt=0, description="Temperature of the tilt exp(r / beta): smaller follows the reward more.")
-    reward_weight: float = Field(1.0, ge=0, description="Weight of a terminal reward.")
-    reward_steps: int = Field(1, ge=1, le=8, description="m, denoising steps of the diffused reward's proxy; 1 is Tweedie.")
+    reward_weight: float = Field(
+        100.0, ge=0, description="Weight of a terminal reward beside 1/2 ||x_0 - stop-grad(x_0 - G)||^2, a sum over dimensions.")
+    reward_steps: int = Field(1, ge=1, le=8, description="m, denoising steps of the diffused reward's proxy; 1 is Tweedie, and "
+                              "best where the reference has several modes (docs/algorithms.md).")
     particles: int = Field(1, ge=1, description="K, particles of the proxy; more than 1 draw noise, so reward_steps must be at least 2.")
     damped: bool = Field(
         True, description="Shorten the proxy's pull by the reward's curvature, from one more look at the reward: the plug-in "
         "overshoots wherever the reward is curved (docs/algorithms.md). false: the paper's, with `particles`.")
-    kappa_max: float = Field(5.0, gt=0, description="Clamp of the diffused reward's weight sigma^2/alpha at high noise.")
+    kappa_max: float = Field(5.0, gt=0, description="Clamp of the diffused reward's weight sigma^2/alpha: above it the reward fades out. "
+                             "It says at which noise the reward may speak; what bounds it is `damped`.")
     levels: tuple[float, float] = Field((0.02, 0.98), description="Quantiles of the noise levels that are drawn.")
     candidates: list[int] | None = Field(
         None, min_length=1, description="Step counts whose noise levels are used; null: pretrain.candidates.")

@@ -116,7 +116,8 @@ class DIDR(Algorithm):
             metrics = {"loss": loss.item()}
             if self.settings.reward == "terminal":
                 found = self.parts.gradients(x0, request.rows)
-                loss = loss - self.settings.reward_weight * (found.ascent * x0).flatten(1).sum(1).mean()
+                # The mean over dimensions, as the divergence's.
+                loss = loss - self.settings.reward_weight * (found.ascent * x0).flatten(1).mean(1).mean()
                 metrics |= mean_scores(found.scores, self.parts.gradients.weights)
             elif self.needs_gradients:
                 with torch.no_grad():

@@ -38,21 +38,23 @@ from rlproxi.rewards import build
 from rlproxi.rewards.gradients import RewardGradients
 
 FEW = ["sampler.num_inference_steps=4", "sampler.start_time=0.8"]
-ONE = ["sampler.num_inference_steps=1", "sampler.start_time=0.8", "run.algorithm=didr"]
-R0 = [*FEW, "run.algorithm=r0"]
+R0 = [*FEW, "run.algorithm=r0", "r0.lr=5.0e-5", "r0.warmup_steps=5", "r0.ema=0.9"]
+ONE = ["sampler.num_inference_steps=1", "sampler.start_time=0.8", "run.algorithm=didr", "didr.lr=5.0e-5", "didr.fake_lr=2.0e-4",
+       "didr.warmup_steps=5", "didr.ema=0.9", "didr.fake_loss=l1"]
+GRPO = [*FEW, "grpo.lr=1.0e-4", "grpo.warmup_steps=5", "grpo.kl_coef=0", "grpo.same_noise=true", "grpo.trained_steps=null",
+        "grpo.prompts_per_step=8"]
 #: arm -> overrides. ``start`` arms are not trained.
 ARMS: dict[str, list[str]] = {
-    **{f"start-{n}": ["run.algorithm=r0", f"sampler.num_inference_steps={n}", "sampler.start_time=0.65"] for n in (1, 4, 8, 16)},
-    **{f"start-{n}-T0.8": ["run.algorithm=r0", f"sampler.num_inference_steps={n}", "sampler.start_time=0.8"] for n in (4, 8, 16)},
-    "grpo": [*FEW, "grpo.lr=1.0e-4", "grpo.kl_coef=0", "grpo.same_noise=true", "grpo.trained_steps=null", "grpo.prompts_per_step=8"],
-    "grpo+last": [*FEW, "grpo.lr=1.0e-4", "grpo.kl_coef=0", "grpo.same_noise=true", "grpo.trained_steps=null",
-                  "grpo.prompts_per_step=8", "grpo.last_step_weight=1.0"],
-    "r0": [*R0, "r0.lr=2.0e-5"],
-    "r0-free": [*R0, "r0.lr=2.0e-5", "r0.anchor=0"],
-    "r0+": [*R0, "r0.lr=2.0e-5", "r0.plus=true"],
+    **{f"start-{n}": ["run.algorithm=r0", f"sampler.num_inference_steps={n}", "sampler.start_time=0.8"] for n in (1, 4, 8, 16)},
+    "grpo": GRPO,
+    "grpo+last": [*GRPO, "grpo.last_step_weight=1.0"],
+    "r0": R0,
+    "r0+": [*R0, "r0.plus=true"],
+    "r0-guidance": [*R0, "r0.guidance_weight=1.0"],
+    "r0-free": [*R0, "r0.anchor=0", "r0.lr=2.0e-4"],
     "di": [*ONE, "didr.reward=none"],
-    "di++": [*ONE, "didr.reward=terminal"],
-    "didr": [*ONE],
+    "di++": [*ONE, "didr.reward=terminal", "didr.reward_weight=150"],
+    "didr": [*ONE, "didr.beta=0.03"],
 }
 
 
