@@ -55,7 +55,7 @@ class _Shapes:
 
     def __init__(self, config: Config):
         self.config = config
-        g = config.grpo
+        g = config.rl
         source = collection(config.run.seed, "train_prompts")
         self.prompts = tuple(faces.portrait(source, i).caption for i in range(g.groups_per_micro_batch))
         self.batch = g.groups_per_micro_batch * g.group_size
@@ -76,6 +76,15 @@ class _Shapes:
         with autocast(self.dtype, "cpu"):
             loss = self.unet(self.y, self.t, self.lam, self.text).square().mean()
         loss.backward()
+
+    def to_the_input(self) -> None:
+        """A forward, and a backward that ends at the sample: the weights are frozen."""
+        self.unet.requires_grad_(False)
+        y = self.y.clone().requires_grad_(True)
+        with autocast(self.dtype, "cpu"):
+            loss = self.unet(y, self.t, self.lam, self.text).square().mean()
+        torch.autograd.grad(loss, y)
+        self.unet.requires_grad_(True)
 
     @torch.inference_mode()
     def sample(self) -> None:
@@ -108,12 +117,12 @@ def bfloat16_speedup(config: Config, repeats: int = 3) -> float:
 
 
 def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, float, float]:
-    """(ratio, seconds of a real iteration, seconds of its bare work).
+    """(ratio, seconds of a real iteration, seconds of its bare work), of the config's algorithm.
 
-    The real one runs on Ray: rollout actors, Serve reward, DeepSpeed learner, synchronous. The bare work is
-    the same number of network forwards (sampling, KL reference), forwards with backwards (training) and
-    classifier forwards (reward) with nothing around them, split over as many processes as the learner has
-    ranks, which exchange nothing and have the machine to themselves.
+    The real one runs on Ray: rollout actors and Serve reward where the algorithm has them, DeepSpeed learner, synchronous.
+    The bare work is the same number of network forwards and backwards and of reward calls with nothing around them
+    (``_bare_micro_batch``), split over as many processes as the learner has ranks, which exchange nothing and have the
+    machine to themselves.
     """
     with tempfile.TemporaryDirectory() as folder:
         reward_file = _random_classifier(config, Path(folder))
@@ -139,23 +148,52 @@ def _bare_iterations(config: Config, reward_file: Path, repeats: int = 7) -> lis
 
     torch.set_num_threads(config.resources.threads)
     scorer = build("attributes", {"path": str(reward_file)})
-    shapes, g = _Shapes(config), config.grpo
-    images = torch.randint(0, 255, (g.group_size, config.data.size, config.data.size, 3), dtype=torch.uint8).numpy()
-    trained = g.trained_steps or config.sampler.num_inference_steps - 1
+    shapes, micro_batches = _Shapes(config), config.rl.micro_batches // config.resources.learner_workers
     seconds = []
     for _ in range(repeats + 1):
         _barrier.wait()
         begun = time.perf_counter()
-        for _ in range(g.micro_batches // config.resources.learner_workers):
-            shapes.forward(config.sampler.num_inference_steps)
-            for prompt in shapes.prompts:
-                scorer.score(images, [prompt] * g.group_size)
-            for _ in range(trained):
-                if g.kl_coef:
-                    shapes.forward()
-                shapes.forward_backward()
+        for _ in range(micro_batches):
+            _bare_micro_batch(config, shapes, scorer)
         seconds.append(time.perf_counter() - begun)
     return seconds[1:]
+
+
+def _bare_micro_batch(config: Config, shapes: _Shapes, scorer) -> None:
+    """The calls that a micro-batch of the config's algorithm cannot do without."""
+    g, n = config.rl, config.sampler.num_inference_steps
+    rows = [prompt for prompt in shapes.prompts for _ in range(g.group_size)]
+    pixels = torch.rand(shapes.y.shape)
+    if config.run.algorithm == "grpo":
+        shapes.forward(n)
+        images = (pixels[: g.group_size] * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+        for prompt in shapes.prompts:
+            scorer.score(images, [prompt] * g.group_size)
+        for _ in range(g.trained_steps or n - 1):
+            if g.kl_coef:
+                shapes.forward()
+            shapes.forward_backward()
+    elif config.run.algorithm == "r0":  # step by step: all steps but the last are computed twice
+        shapes.forward(n - 1)
+        for _ in range(n):
+            shapes.forward_backward()
+        _reward_gradient(scorer, pixels, rows)
+    else:  # didr: the fake score follows, then generator, fake score, reference, and the reward through the reference
+        for _ in range(g.fake_updates):
+            shapes.forward()
+            shapes.forward_backward()
+        shapes.forward_backward()
+        shapes.forward(2)
+        shapes.to_the_input()
+        _reward_gradient(scorer, pixels, rows)
+        for _ in range(1 + g.damped):  # at the samples, and where the pull leads
+            with torch.no_grad():
+                scorer.rewards(pixels, rows)
+
+
+def _reward_gradient(scorer, pixels: torch.Tensor, prompts: list[str]) -> None:
+    pixels = pixels.clone().requires_grad_(True)
+    torch.autograd.grad(scorer.rewards(pixels, prompts).sum(), pixels)
 
 
 def _random_classifier(config: Config, folder: Path) -> Path:
@@ -178,7 +216,7 @@ def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations
     values["run"].update(stages=["rl"], dir=str(folder), name="bench")
     values["model"]["init"] = str(model)
     values["rewards"].update(train=[{"name": "attributes", "params": {"path": str(reward_file)}}], heldout=[])
-    values["grpo"].update(steps=iterations, checkpoint_every=10**6)
+    values[config.section].update(steps=iterations, checkpoint_every=10**6)
     values["evaluate"]["every"] = 0
     real = build_config(values)
     run_dir = folder / "run"
@@ -213,8 +251,11 @@ def main(argv: list[str] | None = None) -> int:
         # Here precision=auto keeps float32; the figure shows that it is right to.
         add("bfloat16_vs_float32", bfloat16_speedup(config), 1.0,
             "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1")
-    ratio, real, bare = iteration_ratio(config)
-    add("grpo_iteration_vs_bare", ratio, 1.20, f"real iteration {real:.2f} s / bare work {bare:.2f} s")
+    others = [] if options.config != parser.get_default("config") else [
+        load_config(config_folder() / f"{name}.yaml") for name in ("quick-r0", "quick-didr")]
+    for one in [config, *others]:
+        ratio, real, bare = iteration_ratio(one)
+        add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, f"real iteration {real:.2f} s / bare work {bare:.2f} s")
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1))
     return 0 if all(r["ok"] for r in results.values()) else 1

@@ -19,18 +19,22 @@ def summary(run_dir: Path, config: Config) -> dict:
     rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]
     rates = [r for r in series(records, "rl", "images_per_second")[1] if not math.isnan(r)]
 
-    def heldout(tag: str) -> float | None:
+    def entry(tag: str) -> dict:
         file = run_dir / "evaluation" / f"{tag}.json"
-        if not file.is_file() or not config.rewards.heldout:
-            return None
-        entry = json.loads(file.read_text())["by_steps"].get(str(config.sampler.num_inference_steps))
-        return entry["heldout"][config.rewards.heldout[0].name]["mean"] if entry else None
+        found = json.loads(file.read_text())["by_steps"] if file.is_file() else {}
+        return found.get(str(config.sampler.num_inference_steps), {})
+
+    def heldout(tag: str) -> float | None:
+        seen = entry(tag).get("heldout", {})
+        return seen[config.rewards.heldout[0].name]["mean"] if seen and config.rewards.heldout else None
 
     return {
         "seconds": {**seconds, "total": sum(seconds.values())},
         "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
         "heldout": {"before": heldout("before"), "after": heldout("after"),
                     "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None)},
+        "distance": {tag: entry(tag).get("distance", {}).get("total") for tag in ("before", "after")},
+        "diversity": {tag: entry(tag).get("diversity") for tag in ("before", "after")},
         "images_per_second": sum(rates) / len(rates) if rates else None,
         "seed": config.run.seed,
         "git": _git(),
