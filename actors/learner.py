@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.rollout import flatten
 from rlproxi.models.loading import load_autoencoder
-from rlproxi.models.lora import without_adapters
+from rlproxi.models.lora import adapters_off, without_adapters
 from rlproxi.models.precision import autocast
 from rlproxi.rewards.gradients import RewardGradients
 
@@ -48,8 +50,9 @@ class Learner(Rank):
         if self.algorithm.needs_reference:
             # Without the engine, whose hooks would take a gradient to the input for a backward of its own.
             reference = copied or without_adapters(denoiser, denoiser)
+        scope = partial(adapters_off, denoiser) if config.model.lora else nullcontext
         self.algorithm.connect(Parts(wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape,
-                                     self.device))
+                                     self.device, scope))
 
     def _engine(self, network: nn.Module, losses: int) -> Engine:
         s = self.config.rl

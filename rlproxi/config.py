@@ -108,6 +108,11 @@ class Config(Section):
             raise ValueError("didr.divergence 'score' differentiates through the fake score's input, which learner.zero_stage 3 "
                              "cannot: use stage 2")
 
+        if (self.run.algorithm == "didr" and self.didr.divergence == "score" and self.model.lora
+                and self.model.gradient_checkpointing):
+            raise ValueError("model.gradient_checkpointing computes the reference again in the backward pass, where model.lora has its "
+                             "adapters on: with didr.divergence 'score' use one of the two")
+
     def _share_prompts(self, workers: int) -> None:
         """Fills in ``groups_per_micro_batch`` of the stage rl and sees that ranks and updates get equal shares."""
         name, g = self.section, self.rl

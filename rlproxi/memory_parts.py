@@ -1,9 +1,9 @@
-"""The frozen parts of a run by their size: text encoders, autoencoder, published scorers, from config files alone."""
+"""The parts of a run that follow from sizes alone: text encoders, autoencoder, published scorers, DeepSpeed's state."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from .schema import Reward
 #: Parameters of the published scorers (docs/rewards/).
 SCORERS = {"hpsv2": 986_109_441, "hpsv2.1": 986_109_441, "hpsv2.0": 986_109_441, "pickscore": 986_109_441,
            "clip": 427_616_513, "imagereward": 446_206_689, "aesthetic": 304_894_178}
+#: The most gradients in DeepSpeed's reduction buffer (see actors/engine.py), which is allocated whole from ZeRO 1 on.
+BUCKET = 500_000_000
 
 
 def count(tensors: Iterable[Tensor]) -> int:
@@ -88,3 +90,37 @@ def scorer_bytes(reward: Reward) -> int | None:
     if reward.kind not in SCORERS or (reward.kind == "clip" and "clip" in reward.params):
         return None
     return 4 * SCORERS[reward.kind]
+
+
+def with_engines(parts: Mapping[str, int], config: Config, trained: Mapping[str, int], activations: Mapping[str, int],
+                 anchor: float = 0.0) -> dict[str, int]:
+    """``parts`` with what DeepSpeed holds (measured on its 0.19: docs/memory.md) and the activations.
+
+    trained, activations: numbers and bytes, of each network that has an engine; their weights are the parts whose names
+    end in 'network'. anchor: as ``Engine``'s.
+    """
+    parts, stage, n = dict(parts), config.learner.zero_stage, config.resources.learner_workers
+    sizes = {name: 4 * numbers for name, numbers in trained.items()}
+    share = {name: size // n if stage else size for name, size in sizes.items()}
+    gathered = 0
+    if stage == 3:
+        for key in [key for key in parts if key.endswith("network")]:
+            gathered += parts[key]  # layers gathered for their turn stay for the next, up to a billion numbers
+            parts[key] //= n
+    if stage:
+        parts["master weights"] = sum(share.values())
+    parts["Adam moments"] = 2 * sum(share.values())
+    if anchor:
+        parts["anchor"] = sum(share.values())
+    # What goes after an update is one network's at a time; the network whose update is the worst decides.
+    own = {name: share[name] if stage >= 2 else size for name, size in sizes.items()}
+    # After the last backward, when activations are gone: gradients made flat for the reduction or the optimizer.
+    flat = {name: {0: min(size, 4 * BUCKET), 3: size}.get(stage, share[name]) for name, size in sizes.items()}
+    seen = {name: activations[name] + gathered for name in sizes}
+    worst = max(sizes, key=lambda name: own[name] + max(seen[name], flat[name]))
+    parts["gradients"] = sum(own.values()) if stage >= 2 else own[worst]
+    if stage and config.resources.learner_gpus:  # untouched, so free, in host memory
+        kept = sizes.values() if stage == 3 else [sizes[worst]]
+        parts["reduction buffer"] = sum(min(size, 4 * BUCKET) for size in kept)
+    parts["activations" if seen[worst] >= flat[worst] else "flat gradients"] = max(seen[worst], flat[worst])
+    return parts

@@ -1,4 +1,4 @@
-"""The steps whose peaks a run's memory depends on: a loss and its backward, a prox, decoding, encoding.
+"""The steps whose peaks a run's memory depends on: an update's losses and their backwards, a prox, decoding, encoding.
 
 ``*_peak`` functions are called inside ``memory_trace.no_memory``, with networks that are ``without_data``; the device
 is the one that is planned for, 'cpu' or 'cuda'.
@@ -6,54 +6,111 @@ is the one that is planned for, 'cpu' or 'cuda'.
 
 from __future__ import annotations
 
-from typing import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Callable, ContextManager, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .algorithms import grpo
+from .algorithms.base import Algorithm, Batch, Parts, Update
+from .algorithms.requests import SampleRequest
 from .config import Config
+from .data import faces
 from .memory_parts import text_shape
 from .memory_trace import traced, without_data
 from .models.autoencoder import Autoencoder
 from .models.loading import latent_space, parts_folder
 from .models.precision import autocast
 from .models.text import TextStates
-from .proximal.operator import ProximalOperator
+from .proximal.operator import Denoiser, ProximalOperator
+from .rewards.gradients import RewardGradients
+
+Losses = Iterator[tuple[Tensor, dict[str, float]]]
 
 
-def learner_losses(config: Config, network: nn.Module, rows: int) -> Iterator[tuple[Tensor, dict[str, float]]]:
-    """The GRPO losses of one micro-batch of ``rows`` samples, all zeros, without a reference, where the network is."""
-    prox, z, text = inputs(config, network, rows)
-    algorithm = grpo.build(config)
-    window = algorithm.window(0)
-    chain, each = z.expand(len(window), *z.shape), z.new_zeros(rows)
-    return algorithm.losses(prox, None, [grpo.MicroBatch(chain, chain, chain, each, each, text)], window)
+class Captions:
+    """In the place of a text encoder: states of the shapes that the config asks for, all zeros, whatever is said."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.shape, self.device = text_shape(config, parts_folder(config)), device
+
+    def groups(self, captions: Sequence[str], size: int) -> TextStates:
+        """As ``TextEncoder.groups``."""
+        (length, width, pooled), rows = self.shape, len(captions) * size
+        made = TextStates(torch.zeros(rows, length, width), torch.zeros(rows, pooled), torch.ones(rows, length))
+        return made.to(self.device)
+
+    def null_like(self, text: TextStates) -> TextStates:
+        """As ``TextEncoder.null_like``."""
+        return self.groups([""], len(text))
+
+
+def first_updates(config: Config, algorithm: Algorithm, networks: Mapping[str, nn.Module],
+                  reference: Denoiser | None = None, gradients: RewardGradients | None = None,
+                  reference_scope: Callable[[], ContextManager] = nullcontext) -> dict[str, Update]:
+    """Of each network the first update that the learner makes, of one micro-batch of zeros, where the network is.
+
+    Args:
+        networks: those that ``algorithm.networks`` names.
+        reference, gradients, reference_scope: as in ``Parts``.
+    """
+    device = next(next(iter(networks.values())).parameters()).device
+    channels, side = latent_space(config)
+    shape = (channels, side, side)
+    captions = Captions(config, device)
+    algorithm.connect(Parts(dict(networks), dict(networks), reference, captions, gradients, shape, device,
+                            reference_scope))
+    g, kept = config.rl, getattr(algorithm, "trained_steps", 0)
+    prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups_per_micro_batch))
+    request = SampleRequest("train", 0, prompts, tuple(range(len(prompts))), g.group_size)
+    z = torch.zeros(request.images, *shape, device=device)
+    chain = {name: z.expand(kept, *z.shape) for name in ("z", "z_next", "prox")} | {"z_last": z}
+    requests = [request] * g.updates_per_step
+    batch = Batch(0, requests, 0, 1, np.zeros((len(prompts) * len(requests), g.group_size)), lambda j: chain)
+    found: dict[str, Update] = {}
+    for update in algorithm.updates(batch):
+        found.setdefault(update.network, update)
+    return found
+
+
+def learner_losses(config: Config, network: nn.Module, rows: int) -> Losses:
+    """GRPO's losses of one micro-batch of ``rows`` samples, without a reference, where the network is."""
+    one = config.with_rl(group_size=rows, groups_per_micro_batch=1)
+    return first_updates(one, grpo.GRPO(one), {"policy": network})["policy"].losses
+
+
+def one_loss(config: Config, network: nn.Module) -> Losses:
+    """One prox of a micro-batch with a backward, whatever the algorithm makes of it."""
+    prox, z, text = inputs(config, network, config.rl.groups_per_micro_batch * config.rl.group_size)
+    yield prox(z, 0.5, 0.5, text).sum(), {}
 
 
 def inputs(config: Config, network: nn.Module, rows: int) -> tuple[ProximalOperator, Tensor, TextStates]:
     """The prox, samples and captions of the shapes that the config asks for, all zeros."""
     channels, side = latent_space(config)
-    length, width, pooled = text_shape(config, parts_folder(config))
     device = next(network.parameters()).device
-    text = TextStates(torch.zeros(rows, length, width), torch.zeros(rows, pooled), torch.ones(rows, length)).to(device)
-    prox = ProximalOperator(network, config.sampler.guidance_scale, lambda text: text, TextStates.join)
-    return prox, torch.zeros(rows, channels, side, side, device=device), text
+    captions = Captions(config, device)
+    prox = ProximalOperator(network, config.sampler.guidance_scale, captions.null_like, TextStates.join)
+    return prox, torch.zeros(rows, channels, side, side, device=device), captions.groups([""], rows)
 
 
-def training_peak(losses, trained: Iterable[nn.Parameter], dtype: torch.dtype, device: str) -> tuple[int, int]:
-    """(bytes saved for the backward, peak) of one loss and its backward, gradients there already."""
+def training_peak(losses: Losses, trained: Iterable[nn.Parameter], dtype: torch.dtype, device: str) -> int:
+    """Peak of all ``losses``, each with its backward before the next, gradients of the weights there already."""
+    from torch.fx.experimental import _config as shapes
+
     for p in trained:
         p.grad = torch.zeros_like(p)
-    with traced(device) as live, autocast(dtype, "cpu"):
-        loss, _ = next(losses)
-        saved = live.now
-        loss.backward()
-    return saved, live.peak
+    # What a boolean mask picks, in a metric, is as large as what it picks from.
+    with shapes.patch(meta_nonzero_assume_all_nonzero=True), traced(device) as live, autocast(dtype, "cpu"):
+        for loss, _ in losses:
+            loss.backward()
+    return live.peak
 
 
 def forward_peak(config: Config, network: nn.Module, rows: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes of one prox of ``rows`` samples without gradient: the sampler's, and the reference's."""
+    """Bytes of one prox of ``rows`` samples without gradient."""
     prox, z, text = inputs(config, network, rows)
     with torch.no_grad(), traced(device) as live, autocast(dtype, "cpu"):
         prox(z, 0.5, 0.5, text)

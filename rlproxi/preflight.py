@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator
 
+from .algorithms import registry
+from .algorithms.base import Algorithm
 from .config import Config
 from .data.cache import prompts_path
 from .data.curation import job
@@ -14,7 +16,8 @@ from .data.shards import list_shards
 from .models.backbone import NoiseLevels, adapter_of
 from .models.loading import OWN, build_denoiser, find_model, latent_space, network_config
 from .models.text_loading import text_widths
-from .rewards import build, checked_params, parameters
+from .rewards import build, checked_params, names, parameters
+from .rewards.base import is_differentiable
 from .schema import Reward
 
 #: Scorers of the embedded default -> what the stage ``prepare`` makes for them.
@@ -57,6 +60,8 @@ class Problem:
 def problems(config: Config) -> list[Problem]:
     """Everything that would stop the run later; [] when it can start."""
     found = [*_rewards(with_paths(config, Path(config.run.dir)))]
+    if "rl" in config.run.stages:
+        found += _algorithm(config)
     if set(config.run.stages) - {"curate", "report"}:
         found += [*_model(config), *_data(config)]
     if "curate" in config.run.stages:
@@ -94,6 +99,35 @@ def _reward(reward: Reward) -> None:
         if reward.params.get(key) is not None and not Path(reward.params[key]).exists():
             raise FileNotFoundError(f"reward {reward.name!r}: {key} {reward.params[key]!r} does not exist: name its file "
                                     "(docs/rewards/ says where it comes from)")
+
+
+def _algorithm(config: Config) -> list[Problem]:
+    """A class that is not there or cannot be made, and rewards without the gradients that it climbs."""
+    made: list[Algorithm] = []
+    problems = _told("run.algorithm", lambda: made.append(_built(config)))
+    if not (made and made[0].needs_gradients):
+        return problems
+    known = ", ".join(name for name in names() if is_differentiable(name))
+    lacking = [(i, reward.name) for i, reward in enumerate(config.rewards.train)
+               if reward.kind in names() and not is_differentiable(reward.kind)]
+    return [Problem(f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs one from "
+                    f"every training reward: use one of {known}, or a scorer of your own that is a TorchScorer "
+                    "(docs/rewards/)", False) for i, name in lacking]
+
+
+def _what_needs_gradients(config: Config) -> str:
+    told = {"grpo": f"grpo.last_step_weight = {config.grpo.last_step_weight:g}",
+            "didr": f"didr.reward = {config.didr.reward!r}"}
+    return told.get(config.section, f"run.algorithm = {config.run.algorithm!r}")
+
+
+def _built(config: Config) -> Algorithm:
+    name = config.run.algorithm
+    kind = registry.algorithm_class(name)
+    try:
+        return kind(config)
+    except Exception as error:  # whatever the user's class raises
+        raise ValueError(f"run.algorithm {name!r} cannot be set up: {type(error).__name__}: {error}") from None
 
 
 def _model(config: Config) -> Iterator[Problem]:

@@ -23,9 +23,9 @@ from rlproxi.rewards.gradients import RewardGradients
 LORA = {"rank": 4, "alpha": 4}
 
 
-def learner_config(root: Path, algorithm: str, kind: str = "new", model: dict | None = None, size: int = 8,
+def learner_config(root: Path, algorithm: str, kind: str = "new", model: dict | None = None, size: int = 16,
                    steps: int = 3, **settings) -> Config:
-    """A learner of ``size`` images in a micro-batch whose reward is a new classifier: a new U-Net, or a small checkpoint's."""
+    """A learner of ``size`` images in a micro-batch, of a new U-Net or a small checkpoint's; its reward is a classifier."""
     side = 32 if kind == "new" else 64
     classifier, folder = root / "classifier.safetensors", root / kind
     if not classifier.exists():
@@ -48,11 +48,15 @@ def real_updates(config: Config):
     networks = algorithm.networks(network)
     for p in (p for x in networks.values() for p in trainable(x).values()):
         p.grad = torch.zeros_like(p)
-    reference = without_adapters(network, network) if config.model.lora else copy.deepcopy(network).requires_grad_(False)
+    reference = without_adapters(network, network)
+    if not config.model.lora:
+        reference = copy.deepcopy(network).requires_grad_(False)
     gradients = None
     if algorithm.needs_gradients:
         gradients = RewardGradients.build(config.rewards.train, _real_vae(config), algorithm.normalize_gradients, "cpu")
-    return lambda: first_updates(config, algorithm, networks, reference if algorithm.needs_reference else None, gradients)
+    if not algorithm.needs_reference:
+        reference = None
+    return lambda: first_updates(config, algorithm, networks, reference, gradients)
 
 
 def _real_vae(config: Config) -> Autoencoder | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from contextlib import nullcontext
 
@@ -11,8 +12,8 @@ from torch import nn
 
 from memory_fixtures import SHAPES, profiled_peak, real_network, real_step, small_folder
 from rlproxi.config import build_config
-from rlproxi.memory import BUCKET, estimate
-from rlproxi.memory_parts import count, empty_vae, text_encoders
+from rlproxi.memory import estimate
+from rlproxi.memory_parts import BUCKET, count, empty_vae, text_encoders
 from rlproxi.memory_steps import decoding_peak, learner_losses, training_peak
 from rlproxi.memory_trace import LiveBytes, no_memory, traced, without_data
 from rlproxi.models.autoencoder import Autoencoder
@@ -51,7 +52,8 @@ def step_peak(config, dtype=torch.float32, rows: int = ROWS) -> int:
     """The estimated peak of one of the learner's losses and its backward."""
     network = without_data(empty_form(config, "rl", dtype))
     with no_memory():
-        return training_peak(learner_losses(config, network, rows), trainable(network).values(), dtype, "cpu")[1]
+        first = itertools.islice(learner_losses(config, network, rows), 1)
+        return training_peak(first, trainable(network).values(), dtype, "cpu")
 
 
 def test_learner_is_the_sum_of_what_a_real_one_holds(tmp_path):

@@ -95,7 +95,7 @@ def test_the_front_door_refuses_and_a_dry_run_tells(capsys, tmp_path):
 def test_recipes_lack_nothing_but_files(recipe):
     config = load_config(config_folder() / recipe)
     assert all(p.missing for p in problems(config))
-    if recipe not in ("quickstart.yaml", "smoke.yaml"):
+    if not recipe.startswith(("quick", "smoke")):
         lines = (config_folder() / recipe).read_text().splitlines()
         keys = [line for line in lines if line.startswith("  ") and line.strip() and not line.lstrip().startswith(("#", "- "))]
         bare = [line for line in keys if "#" not in line]
@@ -116,3 +116,43 @@ def test_a_curation_is_planned_without_a_model(capsys):
     told = capsys.readouterr().out
     assert "curate     nothing yet -> <run directory>/curated" in told and "memory" not in told
     assert "missing    curate.urls is empty: name at least one tar" in told
+
+
+ONE_STEP = ("run.algorithm=didr", "sampler.num_inference_steps=1")
+
+
+@pytest.mark.parametrize("overrides, what", [
+    (("run.algorithm=r0",), "run.algorithm = 'r0'"), (ONE_STEP, "didr.reward = 'diffused'"),
+    ((*ONE_STEP, "didr.reward=terminal"), "didr.reward = 'terminal'"),
+    (("grpo.last_step_weight=0.5",), "grpo.last_step_weight = 0.5")])
+def test_rewards_without_a_gradient_where_one_is_climbed(overrides, what):
+    mixed = "rewards.train=[{name: attributes, params: {path: x.safetensors}}, {name: small, scorer: jpeg}]"
+    text, missing = one(*overrides, mixed)
+    assert text.startswith(f"rewards.train.1: reward 'small' has no gradient, and {what} needs one from every training "
+                           "reward: use one of aesthetic, attributes, clip, ") and not missing
+    assert found(*overrides, "rewards.train=[{name: attributes}]") == []
+    assert found(*overrides, mixed, "run.stages=[pretrain]") == []
+
+
+def test_rewards_without_a_gradient_where_none_is_climbed():
+    assert found(*ONE_STEP, "didr.reward=none") == []
+    text, _ = one("run.algorithm=r0", "rewards.train=[{name: nobody}]")
+    assert text.startswith("rewards.train.0: reward 'nobody' is unknown")  # and that alone
+
+
+def test_algorithms_that_are_not_there(tmp_path, monkeypatch):
+    text, missing = one("run.algorithm=no_such_module:Ours")
+    assert text == ("run.algorithm 'no_such_module:Ours' cannot be imported: ModuleNotFoundError: No module named "
+                    "'no_such_module'; it must be installed or on PYTHONPATH") and not missing
+    assert one("run.algorithm=pathlib:Path")[0] == (
+        "run.algorithm 'pathlib:Path' is not a subclass of rlproxi.algorithms.base.Algorithm")
+    (tmp_path / "ours_to_check.py").write_text(
+        "from rlproxi.algorithms.base import Algorithm\n"
+        "class Ours(Algorithm):\n    needs_gradients = True\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n        self.tau = self.settings.params['tau']\n"
+        "    def updates(self, batch):\n        yield from ()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert one("run.algorithm=ours_to_check:Ours")[0] == "run.algorithm 'ours_to_check:Ours' cannot be set up: KeyError: 'tau'"
+    text, _ = one("run.algorithm=ours_to_check:Ours", "custom.params={tau: 1}")
+    assert text.startswith("rewards.train.0: reward 'jpeg' has no gradient, and run.algorithm = 'ours_to_check:Ours' needs one")
+    assert found("run.algorithm=no_such_module:Ours", "run.stages=[pretrain]") == []

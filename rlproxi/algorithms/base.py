@@ -8,8 +8,9 @@ an iteration that is repeated after a fault is the same iteration.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Callable, ContextManager, Iterator
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ class Parts:
 
     networks: name -> denoiser under its engine, for losses. plain: the same networks without their engines, for gradients
     to their inputs. reference: the starting model's denoiser, frozen, where ``needs_reference``. gradients: of the training
-    rewards, where ``needs_gradients``. sample_shape: [C, H, W].
+    rewards, where ``needs_gradients``. sample_shape: [C, H, W]. reference_scope: a backward through the reference happens inside
+    of one, for with LoRA the reference is a network whose adapters are off, and checkpointing computes it again.
     """
 
     networks: dict[str, Denoiser]
@@ -68,6 +70,7 @@ class Parts:
     gradients: RewardGradients | None
     sample_shape: tuple[int, int, int]
     device: torch.device
+    reference_scope: Callable[[], ContextManager] = nullcontext
 
 
 class AlgorithmStopped(RuntimeError):

@@ -112,29 +112,35 @@ class DIDR(Algorithm):
         for request, text in work:
             x0 = self._generate(request, text, 0)
             level, g = self._draw(request, 0, x0)
-            loss = self._divergence(x0, level, g, request, text)
-            metrics = {"loss": loss.item()}
-            if self.settings.reward == "terminal":
-                found = self.parts.gradients(x0, request.rows)
-                # The mean over dimensions, as the divergence's.
-                loss = loss - self.settings.reward_weight * (found.ascent * x0).flatten(1).mean(1).mean()
-                metrics |= mean_scores(found.scores, self.parts.gradients.weights)
-            elif self.needs_gradients:
-                with torch.no_grad():
-                    metrics |= mean_scores(self.parts.gradients.total(x0, request.rows)[1], self.parts.gradients.weights)
-            yield loss, metrics
+            if self.settings.divergence == "score":
+                # The fake score's weights must not gather gradients of the generator's loss, until its backward is done.
+                with _frozen(self.parts.plain["fake"]):
+                    yield self._with_reward(self._score_divergence(x0, level, g, text), x0, request)
+            else:
+                yield self._with_reward(self._divergence(x0, level, g, request, text), x0, request)
+
+    def _with_reward(self, loss: Tensor, x0: Tensor, request: SampleRequest) -> tuple[Tensor, dict[str, float]]:
+        metrics = {"loss": loss.item()}
+        if self.settings.reward == "terminal":
+            found = self.parts.gradients(x0, request.rows)
+            # The mean over dimensions, as the divergence's.
+            loss = loss - self.settings.reward_weight * (found.ascent * x0).flatten(1).mean(1).mean()
+            metrics |= mean_scores(found.scores, self.parts.gradients.weights)
+        elif self.needs_gradients:
+            with torch.no_grad():
+                metrics |= mean_scores(self.parts.gradients.total(x0, request.rows)[1], self.parts.gradients.weights)
+        return loss, metrics
 
     def _divergence(self, x0: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
-        n = self._noise(g, x0)
-        if self.settings.divergence == "score":
-            fake = self.parts.plain["fake"]
-            with _frozen(fake):  # its weights must not gather gradients of the generator's loss
-                return score_divergence(x0, n, level, as_clean(fake), self.target, text).mean()
         with torch.no_grad():
-            y = level.diffuse(x0.detach(), n)
+            y = level.diffuse(x0.detach(), self._noise(g, x0))
             fake, target = self.fake(y, level, text), self.target(y, level, text)
         gap = direction(fake, target + self._pull(y, level, g, request, text) if self.settings.reward == "diffused" else target)
         return surrogate(x0, normalise(gap, x0, target)).mean()
+
+    def _score_divergence(self, x0: Tensor, level: Level, g: torch.Generator, text: TextStates) -> Tensor:
+        fake = as_clean(self.parts.plain["fake"])
+        return score_divergence(x0, self._noise(g, x0), level, fake, self.target, text).mean()
 
     def _pull(self, y: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
         """kappa s_r: where the diffused reward moves the reference's clean prediction."""
@@ -143,9 +149,10 @@ class DIDR(Algorithm):
         denoise = lambda y, k=0: denoise_steps(self.reference, y, level, self.ladder, s.reward_steps, text,  # noqa: E731
                                                lambda k, like: self._noise(g, like), eta=None)
         reward = lambda x: self.parts.gradients.total(x, request.rows)[0]  # noqa: E731
-        if s.damped:
-            return damped(y, denoise, reward, s.beta, clamped)[0]
-        score, _ = proxy(y, denoise, reward, s.beta, s.particles)
+        with self.parts.reference_scope():
+            if s.damped:
+                return damped(y, denoise, reward, s.beta, clamped)[0]
+            score, _ = proxy(y, denoise, reward, s.beta, s.particles)
         return clamped.reshape(-1, *[1] * (y.dim() - 1)) * score
 
 

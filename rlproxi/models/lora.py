@@ -70,6 +70,7 @@ def _layers(denoiser: nn.Module) -> list[nn.Module]:
 def adapters_off(denoiser: nn.Module) -> Iterator[None]:
     """Inside, the network is its base: the reference policy, without a second copy."""
     layers = _layers(denoiser)
+    before = [layer._disable_adapters for layer in layers]
     # Not peft's enable_adapters: that also turns requires_grad off and on again, under the feet of a graph whose
     # backward is still to come.
     for layer in layers:
@@ -77,8 +78,8 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, off in zip(layers, before):
+            layer._disable_adapters = off
 
 
 def without_adapters(prox: Prox, denoiser: nn.Module) -> Prox:

@@ -136,7 +136,7 @@ def test_with_a_quadratic_reward_it_becomes_the_tilted_gaussian(damped):
 def test_the_direction_vanishes_where_generator_and_target_agree():
     algorithm, _ = made(shift=0.3, scale=0.4, fake=(0.3, 0.4), reward="none")
     (update,) = [u for u in algorithm.updates(Batch(0, algorithm.requests(0), 0, 1)) if u.network == "policy"]
-    assert max(abs(float(loss)) for loss, _ in update.losses) < 1e-10
+    assert max(abs(loss.item()) for loss, _ in update.losses) < 1e-10
 
 
 def test_clean_predictions_of_the_gaussian_are_its_posterior_means():
