@@ -217,10 +217,10 @@ def plot(out: Path, rows: list[dict], file: Path, arms: list[str], prompts: int 
         samples = len(images) // 64
         shown = np.concatenate([images[p * samples + s] for p in range(prompts) for s in range(min(3, samples))], 1)
         axis.imshow(shown)
-        axis.set_ylabel(f"{arm}\n{row['judge']:.2f}  {row['total']:.2f}", rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_ylabel(f"{arm}\n{row['judge']:.2f} / {row['total']:.2f}", rotation=0, ha="right", va="center", fontsize=7)
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.tight_layout(pad=0.3)
+    figure.subplots_adjust(left=0.1, right=0.995, top=0.995, bottom=0.005, hspace=0.08)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
