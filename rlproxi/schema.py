@@ -361,5 +361,8 @@ class Evaluate(Section):
     every: int = Field(25, ge=0, description="RL iterations between held-out evaluations; 0: only before and after.")
     alarm_sigmas: float = Field(
         2.0, gt=0, description="Over-optimisation alarm: the first held-out reward is so many standard errors below its best.")
+    alarm_drift: float | None = Field(
+        1.4, gt=1, description="Alarm as well where the distance to the data has grown to so many times its smallest value: a "
+        "held-out reward does not see textures and shifted colours. null: never.")
     patience: int | None = Field(
         None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never.")

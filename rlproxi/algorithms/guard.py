@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation on the fixed held-out prompts: means and standard errors."""
+    """One evaluation on the fixed held-out prompts: means and standard errors, and the distance to the data if known."""
 
     iteration: int
     train: float
     heldout: float
     sem: float
+    distance: float | None = None
 
 
 class OverOptimisation:
@@ -27,19 +28,40 @@ class OverOptimisation:
     The evaluations share prompts and seeds, so the true error of a difference is smaller than the one used here
     (independent samples): the alarm is late rather than false.
 
+    A judge does not see everything: where the distance to the data has grown to ``drift`` times its smallest value, that is
+    told too, whatever the judge says. It ends nothing.
+
     Args:
         sigmas: how sure the fall has to be.
         patience: so many evaluations in a row below the best and the run had better stop; None never says so.
+        drift: None looks at no distance.
     """
 
-    def __init__(self, sigmas: float = 2.0, patience: int | None = None):
+    def __init__(self, sigmas: float = 2.0, patience: int | None = None, drift: float | None = None):
         self.sigmas = sigmas
         self.patience = patience
+        self.drift = drift
         self.best: Evaluated | None = None
+        self.nearest: Evaluated | None = None
         self.below = 0
 
     def see(self, now: Evaluated) -> str | None:
         """Takes the next evaluation; returns the alarm's words, or None. ``best is now`` if it is the best so far."""
+        return self._look_at_reward(now) or self._look_at_distance(now)
+
+    def _look_at_distance(self, now: Evaluated) -> str | None:
+        if self.drift is None or now.distance is None:
+            return None
+        if self.nearest is None or now.distance < self.nearest.distance:
+            self.nearest = now
+        near = self.nearest
+        if now.distance <= self.drift * near.distance:
+            return None
+        return (f"drift: the distance to the data went from {near.distance:.3f} at iteration {near.iteration} to "
+                f"{now.distance:.3f} at {now.iteration}, while the held-out reward is {now.heldout:.3f}, which may not see it: look "
+                "at the pictures; raise the algorithm's anchor or kl_coef, or lower its lr (evaluate.alarm_drift)")
+
+    def _look_at_reward(self, now: Evaluated) -> str | None:
         if self.best is None or now.heldout > self.best.heldout:
             self.best, self.below = now, 0
             return None

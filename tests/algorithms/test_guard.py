@@ -47,3 +47,20 @@ def test_seeing_the_same_evaluation_again_changes_nothing():
     guard = OverOptimisation(patience=1)
     feed(guard, (0.5, 0.6))
     assert guard.see(Evaluated(0, 0.5, 0.6, 0.01)) is None and not guard.should_stop
+
+
+def test_leaving_the_data_is_told_though_the_judge_is_pleased():
+    guard = OverOptimisation(drift=1.5)
+    said = [guard.see(Evaluated(10 * i, reward, reward, 0.01, distance))
+            for i, (reward, distance) in enumerate([(0.5, 0.9), (0.6, 0.2), (0.7, 0.29), (0.9, 0.31), (0.95, None)])]
+    assert said[:3] == [None, None, None] and said[4] is None
+    assert said[3].startswith("drift: the distance to the data went from 0.200 at iteration 10 to 0.310 at 30, while the held-out "
+                              "reward is 0.900")
+    assert guard.best.iteration == 40 and guard.below == 0
+    assert OverOptimisation().see(Evaluated(0, 1, 1, 0.1, 5.0)) is None
+
+
+def test_a_fallen_judge_is_told_before_the_distance():
+    guard = OverOptimisation(drift=1.5)
+    guard.see(Evaluated(0, 0.5, 0.6, 0.01, 0.1))
+    assert guard.see(Evaluated(10, 0.6, 0.4, 0.01, 0.9)).startswith("over-optimisation: ")

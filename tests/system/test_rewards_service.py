@@ -91,7 +91,7 @@ def test_over_optimisation_raises_the_alarm_keeps_the_best_and_ends_early(start,
     run = start("run.stages=[before, rl, after]", "evaluate.every=1", "grpo.steps=12", "grpo.lr=3.0e-3",
                 from_smoke[0], f"rewards.train=[{function('brightness')}]", f"rewards.heldout=[{function('darkness')}]",
                 "evaluate.patience=2", "evaluate.alarm_sigmas=0.1")
-    alarms = [r for r in run.records if r["event"] == "alarm"]
+    alarms = [r for r in run.records if r["event"] == "alarm" and not r["message"].startswith("drift")]
     assert alarms and "over-optimisation: the held-out reward fell" in alarms[0]["message"]
     trained = max(run.series("rl", "reward/mean")[0])
     assert trained < 12, "evaluate.patience ends it"
