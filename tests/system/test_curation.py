@@ -7,7 +7,7 @@ from pathlib import Path
 import curation_fixtures as fixtures
 import curation_models
 import pytest
-from system.test_resume import _kill_when, _launch
+from run_processes import kill_when, launch
 
 from rlproxi.data.shards import read_shard
 from rlproxi.run import main
@@ -74,18 +74,18 @@ def test_killed_twice_and_resumed(ray_session, many, tmp_path, monkeypatch):
     ages = lambda folder: {p.name: p.stat().st_mtime_ns for p in folder.glob("[0-9]*.jsonl")}  # noqa: E731
     start = [CONFIG, f"run.dir={runs}", f"curate.urls=[{raw}]", f"curate.out={out}", "curate.faces.min_size=64",
              *overrides]
-    _kill_when(_launch(start), lambda: count(examined) >= 3)
+    kill_when(launch(start), lambda: count(examined) >= 3)
     before = ages(examined)
     assert 3 <= len(before) < 12 and not (out / "manifest.jsonl").exists()
 
     resume = ["--resume", str(next(runs.iterdir()))]
-    _kill_when(_launch(resume), lambda: count(written) >= 3)
+    kill_when(launch(resume), lambda: count(written) >= 3)
     assert count(examined) == 12 and ages(examined).items() >= before.items(), "no shard was examined twice"
     before = ages(written)
     total = len(list(whole.glob("*.tar")))
     assert 3 <= len(before) < total
 
-    last = _launch(resume)
+    last = launch(resume)
     output = last.communicate(timeout=240)[0]
     assert last.returncode == 0, output[-3000:]
     assert ages(written).items() >= before.items(), "no shard was written twice"
