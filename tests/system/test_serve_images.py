@@ -243,9 +243,11 @@ def test_the_command_serves_until_ctrl_c_and_takes_its_application_down(ray_sess
     address = ray_session.get_runtime_context().gcs_address
     command = [sys.executable, "-m", "rlproxi", "serve", str(folder), "--port", str(port), "--cpus", "0.5",
                "--max-steps", "7"]
+    # A shell's background jobs, this one's parents perhaps, hand on an ignored SIGINT; a terminal does not.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).parents[2], env={**os.environ, "RAY_ADDRESS": address})
-    guard = threading.Timer(90, process.kill)
+                               cwd=Path(__file__).parents[2], env={**os.environ, "RAY_ADDRESS": address},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    guard = threading.Timer(240, process.kill)
     guard.start()
     try:
         line = process.stdout.readline()
