@@ -20,7 +20,7 @@ from pydantic import ValidationError, model_validator
 from .data.curation.settings import Curate
 from .proximal.samplers import plan
 from .schema import (ALGORITHMS, DIDR, GRPO, R0, ConfigError, Custom, Data, Evaluate, Learner, Model, Prepare, Pretrain,
-                     Resources, Rewards, Run, Sampler, Schedule, Section, Training)
+                     Resources, Rewards, Run, Sampler, Schedule, Section, Telemetry, Training)
 
 
 class Config(Section):
@@ -42,6 +42,7 @@ class Config(Section):
     learner: Learner = Learner()
     resources: Resources = Resources()
     evaluate: Evaluate = Evaluate()
+    telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
     def _across(self) -> "Config":

@@ -366,3 +366,17 @@ class Evaluate(Section):
         "held-out reward does not see textures and shifted colours. null: never.")
     patience: int | None = Field(
         None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never.")
+
+
+class Telemetry(Section):
+    """What a run tells while it goes on, beside its log."""
+
+    dashboard: bool = Field(True, description="Serve the live page while the run goes on (docs/dashboard.md).")
+    dashboard_host: str = Field("127.0.0.1", description="The address it listens on; the default is this machine only.")
+    dashboard_port: int = Field(8270, ge=0, le=65535, description="Its port, or the next free one; 0: any.")
+    samples_every: int = Field(10, ge=0, description="Iterations between saved galleries of training samples; 0: none.")
+    samples_groups: int = Field(4, ge=1, le=64, description="Groups in a gallery, each with its best and its worst sample.")
+    timeline: bool = Field(True, description="Keep what each role did when, in timeline.jsonl.")
+    prometheus: bool = Field(True, description="Export the catalogue's metrics through Ray (docs/monitoring.md).")
+    tensorboard: bool = Field(False, description="Write TensorBoard event files to <run>/tensorboard.")
+    wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the package wandb. null: none.")
