@@ -10,7 +10,7 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Coroutine
+from typing import Callable, Coroutine, Sequence
 
 import numpy as np
 import ray
@@ -23,8 +23,11 @@ from rlproxi.memory_errors import OUT_OF_MEMORY, is_out_of_memory
 from rlproxi.rewards import RewardError
 from rlproxi.rewards.combine import mean_present
 from rlproxi.schema import Reward
+from rlproxi.telemetry.timeline import Diary
 
+from .cluster import actor_options
 from .evaluator import Evaluator
+from .observer import Observer, Told
 from .pool import RolloutPool
 from .reward_service import RewardClient
 from .rollout import RolloutActor
@@ -41,11 +44,14 @@ class Scored:
     rewards: np.ndarray | None = None  # [P, G] float32, NaN where a group could not be scored
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> [P, G]
     seconds: dict[str, float] = field(default_factory=dict)
+    images: np.ndarray | None = None  # those of its groups that are shown in a gallery
 
 
 @ray.remote(num_cpus=0, max_concurrency=256)
 class Conductor:
     """Runs rollouts and rewards ahead of the learner, as far as staleness and bytes allow."""
+
+    observer: Observer | None = None  # from ``connect`` on
 
     def __init__(self, config: Config, run_dir: str, model_folder: str, scribe, store):
         self.config = config
@@ -56,9 +62,9 @@ class Conductor:
         self.algorithm = registry.build(config) if "rl" in config.run.stages else None
         self.policy = StalenessPolicy(config.rl.max_staleness)
         self.budget = ByteBudget(config.rl.max_bytes_in_flight)
-        r = config.resources
-        self.pool = RolloutPool([RolloutActor.options(num_cpus=r.rollout_cpus, num_gpus=r.rollout_gpus)
-                                 .remote(config, model_folder) for _ in range(r.rollout_actors)], store, scribe)
+        options = actor_options(config, "rollout")
+        self.pool = RolloutPool([RolloutActor.options(**options).remote(config, model_folder)
+                                 for _ in range(config.resources.rollout_actors)], store, scribe, Diary())
         self.changed = asyncio.Condition()
         self.version: int | None = None
         self.begun: int | None = None  # the iteration that the learner started from
@@ -71,9 +77,13 @@ class Conductor:
 
     async def connect(self, apps: dict[str, str]) -> int:
         """Takes the names of the deployed rewards; once all rollout actors have loaded the model, their number."""
-        self.client = RewardClient(self.config.rewards, apps)
+        diary = self.pool.diary
+        self.client = RewardClient(self.config.rewards, apps, diary)
         self.evaluator = Evaluator(self.config, self.run_dir, self.scribe, self.client,
-                                   self.pool.sample, self.pool.save)
+                                   self.pool.sample, self.pool.save, diary)
+        self.observer = Observer(self.config, self.run_dir, self.scribe, diary,
+                                 lambda: self.pool.lost + len(self.client.lost),
+                                 self.algorithm is not None and self.algorithm.needs_rollouts)
         await self._tell_provenance([*self.config.rewards.train, *self.config.rewards.heldout])
         return await self.pool.ready()
 
@@ -100,6 +110,8 @@ class Conductor:
         self.answers.clear()
         self.end = None
         self.budget.used = 0
+        if self.observer is not None:
+            self.observer.begun()
         self.version = self.begun = iteration
         self.last_commit = time.time()
         self.scribe.append.remote("resume", {"stage": "rl", "step": iteration})
@@ -144,9 +156,10 @@ class Conductor:
         return {"requests": [e.request for e in entries], "chains": [e.chain for e in entries],
                 "versions": [e.version for e in entries], "rewards": rewards}
 
-    async def commit(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Iteration done and the weights of version ``iteration + 1`` published."""
-        entries = list(self.ready.pop(iteration).values())
+    async def commit(self, iteration: int, metrics: dict[str, float], spans: Sequence[Told] = ()) -> None:
+        """Iteration done, and the weights of version ``iteration + 1`` published. ``spans``: see ``Observer``."""
+        done = self.ready.pop(iteration)
+        entries = list(done.values())
         self.answers.pop(iteration, None)  # every rank has trained on it, so none will ask
         now = time.time()
         record = {
@@ -155,6 +168,10 @@ class Conductor:
             "seconds/step": now - self.last_commit,
             "images_per_second": sum(e.request.images for e in entries) / (now - self.last_commit),
         }
+        if self.observer is not None:
+            images = sum(e.request.images for e in entries)
+            record |= self.observer.committed(iteration, self.last_commit, now, images, spans)
+            self.observer.show(iteration, entries[0].version, [done[j] for j in sorted(done)])
         self.last_commit = now
         self.scribe.append.remote("metrics", record)
         self.budget.give_back(len(entries) * bytes_per_micro_batch(self.config))
@@ -168,6 +185,7 @@ class Conductor:
     def _told_of_rollouts(self, iteration: int, entries: list[Scored]) -> dict[str, float]:
         rewards = {f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries])) for name in entries[0].parts}
         return {**rewards, "staleness/mean": float(np.mean([iteration - e.version for e in entries])),
+                "groups": sum(len(e.request.prompts) for e in entries),
                 "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
                 "seconds/reward": sum(e.seconds["reward"] for e in entries), "bytes_in_flight": self.budget.used}
 
@@ -191,6 +209,8 @@ class Conductor:
         for task in self.tasks:
             task.cancel()
         self.pool.close()
+        if self.observer is not None:
+            await self.observer.close()
 
     # -- rollouts and rewards -------------------------------------------------------------
 
@@ -248,8 +268,9 @@ class Conductor:
         images, chain, seconds = await self.pool.sample(request, version)
         sampled = time.time()
         rewards, parts = await self._score(images, request)
+        shown = self.observer.keep(iteration, j, request, images) if self.observer is not None else None
         await self._hand_over(iteration, j, Scored(request, version, chain, rewards, parts,
-                                                   {"rollout": seconds, "reward": time.time() - sampled}))
+                                                   {"rollout": seconds, "reward": time.time() - sampled}, shown))
 
     async def _hand_over(self, iteration: int, j: int, scored: Scored) -> None:
         async with self.changed:

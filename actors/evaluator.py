@@ -15,6 +15,7 @@ from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
 from rlproxi.evaluation.reference import Comparison
 from rlproxi.rewards import RewardError
+from rlproxi.telemetry.timeline import Diary
 
 from .reward_service import RewardClient
 
@@ -28,10 +29,13 @@ class Evaluator:
     Args:
         sample: (request, version) -> (images uint8 [P * S, H, W, 3], anything more). Asked for many pieces at once.
         save: (version, folder) -> None; writes the model with the weights of that version.
+        diary: of when evaluations were.
     """
 
     def __init__(self, config: Config, run_dir: Path, scribe: Any, client: RewardClient,
-                 sample: Callable[[SampleRequest, int], Awaitable[tuple]], save: Callable[[int, str], Awaitable[None]]):
+                 sample: Callable[[SampleRequest, int], Awaitable[tuple]], save: Callable[[int, str], Awaitable[None]],
+                 diary: Diary | None = None):
+        self.diary = diary or Diary()
         self.config, self.run_dir, self.scribe, self.client = config, run_dir, scribe, client
         self.sample, self.save = sample, save
         self.scorers = [r.name for r in [*config.rewards.train, *config.rewards.heldout]]
@@ -45,6 +49,10 @@ class Evaluator:
 
     async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
         """Held-out prompts at each step count; writes and returns the evaluation (see evaluation.heldout)."""
+        with self.diary.span("evaluation", 0, "evaluate"):
+            return await self._evaluate(tag, step_counts, version, guidance_scale)
+
+    async def _evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float) -> dict:
         samples = self.config.evaluate.samples
         indices, prompts = heldout_prompts(self.config)
         result = {"tag": tag, "iteration": version, "prompts": prompts, "samples": samples,

@@ -25,6 +25,7 @@ from rlproxi.models.precision import autocast
 from rlproxi.rewards.gradients import RewardGradients
 
 from .engine import Engine
+from .observer import over_the_wire
 from .rank import Rank
 from .training import LearnerSetup
 
@@ -116,12 +117,14 @@ class Learner(Rank):
     def updated(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
         """After the updates of an iteration: averages, and hands on what the rollout actors will need."""
         begun = time.time()
-        if self.ema is not None:
-            with self.engine.gathered() as weights:
-                self.ema.update(weights)
-        metrics.update(self.algorithm.metrics(batch))
-        if self.algorithm.needs_rollouts or self._evaluation_follows(iteration + 1):
-            metrics["bytes/weights"] = self._publish(iteration + 1)
+        with self._span("sync"):
+            if self.ema is not None:
+                with self.engine.gathered() as weights:
+                    self.ema.update(weights)
+            metrics.update(self.algorithm.metrics(batch))
+            if self.algorithm.needs_rollouts or self._evaluation_follows(iteration + 1):
+                with self.diary.span("weights", 0, "sync"):
+                    metrics["bytes/weights"] = self._publish(iteration + 1)
         metrics["seconds/sync"] = time.time() - begun
 
     def _evaluation_follows(self, version: int) -> bool:
@@ -129,8 +132,9 @@ class Learner(Rank):
         return bool(every) and version % every == 0
 
     def done(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
+        spans = over_the_wire(self.diary.take(), time.time())
         if self.rank == 0:
-            ray.get(self.conductor.commit.remote(iteration, metrics))
+            ray.get(self.conductor.commit.remote(iteration, metrics, spans))
 
     def finish(self) -> None:
         with self.engine.gathered() as weights:

@@ -11,6 +11,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from rlproxi.algorithms.requests import SampleRequest
+from rlproxi.telemetry.timeline import Diary
 
 
 class RolloutPool:
@@ -20,13 +21,17 @@ class RolloutPool:
 
     Args:
         actors: handles of ``RolloutActor``. store: handle of the ``WeightStore``. scribe: is told of lost actors.
+        diary: of what each actor did when.
+
+    ``lost`` counts the actors that died.
     """
 
-    def __init__(self, actors: list, store: Any, scribe: Any):
+    def __init__(self, actors: list, store: Any, scribe: Any, diary: Diary | None = None):
         self.actors, self.store, self.scribe = actors, store, scribe
+        self.diary, self.lost = diary or Diary(), 0
         self.idle: asyncio.Queue = asyncio.Queue()
-        for actor in actors:
-            self.idle.put_nowait(actor)
+        for place in enumerate(actors):
+            self.idle.put_nowait(place)
 
     async def ready(self) -> int:
         """The number of actors, once all have loaded the model."""
@@ -39,24 +44,26 @@ class RolloutPool:
             images, chain = actor.sample.remote(request, version, weights)
             return await images, chain, time.time() - begun
 
-        return await self._ask(version, "request", ask)
+        return await self._ask(version, "request", "sample", ask)
 
     async def save(self, version: int, folder: str) -> None:
         """Writes the model with the weights of ``version``, on an actor because it has the model."""
-        await self._ask(version, "saving", lambda actor, weights: actor.save.remote(version, weights, folder))
+        await self._ask(version, "saving", "checkpoint", lambda actor, weights: actor.save.remote(version, weights, folder))
 
     def close(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
 
-    async def _ask(self, version: int, what: str, ask: Callable[[Any, ray.ObjectRef], Awaitable]) -> Any:
+    async def _ask(self, version: int, what: str, phase: str, ask: Callable[[Any, ray.ObjectRef], Awaitable]) -> Any:
         # Outside the loop: a store that has died stays dead, and is a fault of the run.
         (weights,) = await self.store.get.remote(version)
         while True:
-            actor = await self.idle.get()
+            number, actor = await self.idle.get()
             try:
-                return await ask(actor, weights)
+                with self.diary.span("rollout", number, phase):
+                    return await ask(actor, weights)
             except RayActorError as error:
+                self.lost += 1
                 self.scribe.append.remote("warning", {"message": f"rollout actor lost, {what} repeated: {error}"})
             finally:
-                self.idle.put_nowait(actor)
+                self.idle.put_nowait((number, actor))

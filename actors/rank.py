@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, ContextManager, Mapping
 
 import numpy as np
 import torch
@@ -16,9 +17,14 @@ from rlproxi.config import Config
 from rlproxi.models.loading import find_model, load_autoencoder, load_encoder, trainable, training_form
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.precision import autocast, compute_dtype
+from rlproxi.telemetry import timeline
+from rlproxi.telemetry.timeline import Diary
 
 from . import checkpoints
 from .engine import Engine
+
+#: Seconds between the lines that a stage without a conductor writes into the timeline.
+_TIMELINE_EVERY = 10.0
 
 
 class Rank:
@@ -45,6 +51,7 @@ class Rank:
         self.device = ray.train.torch.get_device()
         self.config, self.stage, self.scribe = config, stage, scribe
         self.run_dir = Path(run_dir)
+        self.diary, self.told = Diary(), time.time()
         self.dtype = compute_dtype(config.model.precision, self.device)
         self.origin = find_model(model_folder)
         self.encoder = load_encoder(self.origin, self.dtype).to(self.device)
@@ -71,18 +78,25 @@ class Rank:
         start = self.restore()
         self.begin(start)
         for step in range(start, self.algorithm.steps):
-            batch = self.next_batch(step)
+            with self._span("wait"):
+                batch = self.next_batch(step)
             if batch is None:
                 break
             metrics: dict[str, float] = {}
-            if not self.or_stop(lambda: metrics.update(self._update(batch))):
+            with self._span("train"):
+                trained = self.or_stop(lambda: metrics.update(self._update(batch)))
+            if not trained:
                 break
             self.updated(step, batch, metrics)
             if (step + 1) % self.checkpoint_every == 0 or step + 1 == self.algorithm.steps:
-                self.checkpoint(step + 1)
+                with self._span("checkpoint"):
+                    self.checkpoint(step + 1)
             self.done(step, batch, metrics)
         if not self.stopped:
             self.finish()
+
+    def _span(self, phase: str) -> ContextManager[None]:
+        return self.diary.span("learner", self.rank, phase)
 
     def _update(self, batch: Any) -> dict[str, float]:
         """The batch's updates, one after another; the mean of each metric over them (the maximum where its name says max).
@@ -123,7 +137,16 @@ class Rank:
         """After the updates and before the checkpoint; may add to the metrics."""
 
     def done(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
-        """After the checkpoint, if one was due."""
+        """After the checkpoint, if one was due. Here, without a conductor, rank 0 writes the timeline now and then."""
+        last = step + 1 == self.algorithm.steps
+        if self.config.telemetry.timeline and (last or time.time() - self.told > _TIMELINE_EVERY):
+            self.told, spans = time.time(), timeline.joined(self.diary.take())
+            try:
+                if self.rank == 0:
+                    timeline.append(self.run_dir, self.stage, step + 1, spans)
+            except OSError as error:  # training goes on without
+                self.told = math.inf
+                self.scribe.append.remote("warning", {"message": f"telemetry: the timeline cannot be written: {error}"})
 
     def finish(self) -> None:
         """After the last step."""

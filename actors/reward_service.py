@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from ray import serve
+from ray.exceptions import RayActorError
 
+from rlproxi.demand import replica_options
 from rlproxi.schema import Reward, Rewards
 from rlproxi.rewards import RewardError, build, checked_scores, provenance
 from rlproxi.rewards.combine import combine
+from rlproxi.telemetry.timeline import Diary
 
 
 class RewardReplica:
@@ -77,17 +81,22 @@ class RewardReplica:
         return checked_scores(self.scorer, self.name, images, prompts, self.partial)
 
 
-def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
+def app_names(rewards: Rewards, run_id: str) -> dict[str, str]:
+    """Scorer -> the name of its Serve application."""
+    return {reward.name: f"{run_id}-{reward.name}" for reward in [*rewards.train, *rewards.heldout]}
+
+
+def deploy(rewards: Rewards, run_id: str, placement: str = "any") -> dict[str, str]:
     """Starts one Serve application for each scorer of the config, side by side; returns scorer -> application name.
 
-    Blocks until all replicas are up. Raises RuntimeError with the scorer's own words if one cannot start.
+    ``placement`` is resources.placement. Blocks until all replicas are up. Raises RuntimeError with the scorer's own
+    words if one cannot start.
     """
-    apps, targets = {}, []
+    apps, targets = app_names(rewards, run_id), []
     for reward in [*rewards.train, *rewards.heldout]:
-        apps[reward.name] = f"{run_id}-{reward.name}"
-        app = _deployment(rewards, reward).bind(
+        app = _deployment(rewards, reward, placement).bind(
             reward.name, reward.kind, reward.params, rewards.timeout_s, rewards.on_failure == "mask_sample",
-            reward.tune_micro_batch, max(1, int(_own(reward.num_cpus, rewards.num_cpus))))
+            reward.tune_micro_batch, max(1, int(replica_options(rewards, reward)["num_cpus"])))
         targets.append(serve.RunTarget(app, apps[reward.name], route_prefix=None))
     serve.start(proxy_location="Disabled")
     try:
@@ -101,13 +110,13 @@ def deploy(rewards: Rewards, run_id: str) -> dict[str, str]:
     return apps
 
 
-def _deployment(rewards: Rewards, reward: Reward):
+def _deployment(rewards: Rewards, reward: Reward, placement: str):
     low = reward.replicas or rewards.replicas
     count: dict[str, Any] = {"num_replicas": low}
     if reward.max_replicas:
         count = {"autoscaling_config": {"min_replicas": low, "max_replicas": reward.max_replicas,
                                         "target_ongoing_requests": 2}}
-    actor = {"num_cpus": _own(reward.num_cpus, rewards.num_cpus), "num_gpus": _own(reward.num_gpus, rewards.num_gpus)}
+    actor = replica_options(rewards, reward, placement)
     if reward.runtime_env:
         actor["runtime_env"] = reward.runtime_env
     # The client limits what is under way, not Serve: a replica that is full makes its router ask again and again. A
@@ -115,10 +124,6 @@ def _deployment(rewards: Rewards, reward: Reward):
     return serve.deployment(RewardReplica, name="RewardReplica", max_ongoing_requests=16, ray_actor_options=actor,
                             health_check_period_s=2, graceful_shutdown_timeout_s=5,
                             logging_config={"log_level": "WARNING", "enable_access_log": False}, **count)
-
-
-def _own(value: Any, general: Any) -> Any:
-    return general if value is None else value
 
 
 def _own_words(error: BaseException) -> str:
@@ -135,10 +140,13 @@ def withdraw(apps: dict[str, str]) -> None:
 
 
 class RewardClient:
-    """Scores groups against the deployments from inside an asyncio loop, with retries and timeouts."""
+    """Scores groups against the deployments from inside an asyncio loop, with retries and timeouts.
 
-    def __init__(self, rewards: Rewards, apps: dict[str, str]):
-        self.rewards = rewards
+    ``diary``: of when each scorer was at work. ``lost``: the ids of replicas that died over a request.
+    """
+
+    def __init__(self, rewards: Rewards, apps: dict[str, str], diary: Diary | None = None):
+        self.rewards, self.diary, self.lost = rewards, diary or Diary(), set()
         self.handles = {name: serve.get_app_handle(app) for name, app in apps.items()}
         # Two requests under way for each replica: while one is scored, the next arrives. More would only wait inside the
         # replica, and rewards.timeout_s would count the waiting.
@@ -162,13 +170,18 @@ class RewardClient:
             if attempt:
                 await asyncio.sleep(0.5 * 2 ** (attempt - 1))
             try:
+                # What is asked for beside scores takes no time that is worth a span.
+                scoring = self.diary.span("reward", name, "score") if method == "score" else contextlib.nullcontext()
                 async with self.places[name]:
-                    response = getattr(self.handles[name], method).remote(*arguments)
-                    return await asyncio.wait_for(response, self.rewards.timeout_s)
+                    with scoring:
+                        response = getattr(self.handles[name], method).remote(*arguments)
+                        return await asyncio.wait_for(response, self.rewards.timeout_s)
             except asyncio.TimeoutError:
                 last = RewardError(f"reward {name!r} took longer than rewards.timeout_s = {self.rewards.timeout_s}")
             except Exception as error:  # Serve wraps what the replica raised, and its own faults, in many classes.
                 last = error
+                if isinstance(error, RayActorError):
+                    self.lost.add(error.actor_id)
         raise RewardError(_own_words(last))
 
     async def total(self, images: np.ndarray, prompt: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""The one writer of a run's log, and what a progress bar asks."""
+"""The one writer of a run's log, what a progress bar asks, and where records go on to exporters."""
 
 from __future__ import annotations
 
@@ -6,20 +6,31 @@ import ray
 
 from rlproxi.telemetry.runlog import RunLog
 
+from .exporters import Exporters
+
 
 @ray.remote(num_cpus=0)
 class Scribe:
-    """Appends records to ``metrics.jsonl`` in the order they arrive and remembers the newest of each stage."""
+    """Appends records to ``metrics.jsonl`` in the order they arrive and remembers the newest of each stage.
+
+    Hands each on to the exporters that the run directory's config names.
+    """
 
     def __init__(self, run_dir: str):
         self.log = RunLog(run_dir)
         self.newest: dict[str, dict] = {}
+        self.exporters = Exporters(run_dir, lambda message: self.log.append("warning", message=message))
         self.clear_stop()
 
     def append(self, event: str, fields: dict) -> None:
         self.log.append(event, **fields)
         if event == "metrics":
             self.newest[fields["stage"]] = fields
+        self.exporters.tell(event, fields)
+
+    def close(self) -> None:
+        """Lets the exporters finish what they are at."""
+        self.exporters.close()
 
     def progress(self, stage: str) -> dict | None:
         """The newest metrics of a stage."""
@@ -32,7 +43,7 @@ class Scribe:
         """
         if self.stopped is None:
             self.stopped, self.kind = reason, kind
-        self.log.append("warning", message=f"run stopped: {reason}", **({"kind": kind} if kind else {}))
+        self.append("warning", {"message": f"run stopped: {reason}", **({"kind": kind} if kind else {})})
 
     def stop_reason(self) -> str | None:
         """Why the run is to end; None while it goes on."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from rlproxi.config import Config
+from rlproxi.demand import role_resources
 from rlproxi.memory_errors import OUT_OF_MEMORY, first_line, is_out_of_memory
 
 from . import checkpoints
@@ -114,7 +115,7 @@ def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, r
     datasets = datasets or {}
     r = config.resources
     gpu = r.learner_gpus > 0
-    resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {})}
+    resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {}), **role_resources(config, "learner")}
     trainer = TorchTrainer(
         loop, train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),

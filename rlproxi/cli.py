@@ -99,6 +99,12 @@ def parser() -> argparse.ArgumentParser:
     offer.add_argument("--max-prompt-chars", type=at_least(1), default=2000, metavar="N", help="(default 2000)")
     offer.set_defaults(action=serve)
 
+    watch = commands.add_parser("dashboard", help="show runs on a live page: curves, samples, who does what")
+    watch.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="run directories, or a folder of them")
+    watch.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
+    watch.add_argument("--port", type=at_least(0), metavar="N", help="0: any (default 8270, or the next free one)")
+    watch.set_defaults(action=dashboard)
+
     tell = commands.add_parser("report", help="write report.html from a run directory")
     tell.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     tell.set_defaults(action=report)
@@ -169,6 +175,13 @@ def serve(arguments: argparse.Namespace) -> int:
         if started:
             ray.shutdown()
     return 0
+
+
+def dashboard(arguments: argparse.Namespace) -> int:
+    """Serves until Ctrl-C."""
+    from actors import dashboard as server
+
+    return server.command(arguments.run_dirs, arguments.host, arguments.port)
 
 
 def report(arguments: argparse.Namespace) -> int:

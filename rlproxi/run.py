@@ -18,7 +18,7 @@ from typing import Callable
 from .config import Config, config_folder, dump_config, load_config, smaller_micro_batch
 from .schema import STAGES, ConfigError
 from .evaluation.heldout import write_json
-from .telemetry.runlog import last_step, read
+from .telemetry.runlog import RunLog, last_step, read
 
 
 class RunStopped(RuntimeError):
@@ -125,6 +125,7 @@ class _Session:
         how = cluster.connect()
         cluster.check_size(self.config)
         print(f"ray            {how}")
+        self.page = self._show_page()
         self.scribe = Scribe.remote(str(self.run_dir))
         self.apps: dict[str, str] = {}
         self.conductor = None
@@ -136,6 +137,24 @@ class _Session:
         finally:
             self._close()
         self._print_result()
+
+    def _show_page(self):
+        """The live page beside the run; None where it is turned off or cannot be had, which ends no run."""
+        from .dashboard.beside import Beside
+
+        t = self.config.telemetry
+        try:
+            page = Beside(self.run_dir, t.dashboard_host, t.dashboard_port, self._warn) if t.dashboard else None
+        except (OSError, RuntimeError) as error:
+            return self._warn(f"no live page: {error}")
+        if page:
+            print(f"dashboard      {page.url}", flush=True)
+        return page
+
+    def _warn(self, message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+        with RunLog(self.run_dir) as log:
+            log.append("warning", message=message)
 
     def _stage(self, stage: str) -> None:
         import ray
@@ -370,6 +389,8 @@ class _Session:
             withdraw(self.apps)
         self._close_system()
         ray.kill(self.scribe)
+        if self.page:  # last: what has just been logged is still shown
+            self.page.close()
 
     def _close_system(self) -> None:
         """Ends conductor, rollout actors and weight store; the rewards stay."""

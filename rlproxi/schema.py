@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +17,7 @@ from .rewards.combine import NORMALIZE
 ALGORITHMS = ("grpo", "r0", "didr")
 STAGES = ("curate", "encode", "prepare", "pretrain", "before", "rl", "after", "report")
 Stage = Literal[STAGES]
+Amounts = dict[str, Annotated[float, Field(gt=0)]]
 
 
 class ConfigError(ValueError):
@@ -154,6 +155,8 @@ class Reward(Section):
     max_replicas: int | None = Field(None, ge=1, description="Serve adds replicas up to this many under load; null: none.")
     num_cpus: float | None = Field(None, ge=0, description="CPUs of a replica; null: rewards.num_cpus.")
     num_gpus: float | None = Field(None, ge=0, description="GPUs of a replica; null: rewards.num_gpus.")
+    resources: Amounts | None = Field(
+        None, description="Custom Ray resources of a replica, to place it; null: rewards.resources.")
     runtime_env: dict[str, Any] = Field(
         {}, description="Ray runtime environment of the replicas, for a scorer whose packages conflict.")
     tune_micro_batch: bool = Field(
@@ -172,6 +175,8 @@ class Rewards(Section):
     replicas: int = Field(1, ge=1, description="Serve replicas of each scorer.")
     num_cpus: float = Field(0.25, ge=0, description="CPUs of a replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica; may be a fraction.")
+    resources: Amounts | None = Field(
+        None, description="Custom Ray resources of a replica; null: what resources.placement says.")
     timeout_s: float = Field(120.0, gt=0, description="How long one group may take to score.")
     retries: int = Field(2, ge=0, description="How often a failed request is tried again.")
     normalize: Literal[NORMALIZE] = Field(
@@ -350,7 +355,17 @@ class Resources(Section):
     learner_workers: int = Field(1, ge=1, description="Ranks of the learner and of pre-training.")
     learner_cpus: float = Field(0.5, ge=0, description="CPUs that Ray counts for each.")
     learner_gpus: float = Field(0.0, ge=0, description="GPUs of each; may be a fraction.")
-    autoscaling: bool = Field(False, description="The cluster can grow: do not refuse a run that is larger than it is now.")
+    placement: Literal["any", "roles"] = Field(
+        "any", description="any: each role wherever its CPUs and GPUs fit; roles: only on nodes that offer the custom Ray "
+        "resource of its name, `rollout`, `learner` or `reward`, as those of the files in cluster/ do.")
+    rollout_resources: Amounts | None = Field(
+        None, description="Custom Ray resources of each rollout actor, {name: amount}, to place it; null: what placement says.")
+    learner_resources: Amounts | None = Field(
+        None, description="Custom Ray resources of each learner rank; null: what placement says.")
+    autoscaling: bool = Field(
+        False, description="The cluster can grow: ask for the nodes that each stage needs and wait for them, instead of "
+        "refusing a run that is larger than the cluster is now.")
+    autoscaling_timeout_s: float = Field(1800.0, gt=0, description="How long a stage waits for those nodes, in seconds.")
     threads: int = Field(2, ge=1, description="torch threads of rollout actors and learner ranks; results depend on it.")
 
 

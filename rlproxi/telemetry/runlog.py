@@ -8,6 +8,7 @@ stage       "name", "status" (start or done), and "seconds" when done
 resume      "stage", "step": what that stage logged before for a step > this one is superseded
 evaluation  "tag", "stage", "step", and what was measured
 reward      "name", "scorer", and where its scores come from (class, checkpoint hashes)
+samples     "stage", "step", "file": a gallery of training samples was written, see ``gallery``
 best        "stage", "step", "heldout": the best held-out reward so far, saved as models/best
 alarm       "stage", "step", "message", "best": over-optimisation, and the iteration to go back to
 warning     "message"
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any, Iterable
 
-EVENTS = ("metrics", "stage", "resume", "evaluation", "reward", "best", "alarm", "warning", "note")
+EVENTS = ("metrics", "stage", "resume", "evaluation", "reward", "samples", "best", "alarm", "warning", "note")
 FILE_NAME = "metrics.jsonl"
 _REQUIRED = {"metrics": ("stage", "step"), "stage": ("name", "status"), "resume": ("stage", "step")}
 

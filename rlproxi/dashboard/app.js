@@ -1,0 +1,121 @@
+// Puts the page together: which runs are shown, and who is told when something new has come.
+
+import { settings } from './chart.js';
+import { Config } from './config.js';
+import { byId, el, get, throttle } from './dom.js';
+import { Evaluations, Gallery } from './gallery.js';
+import { Sections } from './sections.js';
+import { showCards, showEvents } from './status.js';
+import { Store } from './store.js';
+import { Timeline } from './timeline.js';
+
+const MOST_TOGETHER = 8;
+let listing = [], chosen = [];
+
+function connection(state) {
+  const words = { live: 'live', lost: 'reconnecting', closed: 'the server has ended' };
+  byId('connection').textContent = words[state];
+  byId('connection').className = `pill ${state === 'live' ? 'live' : 'lost'}`;
+}
+
+function complain(error) {
+  const notice = byId('notice');
+  notice.hidden = false;
+  notice.textContent = error.message;
+}
+
+const store = new Store((run, kinds) => tell(run, kinds), connection);
+const selected = () => chosen.map((id) => store.runs.get(id)).filter(Boolean);
+const primary = () => selected()[0];
+let sections, gallery, evaluations, timeline, config;
+
+const curves = throttle(150, () => { sections.update(); status(); });
+const status = throttle(300, () => { if (primary()) showCards(primary(), sections.headline); });
+const events = throttle(300, () => { if (primary()) showEvents(primary()); });
+const newSamples = throttle(300, () => { if (primary()) gallery.update(primary()); });
+const newEvaluations = throttle(1000, () => { if (primary()) evaluations.update(primary()); });
+const newSpans = throttle(2000, () => { if (primary()) timeline.update(primary()); });
+
+function tell(run, kinds) {
+  const all = kinds.has('all'), first = run === primary();
+  if (all || kinds.has('points') || kinds.has('cut')) curves();
+  if (!first) return;
+  status();
+  if (all) newConfig();
+  if (all || kinds.has('event') || kinds.has('cut')) events();
+  if (all || kinds.has('gallery') || kinds.has('cut')) newSamples();
+  if (all || kinds.has('evaluations')) newEvaluations();
+  if (all || kinds.has('points')) newSpans();
+}
+
+async function newConfig() {
+  const run = primary();
+  if (!run) return;
+  await config.update(run);
+  curves();
+}
+
+async function choose(ids) {
+  chosen = ids.slice(0, MOST_TOGETHER);
+  chosen.forEach((id, i) => { const run = store.runs.get(id); if (run) run.tint = i; });
+  history.replaceState(null, '', `?${chosen.map((id) => `run=${encodeURIComponent(id)}`).join('&')}${location.hash}`);
+  byId('title').textContent = chosen.length > 1 ? `${chosen[0]} and ${chosen.length - 1} more` : chosen[0];
+  document.title = `${chosen[0]} – rlproxi`;
+  await store.select(chosen);
+  chosen.forEach((id, i) => { const run = store.runs.get(id); if (run) run.tint = i; });
+  showRuns();
+  for (const run of selected()) tell(run, new Set(['all']));
+}
+
+function showRuns() {
+  const wanted = byId('runs-search').value.toLowerCase();
+  byId('runs').hidden = listing.length < 2;
+  byId('runs-count').textContent = `(${chosen.length} of ${listing.length})`;
+  const focused = document.activeElement?.value;
+  byId('runs-list').replaceChildren(...listing.filter((run) => run.id.toLowerCase().includes(wanted)).map((run) => {
+    const at = chosen.indexOf(run.id), swatch = el('span', { class: 'swatch' });
+    if (at >= 0) swatch.style.background = `var(--c${at % 8})`;
+    const box = el('input', { type: 'checkbox', value: run.id, checked: at >= 0, onchange: () => {
+      const next = box.checked ? [...chosen, run.id] : chosen.filter((id) => id !== run.id);
+      if (!next.length || next.length > MOST_TOGETHER) { box.checked = !box.checked; return; }
+      choose(next).catch(complain);
+    } });
+    return el('label', { class: 'run' }, box, swatch, `${run.id}${run.finished ? '' : ' (not finished)'}`);
+  }));
+  if (focused) byId('runs-list').querySelector(`input[value="${CSS.escape(focused)}"]`)?.focus();
+}
+
+async function list() {
+  listing = (await get('api/runs')).runs;
+  showRuns();
+}
+
+function controls() {
+  const smoothing = byId('smoothing');
+  smoothing.addEventListener('input', () => {
+    settings.smoothing = Number(smoothing.value);
+    byId('smoothing-value').textContent = settings.smoothing ? settings.smoothing.toFixed(2) : 'none';
+    sections.update();
+  });
+  byId('range').addEventListener('change', (event) => { settings.range = event.target.value; sections.update(); });
+  byId('runs-search').addEventListener('input', showRuns);
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { sections.update(); timeline.draw(); });
+}
+
+async function begin() {
+  const [catalogue] = await Promise.all([get('api/catalogue'), list()]);
+  sections = new Sections(byId('charts'), byId('parts'), catalogue, selected);
+  gallery = new Gallery();
+  evaluations = new Evaluations();
+  timeline = new Timeline();
+  config = new Config();
+  controls();
+  const asked = new URLSearchParams(location.search).getAll('run').filter((id) => listing.some((run) => run.id === id));
+  const start = asked.length ? asked : listing.slice(0, 1).map((run) => run.id);
+  if (!start.length) throw new Error('There is no run here yet.');
+  await choose(start);
+  setInterval(status, 5000);
+  setInterval(() => list().catch(() => {}), 30000);
+}
+
+begin().catch(complain);

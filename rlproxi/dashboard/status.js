@@ -1,0 +1,86 @@
+// Where the run is: cards on top, warnings and alarms below.
+
+import { byId, duration, el, number, whole, withUnit } from './dom.js';
+
+const time = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: 'short', timeStyle: 'medium' });
+
+function card(label, value, note = '', bad = false) {
+  return el('div', { class: bad ? 'card bad' : 'card' }, label, el('b', {}, value),
+    el('span', { class: 'faint' }, note));
+}
+
+export function showCards(run, headline) {
+  const { progress: p, counts, events } = run;
+  const share = p.total ? ` of ${whole(p.total)}` : '';
+  const silent = p.updated ? Date.now() / 1000 - p.updated : null;
+  const restarts = events.resume.filter((record) => record.restart).length;
+  const cards = [
+    card('Stage', p.stage || 'not begun', p.done ? 'done' : p.step === null ? 'no step logged yet'
+      : `step ${whole(p.step)}${share}`),
+    card('Time left', p.eta === null ? '–' : duration(p.eta), p.eta === null
+      ? (p.done ? 'the stage is done' : 'no pace known') : 'to the end of this stage'),
+    card('A step', p.seconds_per_step === null ? '–' : duration(p.seconds_per_step), 'over the last steps'),
+  ];
+  const rate = run.newest('rl', 'images_per_second') ?? run.newest('pretrain', 'images_per_second');
+  const perGpu = run.newest('rl', 'images_per_second/gpu');
+  cards.push(card('Images a second', number(rate, 3), perGpu === null ? '' : `${number(perGpu, 3)} for each GPU`));
+  const trained = run.curve('rl', 'reward/mean');
+  if (trained) cards.push(card('Training reward', number(run.newest('rl', 'reward/mean')),
+    `began at ${number(trained.y[0])}`));
+  for (const [name, curve] of Object.entries(run.curves[`evaluation@${headline}`] || {})) {
+    if (!/^heldout\/[^/]+$/.test(name)) continue;
+    cards.push(card(`Held-out ${name.slice(8)}`, number(run.newest(`evaluation@${headline}`, name)),
+      `began at ${number(curve.y[0])}`));
+  }
+  for (const role of ['rollout', 'reward', 'learner']) {
+    const idle = run.newest('rl', `idle/${role}`);
+    if (idle !== null) cards.push(card(`Idle, ${role}`, withUnit(idle, 'share'), 'of the last step'));
+  }
+  const own = run.newest('rl', 'restarts');
+  cards.push(card('Restarts', number(own ?? restarts), own === null ? 'of stages'
+    : `of roles; stages went on ${restarts} times`, (own ?? restarts) > 0));
+  const dropped = run.newest('rl', 'groups/masked'), lost = run.newest('rl', 'samples/masked');
+  if (dropped !== null || lost !== null) {
+    cards.push(card('Dropped, last step', `${number(dropped ?? 0)} groups`,
+      `${number(lost ?? 0)} samples without a score`, (dropped ?? 0) + (lost ?? 0) > 0));
+  }
+  cards.push(card('Alarms', number(counts.alarm || 0), `${counts.warning || 0} warnings`, Boolean(counts.alarm)));
+  cards.push(card('Last record', silent === null ? '–' : silent < 3 ? 'now' : `${duration(silent)} ago`, 
+    p.updated ? time(p.updated) : ''));
+  byId('cards').replaceChildren(...cards);
+  showNotice(run);
+}
+
+function showNotice(run) {
+  const parts = [], alarm = run.events.alarm[run.events.alarm.length - 1];
+  if (alarm) parts.push(`Alarm at iteration ${alarm.step}: ${alarm.message}`);
+  const read = Math.floor(run.read * 100);
+  if (!run.exact) parts.push(`The log is large: what you see is a sample of it, ${read} % is read.`);
+  if (run.malformed) parts.push(`${run.malformed} lines of the log are not readable and left out.`);
+  if (run.refused) parts.push('The log holds more curves than this page keeps; some are left out.');
+  const notice = byId('notice'), text = parts.join(' ');
+  notice.hidden = !text;
+  notice.classList.toggle('alarm', Boolean(alarm));
+  if (notice.textContent !== text) notice.textContent = text;
+}
+
+export function showEvents(run) {
+  const words = {
+    alarm: (r) => r.message, warning: (r) => r.message, note: (r) => r.message,
+    best: (r) => `iteration ${r.step}: held-out ${number(r.heldout)}, saved as models/best`,
+    resume: (r) => (r.restart ? `${r.stage} went on from step ${r.step}` : `${r.stage} began at step ${r.step}`),
+    stage: (r) => `${r.name} ${r.status === 'done' ? `done in ${duration(r.seconds)}` : 'begins'}`,
+    reward: (r) => `${r.name} is scored by ${r.scorer}${r.class ? ` (${r.class})` : ''}`,
+  };
+  const all = Object.entries(words).flatMap(([kind, say]) =>
+    (run.events[kind] || []).map((record) => [kind, record, say(record)]));
+  all.sort((a, b) => (b[1].time || 0) - (a[1].time || 0));
+  const loud = all.filter(([kind]) => kind === 'alarm' || kind === 'warning');
+  const list = (entries) => el('ul', { class: 'list', tabindex: '0', 'aria-label': 'Events, newest first' },
+    ...entries.slice(0, 300).map(([kind, record, text]) => el('li', { class: kind },
+    el('span', { class: 'faint' }, record.time ? `${time(record.time)} ` : ''), el('b', {}, `${kind}: `), text)));
+  const open = byId('events-body').querySelector('details')?.open;
+  byId('events-body').replaceChildren(
+    loud.length ? list(loud) : el('p', {}, 'No warnings, no alarms.'),
+    el('details', { open: Boolean(open) }, el('summary', {}, `All that happened (${all.length})`), list(all)));
+}

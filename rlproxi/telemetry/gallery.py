@@ -1,0 +1,66 @@
+"""Galleries of training samples: ``samples/<step>.json`` and one picture for each group."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = "samples"
+
+
+@dataclass
+class Group:
+    """One prompt's samples: images uint8 [G, H, W, 3], rewards [G] (the weighted sum; NaN is missing), their parts."""
+
+    prompt: str
+    index: int
+    images: np.ndarray
+    rewards: np.ndarray
+    parts: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def due(iteration: int, every: int) -> bool:
+    """Whether ``iteration`` leaves a gallery: the first does, and every ``every``-th; none where that is 0."""
+    return bool(every) and (iteration == 0 or (iteration + 1) % every == 0)
+
+
+def write(run_dir: Path, step: int, version: int, groups: list[Group]) -> str:
+    """Writes the gallery of ``step``; returns its JSON file's path within the run directory. The pictures come first: a
+    gallery that can be read is whole. Raises OSError."""
+    from PIL import Image
+
+    folder = run_dir / FOLDER
+    folder.mkdir(exist_ok=True)
+    entries = []
+    for number, group in enumerate(groups):
+        count, height, width, _ = group.images.shape
+        picture = folder / f"{step:06d}-{number}.png"
+        row = group.images.transpose(1, 0, 2, 3).reshape(height, count * width, 3)
+        draft = picture.with_name(f".{picture.name}.tmp")
+        Image.fromarray(np.ascontiguousarray(row)).save(draft, format="PNG")
+        draft.replace(picture)
+        entries.append({"prompt": group.prompt, "index": int(group.index), "rewards": _scores(group.rewards),
+                        "parts": {name: _scores(part) for name, part in group.parts.items()},
+                        **_extremes(group.rewards),
+                        "size": [height, width], "image": f"{FOLDER}/{picture.name}"})
+    file = folder / f"{step:06d}.json"
+    draft = file.with_name(f".{file.name}.tmp")
+    draft.write_text(json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False),
+                     encoding="utf-8")
+    draft.replace(file)
+    return f"{FOLDER}/{file.name}"
+
+
+def _scores(values: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in np.asarray(values)]
+
+
+def _extremes(rewards: np.ndarray) -> dict[str, int | None]:
+    """The numbers of the best and the worst sample; None where none has a score."""
+    rewards = np.where(np.isfinite(rewards), rewards, np.nan)
+    if np.isnan(rewards).all():
+        return {"best": None, "worst": None}
+    return {"best": int(np.nanargmax(rewards)), "worst": int(np.nanargmin(rewards))}

@@ -1,0 +1,147 @@
+"""What each role did when: ``timeline.jsonl``, one JSON object for each iteration.
+
+{"time": unix seconds, "stage", "step", "spans": [[role, who, phase, start in unix seconds, seconds], ...]}, with the
+spans that ended since the line before. Roles are rollout, reward, learner, weights and evaluation; ``who`` is the
+number of an actor or rank, or the scorer's name; phases are sample, score, train, wait, sync, checkpoint and evaluate.
+A role is idle where no span covers it, or one of the phase wait. Of a step that was repeated after a restart the last
+line counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Iterable, Iterator, NamedTuple, Sequence
+
+FILE_NAME = "timeline.jsonl"
+ROLES = ("rollout", "reward", "learner", "weights", "evaluation")
+PHASES = ("sample", "score", "train", "wait", "sync", "checkpoint", "evaluate")
+
+
+class Span(NamedTuple):
+    """``who`` of a ``role`` was in ``phase`` for ``seconds`` from ``start`` (unix seconds)."""
+
+    role: str
+    who: int | str
+    phase: str
+    start: float
+    seconds: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.seconds
+
+
+class Diary:
+    """The spans of one process: those that go on, and those that have ended and were not taken yet.
+
+    For one thread, or one asyncio loop. Of spans that nobody takes it keeps the newest ``most``.
+    """
+
+    def __init__(self, most: int = 100_000):
+        self.most = most
+        self.ended: list[Span] = []
+        self.open: dict[object, Span] = {}
+
+    @contextlib.contextmanager
+    def span(self, role: str, who: int | str, phase: str) -> Iterator[None]:
+        """The time inside, however it ends."""
+        key, begun = object(), time.time()
+        self.open[key] = Span(role, who, phase, begun, 0.0)
+        try:
+            yield
+        finally:
+            if self.open.pop(key, None):  # unless it was cleared meanwhile
+                self.note(role, who, phase, begun, time.time() - begun)
+
+    def note(self, role: str, who: int | str, phase: str, start: float, seconds: float) -> None:
+        """A span that has ended."""
+        self.ended.append(Span(role, who, phase, start, seconds))
+        if len(self.ended) > self.most:
+            del self.ended[: self.most // 2]
+
+    def going_on(self, now: float) -> list[Span]:
+        """Those that have not ended, as if they ended now."""
+        return [span._replace(seconds=max(0.0, now - span.start)) for span in self.open.values()]
+
+    def take(self) -> list[Span]:
+        """Those that have ended since the last call."""
+        taken, self.ended = self.ended, []
+        return taken
+
+    def clear(self) -> None:
+        """Forgets everything, as after a restart."""
+        self.ended.clear()
+        self.open.clear()
+
+
+def idle_shares(spans: Iterable[Span], begun: float, ended: float,
+                lanes: dict[str, Sequence[int | str]]) -> dict[str, float]:
+    """role -> the share of [begun, ended] in which an actor of it was idle, the mean over ``lanes[role]``.
+
+    A lane without spans is idle throughout. Spans of one lane may overlap, and may reach beyond the window.
+    """
+    if ended <= begun:
+        return {}
+    by_lane: dict[tuple[str, int | str], list[tuple[float, float]]] = {}
+    for span in spans:
+        if span.phase != "wait":
+            clipped = max(begun, span.start), min(ended, span.end)
+            if clipped[0] < clipped[1]:
+                by_lane.setdefault((span.role, span.who), []).append(clipped)
+    return {role: 1 - sum(_covered(by_lane.get((role, who), [])) for who in whos) / (len(whos) * (ended - begun))
+            for role, whos in lanes.items() if whos}
+
+
+def _covered(intervals: list[tuple[float, float]]) -> float:
+    """The length of their union."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def joined(spans: Iterable[Span], least: float = 0.02) -> list[Span]:
+    """Fewer spans of the same picture: waits shorter than ``least`` seconds are left out, and spans of one lane and
+    phase that follow each other within that time become one. For a stage of many short steps."""
+    kept: list[Span] = []
+    last: dict[tuple, int] = {}
+    for span in sorted(spans, key=lambda span: span.start):
+        if span.phase == "wait" and span.seconds < least:
+            continue
+        lane = span.role, span.who
+        before = kept[last[lane]] if lane in last else None
+        if before is not None and before.phase == span.phase and span.start - before.end < least:
+            kept[last[lane]] = before._replace(seconds=max(before.end, span.end) - before.start)
+        else:
+            last[lane] = len(kept)
+            kept.append(span)
+    return kept
+
+
+def append(run_dir: str | os.PathLike, stage: str, step: int, spans: Iterable[Span]) -> None:
+    """Adds an iteration's line: one write, so that a killed run leaves at most one torn line, which the next one ends.
+    Raises OSError."""
+    rows = [[s.role, s.who, s.phase, round(s.start, 4), round(s.seconds, 4)] for s in spans]
+    line = json.dumps({"time": round(time.time(), 3), "stage": stage, "step": step, "spans": rows}, ensure_ascii=False)
+    with open(Path(run_dir) / FILE_NAME, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        torn = size and file.read(1) != b"\n"
+        file.write(("\n" * bool(torn) + line + "\n").encode("utf-8"))
+
+
+def read(run_dir: str | os.PathLike) -> list[dict]:
+    """All lines, spans as ``Span``; [] where there is no file. A line that cannot be read is skipped."""
+    path = Path(run_dir) / FILE_NAME
+    lines = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found = json.loads(line)
+            lines.append({**found, "spans": [Span(*row) for row in found["spans"]]})
+    return lines
