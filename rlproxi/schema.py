@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from .proximal.samplers import SAMPLERS
+from .proximal.samplers import SAMPLERS, Step, plan
 from .proximal.schedule import GRIDS, VPSchedule
 from .rewards.combine import NORMALIZE
 
@@ -138,11 +138,19 @@ class Schedule(Section):
 
 
 class Sampler(Section):
-    name: Literal[SAMPLERS] = Field("hybrid", description="Proximal sampler: hybrid, backward or ode.")
+    name: Literal[SAMPLERS] = Field(
+        "hybrid", description="Proximal samplers: hybrid, backward or ode; ddim, the score and flow models' own, with the same network.")
     num_inference_steps: int = Field(6, ge=1, description="N, the number of proximal steps.")
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
     grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
+    eta: float = Field(0.0, ge=0, le=1, description="ddim only: share of fresh noise, 0 deterministic to 1 ancestral.")
+
+    def plan(self, schedule: VPSchedule, num_inference_steps: int | None = None,
+             eta: Sequence[float] | None = None) -> list[Step]:
+        """The sampler's steps; None takes the section's own count and eta. Raises ValueError for a count it cannot take."""
+        count = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return plan(schedule, self.name, count, self.start_time, self.grid, self.eta if eta is None else eta)
 
 
 class Reward(Section):
@@ -265,7 +273,27 @@ class GRPO(Training):
         return self
 
 
-class R0(Training):
+class Fake(Training):
+    """What follows the generator's own distribution, for algorithms that compare it with the reference's."""
+
+    candidates: list[int] | None = Field(
+        None, min_length=1, description="Step counts whose noise levels are used; null: pretrain.candidates.")
+    levels: tuple[float, float] = Field((0.02, 0.98), description="Quantiles of the noise levels that are drawn.")
+    fake_updates: int = Field(2, ge=1, description="Fake-score updates in an iteration, each on samples of its own.")
+    fake_lr: float = Field(1e-4, gt=0, description="Learning rate of the fake score.")
+    fake_loss: Literal["l1", "l2"] = Field(
+        "l2", description="Denoising loss of the fake score: l2 for a reference that is a mean (a published score model), l1 for one "
+        "of proximal matching's L1 phase; the two must err alike.")
+
+    @model_validator(mode="after")
+    def _levels(self) -> "Fake":
+        low, high = self.levels
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"levels is {list(self.levels)}: two quantiles, 0 <= low < high <= 1")
+        return self
+
+
+class R0(Fake):
     """Few-step generators by the gradients of differentiable rewards (R0, arXiv 2503.13070)."""
 
     steps: int = Field(200, ge=1, description="Iterations.")
@@ -274,18 +302,21 @@ class R0(Training):
     anchor: float = Field(1e-3, ge=0, description="Weight of ||theta - theta_0||^2 in the loss, the regulariser towards the start.")
     plus: bool = Field(False, description="R0+: the reward looks at the clean prediction of a random step, reached without gradient: "
                        "one forward and backward instead of as many as steps.")
+    random_eta: bool = Field(True, description="With the ddim sampler: eta ~ U[0, 1] for every step, drawn anew in each iteration, so that "
+                             "the generator is good with any; false: sampler.eta.")
     normalize_gradients: bool = Field(True, description="Each reward's gradient divided by its norm, for each sample, before weighting.")
     guidance_weight: float = Field(
         0.0, ge=0, description="Weight of guidance as an implicit reward: the reference's conditional minus its unconditional "
         "clean prediction of the noised sample. 0: none.")
-    guidance_candidates: list[int] | None = Field(
-        None, min_length=1, description="Step counts whose noise levels that noise is drawn from; null: pretrain.candidates.")
+    distribution_weight: float = Field(
+        0.0, ge=0, description="Weight of a step towards the reference's distribution, D_ref(y) - D_fake(y) over |x_0 - D_ref(y)|, "
+        "beside the rewards' unit steps: it mends what few steps and the rewards spoil. 0: none, and no fake score.")
     checkpoint_steps: bool = Field(
         True, description="Keep only each step's input and compute the step again in the backward pass: the memory of one step "
         "instead of all, for one more forward of each.")
 
 
-class DIDR(Training):
+class DIDR(Fake):
     """One-step generators towards the reward-tilted, diffused target (DIDR, arXiv 2605.24001); DI, DI++ and DI* beside it."""
 
     steps: int = Field(200, ge=1, description="Iterations: fake-score updates and one generator update.")
@@ -307,15 +338,7 @@ class DIDR(Training):
         "overshoots wherever the reward is curved (docs/algorithms.md). false: the paper's, with `particles`.")
     kappa_max: float = Field(5.0, gt=0, description="Clamp of the diffused reward's weight sigma^2/alpha: above it the reward fades out. "
                              "It says at which noise the reward may speak; what bounds it is `damped`.")
-    levels: tuple[float, float] = Field((0.02, 0.98), description="Quantiles of the noise levels that are drawn.")
-    candidates: list[int] | None = Field(
-        None, min_length=1, description="Step counts whose noise levels are used; null: pretrain.candidates.")
     guidance_scale: float = Field(1.0, ge=0, description="Guidance of the reference.")
-    fake_updates: int = Field(2, ge=1, description="Fake-score updates in an iteration, each on samples of its own.")
-    fake_lr: float = Field(1e-4, gt=0, description="Learning rate of the fake score.")
-    fake_loss: Literal["l1", "l2"] = Field(
-        "l2", description="Denoising loss of the fake score: l2 for a reference that is a mean (a published score model), l1 for one "
-        "of proximal matching's L1 phase; the two must err alike.")
 
     @model_validator(mode="after")
     def _combinations(self) -> "DIDR":
@@ -326,9 +349,6 @@ class DIDR(Training):
                              "apart: set reward_steps to 2 or more, or particles=1")
         if self.particles > 1 and self.damped:
             raise ValueError(f"particles is {self.particles}, and damped looks at one: set damped=false")
-        low, high = self.levels
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"levels is {list(self.levels)}: two quantiles, 0 <= low < high <= 1")
         return self
 
 
