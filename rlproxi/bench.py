@@ -173,6 +173,11 @@ def _bare_micro_batch(config: Config, shapes: _Shapes, scorer) -> None:
                 shapes.forward()
             shapes.forward_backward()
     elif config.run.algorithm == "r0":  # step by step: all steps but the last are computed twice
+        if g.distribution_weight:  # samples for the fake score and its step, then fake score and reference at the samples
+            for _ in range(g.fake_updates):
+                shapes.forward(n)
+                shapes.forward_backward()
+            shapes.forward(2)
         shapes.forward(n - 1)
         for _ in range(n):
             shapes.forward_backward()

@@ -133,6 +133,9 @@ def _built(config: Config) -> Algorithm:
 def _model(config: Config) -> Iterator[Problem]:
     """Folders that are missing or of a kind that is not known, and sizes that do not fit."""
     m = config.model
+    if not m.init and "pretrain" not in config.run.stages and {"before", "rl", "after"} & set(config.run.stages):
+        yield Problem("model.init is not set and 'pretrain' is not among run.stages, so there is no starting policy: name a "
+                      "model folder, a run directory or a diffusers folder with model.init, or add the stage", False)
     if m.init:
         found = _told("model.init", lambda: _published(m.init))
     elif m.encoders:
