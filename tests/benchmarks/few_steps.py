@@ -50,6 +50,7 @@ ARMS: dict[str, list[str]] = {
     "grpo+last": [*GRPO, "grpo.last_step_weight=1.0"],
     "r0": R0,
     "r0+": [*R0, "r0.plus=true"],
+    "r0-match": [*R0, "r0.distribution_weight=0.5", "r0.fake_updates=1", "r0.fake_lr=2.0e-4", "r0.fake_loss=l1"],
     "r0-guidance": [*R0, "r0.guidance_weight=1.0"],
     "r0-free": [*R0, "r0.anchor=0", "r0.lr=2.0e-4"],
     "di": [*ONE, "didr.reward=none"],
