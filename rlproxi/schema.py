@@ -144,7 +144,7 @@ class Sampler(Section):
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
     grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
-    eta: float = Field(0.0, ge=0, le=1, description="ddim only: share of fresh noise, 0 deterministic to 1 ancestral.")
+    eta: float = Field(0.0, ge=0, le=1, description="ddim only: fresh noise in the place of the predicted one, 0: none, 1: all of it (R0's eta, not that of the DDIM paper).")
 
     def plan(self, schedule: VPSchedule, num_inference_steps: int | None = None,
              eta: Sequence[float] | None = None) -> list[Step]:

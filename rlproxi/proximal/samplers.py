@@ -13,7 +13,7 @@ ode        1 + gamma/2      0                   gamma/2
 
 ``ddim`` is the denoising sampler of score and flow models (Song, Meng, Ermon 2021; R0's generator, arXiv 2503.13070): x_k =
 alpha x_0 + sigma n over alpha is x_0 with noise of variance sigma^2/alpha^2 alone, so the prox at t = 0 with that lam is the
-clean prediction x^, the noise it leaves is (x_k - alpha x^)/sigma, and x_{k-1} = alpha' x^ + sigma' (sqrt(1 - eta^2) that +
+clean prediction x^, the noise it leaves is n^ = (x_k - alpha x^)/sigma, and x_{k-1} = alpha' x^ + sigma' (sqrt(1 - eta^2) n^ +
 eta n). So a = 1/alpha, s = 0, t = 0, lam = sigma^2/alpha^2, b = alpha' - d alpha, d = sigma' sqrt(1 - eta^2) / sigma,
 e = sigma' eta. With a network that is the warm start's formula of a published one, this is that one's own DDIM.
 """
@@ -99,7 +99,8 @@ def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_tim
          spacing: str = "uniform", eta: float | Sequence[float] = 0.0) -> list[Step]:
     """The steps k = N..1 in the order they are taken.
 
-    eta: ddim's share of fresh noise, 0 (deterministic) to 1 (ancestral); one number, or one for each step in that order.
+    eta: of ddim, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each step in
+    that order.
 
     Raises ValueError for an unknown sampler or spacing, and for a ``backward`` N whose
     largest gamma is 2 or more, naming the smallest N that works.

@@ -35,7 +35,7 @@ def test_log_ratio_is_the_difference_of_log_densities(sampler):
 
 
 def test_ddims_policy_is_that_of_x_written_in_z():
-    """x_{k-1} ~ N(alpha' x^ + sigma' sqrt(1 - eta^2) that, (sigma' eta)^2): the Flow-GRPO form, with densities of x alone."""
+    """x_{k-1} ~ N(alpha' x^ + sigma' sqrt(1 - eta^2) n^, (sigma' eta)^2): the Flow-GRPO form, with densities of x alone."""
     eta, n, start = 0.7, 6, 0.65
     steps, out = chain("ddim", n, start=start, eta=eta)
     times = SCHEDULE.grid(n, start)
