@@ -384,6 +384,9 @@ class Evaluate(Section):
     alarm_drift: float | None = Field(
         1.4, gt=1, description="Alarm as well where the distance to the data has grown to so many times its smallest value: a "
         "held-out reward does not see textures and shifted colours. null: never.")
+    alarm_sameness: float | None = Field(
+        0.65, gt=0, lt=1, description="Alarm as well where the diversity of a prompt's samples has fallen to this share of its largest "
+        "value. null: never.")
     patience: int | None = Field(
         None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never.")
 
