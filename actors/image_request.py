@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlproxi.proximal.samplers import plan
 from rlproxi.schema import Sampler, Schedule
 
 #: The largest seed: what a JSON number holds exactly in every client.
@@ -90,7 +89,7 @@ def parse(body: bytes, limits: Limits, sampler: Sampler, schedule: Schedule) -> 
     if wanted.steps is not None and steps > limits.steps:
         raise Refused(422, f"steps: {steps}, at most {limits.steps} are allowed")
     try:
-        plan(schedule.build(), sampler.name, steps, sampler.start_time, sampler.grid)
+        sampler.plan(schedule.build(), steps)
     except ValueError as error:
         raise Refused(422, f"steps: {error}") from None
     seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed

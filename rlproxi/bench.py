@@ -28,7 +28,7 @@ from .models.precision import autocast, compute_dtype, has_fast_bfloat16
 from .models.text import TextEncoder, TextStates, build_text_encoder
 from .models.loading import build_denoiser
 from .models.unet import ProximalUNet
-from .proximal.samplers import generator_noise, plan, sample
+from .proximal.samplers import generator_noise, sample
 
 
 def _median_seconds(functions: list[Callable[[], None]], repeats: int) -> list[float]:
@@ -88,8 +88,7 @@ class _Shapes:
 
     @torch.inference_mode()
     def sample(self) -> None:
-        s = self.config.sampler
-        steps = plan(self.config.schedule.build(), s.name, s.num_inference_steps, s.start_time, s.grid)
+        steps = self.config.sampler.plan(self.config.schedule.build())
         with autocast(self.dtype, "cpu"):
             sample(operator(self.unet, self.encoder, 1.0), steps, self.y, self.text, generator_noise())
 
@@ -174,6 +173,11 @@ def _bare_micro_batch(config: Config, shapes: _Shapes, scorer) -> None:
                 shapes.forward()
             shapes.forward_backward()
     elif config.run.algorithm == "r0":  # step by step: all steps but the last are computed twice
+        if g.distribution_weight:  # samples for the fake score and its step, then fake score and reference at the samples
+            for _ in range(g.fake_updates):
+                shapes.forward(n)
+                shapes.forward_backward()
+            shapes.forward(2)
         shapes.forward(n - 1)
         for _ in range(n):
             shapes.forward_backward()

@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from .demand import Ask
-from .schema import ConfigError
 
 #: Provider keys that Ray 2.60 reads. Ray's own validation lets every other key pass, and then ignores it.
 PROVIDER_KEYS = {

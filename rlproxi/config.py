@@ -18,9 +18,9 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from .data.curation.settings import Curate
-from .proximal.samplers import plan
-from .schema import (ALGORITHMS, DIDR, GRPO, R0, ConfigError, Custom, Data, Evaluate, Learner, Model, Prepare, Pretrain,
-                     Resources, Rewards, Run, Sampler, Schedule, Section, Telemetry, Training)
+from .schema import (ALGORITHMS, ConfigError, Data, Evaluate, Learner, Model, Prepare, Pretrain, Resources, Rewards, Run,
+                     Sampler, Schedule, Section, Telemetry)
+from .schema_algorithms import DIDR, GRPO, R0, Custom, Training
 
 
 class Config(Section):
@@ -47,14 +47,14 @@ class Config(Section):
     @model_validator(mode="after")
     def _across(self) -> "Config":
         schedule, s = self.schedule.build(), self.sampler
-        plan(schedule, s.name, s.num_inference_steps, s.start_time, s.grid)
+        s.plan(schedule)
         candidates = [(f"{name}.{key}", getattr(getattr(self, name), key)) for name, key in
-                      (("r0", "guidance_candidates"), ("didr", "candidates"))]
+                      (("r0", "candidates"), ("didr", "candidates"))]
         for key, counts in (("pretrain.candidates", self.pretrain.candidates), ("evaluate.steps", self.evaluate.steps),
                             *candidates):
             for n in counts or ():
                 try:
-                    plan(schedule, s.name, n, s.start_time, s.grid)
+                    s.plan(schedule, n)
                 except ValueError as error:
                     raise ValueError(f"{key}: {error}") from None
         if "rl" in self.run.stages:
@@ -92,9 +92,9 @@ class Config(Section):
     def _check_algorithm(self) -> None:
         s, g, steps = self.sampler, self.grpo, self.sampler.num_inference_steps
         if self.run.algorithm == "grpo":
-            if s.name == "ode":
-                raise ValueError("sampler.name is 'ode', which draws no noise and so has no policy to train; "
-                                 "use hybrid or backward, or leave 'rl' out of run.stages")
+            if s.name == "ode" or s.name == "ddim" and not s.eta:
+                raise ValueError(f"sampler.name is {s.name!r}, which draws no noise and so has no policy to train; "
+                                 "use hybrid or backward, or ddim with sampler.eta above 0, or leave 'rl' out of run.stages")
             if steps < 2:
                 raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2")
             if g.trained_steps and g.trained_steps > steps - 1:

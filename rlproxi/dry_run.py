@@ -8,6 +8,7 @@ from .algorithms.grpo import bytes_per_micro_batch
 from .config import Config
 from .memory import Estimate, Role, estimate
 from .schema import Reward, Rewards
+from .schema_algorithms import Fake
 
 _MB, _GIB = 1024**2, 1024**3
 
@@ -108,8 +109,15 @@ def _grpo(config: Config) -> list[str]:
 def _r0(config: Config) -> list[str]:
     g, n = config.r0, config.sampler.num_inference_steps
     how = "gradient step by step" if g.checkpoint_steps else "gradient through all of them at once"
-    return [f"one random step of {n} (R0+)" if g.plus else f"{_several(n, 'step')}, {how}", *([] if g.normalize_gradients else ["gradients as large as they are"]),
-            *([f"guidance as a reward x {g.guidance_weight:g}"] if g.guidance_weight else [])]
+    return [f"one random step of {n} (R0+)" if g.plus else f"{_several(n, 'step')}, {how}",
+            *(["eta drawn anew for each step"] if g.random_eta and config.sampler.name == "ddim" else []),
+            *([] if g.normalize_gradients else ["gradients as large as they are"]),
+            *([f"guidance as a reward x {g.guidance_weight:g}"] if g.guidance_weight else []),
+            *([f"a step towards the reference's distribution x {g.distribution_weight:g}, {_fake(g)}"] if g.distribution_weight else [])]
+
+
+def _fake(g: Fake) -> str:
+    return f"{g.fake_updates} fake update(s) of rate {g.fake_lr:g}"
 
 
 def _didr(config: Config) -> list[str]:
@@ -117,7 +125,7 @@ def _didr(config: Config) -> list[str]:
     shape = f"m={g.reward_steps}, " + ("damped" if g.damped else _several(g.particles, "particle"))
     reward = {"diffused": f"diffused reward, beta {g.beta:g}, {shape}", "none": "no reward",
               "terminal": f"terminal reward x {g.reward_weight:g}"}[g.reward]
-    return [f"{g.divergence} divergence", reward, f"{g.fake_updates} fake update(s) of rate {g.fake_lr:g}",
+    return [f"{g.divergence} divergence", reward, _fake(g),
             f"levels of candidates {g.candidates or config.pretrain.candidates}",
             *([f"reference's guidance {g.guidance_scale:g}"] if g.guidance_scale != 1 else [])]
 

@@ -19,6 +19,7 @@ from .models.text_loading import text_widths
 from .rewards import build, checked_params, names, parameters
 from .rewards.base import is_differentiable
 from .schema import Reward
+from .telemetry.exporters import check_packages
 
 #: Scorers of the embedded default -> what the stage ``prepare`` makes for them.
 EMBEDDED = {"attributes": "reward", "judge": "judge"}
@@ -60,6 +61,7 @@ class Problem:
 def problems(config: Config) -> list[Problem]:
     """Everything that would stop the run later; [] when it can start."""
     found = [*_rewards(with_paths(config, Path(config.run.dir)))]
+    found += _told("telemetry", lambda: check_packages(config.telemetry))
     if "rl" in config.run.stages:
         found += _algorithm(config)
     if set(config.run.stages) - {"curate", "report"}:
@@ -133,6 +135,9 @@ def _built(config: Config) -> Algorithm:
 def _model(config: Config) -> Iterator[Problem]:
     """Folders that are missing or of a kind that is not known, and sizes that do not fit."""
     m = config.model
+    if not m.init and "pretrain" not in config.run.stages and {"before", "rl", "after"} & set(config.run.stages):
+        yield Problem("model.init is not set and 'pretrain' is not among run.stages, so there is no starting policy: name a "
+                      "model folder, a run directory or a diffusers folder with model.init, or add the stage", False)
     if m.init:
         found = _told("model.init", lambda: _published(m.init))
     elif m.encoders:

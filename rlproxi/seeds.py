@@ -34,14 +34,14 @@ def generator(*name: int) -> torch.Generator:
 class NamedNoise:
     """Noise for a batch whose rows have names of their own: row i depends on ``names[i]`` alone.
 
-    ``start`` is x_N; an instance is the sampler's ``noise(k, like)``. With ``start_names``, x_N and the first step's
-    noise come from those names: rows that share one share z_N, all that the policy does not choose.
+    ``start`` is x_N; an instance is the sampler's ``noise(k, like)``. With ``start_names``, x_N and, where ``first`` says so,
+    the first step's noise come from those names: rows that share one share z_N, all that the policy does not choose.
     """
 
-    def __init__(self, names: list[tuple[int, ...]], start_names: list[tuple[int, ...]] | None = None):
+    def __init__(self, names: list[tuple[int, ...]], start_names: list[tuple[int, ...]] | None = None, first: bool = True):
         self.steps = [generator(*name, 1) for name in names]
         self.starts = [generator(*name, 0) for name in (start_names or names)]
-        self.shared_first = start_names is not None
+        self.shared_first = first and start_names is not None
 
     def start(self, shape: tuple[int, ...], device="cpu") -> Tensor:
         """x_N [B, *shape] float32."""

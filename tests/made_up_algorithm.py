@@ -10,7 +10,6 @@ import torch
 from rlproxi.algorithms.base import Algorithm, Update, share
 from rlproxi.models.pipeline import operator
 from rlproxi.proximal import policy
-from rlproxi.proximal.samplers import plan
 
 
 class RewardWeighted(Algorithm):
@@ -29,7 +28,7 @@ class RewardWeighted(Algorithm):
         groups = len(request.prompts)
         rewards = torch.from_numpy(batch.rewards[j * groups : (j + 1) * groups])
         weight = torch.softmax(rewards / self.settings.params["temperature"], 1).reshape(-1)
-        steps = plan(self.config.schedule.build(), s.name, s.num_inference_steps, s.start_time, s.grid)
+        steps = s.plan(self.config.schedule.build())
         log_prob = sum(policy.log_prob(action, prox(z, action.step.t, action.step.lam, text), z_next)
                        for action, z, z_next in zip(policy.actions(steps), chain["z"], chain["z_next"]))
         loss = -(weight * log_prob).sum() / log_prob.numel()

@@ -156,3 +156,10 @@ def test_algorithms_that_are_not_there(tmp_path, monkeypatch):
     text, _ = one("run.algorithm=ours_to_check:Ours", "custom.params={tau: 1}")
     assert text.startswith("rewards.train.0: reward 'jpeg' has no gradient, and run.algorithm = 'ours_to_check:Ours' needs one")
     assert found("run.algorithm=no_such_module:Ours", "run.stages=[pretrain]") == []
+
+
+@pytest.mark.parametrize("stages", ["[prepare,before,rl,after,report]", "[rl]", "[before]"])
+def test_a_run_without_a_starting_policy(stages):
+    text, missing = one(f"run.stages={stages}")
+    assert "no starting policy" in text and "model.init" in text and not missing
+    assert found("run.stages=[prepare,report]") == []

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from ..config import Config
 from ..models.pipeline import operator
 from ..models.text import TextStates
-from ..proximal.clean import Ladder, Level, as_clean
-from ..proximal.matching import TimeTable, corrupt, matching_loss
-from ..proximal.samplers import plan
+from ..proximal.clean import Level, as_clean
 from ..rewards.gradients import mean_scores
-from ..schema import DIDR as Settings
-from ..seeds import NamedNoise, generator, rng
+from ..schema_algorithms import DIDR as Settings
+from ..seeds import NamedNoise
 from .base import Algorithm, Batch, Parts, Update, share
 from .diffused_reward import damped, denoise_steps, proxy, weight
 from .distillation import direction, normalise, score_divergence, surrogate
+from .fake import NoiseLevels, fake_loss, noise
 from .requests import SampleRequest
 
 
@@ -42,12 +41,9 @@ class DIDR(Algorithm):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        s = config.sampler
-        self.schedule = config.schedule.build()
-        (self.step,) = plan(self.schedule, s.name, 1, s.start_time, s.grid)
+        (self.step,) = config.sampler.plan(config.schedule.build(), 1)
         self.needs_gradients = self.settings.reward != "none"
-        self.ladder = Ladder(TimeTable(self.schedule, self.settings.candidates or config.pretrain.candidates, s.name,
-                                       s.start_time, s.grid), self.schedule)
+        self.levels = NoiseLevels(config, self.settings)
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         return {"policy": denoiser, "fake": copy.deepcopy(denoiser)}
@@ -77,20 +73,9 @@ class DIDR(Algorithm):
     def _generate(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
         """x_0 of the generator, with its graph. Turn 0 has the noise that an evaluation's names would give it."""
         names = request.names(self.seed)
-        noise = NamedNoise(names if turn == 0 else [(*name, turn) for name in names])
-        x = noise.start(self.parts.sample_shape, self.parts.device)
-        z = self.step.a * x + self.step.s * noise(self.step.k, x) if self.step.s else self.step.a * x
-        return self.prox(z, self.step.t, self.step.lam, text)
-
-    def _draw(self, request: SampleRequest, turn: int, x0: Tensor) -> tuple[Level, torch.Generator]:
-        """Noise levels for a micro-batch, and the generator of its noise."""
-        name = (self.seed, 0xD1D2, request.step, request.indices[0], turn)
-        level = self.ladder.draw(rng(*name), len(x0), *self.settings.levels)
-        return level.to(x0.device), generator(*name)
-
-    @staticmethod
-    def _noise(g: torch.Generator, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=g).to(like.device)
+        named = NamedNoise(names if turn == 0 else [(*name, turn) for name in names])
+        x = named.start(self.parts.sample_shape, self.parts.device)
+        return self.prox(self.step.before(x, named), self.step.t, self.step.lam, text)
 
     # -- stage I: the fake score ------------------------------------------------------------
 
@@ -98,12 +83,7 @@ class DIDR(Algorithm):
         for request, text in work:
             with torch.no_grad():
                 x0 = self._generate(request, text, turn)
-            level, g = self._draw(request, turn, x0)
-            n2 = self._noise(g, x0)
-            y = corrupt(self.schedule, x0, level.t, level.lam, self._noise(g, x0), n2)
-            eps = self.parts.networks["fake"](y, level.t, level.lam, text)
-            loss = (matching_loss(eps, n2) if self.settings.fake_loss == "l1" else
-                    (eps - n2).flatten(1).square().mean(1)).mean()
+            loss = fake_loss(self.parts.networks["fake"], self.levels, request, turn, x0, text)
             yield loss, {"loss": loss.item()}
 
     # -- stage II: the generator ------------------------------------------------------------
@@ -111,7 +91,7 @@ class DIDR(Algorithm):
     def _losses(self, work: list[tuple[SampleRequest, TextStates]]):
         for request, text in work:
             x0 = self._generate(request, text, 0)
-            level, g = self._draw(request, 0, x0)
+            level, g = self.levels.draw(request, 0, x0)
             if self.settings.divergence == "score":
                 # The fake score's weights must not gather gradients of the generator's loss, until its backward is done.
                 with _frozen(self.parts.plain["fake"]):
@@ -133,21 +113,21 @@ class DIDR(Algorithm):
 
     def _divergence(self, x0: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
         with torch.no_grad():
-            y = level.diffuse(x0.detach(), self._noise(g, x0))
+            y = level.diffuse(x0.detach(), noise(g, x0))
             fake, target = self.fake(y, level, text), self.target(y, level, text)
         gap = direction(fake, target + self._pull(y, level, g, request, text) if self.settings.reward == "diffused" else target)
         return surrogate(x0, normalise(gap, x0, target)).mean()
 
     def _score_divergence(self, x0: Tensor, level: Level, g: torch.Generator, text: TextStates) -> Tensor:
         fake = as_clean(self.parts.plain["fake"])
-        return score_divergence(x0, self._noise(g, x0), level, fake, self.target, text).mean()
+        return score_divergence(x0, noise(g, x0), level, fake, self.target, text).mean()
 
     def _pull(self, y: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
         """kappa s_r: where the diffused reward moves the reference's clean prediction."""
         s, clamped = self.settings, weight(level, self.settings.kappa_max)
         # The posterior's own noise between steps, which alone approaches the truth (see diffused_reward).
-        denoise = lambda y, k=0: denoise_steps(self.reference, y, level, self.ladder, s.reward_steps, text,  # noqa: E731
-                                               lambda k, like: self._noise(g, like), eta=None)
+        denoise = lambda y, k=0: denoise_steps(self.reference, y, level, self.levels.ladder, s.reward_steps, text,  # noqa: E731
+                                               lambda k, like: noise(g, like), eta=None)
         reward = lambda x: self.parts.gradients.total(x, request.rows)[0]  # noqa: E731
         with self.parts.reference_scope():
             if s.damped:

@@ -20,9 +20,9 @@ from ..models.pipeline import operator
 from ..models.text import TextStates
 from ..proximal import policy
 from ..proximal.operator import Prox
-from ..proximal.samplers import Step, plan
+from ..proximal.samplers import Step
 from ..rewards.gradients import mean_scores
-from ..schema import GRPO as Settings
+from ..schema_algorithms import GRPO as Settings
 from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, share
 from .requests import SampleRequest
 
@@ -100,8 +100,7 @@ class GRPO(Algorithm):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        s = config.sampler
-        self.plan: list[Step] = plan(config.schedule.build(), s.name, s.num_inference_steps, s.start_time, s.grid)
+        self.plan: list[Step] = config.sampler.plan(config.schedule.build())
         self.actions = policy.actions(self.plan)
         self.needs_reference = self.settings.kl_coef > 0
         self.needs_gradients = self.settings.last_step_weight > 0
@@ -182,6 +181,8 @@ class GRPO(Algorithm):
         s = self.settings
         z, old, z_next = batch.z[position], batch.prox[position], batch.z_next[position]
         new = prox(z, action.step.t, action.step.lam, batch.text)
+        if action.shift:
+            z_next = z_next - action.shift * z
         log_ratio = policy.log_ratio(action, new, old, z_next, s.reduction, regulated=s.normalize_ratio)
         ratio = log_ratio.exp()
         low, high = 1 - s.clip_range, 1 + (s.clip_range_high or s.clip_range)

@@ -78,7 +78,9 @@ class GroupSampler:
         same = getattr(c.rl, "same_noise", False) and request.purpose == "train"
         starts = [(*name[:4], 0) for name in names] if same else None
         text = self.pipeline.text.groups(request.prompts, request.group_size)
-        run = self.pipeline.run(text, NamedNoise(names, starts), request.num_steps, request.guidance_scale,
+        # ddim's noise comes after the prox: it is the policy's choice, the first step's too.
+        named = NamedNoise(names, starts, first=c.sampler.name != "ddim")
+        run = self.pipeline.run(text, named, request.num_steps, request.guidance_scale,
                                 keep_chain=bool(request.window) or request.keep_last)
         chain = {}
         if request.window:

@@ -55,7 +55,8 @@ def headline(evaluation: dict, config: Config) -> Evaluated | None:
     if judge["mean"] is None or None in train:
         return None
     total = sum(r.weight * mean for r, mean in zip(config.rewards.train, train))
-    return Evaluated(evaluation["iteration"], total, judge["mean"], judge["sem"], entry.get("distance", {}).get("total"))
+    return Evaluated(evaluation["iteration"], total, judge["mean"], judge["sem"], entry.get("distance", {}).get("total"),
+                     entry.get("diversity"))
 
 
 def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:

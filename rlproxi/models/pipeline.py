@@ -25,7 +25,7 @@ from torch import nn
 
 from .. import __version__
 from ..proximal.operator import Denoiser, ProximalOperator
-from ..proximal.samplers import Step, Trajectory, plan, sample
+from ..proximal.samplers import Step, Trajectory, sample
 from ..schema import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora
@@ -200,9 +200,7 @@ class TextToImage:
 
     def steps(self, num_inference_steps: int | None = None) -> list[Step]:
         """The sampler's plan; None takes the model's own number of steps. Raises ValueError for one it cannot take."""
-        s = self.sampler
-        count = s.num_inference_steps if num_inference_steps is None else num_inference_steps
-        return plan(self.schedule.build(), s.name, count, s.start_time, s.grid)
+        return self.sampler.plan(self.schedule.build(), num_inference_steps)
 
     def run(self, text: TextStates, noise: NamedNoise, num_inference_steps: int | None = None,
             guidance_scale: float | None = None, keep_chain: bool = False) -> Trajectory:

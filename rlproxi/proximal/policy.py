@@ -5,12 +5,15 @@ z_k has one:
 
     pi_theta(z_{k-1} | z_k, c) = N(a_{k-1} prox_theta(z_k; t_{k-1}, lam_k, c), s_{k-1}^2 I)
 
-for k = N..2, so N steps give N - 1 actions; x_0 = prox_theta(z_1) is deterministic.
+for k = N..2, so N steps give N - 1 actions; x_0 = prox_theta(z_1) is deterministic. For ``ddim`` with eta > 0 the noise comes
+after the prox, and z_{k-1} = a_{k-1} (b_k P + d_k x_k + e_k n): again a Gaussian in z, whose mean has a part that does not
+depend on theta.
 Ratios and divergences are computed in float32, or in the inputs' dtype where that is wider.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +30,20 @@ class Action:
 
     index: int  # position of ``step`` in the plan, 0 = k = N
     step: Step
-    a: float  # a_{k-1}
-    s: float  # s_{k-1}
+    a: float  # what the prox is multiplied by: a_{k-1} b_k
+    s: float  # spread of z_{k-1}
+    shift: float = 0.0  # what z_k is multiplied by beside it: a_{k-1} d_k / a_k, where x_k = z_k / a_k
 
 
 def actions(steps: list[Step]) -> list[Action]:
     """The N - 1 actions of a plan. Raises ValueError where the sampler draws no noise."""
     if len(steps) < 2:
         raise ValueError("a plan of one step has no action to train: num_inference_steps must be >= 2")
-    if any(step.s == 0.0 for step in steps):
-        raise ValueError("the ode sampler is deterministic and has no policy; use hybrid or backward")
-    return [Action(i, step, nxt.a, nxt.s) for i, (step, nxt) in enumerate(zip(steps, steps[1:]))]
+    found = [Action(i, step, nxt.a * step.b, math.hypot(nxt.s, nxt.a * step.e), nxt.a * step.d / step.a)
+             for i, (step, nxt) in enumerate(zip(steps, steps[1:]))]
+    if any(action.s == 0.0 for action in found):
+        raise ValueError("the sampler draws no noise and has no policy; use hybrid or backward, or ddim with eta above 0")
+    return found
 
 
 def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -62,7 +68,7 @@ def log_ratio(action: Action, prox_new: Tensor, prox_old: Tensor, z_next: Tensor
 
     ``regulated`` (the idea of GRPO-Guard): s <n, delta>, without the quadratic term whose sign
     is always negative and in units that do not depend on the step, so that one clip range fits all.
-    Shapes: prox_new, prox_old, z_next [B, ...].
+    Shapes: prox_new, prox_old, z_next [B, ...]; z_next without ``action.shift`` z.
     """
     prox_new, prox_old, z_next = _widen(prox_new, prox_old, z_next)
     delta = (prox_new - prox_old) * (action.a / action.s)

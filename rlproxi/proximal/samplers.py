@@ -1,7 +1,7 @@
-"""The three proximal samplers as one affine recursion around the prox.
+"""The samplers as one affine recursion around the prox.
 
-Each step k = N..1 forms z_k = a_k x_k + s_k n and sets x_{k-1} = prox(z_k; t_{k-1}, lam_k).
-Only (a, s, lam) differ (ProxDM, Alg. 1 and 2; ``ode`` is the noise-free limit):
+Each step k = N..1 forms z_k = a_k x_k + s_k n, asks P = prox(z_k; t, lam_k), and sets x_{k-1} = b_k P + d_k x_k + e_k n.
+The three proximal ones have b = 1, d = e = 0 and t = t_{k-1} (ProxDM, Alg. 1 and 2; ``ode`` is the noise-free limit):
 
 ========== ================ =================== =================
 name       a                s                   lam
@@ -10,13 +10,19 @@ hybrid     1 + gamma/2      sqrt(gamma)         gamma
 backward   1/(1 - gamma/2)  sqrt(gamma) a       gamma a
 ode        1 + gamma/2      0                   gamma/2
 ========== ================ =================== =================
+
+``ddim`` is the denoising sampler of score and flow models (Song, Meng, Ermon 2021; R0's generator, arXiv 2503.13070): x_k =
+alpha x_0 + sigma n over alpha is x_0 with noise of variance sigma^2/alpha^2 alone, so the prox at t = 0 with that lam is the
+clean prediction x^, the noise it leaves is n^ = (x_k - alpha x^)/sigma, and x_{k-1} = alpha' x^ + sigma' (sqrt(1 - eta^2) n^ +
+eta n). So a = 1/alpha, s = 0, t = 0, lam = sigma^2/alpha^2, b = alpha' - d alpha, d = sigma' sqrt(1 - eta^2) / sigma,
+e = sigma' eta. With a network that is the warm start's formula of a published one, this is that one's own DDIM.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +30,8 @@ from torch import Tensor
 from .operator import Prox
 from .schedule import VPSchedule
 
-SAMPLERS = ("hybrid", "backward", "ode")
+PROXIMAL = ("hybrid", "backward", "ode")
+SAMPLERS = (*PROXIMAL, "ddim")
 
 #: noise(k, like) -> standard normal tensor like ``like``, for step k = N..1 (and N+1: the start).
 Noise = Callable[[int, Tensor], Tensor]
@@ -32,7 +39,7 @@ Noise = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step k: x_{k-1} = prox(a x_k + s n; t, lam). ``t`` is the *new* time t_{k-1}."""
+    """One step k: x_{k-1} = b prox(z; t, lam) + d x_k + e n with z = a x_k + s n. ``t`` is the *new* time t_{k-1}, or 0 for ddim."""
 
     k: int
     t: float
@@ -40,6 +47,19 @@ class Step:
     a: float
     s: float
     lam: float
+    b: float = 1.0
+    d: float = 0.0
+    e: float = 0.0
+
+    def before(self, x: Tensor, noise: Noise) -> Tensor:
+        """z, the prox's input, of x_k [B, ...]."""
+        return self.a * x + self.s * noise(self.k, x) if self.s else self.a * x
+
+    def after(self, prox: Tensor, x: Tensor, noise: Noise) -> Tensor:
+        """x_{k-1} of the prox's output and x_k, both [B, ...]. No step draws noise both before and after."""
+        if self.b != 1.0 or self.d:
+            prox = self.b * prox + self.d * x
+        return prox + self.e * noise(self.k, x) if self.e else prox
 
 
 def coefficients(gamma: float, sampler: str) -> tuple[float, float, float]:
@@ -53,7 +73,16 @@ def coefficients(gamma: float, sampler: str) -> tuple[float, float, float]:
             raise ValueError(f"the backward sampler needs every gamma < 2, got {gamma:.3f}")
         a = 1.0 / (1.0 - gamma / 2)
         return a, math.sqrt(gamma) * a, gamma * a
-    raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
+    raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(PROXIMAL)}")
+
+
+def _ddim(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+    """The step from time ``old`` down to ``t``."""
+    signal, noise = (lambda at: math.exp(-schedule.integral(0.0, at) / 2)), (
+        lambda at: math.sqrt(-math.expm1(-schedule.integral(0.0, at))))
+    d = noise(t) * math.sqrt(1 - eta**2) / noise(old)
+    return Step(k, 0.0, schedule.integral(t, old), 1 / signal(old), 0.0, (noise(old) / signal(old)) ** 2,
+                signal(t) - d * signal(old), d, noise(t) * eta)
 
 
 def smallest_backward_steps(schedule: VPSchedule, start_time: float, spacing: str) -> int:
@@ -67,8 +96,11 @@ def smallest_backward_steps(schedule: VPSchedule, start_time: float, spacing: st
 
 
 def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_time: float = 1.0,
-         spacing: str = "uniform") -> list[Step]:
+         spacing: str = "uniform", eta: float | Sequence[float] = 0.0) -> list[Step]:
     """The steps k = N..1 in the order they are taken.
+
+    eta: of ddim, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each step in
+    that order.
 
     Raises ValueError for an unknown sampler or spacing, and for a ``backward`` N whose
     largest gamma is 2 or more, naming the smallest N that works.
@@ -76,6 +108,10 @@ def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_tim
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     times = schedule.grid(num_inference_steps, start_time, spacing)
+    if sampler == "ddim":
+        etas = [eta] * num_inference_steps if isinstance(eta, (int, float)) else list(eta)
+        return [_ddim(schedule, k, times[k - 1], times[k], etas[num_inference_steps - k])
+                for k in range(num_inference_steps, 0, -1)]
     gammas = [schedule.integral(a, b) for a, b in zip(times, times[1:])]
     if sampler == "backward" and max(gammas) >= 2.0:
         smallest = smallest_backward_steps(schedule, start_time, spacing)
@@ -121,13 +157,12 @@ def sample(prox: Prox, steps: list[Step], x: Tensor, cond: Any = None, noise: No
     zs: list[Tensor] = []
     outputs: list[Tensor] = []
     for step in steps:
-        z = step.a * x
-        if step.s:
-            z = z + step.s * noise(step.k, x)
-        x = prox(z, step.t, step.lam, cond)
+        z = step.before(x, noise)
+        clean = prox(z, step.t, step.lam, cond)
         if keep_chain:
             zs.append(z)
-            outputs.append(x)
+            outputs.append(clean)
+        x = step.after(clean, x, noise)
         if callback is not None:
             callback(step, x)
     return Trajectory(x, steps, zs, outputs)

@@ -68,10 +68,10 @@ class RewardGradients:
         return total, {name: value.detach() for name, value in scores.items()}
 
     def __call__(self, x: Tensor, prompts: Sequence[str],
-                 also: Callable[[Tensor], dict[str, tuple[Tensor, float]]] | None = None) -> Gradients:
+                 also: Callable[[Tensor], Tensor] | None = None) -> Gradients:
         """Scores and ascent direction at samples x [B, ...].
 
-        ``also``: x -> {name: (direction like x, weight)}, ascent directions that are no reward's gradient.
+        ``also``: x -> an ascent direction like x that is no reward's gradient, added as it is.
         """
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
@@ -81,12 +81,11 @@ class RewardGradients:
                 value = scorer.rewards(pixels, prompts).float()
                 (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=i + 1 < len(self.scorers))
                 scores[name] = value.detach()
-                ascent += weight * self._scaled(gradient)
-        for direction, weight in (also(x.detach()) if also else {}).values():
-            ascent += weight * self._scaled(direction)
-        return Gradients(scores, ascent)
+                ascent += weight * self.scaled(gradient)
+        return Gradients(scores, ascent + also(x.detach()) if also else ascent)
 
-    def _scaled(self, gradient: Tensor) -> Tensor:
+    def scaled(self, gradient: Tensor) -> Tensor:
+        """A direction [B, ...] as it enters the sum: over its own norm, for each sample, where ``normalize`` says so."""
         # A sample whose score is missing has no direction; one NaN must not reach the weights.
         gradient = torch.where(torch.isfinite(gradient).flatten(1).all(1).reshape(-1, *[1] * (gradient.dim() - 1)),
                                gradient, torch.zeros_like(gradient))

@@ -151,7 +151,7 @@ class LiveRun:
 
     def _read_again(self, end: float) -> list | None:
         """A resume cut through merged points: reads the log anew, leaving out what is known to be superseded."""
-        while (found := self._second.read()) is not None:
+        while self._second.read() is not None:
             if time.monotonic() > end:
                 return []
         if self._second.digest.sharp:

@@ -11,7 +11,7 @@ from torch.distributions import Independent, Normal
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.base import share
 from rlproxi.algorithms.grpo import GRPO, FirstRatioError, MicroBatch, advantages
-from rlproxi.schema import GRPO as Settings
+from rlproxi.schema_algorithms import GRPO as Settings
 from rlproxi.config import build_config
 from rlproxi.data.prompts import training_prompts
 from rlproxi.proximal.samplers import plan

@@ -86,6 +86,60 @@ def test_the_gradient_is_the_hand_written_one(steps, normalize, checkpoint):
     torch.testing.assert_close(ours, by_hand(algorithm, network, scorers, normalize=normalize), rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_the_ddim_generator_has_the_gradient_of_its_paper(checkpoint):
+    """x^ = (x - sigma eps)/alpha and the next x of R0's form, with eta drawn anew for every step of an iteration."""
+    network, scorers = Linear(0.05, 0.1), {"a": (Quadratic(), 1.0)}
+    algorithm = R0(build_config({"run": {"algorithm": "r0"}, "sampler": {"name": "ddim", "num_inference_steps": 3,
+                                                                         "start_time": 0.5},
+                                 "r0": {"prompts_per_step": 8, "groups_per_micro_batch": 4, "checkpoint_steps": checkpoint}}))
+    algorithm.connect(Parts({"policy": network}, {"policy": network}, None, Encoder(),
+                            RewardGradients(scorers), SHAPE, torch.device("cpu")))
+    ours, _ = objective_gradient(algorithm, network)
+    etas, times = rng(0, 0xE7A0, 3).random(3), algorithm.schedule.grid(3, 0.5)
+    assert len(set(etas)) == 3
+    total = 0
+    for request in algorithm.requests(3):
+        named = NamedNoise(request.names(0))
+        x = named.start(SHAPE)
+        for k, eta in zip((3, 2, 1), etas):
+            alpha, following = (algorithm.schedule.alpha_bar(t) ** 0.5 for t in (times[k], times[k - 1]))
+            sigma, left = ((1 - a * a) ** 0.5 for a in (alpha, following))
+            eps = network.theta[0] * x / alpha + network.theta[1]  # the network is asked at x / alpha
+            clean = (x - sigma * eps) / alpha
+            x = following * clean + left * (1 - eta**2) ** 0.5 * eps
+            x = x + left * eta * named(k, x) if k > 1 else x
+        g = -(((x + 1) / 2).detach().clamp(0, 1) - 0.4) * ((x.detach().abs() < 1).float())
+        g = g / g.flatten(1).norm(dim=1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
+        total = total - (g * x).flatten(1).sum(1).mean()
+    torch.testing.assert_close(ours, torch.autograd.grad(total / 2, network.theta)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_towards_the_reference_is_0_where_the_distributions_agree():
+    """The fake score being the reference, nothing moves; else the sample moves by the gap over its distance from the target."""
+    network, reference = Linear(), Linear(0.2, -0.3)
+    algorithm = R0(config(distribution_weight=2.0, normalize_gradients=False))
+    networks = {"policy": network, "fake": Linear(0.2, -0.3)}
+    algorithm.connect(Parts(networks, networks, reference, Encoder(), RewardGradients({"a": (Quadratic(0.0), 1.0)}), SHAPE,
+                            torch.device("cpu")))
+    (request, *_) = algorithm.requests(0)
+    text, x = Encoder().groups(request.prompts, 1), torch.randn(4, *SHAPE, generator=generator(5))
+    assert algorithm._towards_reference(x, request, text).abs().max() == 0
+    networks["fake"].theta.data += 0.1
+    moved = algorithm._towards_reference(x, request, text)
+    level, g = algorithm.levels.draw(request, 0, x)
+    y = level.diffuse(x, torch.randn(x.shape, generator=g))
+    clean = [(y - level.sigma.square().reshape(-1, 1, 1, 1) / level.lam.sqrt().reshape(-1, 1, 1, 1) * f(y, None, None, None))
+             / level.alpha.reshape(-1, 1, 1, 1) for f in (reference, networks["fake"])]
+    expected = (clean[0] - clean[1]) / (x - clean[0]).flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+    updates = list(algorithm.updates(Batch(0, algorithm.requests(0), 0, 1)))
+    assert [update.network for update in updates] == ["fake", "fake", "policy"]
+    loss, metrics = next(updates[0].losses)
+    (gradient,) = torch.autograd.grad(loss, networks["fake"].theta)
+    assert gradient.abs().max() > 0 and network.theta.grad is None and metrics["loss"] > 0
+
+
 def test_step_by_step_takes_one_more_forward_of_all_steps_but_the_last():
     network = Linear()
     algorithm = made(network, {"a": (Quadratic(), 1.0)}, steps=4)
@@ -148,11 +202,11 @@ def test_guidance_pulls_from_the_null_to_the_conditional_prediction():
         return 0.2 * y + text.pooled[:, :1, None, None]  # 0 with a caption, -1 without
 
     silent = {"a": (Quadratic(0.0), 1.0)}
-    algorithm = made(network, silent, reference, guidance_weight=0.5, normalize_gradients=False, guidance_candidates=[3])
+    algorithm = made(network, silent, reference, guidance_weight=0.5, normalize_gradients=False, candidates=[3])
     (request, *_) = algorithm.requests(0)
     x = torch.randn(4, *SHAPE, generator=generator(5))
     pulled = algorithm._guidance(x, request, Encoder().groups(request.prompts, 1))
-    level = algorithm.ladder.draw(rng(0, 0x6D1A, 0, request.indices[0]), 4)
+    level, _ = algorithm.levels.draw(request, 0x6D1A, x)
     # D = (y - sigma^2/sqrt(lam) eps)/alpha, and eps differs by 1.
     expected = -level.sigma**2 / (level.lam.sqrt() * level.alpha)
     torch.testing.assert_close(pulled, expected.reshape(-1, 1, 1, 1).expand_as(pulled), rtol=1e-5, atol=1e-5)

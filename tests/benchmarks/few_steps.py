@@ -50,6 +50,7 @@ ARMS: dict[str, list[str]] = {
     "grpo+last": [*GRPO, "grpo.last_step_weight=1.0"],
     "r0": R0,
     "r0+": [*R0, "r0.plus=true"],
+    "r0-match": [*R0, "r0.distribution_weight=0.5", "r0.fake_updates=1", "r0.fake_lr=2.0e-4", "r0.fake_loss=l1"],
     "r0-guidance": [*R0, "r0.guidance_weight=1.0"],
     "r0-free": [*R0, "r0.anchor=0", "r0.lr=2.0e-4"],
     "di": [*ONE, "didr.reward=none"],
@@ -172,26 +173,35 @@ def arm_config(run_dir: Path, arm: str, overrides: list[str]) -> Config:
     return build_config(values, [*ARMS[arm], *overrides])
 
 
-def seconds_per_image(config: Config, sampler: GroupSampler, repeats: int = 5) -> float:
-    """The fastest of a few calls on 32 images, one thread."""
-    indices, prompts = heldout_prompts(config)
-    request = SampleRequest("heldout", 0, tuple(prompts[:8]), tuple(indices[:8]), 4, num_steps=config.sampler.num_inference_steps,
-                            guidance_scale=1.0)
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        sampler.sample(request)
-        times.append(time.perf_counter() - begun)
-    return min(times) / request.images
+def seconds_per_image(run_dir: Path, repeats: int = 5) -> dict[str, float]:
+    """arm -> the fastest of a few calls on 32 images, one thread. The network is the same in all: the step count decides."""
+    torch.set_num_threads(1)
+    by_count: dict[int, float] = {}
+    found = {}
+    for arm in ARMS:
+        config = arm_config(run_dir, arm, [])
+        count = config.sampler.num_inference_steps
+        if count not in by_count:
+            sampler = GroupSampler.from_pretrained(config, run_dir / "models" / "pretrained")
+            indices, prompts = heldout_prompts(config)
+            request = SampleRequest("heldout", 0, tuple(prompts[:8]), tuple(indices[:8]), 4, num_steps=count, guidance_scale=1.0)
+            times = []
+            for _ in range(repeats):
+                begun = time.perf_counter()
+                sampler.sample(request)
+                times.append(time.perf_counter() - begun)
+            by_count[count] = min(times) / request.images
+        found[arm] = by_count[count]
+    return found
 
 
 COLUMNS = ("attributes", "judge", "diversity", "total", "layout", "texture")
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], seconds: dict[str, float]) -> str:
     """Means over seeds, with their standard deviation where there are several."""
-    lines = ["| arm | seeds | iterations | training reward | held-out judge | diversity | distance | layout | texture |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| arm | seeds | iterations | training reward | held-out judge | diversity | distance | layout | texture | ms an image |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for arm in sorted({row["arm"] for row in rows}, key=list(ARMS).index):
         found = [row for row in rows if row["arm"] == arm]
         cells = []
@@ -199,7 +209,8 @@ def table(rows: list[dict]) -> str:
             values = [row[name] for row in found]
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
-        lines.append(f"| {arm} | {len(found)} | {np.mean([row['iterations'] for row in found]):.0f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | {len(found)} | {np.mean([row['iterations'] for row in found]):.0f} | " + " | ".join(cells)
+                     + f" | {1000 * seconds[arm]:.1f} |")
     return "\n".join(lines)
 
 
@@ -253,7 +264,10 @@ def main() -> None:
                 with open(results, "a", encoding="utf-8") as file:
                     print(json.dumps(row), file=file, flush=True)
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    print(table(rows))
+    timed = options.out / "seconds.json"
+    if options.run and not timed.is_file():
+        timed.write_text(json.dumps(seconds_per_image(Path(options.run))))
+    print(table(rows, json.loads(timed.read_text())))
     if options.image:
         plot(options.out, rows, options.image, [arm for arm in ARMS if any(row["arm"] == arm for row in rows)])
 

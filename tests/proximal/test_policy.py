@@ -11,8 +11,8 @@ from rlproxi.proximal.schedule import VPSchedule
 SCHEDULE = VPSchedule()
 
 
-def chain(sampler="hybrid", n=10, batch=6, shape=(2, 3, 3)):
-    steps = plan(SCHEDULE, sampler, n)
+def chain(sampler="hybrid", n=10, batch=6, shape=(2, 3, 3), start=1.0, eta=0.0):
+    steps = plan(SCHEDULE, sampler, n, start, eta=eta)
     x = torch.randn(batch, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = sample(lambda y, t, lam, c: y / (1 + lam) + 0.1, steps, x, keep_chain=True)
     return steps, out
@@ -32,6 +32,27 @@ def test_log_ratio_is_the_difference_of_log_densities(sampler):
         assert torch.allclose(log_ratio(action, new, old, z_next, "sum"), exact, atol=1e-10, rtol=1e-12)
         assert torch.allclose(log_prob(action, old, z_next), policy(action, old).log_prob(z_next), atol=1e-10)
         assert torch.allclose(log_ratio(action, new, old, z_next), exact / old[0].numel(), atol=1e-10)
+
+
+def test_ddims_policy_is_that_of_x_written_in_z():
+    """x_{k-1} ~ N(alpha' x^ + sigma' sqrt(1 - eta^2) n^, (sigma' eta)^2): the Flow-GRPO form, with densities of x alone."""
+    eta, n, start = 0.7, 6, 0.65
+    steps, out = chain("ddim", n, start=start, eta=eta)
+    times = SCHEDULE.grid(n, start)
+    for action in actions(steps):
+        k, i = action.step.k, action.index
+        alpha, following = (SCHEDULE.alpha_bar(t) ** 0.5 for t in (times[k], times[k - 1]))
+        sigma, left = ((1 - a * a) ** 0.5 for a in (alpha, following))
+        x, x_next = alpha * out.z[i], following * out.z[i + 1]
+
+        def density(clean):
+            mean = following * clean + left * (1 - eta**2) ** 0.5 * (x - alpha * clean) / sigma
+            return Independent(Normal(mean, left * eta), 3).log_prob(x_next)
+
+        old = out.prox[i]
+        new = old + 0.05 * torch.randn_like(old)
+        ours = log_ratio(action, new, old, out.z[i + 1] - action.shift * out.z[i], "sum")
+        assert torch.allclose(ours, density(new) - density(old), atol=1e-9, rtol=1e-9)
 
 
 def test_the_chain_is_drawn_from_the_policy():
@@ -107,8 +128,10 @@ def test_one_action_less_than_steps_and_the_next_steps_coefficients():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="deterministic"):
+    with pytest.raises(ValueError, match="draws no noise"):
         actions(plan(SCHEDULE, "ode", 10))
+    with pytest.raises(ValueError, match="ddim with eta"):
+        actions(plan(SCHEDULE, "ddim", 10))
     with pytest.raises(ValueError, match=">= 2"):
         actions(plan(SCHEDULE, "hybrid", 1))
     steps, out = chain(n=3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from closed_form import Gaussian, affine_moments, gamma
 
-from rlproxi.proximal.samplers import (SAMPLERS, coefficients, generator_noise, plan, sample,
+from rlproxi.proximal.samplers import (PROXIMAL, coefficients, generator_noise, plan, sample,
                                        smallest_backward_steps)
 from rlproxi.proximal.schedule import VPSchedule
 
@@ -29,7 +29,7 @@ def recursion(sampler: str, times: list[float], target: Gaussian) -> tuple[float
     return mean, variance
 
 
-@pytest.mark.parametrize("sampler, n", [(s, n) for s in SAMPLERS for n in (1, 4, 10, 37, 100)
+@pytest.mark.parametrize("sampler, n", [(s, n) for s in PROXIMAL for n in (1, 4, 10, 37, 100)
                                         if s != "backward" or n >= 10])
 @pytest.mark.parametrize("start", [1.0, 0.65])
 @pytest.mark.parametrize("spacing", ["uniform", "gamma", "quadratic"])
@@ -43,6 +43,31 @@ def test_exact_moments(sampler, n, start, spacing):
     assert variance == pytest.approx(expected[1], abs=1e-10)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("n, start", [(1, 0.8), (4, 0.65), (20, 1.0)])
+def test_ddim_is_the_recursion_of_its_paper(n, start, eta):
+    """DDIM on a Gaussian by the posterior mean E[x_0 | x_t], written down from the target's marginals."""
+    times = SCHEDULE.grid(n, start)
+    mean, variance = 0.0, 1.0
+    for old, new in zip(times[:0:-1], times[-2::-1]):
+        alpha, alpha_next = (SCHEDULE.alpha_bar(t) ** 0.5 for t in (old, new))
+        sigma, sigma_next = ((1 - a * a) ** 0.5 for a in (alpha, alpha_next))
+        gain = alpha * TARGET.std**2 / (alpha**2 * TARGET.std**2 + sigma**2)  # x^ = m + gain (x - alpha m)
+        kept = sigma_next * (1 - eta**2) ** 0.5 / sigma
+        slope = (alpha_next - kept * alpha) * gain + kept
+        mean = slope * mean + (alpha_next - kept * alpha) * (TARGET.mean - gain * alpha * TARGET.mean)
+        variance = slope**2 * variance + (sigma_next * eta) ** 2
+    steps = plan(SCHEDULE, "ddim", n, start, eta=eta)
+    found = affine_moments(lambda x, noise: sample(TARGET.prox, steps, x, noise=noise).x, n)
+    assert found[0] == pytest.approx(mean, abs=1e-7) and found[1] == pytest.approx(variance, abs=1e-7)
+
+
+def test_ddim_takes_an_eta_for_each_step():
+    steps = plan(SCHEDULE, "ddim", 3, 0.8, eta=[0.0, 1.0, 0.5])
+    assert [step.e > 0 for step in steps] == [False, True, False]  # the last one ends at no noise whatever eta is
+    assert steps[1].d == 0.0 and steps[0].d > 0
+
+
 def test_few_steps_under_disperse_as_recorded():
     target = Gaussian(0.0, 0.3)
     for n, std in ((5, 0.14), (10, 0.20), (100, 0.29)):
@@ -51,7 +76,7 @@ def test_few_steps_under_disperse_as_recorded():
         assert math.sqrt(variance) == pytest.approx(std, abs=0.007)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", PROXIMAL)
 def test_converges_to_the_target_as_steps_grow(sampler):
     errors = []
     for n in (10, 50, 250, 1250):

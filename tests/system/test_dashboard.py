@@ -17,7 +17,8 @@ from rlproxi.telemetry.runlog import read
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
-STEPS = 12
+#: Some thirty seconds of RL: what is done in the browser takes a part of them.
+STEPS = 30
 #: Long enough for the run's slowest stage on a busy machine.
 PATIENCE = 600_000
 
@@ -39,7 +40,7 @@ def browser():
 def run(tmp_path):
     """(process, its lines so far, run directory's parent): a smoke run with a gallery after each iteration."""
     process = launch([str(SMOKE), f"run.dir={tmp_path}", "telemetry.dashboard_port=0", "telemetry.samples_every=1",
-                      f"grpo.steps={STEPS}", "evaluate.every=4", "evaluate.steps=[2, 4]"])
+                      f"grpo.steps={STEPS}", "evaluate.every=10", "evaluate.steps=[2, 4]"])
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()

@@ -15,7 +15,8 @@ from rlproxi.telemetry.runlog import read, series
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 R0 = ["run.algorithm=r0", "r0.steps=3", "r0.prompts_per_step=8", "r0.groups_per_micro_batch=4", "r0.lr=1.0e-3",
-      "r0.warmup_steps=1", "r0.ema=0.9", "model.precision=float32", "sampler.num_inference_steps=3"]
+      "r0.warmup_steps=1", "r0.ema=0.9", "r0.distribution_weight=0.5", "r0.fake_updates=1", "model.precision=float32",
+      "sampler.num_inference_steps=3"]
 DIDR = ["run.algorithm=didr", "didr.steps=5", "didr.prompts_per_step=8", "didr.groups_per_micro_batch=4", "didr.lr=1.0e-3",
         "didr.fake_lr=1.0e-3", "didr.warmup_steps=1", "didr.ema=0.9", "didr.anchor=1.0e-3", "didr.checkpoint_every=2",
         "model.precision=float32", "sampler.num_inference_steps=1", "evaluate.steps=[1]"]
@@ -52,7 +53,7 @@ def test_r0_trains_evaluates_and_saves_its_average(r0):
 
 def test_r0_on_two_ranks_at_zero_3_takes_the_same_first_step(r0, start, from_smoke):
     two = start("run.stages=[rl]", "evaluate.every=0", *R0, "r0.steps=1", *TWO, *from_smoke)
-    same_first_step(r0, two, ("reward/mean", "grad_norm"))
+    same_first_step(r0, two, ("fake/loss", "fake/grad_norm", "reward/mean", "grad_norm"))
 
 
 def test_didr_on_two_ranks_at_zero_3_takes_the_same_first_step(didr, start, from_smoke):
