@@ -16,6 +16,9 @@ from ray.util import get_node_ip_address
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
+#: Overrides of configs/smoke.yaml that leave every stage in it, and little work in each.
+SMALL = ["prepare.text_steps=5", "prepare.classifier_steps=5", "prepare.samples=64", "pretrain.steps=4", "evaluate.every=0",
+         "evaluate.prompts=4", "evaluate.steps=[4]", "telemetry.dashboard=false"]
 
 
 def free_ports(count: int) -> list[int]:
@@ -36,9 +39,10 @@ def _listens(port: int) -> bool:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """This process's, without what points to another Ray. Workers find the checkout's packages."""
+    """This process's, without what points to another Ray. Workers find the checkout's packages, and `python` is this one."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**kept, "PATH": path, "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
             "RAY_AUTH_MODE": "disabled",
             "RAY_agent_register_timeout_ms": "120000",  # a busy machine starts nodes slowly
             "PYTHONPATH": str(ROOT), **more}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 def launch(arguments: list[str]) -> subprocess.Popen:
     """``python -m rlproxi.run`` in a session of its own, with a Ray of its own."""
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # not one that another test has started
     return subprocess.Popen([sys.executable, "-m", "rlproxi.run", *arguments], cwd=ROOT, env=environment,
                             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -30,7 +30,7 @@ const primary = () => selected()[0];
 let sections, gallery, evaluations, timeline, config;
 
 const curves = throttle(150, () => { sections.update(); status(); });
-const status = throttle(300, () => { if (primary()) showCards(primary(), sections.headline); });
+const status = throttle(300, () => { if (primary()) showCards(primary()); });
 const events = throttle(300, () => { if (primary()) showEvents(primary()); });
 const newSamples = throttle(300, () => { if (primary()) gallery.update(primary()); });
 const newEvaluations = throttle(1000, () => { if (primary()) evaluations.update(primary()); });
@@ -39,9 +39,9 @@ const newSpans = throttle(2000, () => { if (primary()) timeline.update(primary()
 function tell(run, kinds) {
   const all = kinds.has('all'), first = run === primary();
   if (all || kinds.has('points') || kinds.has('cut')) curves();
+  if (all) newConfig();
   if (!first) return;
   status();
-  if (all) newConfig();
   if (all || kinds.has('event') || kinds.has('cut')) events();
   if (all || kinds.has('gallery') || kinds.has('cut')) newSamples();
   if (all || kinds.has('evaluations')) newEvaluations();
@@ -49,9 +49,8 @@ function tell(run, kinds) {
 }
 
 async function newConfig() {
-  const run = primary();
-  if (!run) return;
-  await config.update(run);
+  for (const run of selected()) if (run.headline_steps === undefined) await config.update(run, run === primary());
+  if (primary()) config.look(primary());
   curves();
 }
 

@@ -10,19 +10,23 @@ export class Config {
     byId('config-body').append(el('label', { class: 'field' }, 'Find a key or a value', this.search), this.count,
       this.text);
     this.lines = [];
+    this.texts = new Map();
   }
 
-  async update(run) {
-    if (this.run === run.id) return;
-    this.run = run.id;
-    try {
-      const { text, headline_steps: steps } = await get(runPath(run.id, '/config'));
-      if (this.run !== run.id) return;
-      this.lines = text.split('\n').filter((line) => line.trim());
+  // Gives the run its number of denoising steps; shows its config where it is the one that is looked at.
+  async update(run, shown) {
+    this.texts.set(run.id, await get(runPath(run.id, '/config')).then(({ text, headline_steps: steps }) => {
       run.headline_steps = steps;
-    } catch (error) {
-      this.lines = [`# ${error.message}`];
-    }
+      return text;
+    }).catch((error) => { run.headline_steps = null; return `# ${error.message}`; }));
+    if (shown) this.look(run);
+  }
+
+  look(run) {
+    const text = this.texts.get(run.id);
+    if (text === undefined || this.text.dataset.run === run.id) return;
+    this.text.dataset.run = run.id;
+    this.lines = text.split('\n').filter((line) => line.trim());
     this.show();
   }
 

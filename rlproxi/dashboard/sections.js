@@ -33,7 +33,7 @@ const LAYOUT = [
 
 export class Sections {
   constructor(root, nav, catalogue, selected) {
-    Object.assign(this, { root, nav, catalogue, selected, charts: new Map(), headline: null, signature: '' });
+    Object.assign(this, { root, nav, catalogue, selected, charts: new Map(), signature: '' });
     this.known = catalogue.map((metric) => ({ ...metric,
       test: new RegExp(`^${metric.name.replace(/[.*+?^${}()|[\]\\]/g, '\\$&').replace(/<\w+>/g, '[^/]+')}$`) }));
   }
@@ -43,35 +43,29 @@ export class Sections {
     return this.known.find((m) => m.name === bare) || this.known.find((m) => m.test.test(bare));
   }
 
-  stageOf(name) {
-    return name === 'headline' ? `evaluation@${this.headline}` : name;
+  // A run's evaluations at its own number of denoising steps go by the stage name 'headline': runs differ in it.
+  curveOf(run, stage, name) {
+    return run.curve(stage === 'headline' ? `evaluation@${run.headline}` : stage, name);
   }
 
   // Makes the plots anew when a curve has come that was not there.
   update() {
     const found = new Map();
     for (const run of this.selected()) {
+      run.headline = headlineSteps(run);
       for (const [stage, curves] of Object.entries(run.curves)) {
-        for (const name of Object.keys(curves)) if (!name.endsWith('/sem')) found.set(`${stage}\n${name}`,
-          [stage, name]);
+        const known = stage === `evaluation@${run.headline}` ? 'headline' : stage;
+        for (const name of Object.keys(curves)) {
+          if (!name.endsWith('/sem')) found.set(`${known}\n${name}`, [known, name]);
+        }
       }
     }
-    this.headline = this.headlineSteps([...found.values()]);
-    const signature = [...found.keys()].sort().join('\n\n') + this.headline;
+    const signature = [...found.keys()].sort().join('\n\n');
     if (signature !== this.signature) {
       this.signature = signature;
       this.build(found);
     }
     for (const chart of this.charts.values()) chart.draw();
-  }
-
-  headlineSteps(found) {
-    const counts = found.filter(([stage]) => EVALUATION.test(stage)).map(([stage]) => Number(stage.split('@')[1]));
-    const configured = this.selected().map((run) => run.headline_steps).find((n) => counts.includes(n));
-    if (configured) return configured;
-    const size = (n) => Math.max(0, ...this.selected().map((run) => Math.max(0,
-      ...Object.values(run.curves[`evaluation@${n}`] || {}).map((curve) => curve.x.length))));
-    return counts.sort((a, b) => size(b) - size(a))[0] ?? null;
   }
 
   build(found) {
@@ -90,14 +84,14 @@ export class Sections {
       const made = [];
       for (const row of rows) {
         if (row.frontier) {
-          const pairs = take((stage) => EVALUATION.test(stage) && stage !== this.stageOf('headline'));
+          const pairs = take((stage) => EVALUATION.test(stage));
           if (pairs.length) made.push(...this.frontiers(chart));
         } else if (row.title) {
-          const pairs = take((stage, name) => stage === this.stageOf(row.stage) && row.pattern.test(name));
+          const pairs = take((stage, name) => stage === row.stage && row.pattern.test(name));
           if (pairs.length) made.push(chart(row.title, this.together(row.title, pairs)));
         } else {
           const test = row.pick || ((stage, name) => (row.each instanceof RegExp ? row.each.test(stage)
-            : stage === this.stageOf(row.each)) && row.pattern.test(name));
+            : stage === row.each) && row.pattern.test(name));
           for (const pair of take(test)) made.push(chart(pair.join(' '), this.single(...pair, id)));
         }
       }
@@ -121,7 +115,7 @@ export class Sections {
 
   single(stage, name, section) {
     const metric = this.lookup(name);
-    const evaluated = EVALUATION.test(stage);
+    const evaluated = stage === 'headline';
     const where = evaluated ? (name.startsWith('heldout/') ? '' : ', in evaluations')
       : section === 'others' || section === 'preparation' ? `, ${stage}` : '';
     const title = name.replace(/^heldout\//, 'held-out ').replace(/^train\//, 'reward ').replace(/^details\//, '')
@@ -141,12 +135,12 @@ export class Sections {
   curves(pairs) {
     const runs = this.selected(), several = runs.length > 1, found = [];
     pairs.forEach(([stage, name], p) => runs.forEach((run, r) => {
-      const curve = run.curve(stage, name);
+      const curve = this.curveOf(run, stage, name);
       if (!curve) return;
       const word = name.split('/').slice(-1)[0];
       const label = several ? (pairs.length > 1 ? `${run.id} ${word}` : run.id) : word;
       found.push({ label, tint: several ? run.tint ?? r : p, dash: several ? p : Math.floor(p / 8), curve,
-        sem: run.curve(stage, `${name}/sem`) });
+        sem: this.curveOf(run, stage, `${name}/sem`) });
     }));
     return found;
   }
@@ -181,4 +175,12 @@ export class Sections {
       })),
     }));
   }
+}
+
+// The number of denoising steps a run is about: its config's, else the one with the most evaluations; null without any.
+function headlineSteps(run) {
+  const counts = Object.keys(run.curves).filter((stage) => EVALUATION.test(stage)).map((s) => Number(s.split('@')[1]));
+  if (counts.includes(run.headline_steps)) return run.headline_steps;
+  const size = (n) => Math.max(0, ...Object.values(run.curves[`evaluation@${n}`]).map((curve) => curve.x.length));
+  return counts.sort((a, b) => size(b) - size(a))[0] ?? null;
 }

@@ -9,8 +9,8 @@ function card(label, value, note = '', bad = false) {
     el('span', { class: 'faint' }, note));
 }
 
-export function showCards(run, headline) {
-  const { progress: p, counts, events } = run;
+export function showCards(run) {
+  const { progress: p, counts, events, headline } = run;
   const share = p.total ? ` of ${whole(p.total)}` : '';
   const silent = p.updated ? Date.now() / 1000 - p.updated : null;
   const restarts = events.resume.filter((record) => record.restart).length;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from own_ray import ROOT, OwnRay
+from own_ray import ROOT, SMALL, OwnRay
 from rlproxi.telemetry.runlog import read
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -70,8 +70,7 @@ def test_a_run_grows_its_cluster_from_nothing_and_gives_it_back(tmp_path):
             assert not any(role in look()[0] for role in ROLES) and not look()[0].get("CPU")
             run = subprocess.Popen(
                 [sys.executable, "-m", "rlproxi.run", str(ROOT / "configs" / "smoke.yaml"), f"run.dir={tmp_path}/runs",
-                 "resources.autoscaling=true", "resources.placement=roles", "resources.autoscaling_timeout_s=300",
-                 "telemetry.dashboard=false"],
+                 "resources.autoscaling=true", "resources.placement=roles", "resources.autoscaling_timeout_s=300", *SMALL],
                 env=own.clients, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             placed: dict[str, str] = {}
 

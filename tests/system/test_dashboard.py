@@ -87,7 +87,7 @@ def test_a_browser_follows_a_run(run, browser):
     reach(page, "pretrain loss", 1)
     first = reach(page, "rl reward/mean", 1)
     assert reach(page, "rl reward/mean", first + 2) > first
-    reach(page, "evaluation@4 heldout/judge", 0)
+    reach(page, "headline heldout/judge", 0)
     cards = page.locator("#cards").inner_text()
     assert re.search(r"Stage\s+rl", cards) and f"of {STEPS}" in cards and "Training reward" in cards
 

@@ -3,12 +3,13 @@
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from own_ray import RAY, ROOT, OwnRay, clean_environment
+from own_ray import RAY, ROOT, SMALL, OwnRay, clean_environment
 from rlproxi.telemetry.runlog import last_step, read
 from run_processes import has_step
 
@@ -57,10 +58,6 @@ def left_behind(own: OwnRay) -> list[str]:
     return [name for name in json.loads(answer.stdout.splitlines()[-1]) if not RAYS_OWN.search(name)]
 
 
-SMALL = ["prepare.text_steps=5", "prepare.classifier_steps=5", "prepare.samples=64", "pretrain.steps=4", "evaluate.every=0",
-         "evaluate.prompts=4", "evaluate.steps=[4]", "telemetry.dashboard=false"]
-
-
 def submit(*arguments: str) -> list[str]:
     return ["submit", "--working-dir", ".", "--", "python", "-m", "rlproxi.run", *arguments]
 
@@ -76,7 +73,7 @@ def test_a_missing_and_a_wrong_token_are_refused_in_words_that_the_docs_answer(o
     code, said = job(own, "list")
     assert code == 0, said[-2000:]
     # A run that is started by hand is told as well, before anything else.
-    direct = subprocess.run(["python", "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}"], cwd=ROOT, text=True,
+    direct = subprocess.run([sys.executable, "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}"], cwd=ROOT, text=True,
                             env={**own.clients, "RAY_AUTH_MODE": "disabled", "RAY_gcs_rpc_server_connect_timeout_s": "2",
                                  "RAY_gcs_server_request_timeout_seconds": "5"}, capture_output=True, timeout=200)
     assert direct.returncode == 2 and "RAY_AUTH_MODE" in direct.stderr, direct.stderr[-2000:]
@@ -131,7 +128,7 @@ def test_a_stopped_job_leaves_a_run_to_resume_and_no_actors(own, tmp_path):
 
 def test_a_killed_driver_leaves_no_replicas(own, tmp_path):
     """SIGKILL, as for a driver that is out of memory: nobody is left to clear up but the caretaker."""
-    process = subprocess.Popen(["python", "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}", *SMALL, "grpo.steps=40"],
+    process = subprocess.Popen([sys.executable, "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}", *SMALL, "grpo.steps=40"],
                                cwd=ROOT, env=own.clients, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     own.wait_for(lambda: any(has_step(d, "rl", 1) for d in tmp_path.iterdir()) or process.poll() is not None, 300)
     assert process.poll() is None and any("RewardReplica" in name for name in left_behind(own))
@@ -141,7 +138,7 @@ def test_a_killed_driver_leaves_no_replicas(own, tmp_path):
 
 
 def test_a_run_that_is_placed_where_no_node_is_meant_for_it_is_refused(own, tmp_path):
-    process = subprocess.run(["python", "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}", "resources.placement=roles"],
+    process = subprocess.run([sys.executable, "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}", "resources.placement=roles"],
                              cwd=ROOT, env=own.clients, text=True, capture_output=True, timeout=200)
     assert process.returncode == 2
     assert "no node of the cluster offers it" in process.stderr and "resources.placement=any" in process.stderr

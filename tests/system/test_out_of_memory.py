@@ -46,7 +46,7 @@ sys.meta_path.insert(0, Patched())
 
 def test_pretraining_and_rl_halve_their_micro_batches(smoke, from_smoke, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(SMALL_CHIP)
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
     environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
     runs = tmp_path / "runs"
     done = subprocess.run(
