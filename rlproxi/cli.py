@@ -34,9 +34,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="rlproxi", description="Reward fine-tuning of text-to-image models "
                                   "around proximal diffusion.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    # run and bench have parsers of their own, which get everything behind the word.
+    # run, bench and doctor have parsers of their own, which get everything behind the word.
     commands.add_parser("run", add_help=False, help="pre-train, fine-tune, evaluate and report: python -m rlproxi.run")
     commands.add_parser("bench", add_help=False, help="measure this machine: rlproxi bench [--json FILE]")
+    commands.add_parser("doctor", add_help=False, help="what is missing, and whether a run fits a cluster: rlproxi doctor -h")
 
     draw = commands.add_parser("sample", help="draw images from a trained model")
     draw.add_argument("prompts", nargs="+", metavar="PROMPT")
@@ -196,9 +197,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in ("run", "bench"):
         return _delegate(argv[0], argv[1:])
+    if argv and argv[0] == "doctor":
+        return _doctor(argv[1:])
     arguments = parser().parse_args(argv)
     try:
         return arguments.action(arguments)
+    except USER_ERRORS as error:
+        return _complain(error)
+
+
+def _doctor(argv: list[str]) -> int:
+    from . import doctor
+
+    def survey(address: str, folder: str) -> dict:
+        from actors.survey import survey as ask
+
+        return ask(address, folder)
+
+    try:
+        return doctor.command(argv, survey)
     except USER_ERRORS as error:
         return _complain(error)
 

@@ -118,7 +118,8 @@ class _Session:
 
     def run(self) -> None:
         """All stages that are configured and not done yet."""
-        from actors import cluster
+        from actors import caretaker, cluster
+        from actors.reward_service import app_names
         from actors.scribe import Scribe
 
         print(f"\nrun directory  {self.run_dir}")
@@ -126,7 +127,11 @@ class _Session:
         cluster.check_size(self.config)
         print(f"ray            {how}")
         self.page = self._show_page()
-        self.scribe = Scribe.remote(str(self.run_dir))
+        self.scribe = Scribe.options(**cluster.beside_driver()).remote(str(self.run_dir))
+        self.capacity = cluster.Capacity(self.config)
+        names = [*app_names(self.config.rewards, self.run_dir.name).values()]
+        # Where Ray lives on after the run, somebody has to clear up when the run cannot.
+        self.caretaker = caretaker.start(self.scribe, names, self.capacity.on) if how == "joined" else None
         self.apps: dict[str, str] = {}
         self.conductor = None
         done = {r["name"] for r in read(self.run_dir) if r["event"] == "stage" and r["status"] == "done"}
@@ -159,6 +164,7 @@ class _Session:
     def _stage(self, stage: str) -> None:
         import ray
 
+        self.capacity.hold(stage)
         begun = time.time()
         ray.get(self.scribe.append.remote("stage", {"name": stage, "status": "start"}))
         getattr(self, f"_{stage}")()
@@ -293,16 +299,18 @@ class _Session:
         """Rewards, weight store and conductor; made once for before, rl and after."""
         import ray
 
+        from actors.cluster import beside_driver
         from actors.conductor import Conductor
         from actors.reward_service import deploy
         from actors.weights import WeightStore
 
         if self.conductor is None:
             # Rollout actors load the model while the rewards are deployed.
-            self.store = WeightStore.remote(keep=self.config.rl.max_staleness + 2)
-            self.conductor = Conductor.remote(self.config, str(self.run_dir), str(model), self.scribe, self.store)
+            self.store = WeightStore.options(**beside_driver()).remote(keep=self.config.rl.max_staleness + 2)
+            self.conductor = Conductor.options(**beside_driver()).remote(
+                self.config, str(self.run_dir), str(model), self.scribe, self.store)
             try:
-                self.apps = self.apps or deploy(self.config.rewards, self.run_dir.name)
+                self.apps = self.apps or deploy(self.config.rewards, self.run_dir.name, self.config.resources.placement)
             except (ValueError, FileNotFoundError, RuntimeError) as error:
                 raise ConfigError(f"rewards: {error}") from None
             ray.get(self.conductor.connect.remote(self.apps))
@@ -367,6 +375,8 @@ class _Session:
         write_json(self.run_dir / "summary.json", summary(self.run_dir, self.config))
 
     def _print_result(self) -> None:
+        from .advice import describe, measured
+
         if (self.run_dir / "report.html").is_file():
             print(f"\nreport         {self.run_dir / 'report.html'}")
         final = json.loads((self.run_dir / "summary.json").read_text()) if (self.run_dir / "summary.json").is_file() else {}
@@ -378,7 +388,8 @@ class _Session:
             best = alarms[-1]["best"]
             where = self.run_dir / "models" / ("best" if best else "pretrained")
             print(f"ALARM          {alarms[-1]['message']}\n               the best model, of iteration {best}: {where}")
-        print(f"total          {time.time() - self.start:.0f} s")
+        advice = measured(self.run_dir, self.config)
+        print("\n".join([*(describe(advice) if advice else []), f"total          {time.time() - self.start:.0f} s"]))
 
     def _close(self) -> None:
         import ray
@@ -388,6 +399,10 @@ class _Session:
 
             withdraw(self.apps)
         self._close_system()
+        self.capacity.give_back()
+        if self.caretaker is not None:
+            ray.kill(self.caretaker)
+        ray.get(self.scribe.close.remote())  # its exporters may hold records back
         ray.kill(self.scribe)
         if self.page:  # last: what has just been logged is still shown
             self.page.close()
