@@ -12,20 +12,15 @@ torch.set_num_threads(1)
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 
-#: Tests on a Ray of their own, in processes of their own.
-OWN_RAY = {f"tests/system/test_{name}.py" for name in ("autoscaling", "dashboard", "job_submit")}
-
 
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n 2` one process takes all tests that share the session's Ray, the other the rest, file by file: first those that
-    start a Ray of their own."""
+    """With `-n 2` one process takes all tests that share the session's Ray, the other the rest, file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            shared = file.startswith("tests/system/") and file not in OWN_RAY or file == "tests/actors/test_ingest.py"
-            return "ray" if shared else file
+            return "ray" if file.startswith("tests/system/") or file == "tests/actors/test_ingest.py" else file
 
     config.option.loadscopereorder = False  # in the order below
     return OneRay(config, log)

@@ -12,7 +12,7 @@ import pytest
 from own_ray import ROOT, SMALL, OwnRay
 from rlproxi.telemetry.runlog import read
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes on a Ray of its own
 
 IDLE_S = 45  # longer than a busy machine takes from a node to the actor on it
 HEAD = "ray.head.default"  # the name by which the provider of fake nodes knows the head it did not start

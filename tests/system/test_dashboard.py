@@ -14,7 +14,7 @@ from run_processes import kill_when, launch
 
 from rlproxi.telemetry.runlog import read
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes of a browser beside a run
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 #: Some thirty seconds of RL: what is done in the browser takes a part of them.

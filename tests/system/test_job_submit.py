@@ -13,7 +13,7 @@ from own_ray import RAY, ROOT, SMALL, OwnRay, clean_environment
 from rlproxi.telemetry.runlog import last_step, read
 from run_processes import has_step
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes on a Ray of its own
 
 ACTORS = """
 import json, ray

@@ -29,7 +29,7 @@ from rlproxi.telemetry.catalogue import CATALOGUE, lookup, series
 from rlproxi.telemetry.monitoring import files
 from rlproxi.telemetry.runlog import read
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes on a Ray of its own
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
