@@ -281,30 +281,33 @@ print(json.dumps({"opened": opened, "cpu": time.process_time() - begun[1], "comp
 """
 
 
-def million(folder: Path) -> None:
-    """1,000,000 records of five curves, v0 = step."""
+def long_log(folder: Path, count: int) -> None:
+    """``count`` records of five curves, v0 = step."""
     tails = [", ".join(f'"v{k}": {math.sin(i * k):.6f}' for k in range(1, 5)) for i in range(499)]
     with open(folder / "metrics.jsonl", "w", buffering=1 << 20) as file:
-        for i in range(1, 1_000_001):
+        for i in range(1, count + 1):
             file.write(f'{{"time": {1.7e9 + i}, "event": "metrics", "stage": "rl", "step": {i}, "v0": {i}, '
                        f'{tails[i % 499]}}}\n')
 
 
-def test_a_million_records_open_in_two_seconds_and_300_mb(tmp_path):
-    million(tmp_path)
+# The time is held where it is asked for: beside other tests the machine, not the page, would be measured.
+@pytest.mark.parametrize("count", [100_000, pytest.param(1_000_000, marks=pytest.mark.exhaustive)])
+def test_a_long_log_opens_in_two_seconds_and_300_mb(tmp_path, count):
+    long_log(tmp_path, count)
     answer = subprocess.run([sys.executable, "-c", BIG, str(tmp_path), "120"], cwd=ROOT, capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert answer.returncode == 0, answer.stderr
     told = json.loads(answer.stdout)
     assert not told["heavy"]
-    assert min(told["opened"]) < 2.0, told["opened"]  # its own time, where other work holds the machine
+    if count == 1_000_000:
+        assert min(told["opened"]) < 2.0, told["opened"]
     x, y = told["first"]["x"], told["first"]["y"]
-    assert told["first"]["first"][0] == 1 and x[-1] == 1_000_000 and max(np.diff(x)) < 10_000
-    assert np.allclose(y, (np.array(x) + np.array(told["first"]["first"])) / 2, atol=5000)
+    assert told["first"]["first"][0] == 1 and x[-1] == count and max(np.diff(x)) < count / 100
+    assert np.allclose(y, (np.array(x) + np.array(told["first"]["first"])) / 2, atol=count / 200)
     assert told["mib"] < 300 and told["size"] < 2_000_000
     assert told["complete"] and told["exact"] == [False, True]
     last = told["last"]
-    assert last["first"][0] == 1 and last["x"][-1] == 1_000_000 and len(last["x"]) <= BUCKETS
+    assert last["first"][0] == 1 and last["x"][-1] == count and len(last["x"]) <= BUCKETS
     # Every record has been seen: the means of consecutive numbers are known.
     assert np.allclose(last["y"], (np.array(last["first"]) + np.array(last["x"])) / 2, rtol=1e-5)
 
