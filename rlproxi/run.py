@@ -7,6 +7,7 @@ on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import threading
@@ -402,7 +403,8 @@ class _Session:
         self.capacity.give_back()
         if self.caretaker is not None:
             ray.kill(self.caretaker)
-        ray.get(self.scribe.close.remote())  # its exporters may hold records back
+        with contextlib.suppress(ray.exceptions.RayError):  # its exporters may hold records back; a fault there ends no run
+            ray.get(self.scribe.close.remote(), timeout=30)
         ray.kill(self.scribe)
         if self.page:  # last: what has just been logged is still shown
             self.page.close()

@@ -29,7 +29,7 @@ class RewardWeighted(Algorithm):
         rewards = torch.from_numpy(batch.rewards[j * groups : (j + 1) * groups])
         weight = torch.softmax(rewards / self.settings.params["temperature"], 1).reshape(-1)
         steps = s.plan(self.config.schedule.build())
-        log_prob = sum(policy.log_prob(action, prox(z, action.step.t, action.step.lam, text), z_next)
+        log_prob = sum(policy.log_prob(action, prox(z, action.step.t, action.step.lam, text), action.free(z, z_next))
                        for action, z, z_next in zip(policy.actions(steps), chain["z"], chain["z_next"]))
         loss = -(weight * log_prob).sum() / log_prob.numel()
         return loss, {"loss": loss.item(), "reward/mean": float(rewards.mean())}

@@ -1,5 +1,6 @@
 """What is told before a run starts: the key, the value and the remedy."""
 
+import importlib.util
 import json
 import shutil
 
@@ -156,6 +157,13 @@ def test_algorithms_that_are_not_there(tmp_path, monkeypatch):
     text, _ = one("run.algorithm=ours_to_check:Ours", "custom.params={tau: 1}")
     assert text.startswith("rewards.train.0: reward 'jpeg' has no gradient, and run.algorithm = 'ours_to_check:Ours' needs one")
     assert found("run.algorithm=no_such_module:Ours", "run.stages=[pretrain]") == []
+
+
+def test_exporters_whose_package_is_missing():
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    text, missing = one("telemetry.wandb=project")
+    assert "pip install wandb" in text and not missing
 
 
 @pytest.mark.parametrize("stages", ["[prepare,before,rl,after,report]", "[rl]", "[before]"])

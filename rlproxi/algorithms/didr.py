@@ -71,11 +71,10 @@ class DIDR(Algorithm):
     # -- drawing ----------------------------------------------------------------------------
 
     def _generate(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
-        """x_0 of the generator, with its graph. Turn 0 has the noise that an evaluation's names would give it."""
-        names = request.names(self.seed)
-        named = NamedNoise(names if turn == 0 else [(*name, turn) for name in names])
+        """x_0 of the generator, with its graph."""
+        named = NamedNoise(request.names(self.seed, turn))
         x = named.start(self.parts.sample_shape, self.parts.device)
-        return self.prox(self.step.before(x, named), self.step.t, self.step.lam, text)
+        return self.step.after(self.prox(self.step.before(x, named), self.step.t, self.step.lam, text), x, named)
 
     # -- stage I: the fake score ------------------------------------------------------------
 

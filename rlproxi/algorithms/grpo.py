@@ -181,9 +181,7 @@ class GRPO(Algorithm):
         s = self.settings
         z, old, z_next = batch.z[position], batch.prox[position], batch.z_next[position]
         new = prox(z, action.step.t, action.step.lam, batch.text)
-        if action.shift:
-            z_next = z_next - action.shift * z
-        log_ratio = policy.log_ratio(action, new, old, z_next, s.reduction, regulated=s.normalize_ratio)
+        log_ratio = policy.log_ratio(action, new, old, action.free(z, z_next), s.reduction, regulated=s.normalize_ratio)
         ratio = log_ratio.exp()
         low, high = 1 - s.clip_range, 1 + (s.clip_range_high or s.clip_range)
         objective = torch.minimum(ratio * batch.advantages, ratio.clamp(low, high) * batch.advantages)

@@ -3,8 +3,8 @@
 L = -<stop-grad G, x_theta> + anchor ||theta - theta_0||^2, where G is the weighted sum of the rewards' gradients at the
 sample, each divided by its own norm (R0, arXiv 2503.13070). R0 backpropagates through all K proximal steps; R0+ looks at
 the clean prediction of one random step, which was reached without gradient. With the ddim sampler it is the score and flow
-models' form, eta drawn anew for every step. Beside the rewards' directions there may be
-guidance as an implicit reward, and a step towards the reference's distribution (Diff-Instruct's, arXiv 2305.18455).
+models' form, eta drawn anew for every step. Beside the rewards' directions there may be guidance as an implicit reward, and a
+step towards the reference's distribution (Diff-Instruct's, arXiv 2305.18455).
 """
 
 from __future__ import annotations
@@ -97,9 +97,8 @@ class R0(Algorithm):
             yield loss, {"loss": loss.item()}
 
     def _start(self, request: SampleRequest, turn: int = 0) -> tuple[NamedNoise, Tensor]:
-        """Named noise and x_N. Turn 0 has the noise that an evaluation's names would give it."""
-        names = request.names(self.seed)
-        named = NamedNoise(names if turn == 0 else [(*name, turn) for name in names])
+        """Named noise and x_N."""
+        named = NamedNoise(request.names(self.seed, turn))
         return named, named.start(self.parts.sample_shape, self.parts.device)
 
     def _take(self, step: Step, z: Tensor, x: Tensor, named: NamedNoise, text: TextStates) -> Tensor:

@@ -35,9 +35,11 @@ class SampleRequest:
         """The prompt of each sample."""
         return tuple(prompt for prompt in self.prompts for _ in range(self.group_size))
 
-    def names(self, seed: int) -> list[tuple[int, ...]]:
-        """The name of each sample's noise."""
-        return [(seed, PURPOSES[self.purpose], self.step, index, j) for index in self.indices for j in range(self.group_size)]
+    def names(self, seed: int, turn: int = 0) -> list[tuple[int, ...]]:
+        """The name of each sample's noise. ``turn`` tells the draws of one iteration apart, where it has several."""
+        more = (turn,) if turn else ()
+        return [(seed, PURPOSES[self.purpose], self.step, index, j, *more)
+                for index in self.indices for j in range(self.group_size)]
 
 
 def split_request(request: SampleRequest, groups: int) -> list[SampleRequest]:

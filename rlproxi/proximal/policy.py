@@ -34,6 +34,10 @@ class Action:
     s: float  # spread of z_{k-1}
     shift: float = 0.0  # what z_k is multiplied by beside it: a_{k-1} d_k / a_k, where x_k = z_k / a_k
 
+    def free(self, z: Tensor, z_next: Tensor) -> Tensor:
+        """z_{k-1} without the part of its mean that does not depend on theta: what ``log_ratio`` and ``log_prob`` take."""
+        return z_next - self.shift * z if self.shift else z_next
+
 
 def actions(steps: list[Step]) -> list[Action]:
     """The N - 1 actions of a plan. Raises ValueError where the sampler draws no noise."""
@@ -68,7 +72,7 @@ def log_ratio(action: Action, prox_new: Tensor, prox_old: Tensor, z_next: Tensor
 
     ``regulated`` (the idea of GRPO-Guard): s <n, delta>, without the quadratic term whose sign
     is always negative and in units that do not depend on the step, so that one clip range fits all.
-    Shapes: prox_new, prox_old, z_next [B, ...]; z_next without ``action.shift`` z.
+    Shapes: prox_new, prox_old, z_next [B, ...]; z_next as ``Action.free`` gives it.
     """
     prox_new, prox_old, z_next = _widen(prox_new, prox_old, z_next)
     delta = (prox_new - prox_old) * (action.a / action.s)

@@ -168,6 +168,25 @@ def test_same_noise_starts_a_group_from_one_z():
     assert np.array_equal(sampler.sample(held)[0], make_sampler().sample(held)[0])  # training only
 
 
+def test_ddim_chains_are_drawn_from_its_policy_and_replay_exactly():
+    """eta > 0: the noise comes after the prox, so a group of one start differs by its very first action."""
+    config = make_config(sampler={"name": "ddim", "num_inference_steps": 4, "start_time": 0.65, "eta": 0.7},
+                         grpo={"same_noise": True})
+    sampler, every = make_sampler(config), replace(REQUEST, window=(0, 1, 2))
+    chain = {name: torch.from_numpy(x) for name, x in sampler.sample(every)[1].items()}
+    assert torch.equal(chain["z"][0, 0], chain["z"][0, 1]) and not torch.equal(chain["z"][0, 0], chain["z"][0, 3])
+    for k, action in enumerate(policy.actions(sampler.pipeline.steps())):
+        noise = (action.free(chain["z"][k], chain["z_next"][k]) - action.a * chain["prox"][k]) / action.s
+        assert abs(noise.mean()) < 5 / noise.numel()**0.5 and noise.std() == pytest.approx(1, abs=0.06)
+        assert not torch.allclose(noise[0], noise[1], atol=0.1)  # the first action's too
+    algorithm = grpo.GRPO(config)
+    text = sampler.pipeline.text.groups(every.prompts, every.group_size)
+    batch = grpo.MicroBatch(chain["z"], chain["z_next"], chain["prox"], torch.randn(6), torch.ones(6), text)
+    prox = operator(make_unet(config).train(), sampler.pipeline.text, 1.0)
+    for loss, metrics in algorithm.losses(prox, None, [batch], algorithm.actions):
+        assert metrics["ratio/max_deviation"] == 0.0 and torch.isfinite(loss)
+
+
 def test_weights_travel_as_one_flat_array():
     config = make_config()
     one, two = make_unet(config, 1), make_unet(config, 2)
