@@ -14,12 +14,13 @@ from typing import Callable, Coroutine, Sequence
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 from rlproxi.algorithms import registry
 from rlproxi.algorithms.grpo import bytes_per_micro_batch
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config import Config
-from rlproxi.memory_errors import OUT_OF_MEMORY, is_out_of_memory
+from rlproxi.memory_errors import is_out_of_memory
 from rlproxi.rewards import RewardError
 from rlproxi.rewards.combine import mean_present
 from rlproxi.schema import Reward
@@ -32,6 +33,7 @@ from .pool import RolloutPool
 from .reward_service import RewardClient
 from .rollout import RolloutActor
 from .staleness import ByteBudget, StalenessPolicy
+from .stops import LOST, OUT_OF_MEMORY
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Conductor:
         self.ready: dict[int, dict[int, Scored]] = {}
         self.answers: dict[int, dict | None] = {}  # what the first rank was told of an iteration, all are told
         self.stopped: str | None = None
+        self.leaving = False  # what is trained so far is saved, and no more is begun
         self.end: int | None = None  # the first iteration that will not be trained; what is trained so far is saved
         self.tasks: set[asyncio.Task] = set()
         self.last_commit = time.time()
@@ -118,7 +121,8 @@ class Conductor:
         self._start(self._dispatch(iteration))
 
     async def next_batch(self, iteration: int) -> dict | None:
-        """The batch of ``iteration`` once it is all scored; None when the run was stopped, {} when RL ends before it.
+        """The batch of ``iteration`` once it is all scored; None when the run was stopped, {} when RL ends before it,
+        {"leave": True} where a checkpoint is to be written first.
 
         Returns {"requests", "chains" (references), "versions", "rewards" [P, G]}, in order. Every rank gets the same
         answer, whatever happens between their calls: ranks that part wait for each other in a collective for ever.
@@ -138,6 +142,8 @@ class Conductor:
 
     def _answer(self, iteration: int) -> dict | None:
         """What every rank is told of ``iteration``. What was complete when the run was stopped is still trained on."""
+        if self.leaving:
+            return {"leave": True}
         if not self._complete(iteration):
             return {} if self.stopped is None else None
         entries = [self.ready[iteration][j] for j in range(self.config.rl.micro_batches)]
@@ -193,6 +199,15 @@ class Conductor:
         """See ``Evaluator.evaluate``."""
         return await self.evaluator.evaluate(tag, step_counts, version, guidance_scale)
 
+    async def alive(self) -> bool:
+        return True
+
+    async def leave(self, reason: str) -> None:
+        """Ends the run with the iteration under way, whose weights the learner saves as a checkpoint."""
+        async with self.changed:
+            self.leaving = True
+            self._mark_stopped(reason)
+
     async def stop(self, reason: str, kind: str = "") -> None:
         """Ends the run with a message for the user (``kind``: see Scribe); an incomplete batch is None from now on."""
         async with self.changed:
@@ -226,6 +241,8 @@ class Conductor:
         except Exception as error:
             if is_out_of_memory(error):
                 await self.stop(f"out of memory: {getattr(error, 'cause', None) or error}", OUT_OF_MEMORY)
+            elif isinstance(error, RayActorError):  # rollout actors are asked again, so it was the weight store
+                await self.stop(f"the weight store is lost ({' '.join(str(error).split())[:200]})", LOST)
             else:
                 await self.stop(f"{type(error).__name__}: {error}")
 

@@ -191,7 +191,7 @@ def application(model: str | os.PathLike, identity: str = "", replicas: int = 1,
 
     Raises FileNotFoundError or ValueError, before anything is started, for a folder without a model.
     """
-    from rlproxi.models.loading import find_model, read_settings  # heavy, and nothing the frontend needs
+    from rlproxi.models.folders import find_model, read_settings  # heavy, and nothing the frontend needs
 
     folder = find_model(model).resolve()
     values = read_settings(folder)

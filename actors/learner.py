@@ -85,6 +85,9 @@ class Learner(Rank):
         if found is None:
             self.stopped = True  # the run was stopped: nothing is saved as its result
             return None
+        if found.get("leave"):
+            self.stopped = self.leaving = True
+            return None
         if not found:
             return None  # finished before its time
         batch = Batch(iteration, found["requests"], self.rank, self.world, found["rewards"],

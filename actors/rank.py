@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rlproxi.algorithms.base import AlgorithmStopped
 from rlproxi.config import Config
-from rlproxi.models.loading import find_model, load_autoencoder, load_encoder, trainable, training_form
+from rlproxi.models.folders import find_model
+from rlproxi.models.loading import load_autoencoder, load_encoder, trainable, training_form
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.telemetry import timeline
@@ -39,6 +40,7 @@ class Rank:
     engines: dict[str, Engine]
     checkpoint_every: int
     stopped = False
+    leaving = False  # stopped from outside: what is trained is saved, to be gone on with
 
     def __init__(self, config: Config, run_dir: str, model_folder: str, stage: str, scribe: Any):
         import ray.train
@@ -81,6 +83,8 @@ class Rank:
             with self._span("wait"):
                 batch = self.next_batch(step)
             if batch is None:
+                if self.leaving and step > start:
+                    self.checkpoint(step)
                 break
             metrics: dict[str, float] = {}
             with self._span("train"):

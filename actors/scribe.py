@@ -9,11 +9,12 @@ from rlproxi.telemetry.runlog import RunLog
 from .exporters import Exporters
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Scribe:
     """Appends records to ``metrics.jsonl`` in the order they arrive and remembers the newest of each stage.
 
-    Hands each on to the exporters that the run directory's config names.
+    Hands each on to the exporters that the run directory's config names. Started again where its process dies: the log is
+    a file, and what was on the way is asked again.
     """
 
     def __init__(self, run_dir: str):

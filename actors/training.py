@@ -13,9 +13,10 @@ from typing import Any, Callable
 
 from rlproxi.config import Config
 from rlproxi.demand import role_resources
-from rlproxi.memory_errors import OUT_OF_MEMORY, first_line, is_out_of_memory
+from rlproxi.memory_errors import first_line, is_out_of_memory
 
 from . import checkpoints
+from .stops import LOST, OUT_OF_MEMORY
 
 
 @dataclass
@@ -84,11 +85,13 @@ def _learner_loop(settings: dict) -> None:
 
 
 def _run(kind: type, setup: Any) -> None:
-    """A rank's life. Out of memory, it tells the driver and fails, which ends the ranks that wait for it; started again by
-    Train, all of them leave at once, and the driver begins anew with less."""
+    """A rank's life. Out of memory, or without conductor or weight store, it tells the driver and fails, which ends the ranks
+    that wait for it; started again by Train, all of them leave at once, and the driver begins anew with less, or with
+    new ones."""
     import ray
+    from ray.exceptions import RayActorError
 
-    if ray.get(setup.scribe.stop_kind.remote()) == OUT_OF_MEMORY:
+    if ray.get(setup.scribe.stop_kind.remote()):
         return
     try:
         rank = kind(setup)
@@ -96,6 +99,9 @@ def _run(kind: type, setup: Any) -> None:
     except Exception as error:
         if is_out_of_memory(error):
             ray.get(setup.scribe.stop.remote(f"{kind.__name__.lower()}: out of memory ({first_line(error)})", OUT_OF_MEMORY))
+        elif isinstance(error, RayActorError):
+            told = f"the conductor or the weight store is lost ({' '.join(str(error).split())[:200]})"
+            ray.get(setup.scribe.stop.remote(told, LOST))
         raise
     rank.close()
 
@@ -109,6 +115,7 @@ def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, r
     """
     # Read by the controller when it starts: how often it looks after its workers.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.faults.hang_timeout_s)
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

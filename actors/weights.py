@@ -24,6 +24,9 @@ class WeightStore:
             del self.refs[old]
         return flat.nbytes
 
+    def alive(self) -> bool:
+        return True
+
     def get(self, version: int) -> list[ray.ObjectRef]:
         """[reference] of a version (in a list, so that Ray hands on the reference, not the array)."""
         if version not in self.refs:

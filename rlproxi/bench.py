@@ -21,11 +21,10 @@ from typing import Callable
 import torch
 
 from .algorithms.prepare import collection
-from .config import Config, build_config, config_folder, load_config
+from .config import Config, build_config, config_folder, dump_config, load_config
 from .data import faces
-from .models.pipeline import operator
 from .models.precision import autocast, compute_dtype, has_fast_bfloat16
-from .models.text import TextEncoder, TextStates, build_text_encoder
+from .models.text import TextEncoder, TextStates, build_text_encoder, operator
 from .models.loading import build_denoiser
 from .models.unet import ProximalUNet
 from .proximal.samplers import generator_noise, sample
@@ -210,8 +209,8 @@ def _random_classifier(config: Config, folder: Path) -> Path:
 
 def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations: int) -> float:
     """Median ``seconds/step`` of a real run from random weights, the first two iterations left out."""
-    from . import run
     from .models.pipeline import TextToImage
+    from .run import main as run
     from .telemetry.runlog import read, series
 
     model = folder / "model"
@@ -225,8 +224,9 @@ def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations
     real = build_config(values)
     run_dir = folder / "run"
     run_dir.mkdir()
-    session = run._Session(real, run_dir)
-    session.run()
+    dump_config(real, run_dir / "config.yaml")
+    if run(["--resume", str(run_dir)]):
+        raise SystemExit("the run that was to be timed ended with the error above")
     _, seconds = series(read(run_dir), "rl", "seconds/step")
     return statistics.median(seconds[2:])
 

@@ -18,8 +18,8 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from .data.curation.settings import Curate
-from .schema import (ALGORITHMS, ConfigError, Data, Evaluate, Learner, Model, Prepare, Pretrain, Resources, Rewards, Run,
-                     Sampler, Schedule, Section, Telemetry)
+from .schema import (ALGORITHMS, ConfigError, Data, Evaluate, Faults, Learner, Model, Prepare, Pretrain, Resources, Rewards,
+                     Run, Sampler, Schedule, Section, Telemetry)
 from .schema_algorithms import DIDR, GRPO, R0, Custom, Training
 
 
@@ -42,6 +42,7 @@ class Config(Section):
     learner: Learner = Learner()
     resources: Resources = Resources()
     evaluate: Evaluate = Evaluate()
+    faults: Faults = Faults()
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")

@@ -138,7 +138,7 @@ def files(config: Config, load: bool = False) -> Iterator[Finding]:
 
 
 def _model(key: str, folder: str) -> Iterator[Finding]:
-    from .models.loading import check_weights, find_model
+    from .models.folders import check_weights, find_model
 
     try:
         parts = [p for p in sorted(find_model(folder).iterdir()) if p.is_dir() and (p / "config.json").is_file()]

@@ -19,7 +19,8 @@ from .evaluation.rundir import RunDirectory, dig
 from .evaluation.rundir import load as load_run
 from .models import lora
 from .models.backbone import ProximalBackbone
-from .models.loading import find_model, part_of
+from .models.folders import find_model
+from .models.loading import part_of
 from .models.pipeline import TextToImage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -23,7 +23,8 @@ from .memory_scorers import empty_gradients, scorer_held
 from .memory_steps import decoding_peak, encoding_peak, first_updates, forward_peak, inputs, one_loss, training_peak
 from .memory_trace import no_memory, without_data
 from .models.backbone import NoiseLevels, adapter_of
-from .models.loading import OWN, empty_form, latent_space, network_config, parts_folder, trainable
+from .models.folders import OWN, latent_space, network_config, parts_folder
+from .models.loading import empty_form, trainable
 from .models.lora import adapters_off, without_adapters
 from .models.precision import compute_dtype
 from .models.text_loading import text_widths

@@ -21,7 +21,7 @@ from .data import faces
 from .memory_parts import text_shape
 from .memory_trace import traced, without_data
 from .models.autoencoder import Autoencoder
-from .models.loading import latent_space, parts_folder
+from .models.folders import latent_space, parts_folder
 from .models.precision import autocast
 from .models.text import TextStates
 from .proximal.operator import Denoiser, ProximalOperator

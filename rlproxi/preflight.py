@@ -14,7 +14,8 @@ from .data.curation import job
 from .data.prompts import heldout_prompts, training_prompts
 from .data.shards import list_shards
 from .models.backbone import NoiseLevels, adapter_of
-from .models.loading import OWN, build_denoiser, find_model, latent_space, network_config
+from .models.folders import OWN, find_model, latent_space, network_config
+from .models.loading import build_denoiser
 from .models.text_loading import text_widths
 from .rewards import build, checked_params, names, parameters
 from .rewards.base import is_differentiable

@@ -24,6 +24,10 @@ class ConfigError(ValueError):
     """A config that cannot be run: the message names the key, the value and the remedy."""
 
 
+class RunStopped(RuntimeError):
+    """The run ended itself, with a reason for the user."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -250,6 +254,18 @@ class Resources(Section):
         "refusing a run that is larger than the cluster is now.")
     autoscaling_timeout_s: float = Field(1800.0, gt=0, description="How long a stage waits for those nodes, in seconds.")
     threads: int = Field(2, ge=1, description="torch threads of rollout actors and learner ranks; results depend on it.")
+
+
+class Faults(Section):
+    """What a run does where a part of it is lost (docs/reliability.md)."""
+
+    hang_timeout_s: float = Field(
+        900.0, gt=0, description="A rollout actor, learner rank, conductor or weight store that does not answer for so many seconds is "
+        "killed and started again; longer than an iteration's longest call, the loading of a model included.")
+    max_restarts: int = Field(
+        3, ge=0, description="So many times in a stage a lost conductor or weight store is replaced, from the last checkpoint.")
+    grace_s: float = Field(
+        120.0, ge=0, description="After SIGTERM or Ctrl-C, how long the iteration under way and its checkpoint may take.")
 
 
 class Evaluate(Section):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from rlproxi.algorithms.base import Algorithm, Update, share
-from rlproxi.models.pipeline import operator
+from rlproxi.models.text import operator
 from rlproxi.proximal import policy
 
 

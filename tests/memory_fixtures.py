@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from rlproxi.config import Config
-from rlproxi.models.loading import empty_form, published_shapes, trainable
+from rlproxi.models.folders import published_shapes
+from rlproxi.models.loading import empty_form, trainable
 from rlproxi.models.precision import autocast
 
 #: The published shapes.

@@ -14,7 +14,8 @@ from rlproxi.config import Config, build_config
 from rlproxi.memory_parts import empty_vae
 from rlproxi.memory_steps import first_updates
 from rlproxi.models.autoencoder import Autoencoder
-from rlproxi.models.loading import parts_folder, trainable
+from rlproxi.models.folders import parts_folder
+from rlproxi.models.loading import trainable
 from rlproxi.models.lora import without_adapters
 from rlproxi.models.precision import autocast
 from rlproxi.rewards.attributes import AttributeClassifier

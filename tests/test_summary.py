@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from actors import driver
 from rlproxi import run
 from rlproxi.telemetry.summary import summary
 from rlproxi.config import build_config
@@ -84,7 +85,7 @@ def test_without_a_heldout_reward_there_is_no_heldout_number(tmp_path):
 @pytest.fixture
 def no_system(monkeypatch, tmp_path):
     """Neither Ray nor a run directory may be reached."""
-    monkeypatch.setattr(run, "_Session", lambda *_: pytest.fail("the run was started"))
+    monkeypatch.setattr(driver, "Driver", lambda *_: pytest.fail("the run was started"))
     monkeypatch.setattr(run, "_new_run_dir", lambda *_: pytest.fail("a run directory was made"))
     monkeypatch.chdir(tmp_path)
 
@@ -126,7 +127,7 @@ def test_resume_takes_the_runs_own_config_and_overrides(tmp_path, monkeypatch, c
         def run(self):
             raise run.RunStopped("half of the groups have no score")
 
-    monkeypatch.setattr(run, "_Session", Session)
+    monkeypatch.setattr(driver, "Driver", Session)
     assert run.main(["--resume", str(tmp_path), "grpo.lr=1e-6"]) == 1
     assert begun == [("mine", 1e-6, tmp_path)]
     assert capsys.readouterr().err == "\nstopped: half of the groups have no score\n"

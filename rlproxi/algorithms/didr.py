@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..models.pipeline import operator
-from ..models.text import TextStates
+from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean
 from ..rewards.gradients import mean_scores
 from ..schema_algorithms import DIDR as Settings

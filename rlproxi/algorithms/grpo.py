@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..models.loading import latent_space
-from ..models.pipeline import operator
-from ..models.text import TextStates
+from ..models.folders import latent_space
+from ..models.text import TextStates, operator
 from ..proximal import policy
 from ..proximal.operator import Prox
 from ..proximal.samplers import Step

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..models.pipeline import operator
-from ..models.text import TextStates
+from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean, clean_prediction
 from ..proximal.operator import expand
 from ..proximal.samplers import Step

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..models.autoencoder import Autoencoder
-from ..models.loading import find_model, load_autoencoder, load_encoder, trainable, training_form
+from ..models.folders import find_model
+from ..models.loading import load_autoencoder, load_encoder, trainable, training_form
 from ..models.pipeline import TextToImage
 from ..models.precision import compute_dtype
 from ..models.text import TextEncoder

@@ -27,7 +27,8 @@ from .autoencoder import Autoencoder
 from .backbone import LAM, NoiseLevels, ProximalBackbone
 from .checkpoint_files import read_json
 from .generators import seeds_of
-from .loading import INDEX, find_model, part_of, read_settings
+from .folders import INDEX, find_model, read_settings
+from .loading import part_of
 from .pipeline import TextToImage, to_uint8
 from .preconditioning import Preconditioned
 from .text import TextEncoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,68 +16,25 @@ from . import lora
 from .autoencoder import Autoencoder, latent_facts
 from .backbone import LAM, NoiseLevels, ProximalBackbone, adapter_of
 from .checkpoint_files import load_network, read_json
+from .folders import check_weights, find_model, latent_space, link, network_config, parts_folder, read_settings
 from .lam import LamEmbedding
 from .text import TextEncoder
 from .text_loading import load_text, text_widths
 from .text_stacks import CheckpointText
-from .transformer import ProximalTransformer
-from .unet import ProximalUNet
-
-INDEX, SETTINGS = "model_index.json", "sampler.json"
-#: Where a denoiser's network lies, in the order that is looked.
-NETWORKS = ("unet", "transformer")
-OWN = {"ProximalUNet": ProximalUNet, "ProximalTransformer": ProximalTransformer}
-EXPECTED = ("expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as diffusers lays them out) "
-            "or a run directory that holds one as models/final or models/pretrained")
 
 
-def find_model(path: str | os.PathLike) -> Path:
-    """The model folder that ``path`` is, or that the run directory ``path`` holds: models/final, else pretrained.
+def own_network(name: str | None) -> type | None:
+    """Our own network's class; None for a class of another's. Imported when it is asked for: ``ProximalTransformer``
+    brings all of diffusers' transformers along, seconds for every process of a run."""
+    if name == "ProximalUNet":
+        from .unet import ProximalUNet
 
-    Raises FileNotFoundError that names the folder and says what was expected there.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: {EXPECTED}")
-    for folder in (path, path / "models" / "final", path / "models" / "pretrained"):
-        if any((folder / part).is_dir() for part in NETWORKS):
-            return folder
-    raise FileNotFoundError(f"{path} holds no model: {EXPECTED}")
+        return ProximalUNet
+    if name == "ProximalTransformer":
+        from .transformer import ProximalTransformer
 
-
-def published_shapes(folder: str | os.PathLike) -> Path | None:
-    """The config.json files, without weights, of the published checkpoint whose name ``folder`` has; None for others.
-
-    With them a run can be planned before its checkpoint is downloaded.
-    """
-    shapes = Path(__file__).parent / "published" / Path(folder).name
-    return shapes if shapes.is_dir() else None
-
-
-def network_config(folder: str | os.PathLike) -> tuple[str, dict]:
-    """('unet' or 'transformer', its config.json). Raises FileNotFoundError or ValueError naming the file."""
-    folder = find_model(folder)
-    part = next(part for part in NETWORKS if (folder / part).is_dir())
-    return part, read_json(folder / part / "config.json")
-
-
-def check_weights(folder: str | os.PathLike) -> None:
-    """Looks at the headers of ``folder``'s safetensors files.
-
-    Raises FileNotFoundError where there are none, ValueError naming a file that is damaged or cut short.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file, the only kind of weights that is loaded")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}): copy or save the model again") from None
+        return ProximalTransformer
+    return None
 
 
 def load_part(kind: type, folder: Path) -> nn.Module:
@@ -101,7 +57,7 @@ def load_denoiser(folder: str | os.PathLike, schedule: VPSchedule | None = None,
     """
     folder = find_model(folder)
     part, values = network_config(folder)
-    own = OWN.get(values.get("_class_name"))
+    own = own_network(values.get("_class_name"))
     if own:
         denoiser = load_part(own, folder / part)
     else:
@@ -137,7 +93,7 @@ def part_of(denoiser: nn.Module) -> str:
     """The folder of a denoiser's network: 'unet' or 'transformer'."""
     if isinstance(denoiser, ProximalBackbone):
         return denoiser.adapter.part
-    return "transformer" if isinstance(denoiser, ProximalTransformer) else "unet"
+    return denoiser.part
 
 
 def save_denoiser(denoiser: nn.Module, folder: Path, origin: Path | None) -> None:
@@ -159,21 +115,6 @@ def save_denoiser(denoiser: nn.Module, folder: Path, origin: Path | None) -> Non
         denoiser.lam_embedding.save_pretrained(folder / LAM)
 
 
-def link(source: Path, target: Path) -> None:
-    """Hard links for the files of a folder (or one file), copies where the file system cannot: models are never
-    written in place, so a link costs no space and stays what it was."""
-    def one(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=one)
-    else:
-        one(str(source), str(target))
-
-
 def load_autoencoder(folder: Path) -> Autoencoder | None:
     """The autoencoder of a model folder; None for a model of pixels."""
     return Autoencoder.from_pretrained(folder) if (folder / "vae").is_dir() else None
@@ -188,20 +129,6 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncode
     for part in sorted(folder.glob("text_encoder*")):
         check_weights(part)
     return load_text(folder, dtype)
-
-
-def read_settings(folder: Path) -> dict:
-    """sampler.json of a model folder; {} where there is none, as in a folder of diffusers' own."""
-    file = folder / SETTINGS
-    if file.is_file():
-        values = read_json(file)
-        for key in ("schedule", "sampler"):
-            if not isinstance(values.get(key), dict):
-                raise ValueError(f"{file} is not readable: no {key!r} in it")
-        return values
-    if network_config(folder)[1].get("_class_name") in OWN:
-        raise FileNotFoundError(f"{file} is missing: {EXPECTED}")
-    return {}
 
 
 def training_form(folder: str | os.PathLike, config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -255,28 +182,9 @@ def build_denoiser(config: Config) -> nn.Module:
         common = dict(sample_size=size, in_channels=channels, patch=m.patch, data_std=m.data_std, beta_min=s.beta_min,
                       beta_max=s.beta_max, text_dim=text_dim)
         if m.kind == "transformer":
-            return ProximalTransformer(layers=m.layers, heads=m.heads, **common)
-        return ProximalUNet(channels=tuple(m.channels), blocks=tuple(m.blocks), attention=tuple(m.attention),
-                            pooled_dim=pooled_dim, **common)
-
-
-def parts_folder(config: Config) -> Path | None:
-    """The folder with autoencoder and text encoders that a config brings along; None: pixels, built-in text."""
-    named = config.model.init or config.model.encoders
-    if named is None:
-        return None
-    return find_model(named) if config.model.init else Path(named)
-
-
-def latent_space(config: Config) -> tuple[int, int]:
-    """(channels, H = W) of a sample: the autoencoder's latents, or pixels."""
-    folder = parts_folder(config)
-    if folder is None or not (folder / "vae").is_dir():
-        return 3, config.data.size
-    channels, factor = latent_facts(folder)
-    if config.data.size % factor:
-        raise ValueError(f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})")
-    return channels, config.data.size // factor
+            return own_network("ProximalTransformer")(layers=m.layers, heads=m.heads, **common)
+        return own_network("ProximalUNet")(channels=tuple(m.channels), blocks=tuple(m.blocks),
+                                           attention=tuple(m.attention), pooled_dim=pooled_dim, **common)
 
 
 def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -296,7 +204,7 @@ def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -
 def _empty_denoiser(config: Config) -> nn.Module:
     folder = find_model(config.model.init)
     part, values = network_config(folder)
-    own = OWN.get(values.get("_class_name"))
+    own = own_network(values.get("_class_name"))
     try:
         if own:
             return own.from_config(values)

@@ -24,17 +24,17 @@ from pydantic import ValidationError
 from torch import nn
 
 from .. import __version__
-from ..proximal.operator import Denoiser, ProximalOperator
+from ..proximal.operator import Denoiser
 from ..proximal.samplers import Step, Trajectory, sample
 from ..schema import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora
 from .autoencoder import Autoencoder
 from .backbone import LAM, ProximalBackbone
-from .loading import (INDEX, SETTINGS, find_model, link, load_autoencoder, load_denoiser, load_encoder, part_of,
-                      read_settings, save_denoiser)
+from .folders import INDEX, SETTINGS, find_model, link, read_settings
+from .loading import load_autoencoder, load_denoiser, load_encoder, part_of, save_denoiser
 from .precision import autocast, compute_dtype
-from .text import TextEncoder, TextStates
+from .text import TextEncoder, TextStates, operator
 from .text_stacks import CheckpointText
 
 
@@ -214,11 +214,6 @@ class TextToImage:
         with autocast(compute_dtype(self.precision, device), device):
             return sample(operator(self.denoiser, self.text, guidance), self.steps(num_inference_steps), x, text, noise,
                           keep_chain)
-
-
-def operator(denoiser: Denoiser, text: TextEncoder, guidance_scale: float) -> ProximalOperator:
-    """The prox of a text-conditional denoiser, with the empty caption for guidance; the learner's as the sampler's."""
-    return ProximalOperator(denoiser, guidance_scale, text.null_like, TextStates.join)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:

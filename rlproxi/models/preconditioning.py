@@ -92,6 +92,8 @@ class Preconditioned(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     #: The adapters' settings, where there are any (``models.lora``).
     lora = None
+    #: Its folder inside a model folder.
+    part = "unet"
 
     def precondition(self, channels: int, size: int, data_std: float, schedule: VPSchedule) -> None:
         """Sets the schedule (for alpha_bar) and a first Gaussian, N(0, data_std^2 I)."""

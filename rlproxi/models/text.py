@@ -15,6 +15,8 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..proximal.operator import Denoiser, ProximalOperator
+
 
 @dataclass(frozen=True)
 class TextStates:
@@ -176,3 +178,8 @@ def build_text_encoder(captions: list[str], dim: int = 64, layers: int = 2, max_
         torch.manual_seed(seed)
         model = CLIPTextModel(config)
     return TextEncoder(tokenizer, model, max_length)
+
+
+def operator(denoiser: Denoiser, text: TextEncoder, guidance_scale: float) -> ProximalOperator:
+    """The prox of a text-conditional denoiser, with the empty caption for guidance; the learner's as the sampler's."""
+    return ProximalOperator(denoiser, guidance_scale, text.null_like, TextStates.join)

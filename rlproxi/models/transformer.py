@@ -22,6 +22,8 @@ class ProximalTransformer(Preconditioned):
         data_std, beta_min, beta_max: as for ``ProximalUNet``.
     """
 
+    part = "transformer"
+
     @register_to_config
     def __init__(self, sample_size: int = 32, in_channels: int = 4, patch: int = 2, layers: int = 12, heads: int = 6,
                  head_dim: int = 64, text_dim: int = 64, data_std: float = 1.0, beta_min: float = 0.1,

@@ -47,7 +47,7 @@ def make(folder, bound: int = 1, **sections) -> Conductor:
     conductor.__dict__.update(
         config=config, run_dir=folder, scribe=local_scribe(folder), client=Client(), algorithm=grpo.GRPO(config),
         policy=StalenessPolicy(bound), budget=ByteBudget(config.grpo.max_bytes_in_flight), changed=asyncio.Condition(),
-        version=None, begun=None, ready={}, answers={}, stopped=None, end=None, tasks=set(), last_commit=0.0,
+        version=None, begun=None, ready={}, answers={}, stopped=None, leaving=False, end=None, tasks=set(), last_commit=0.0,
         pool=SimpleNamespace(sample=pictures))
     return conductor
 

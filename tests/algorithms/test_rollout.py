@@ -9,8 +9,7 @@ from rlproxi.algorithms.requests import SampleRequest, split_request
 from rlproxi.algorithms.rollout import GroupSampler, flatten, unflatten
 from rlproxi.config import Config, build_config
 from rlproxi.data import faces
-from rlproxi.models.pipeline import operator
-from rlproxi.models.text import build_text_encoder
+from rlproxi.models.text import build_text_encoder, operator
 from rlproxi.models.loading import build_denoiser
 from rlproxi.proximal import policy
 

@@ -27,7 +27,8 @@ from rlproxi.memory_parts import empty_vae
 from rlproxi.memory_steps import forward_peak, inputs, learner_losses
 from rlproxi.memory_trace import no_memory, without_data
 from rlproxi.models.autoencoder import Autoencoder
-from rlproxi.models.loading import empty_form, parts_folder
+from rlproxi.models.folders import parts_folder
+from rlproxi.models.loading import empty_form
 from rlproxi.models.precision import autocast
 
 _MIB = 1024**2

@@ -40,7 +40,8 @@ from rlproxi.config import Config, load_config
 from rlproxi.data import faces
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation.heldout import mean_and_error
-from rlproxi.models.pipeline import operator, to_uint8
+from rlproxi.models.pipeline import to_uint8
+from rlproxi.models.text import operator
 from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.models.preconditioning import noise_features
 from rlproxi.models.text import TextEncoder

@@ -11,7 +11,8 @@ from rlproxi.algorithms.rollout import GroupSampler, flatten
 from rlproxi.config import build_config
 from rlproxi.models import lora
 from rlproxi.models.loading import load_denoiser, load_encoder, trainable, training_form
-from rlproxi.models.pipeline import TextToImage, operator
+from rlproxi.models.pipeline import TextToImage
+from rlproxi.models.text import operator
 from rlproxi.schema import LoRA
 
 KINDS = ("sd15", "sdxl", "sd3", "pixart")

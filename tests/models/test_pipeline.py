@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rlproxi.schema import Sampler, Schedule
-from rlproxi.models.loading import find_model, load_denoiser
+from rlproxi.models.folders import find_model
+from rlproxi.models.loading import load_denoiser
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.unet import ProximalUNet

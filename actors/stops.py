@@ -1,0 +1,8 @@
+"""The kinds of a stop that the driver knows a remedy for (see ``Scribe.stop``); every other ends the run."""
+
+from rlproxi.memory_errors import OUT_OF_MEMORY
+
+#: An actor that the run cannot do without has died or hangs: new ones go on from the last checkpoint.
+LOST = "lost"
+
+__all__ = ["LOST", "OUT_OF_MEMORY"]
