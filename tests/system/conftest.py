@@ -48,9 +48,10 @@ def ray_session():
 
 @pytest.fixture(scope="session")
 def start(ray_session, tmp_path_factory):
-    """start(*overrides, code=0) -> Done: the smoke config through the front door, in this process."""
-    def run(*overrides: str, code: int = 0) -> Done:
-        base = tmp_path_factory.mktemp("runs")
+    """start(*overrides, code=0) -> Done: the smoke config through the front door, in this process; its run directory is made
+    in ``base``, where that is given."""
+    def run(*overrides: str, code: int = 0, base: Path | None = None) -> Done:
+        base = base or tmp_path_factory.mktemp("runs")
         assert main([SMOKE, f"run.dir={base}", *overrides]) == code
         folders = list(base.iterdir())
         assert len(folders) == 1
