@@ -60,22 +60,23 @@ def test_a_fault_costs_time_and_nothing_else(fault, hit_run):
     assert outcome.exact, outcome
 
 
-@pytest.mark.parametrize("role", ["^ray::Conductor", r"^ray::RolloutActor"])
-def test_what_dies_is_replaced(role, start, from_smoke, unbroken, tmp_path):
-    """The same on the session's Ray: the roles that the learner cannot do without."""
+def test_what_dies_is_replaced(start, from_smoke, unbroken, tmp_path):
+    """On the session's Ray: the conductor in one step, a rollout actor in a later one."""
     when, base = [], tmp_path / "runs"
 
     def strike() -> None:
-        faults.wait_for(lambda: reached(base, 3), lambda: True)
-        when.append(time.time())
-        faults.hit(Fault("", role), os.getsid(0))
+        for step, role in ((3, "^ray::Conductor"), (6, "^ray::RolloutActor")):
+            faults.wait_for(lambda: reached(base, step), lambda: True)
+            when.append(time.time())
+            faults.hit(Fault("", role), os.getsid(0))
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
     run = start(*SETTINGS, *from_smoke, base=base)
     thread.join(1)
-    outcome = faults.judge(role, when[0], run.folder, unbroken)
-    assert outcome.exact and outcome.reached >= 3, outcome
+    outcome = faults.judge("both", when[0], run.folder, unbroken)
+    assert outcome.exact and outcome.reached >= 3 and len(when) == 2, outcome
+    assert outcome.resumed_from is not None, "a new conductor begins at the last checkpoint"
 
 
 def test_a_run_that_is_asked_to_end_saves_what_it_has(from_smoke, unbroken, tmp_path):

@@ -56,6 +56,7 @@ def test_r0_on_two_ranks_at_zero_3_takes_the_same_first_step(r0, start, from_smo
     same_first_step(r0, two, ("fake/loss", "fake/grad_norm", "reward/mean", "grad_norm"))
 
 
+@pytest.mark.exhaustive
 def test_didr_on_two_ranks_at_zero_3_takes_the_same_first_step(didr, start, from_smoke):
     two = start("run.stages=[rl]", "evaluate.every=0", *DIDR, "didr.steps=1", *TWO, *from_smoke)
     same_first_step(didr, two, ("fake/loss", "fake/grad_norm", "loss", "grad_norm", "reward/mean"))

@@ -15,11 +15,6 @@ def rl(start, from_smoke):
     return run
 
 
-def test_a_function_of_ones_own(rl):
-    rewards = rl("brightness").series("rl", "reward/mean")[1]
-    assert len(rewards) == 4 and all(0 < r < 1 for r in rewards)
-
-
 def test_failed_groups_are_masked_and_counted(rl):
     run = rl("half_broken", "rewards.max_masked_fraction=1.0")
     masked = run.series("rl", "groups/masked")[1]
@@ -46,12 +41,16 @@ def test_a_reward_that_cannot_start_says_so_in_its_own_words(start, from_smoke, 
 
 @pytest.fixture(scope="module")
 def undisturbed(start, from_smoke):
-    """Two iterations with a reward that always answers."""
-    return start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], "rewards.heldout=[]",
-                 "rewards.train=[{name: mine, scorer: python, params: {function: 'reward_functions:brightness'}}]")
+    """Two iterations with a reward of one's own that always answers."""
+    run = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], "rewards.heldout=[]",
+                "rewards.train=[{name: mine, scorer: python, params: {function: 'reward_functions:brightness'}}]")
+    rewards = run.series("rl", "reward/mean")[1]
+    assert len(rewards) == 2 and all(0 < r < 1 for r in rewards)
+    return run
 
 
-@pytest.mark.parametrize("function, timeout", [("dies_once", 60), ("hangs_once", 3)])
+@pytest.mark.parametrize("function, timeout", [
+    pytest.param("dies_once", 60, marks=pytest.mark.exhaustive), ("hangs_once", 3)])
 def test_a_replica_that_dies_or_hangs_is_replaced_and_no_group_is_lost(start, from_smoke, undisturbed, tmp_path,
                                                                        function, timeout):
     reward = (f"rewards.train=[{{name: mine, scorer: python, params: {{function: 'reward_functions:{function}'}}, "
@@ -64,6 +63,7 @@ def test_a_replica_that_dies_or_hangs_is_replaced_and_no_group_is_lost(start, fr
     assert list(run.series("rl", "groups/masked")[1]) == [0, 0]
 
 
+@pytest.mark.exhaustive
 def test_single_samples_are_masked_by_policy(rl):
     run = rl("one_missing", "rewards.on_failure=mask_sample")
     assert list(run.series("rl", "samples/masked")[1]) == [8] * 4, "one of each of the 8 groups"

@@ -52,9 +52,9 @@ def test_rl_changes_the_policy_and_evaluations_use_it(smoke):
     assert list(middle["by_steps"]) == ["4"] and middle["prompts"] == smoke.evaluation("before")["prompts"]
 
 
-def test_same_images_and_rewards_on_one_and_two_rollout_actors(start, from_smoke):
-    one, two = (start("run.stages=[before, rl, after]", f"resources.rollout_actors={n}", "evaluate.every=0", *from_smoke)
-                for n in (1, 2))
+def test_same_images_and_rewards_on_one_and_two_rollout_actors(smoke, start, from_smoke):
+    one = smoke
+    two = start("run.stages=[before, rl, after]", "resources.rollout_actors=2", "evaluate.every=0", *from_smoke)
     for tag in ("before", "after"):
         files = sorted(p.name for p in (one.folder / "samples").glob(f"{tag}-*.npz"))
         assert files
