@@ -1,16 +1,26 @@
-"""Checkpoints in the run directory: written whole or not at all, newest usable one first."""
+"""Checkpoints in the run directory: written whole or not at all, checksummed, newest usable one first.
+
+Files alone: what is in them is the ranks' affair. Nothing here, and nothing that reads a checkpoint, unpickles.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Callable, Iterable
 
-from rlproxi.schema import ConfigError
+from safetensors import SafetensorError, safe_open
 
 MARK = "complete.json"
+#: What a full or failing disk raises; safetensors has an exception of its own for its writes.
+WRITE_ERRORS = (OSError, SafetensorError)
+_BLOCK = 1 << 22
+_THREADS = 8  # hashlib lets go of the interpreter lock
 
 
 def root(run_dir: str | Path, stage: str) -> Path:
@@ -24,19 +34,59 @@ def scratch(root: Path, step: int) -> Path:
 
 
 def begin(root: Path, step: int) -> Path:
-    """A fresh scratch folder for the checkpoint of ``step``; ``finish`` gives it its name."""
+    """A fresh scratch folder for the checkpoint of ``step``; ``finish`` gives it its name. Raises OSError."""
     folder = scratch(root, step)
-    shutil.rmtree(folder, ignore_errors=True)
+    abandon(root)
     folder.mkdir(parents=True)
     return folder
 
 
-def finish(root: Path, step: int, facts: dict, keep: int = 2) -> Path:
-    """Marks the scratch folder complete, renames it to step-<n> and drops all but the newest ``keep``."""
+def abandon(root: Path) -> None:
+    """Removes what was begun and not finished, by this run or by one that was killed."""
+    for folder in [*root.glob(".writing-*"), *root.glob(".dropped-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def digest(file: Path) -> str:
+    """blake2b of a file's content, 32 bytes in hexadecimal."""
+    summed = hashlib.blake2b(digest_size=32)
+    with open(file, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            summed.update(block)
+    return summed.hexdigest()
+
+
+def seal(file: Path) -> list:
+    """[bytes, checksum] of a file that was just written, which has reached the disk when this returns. Raises OSError."""
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())
+    return [file.stat().st_size, digest(file)]
+
+
+def finish(root: Path, step: int, facts: dict, sealed: dict[str, list] | None = None, keep: int = 2) -> Path:
+    """Marks the scratch folder complete, renames it to step-<n> and drops all but the newest ``keep``.
+
+    Args:
+        sealed: name -> ``seal`` of the files that other processes wrote. They are read back here; the others are sealed.
+
+    Raises OSError where something cannot be written, or is not read back as it was written; nothing is dropped then.
+    """
     written, final = scratch(root, step), root / f"step-{step:06d}"
-    (written / MARK).write_text(json.dumps({"step": step, "files": _files(written), **facts}))
-    shutil.rmtree(final, ignore_errors=True)
+    sealed = sealed or {}
+    wrong = _wrong(written, sealed)
+    if wrong:
+        raise OSError(f"{written}: not read back as it was written: {_some(wrong)}")
+    own = {name: seal(written / name) for name in _names(written) if name not in sealed}
+    mark = written / MARK
+    mark.write_text(json.dumps({"step": step, "files": {**sealed, **own}, **facts}), encoding="utf-8")
+    seal(mark)
+    for folder in [written, *(p for p in written.rglob("*") if p.is_dir())]:
+        _sync(folder)
+    if final.exists():  # damaged, or the run would not have come from before it
+        os.replace(final, root / f".dropped-{step:06d}")
     os.replace(written, final)
+    _sync(root)
+    abandon(root)
     # Newer steps than this one are damaged or superseded, or the run would not have come from before them.
     kept = [folder for folder in _all(root) if int(folder.name[5:]) <= step][:keep]
     for old in set(_all(root)) - set(kept):
@@ -44,37 +94,89 @@ def finish(root: Path, step: int, facts: dict, keep: int = 2) -> Path:
     return final
 
 
-def _files(folder: Path) -> dict[str, int]:
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+def _sync(folder: Path) -> None:
+    """Names, too, are on the disk only after this."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _names(folder: Path) -> list[str]:
+    return [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
 def _all(root: Path) -> list[Path]:
-    found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d+", p.name)] if root.is_dir() else []
+    found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d{1,18}", p.name)] if root.is_dir() else []
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
-def latest(root: Path, warn=print) -> tuple[Path, dict] | None:
-    """The newest complete checkpoint and its facts; damaged ones are named by ``warn`` and passed over."""
-    for folder in _all(root):
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def _wrong(folder: Path, sealed: dict[str, list]) -> list[str]:
+    """The files that are not as they were sealed, each with what is wrong with it."""
+    return _checked(sealed, lambda name: _altered(folder / name, *sealed[name]))
+
+
+def _altered(file: Path, size: int, checksum: str) -> str | None:
+    if not file.is_file() or file.stat().st_size != size:
+        return "missing or cut short"
+    return "changed since it was written" if digest(file) != checksum else None
+
+
+def _foreign(folder: Path, sealed: dict[str, list]) -> list[str]:
+    """The files that would be loaded and are not what this program writes, whatever their checksums say."""
+    def wrong(name: str) -> str | None:
+        if name not in sealed:
+            return "not one of its files"
         try:
-            facts = json.loads((folder / MARK).read_text())
-            files = _files(folder)
-            wrong = [name for name, size in facts["files"].items() if files.get(name) != size]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            with safe_open(folder / name, framework="np") as stored:
+                stored.keys()
+        except SafetensorError:
+            return "not a safetensors file"
+
+    return _checked([name for name in _names(folder) if name.endswith(".safetensors")], wrong)
+
+
+def _checked(names: Iterable[str], wrong: Callable[[str], str | None]) -> list[str]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [f"{name} ({found})" for name, found in zip(names, pool.map(wrong, names)) if found]
+
+
+def latest(root: Path, warn: Callable[[str], None] = print) -> tuple[Path, dict] | None:
+    """The newest complete checkpoint and its facts; damaged ones are named by ``warn`` and passed over.
+
+    Reads every byte of it: what has changed since it was written, be it one bit, is not taken.
+    """
+    folders = _all(root)
+    for folder in folders:
+        try:
+            facts = _facts(folder)
+            wrong = _wrong(folder, facts["files"]) or _foreign(folder, facts["files"])
+        except (OSError, ValueError, RecursionError) as error:
             warn(f"checkpoint {folder} is unusable ({error}); trying the one before")
             continue
         if wrong:
-            warn(f"checkpoint {folder} is damaged (missing or cut short: {', '.join(wrong[:3])}); "
-                 "trying the one before")
+            warn(f"checkpoint {folder} is damaged: {_some(wrong)}; trying the one before")
             continue
         return folder, facts
+    if folders:
+        warn(f"no checkpoint in {root} can be used: the stage starts anew")
     return None
 
 
-def require_world(root: Path, world: int) -> None:
-    """Raises ConfigError where the newest checkpoint was written by another number of ranks: ZeRO shards do not fit."""
-    found = latest(root, warn=lambda message: None)
-    if found and found[1].get("world") != world:
-        written = found[1].get("world")
-        raise ConfigError(f"checkpoint {found[0]} was written by {written} learner ranks and cannot be resumed by {world}: "
-                          f"set resources.learner_workers={written}")
+def _facts(folder: Path) -> dict:
+    """What ``finish`` wrote into the mark. Raises OSError or ValueError where it is of another shape."""
+    facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    files = facts.get("files") if isinstance(facts, dict) else None
+    if not isinstance(files, dict) or type(facts.get("step")) is not int or facts["step"] != int(folder.name[5:]):
+        raise ValueError(f"{MARK} does not say which step and files it is of")
+    sealed = all(isinstance(value, list) and [type(part) for part in value] == [int, str] for value in files.values())
+    if not sealed:
+        raise ValueError(f"{MARK} has no checksums")
+    if any(os.path.normpath(name) != name or name.startswith(("/", "..")) for name in files):
+        raise ValueError(f"{MARK} names files outside of the folder")
+    return facts

@@ -17,6 +17,8 @@ from rlproxi.algorithms.anchor import AnchoredAdamW
 from rlproxi.models.loading import trainable
 from rlproxi.models.precision import autocast
 
+from .engine_state import EngineState
+
 
 def _quiet_deepspeed(device: torch.device) -> None:
     """Environment that DeepSpeed reads at import, and the CPU op it would compile for half a minute."""
@@ -135,15 +137,19 @@ class Engine:
         with deepspeed.zero.GatheredParameters(list(weights.values())), torch.no_grad():
             yield weights
 
-    def save(self, folder: Path) -> None:
-        """Every rank's optimizer and trained weights into ``folder``; a collective. What is frozen is not written."""
-        self.module.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+    def save(self, folder: Path) -> list[Path]:
+        """Weights and optimizer of what is trained into ``folder``; a collective. Returns the files that this rank wrote.
+
+        Raises OSError or SafetensorError on the ranks that could not write.
+        """
+        return EngineState(self.module, self.stage, self.device).save(folder)
 
     def load(self, folder: Path) -> None:
-        """The inverse of ``save`` at the same world size. Raises if the folder holds no engine state."""
-        loaded, _ = self.module.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        if loaded is None:
-            raise FileNotFoundError(f"{folder} holds no engine state that can be loaded")
+        """The inverse of ``save``; a collective. The number of ranks and the ZeRO stage may be others than those that saved.
+
+        Raises FileNotFoundError where ``folder`` holds no state, ValueError where it is of another network.
+        """
+        EngineState(self.module, self.stage, self.device).load(folder)
 
     def close(self) -> None:
         """Frees the engine; ZeRO 3 can abort the process at exit if it is still alive then."""
