@@ -94,6 +94,15 @@ def finish(root: Path, step: int, facts: dict, sealed: dict[str, list] | None = 
     return final
 
 
+def space(folder: Path) -> str:
+    """Which disk ``folder`` is on and what is free there, for a message."""
+    place = folder.resolve()
+    while not (place.exists() and place.is_mount()) and place != place.parent:
+        place = place.parent
+    usage = shutil.disk_usage(place)
+    return f"the disk at {place} has {usage.free:,} of {usage.total:,} bytes free"
+
+
 def _sync(folder: Path) -> None:
     """Names, too, are on the disk only after this."""
     handle = os.open(folder, os.O_RDONLY)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
@@ -50,6 +51,9 @@ class Pretrainer(Rank):
         self.since, self.window = time.time(), []
 
     def begin(self, start: int) -> None:
+        if start < self.data_start:
+            raise RuntimeError(f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
+                               f"{self.data_start}: resume the run (--resume {self.run_dir})")
         if self.rank == 0:
             self.scribe.append.remote("resume", {"stage": self.stage, "step": start})
         data = batches(ray.train.get_dataset_shard(f"rank{self.rank}"), self.config.pretrain.batch_size // self.world)
@@ -57,7 +61,7 @@ class Pretrainer(Rank):
         self.data = islice(data, start - self.data_start, None)
 
     def next_batch(self, step: int) -> MatchingBatch | None:
-        found = next(self.data, None)
+        found = None if self.stopped else next(self.data, None)
         if found is None:
             return None
         config, x0 = self.config, self._samples(found)
@@ -75,6 +79,9 @@ class Pretrainer(Rank):
             means = {key: float(np.mean([m[key] for m in self.window])) for key in metrics if key != "seconds/train"}
             self.log(step + 1, {**means, "images_per_second": len(self.window) * p.batch_size / (time.time() - self.since)})
             self.since, self.window = time.time(), []
+
+    def stop(self, error: Exception) -> None:
+        ray.get(self.scribe.stop.remote(str(error)))
 
     def finish(self) -> None:
         if self.rank == 0:

@@ -9,7 +9,6 @@ from typing import Any, Callable, ContextManager, Mapping
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rlproxi.algorithms.base import AlgorithmStopped
@@ -21,14 +20,14 @@ from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.telemetry import timeline
 from rlproxi.telemetry.timeline import Diary
 
-from . import checkpoints
 from .engine import Engine
+from .saving import Saved
 
 #: Seconds between the lines that a stage without a conductor writes into the timeline.
 _TIMELINE_EVERY = 10.0
 
 
-class Rank:
+class Rank(Saved):
     """One process of a Ray Train group: its place, its arithmetic, its loop, its checkpoints.
 
     A subclass says where batches come from and who is told of them, and sets ``algorithm`` (``steps``, and ``updates`` of a
@@ -154,39 +153,6 @@ class Rank:
 
     def finish(self) -> None:
         """After the last step."""
-
-    # -- checkpoints: collectives, called by every rank -------------------------------------
-
-    def save_own(self, folder: Path) -> None:
-        """Rank 0 writes what is neither weights nor optimizer into ``folder``."""
-
-    def load_own(self, folder: Path) -> None:
-        """Every rank reads what ``save_own`` wrote."""
-
-    def checkpoint(self, step: int) -> None:
-        """Writes the state after ``step`` steps, whole or not at all."""
-        root = checkpoints.root(self.run_dir, self.stage)
-        scratch = checkpoints.begin(root, step) if self.rank == 0 else checkpoints.scratch(root, step)
-        dist.barrier()
-        for name, engine in self.engines.items():
-            engine.save(scratch / name)
-        if self.rank == 0:
-            self.save_own(scratch)
-        dist.barrier()
-        if self.rank == 0:
-            checkpoints.finish(root, step, {"world": self.world})
-
-    def restore(self) -> int:
-        """Loads the newest usable checkpoint; returns the steps it has behind it, 0 without one."""
-        warn = lambda message: self.scribe.append.remote("warning", {"message": message})  # noqa: E731
-        found = checkpoints.latest(checkpoints.root(self.run_dir, self.stage), warn)
-        if found is None:
-            return 0
-        folder, facts = found
-        for name, engine in self.engines.items():
-            engine.load(folder / name)
-        self.load_own(folder)
-        return facts["step"]
 
     def load_denoiser(self) -> torch.nn.Module:
         """The starting model's denoiser as this stage trains it, on this rank's device."""

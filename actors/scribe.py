@@ -20,6 +20,7 @@ class Scribe:
     def __init__(self, run_dir: str):
         self.log = RunLog(run_dir)
         self.newest: dict[str, dict] = {}
+        self.said: list[tuple[str, str]] = []
         self.exporters = Exporters(run_dir, lambda message: self.log.append("warning", message=message))
         self.clear_stop()
 
@@ -28,6 +29,16 @@ class Scribe:
         if event == "metrics":
             self.newest[fields["stage"]] = fields
         self.exporters.tell(event, fields)
+
+    def say(self, event: str, message: str) -> None:
+        """Logs a note or a warning that the user is to read at once, from wherever it comes."""
+        self.append(event, {"message": message})
+        self.said.append((event, message))
+
+    def hear(self) -> list[tuple[str, str]]:
+        """What was said since the last call: (note or warning, message)."""
+        said, self.said = self.said, []
+        return said
 
     def close(self) -> None:
         """Lets the exporters finish what they are at."""

@@ -6,10 +6,15 @@ only the ranks need networks and DeepSpeed.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
+
+from tqdm import tqdm
 
 from rlproxi.config import Config
 from rlproxi.demand import role_resources
@@ -44,15 +49,11 @@ class LearnerSetup:
 
 
 def pretrain(setup: PretrainSetup) -> None:
-    """Runs pre-training to its end; blocks.
-
-    Raises ConfigError where the last checkpoint was written by another number of ranks.
-    """
+    """Runs pre-training to its end; blocks."""
     from .ingest import portraits, shards
 
-    root = checkpoints.root(setup.run_dir, "pretrain")
-    checkpoints.require_world(root, setup.config.resources.learner_workers)
-    found = checkpoints.latest(root, warn=lambda message: None)
+    # The ranks say what they find; here it only matters where the data begin.
+    found = checkpoints.latest(checkpoints.root(setup.run_dir, "pretrain"), warn=lambda message: None)
     setup.data_start = found[1]["step"] if found else 0
     def dataset(rank: int):
         if setup.cache is None:
@@ -60,7 +61,8 @@ def pretrain(setup: PretrainSetup) -> None:
         return shards(setup.config, Path(setup.cache), setup.data_start, rank)
 
     datasets = {f"rank{rank}": dataset(rank) for rank in range(setup.config.resources.learner_workers)}
-    train_on_ray(_pretrain_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)
+    with _aloud(setup.scribe):
+        train_on_ray(_pretrain_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)
 
 
 def _pretrain_loop(settings: dict) -> None:
@@ -70,12 +72,9 @@ def _pretrain_loop(settings: dict) -> None:
 
 
 def train(setup: LearnerSetup) -> None:
-    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies.
-
-    Raises ConfigError where the last checkpoint was written by another number of ranks.
-    """
-    checkpoints.require_world(checkpoints.root(setup.run_dir, "rl"), setup.config.resources.learner_workers)
-    train_on_ray(_learner_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")
+    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies."""
+    with _aloud(setup.scribe):
+        train_on_ray(_learner_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")
 
 
 def _learner_loop(settings: dict) -> None:
@@ -104,6 +103,34 @@ def _run(kind: type, setup: Any) -> None:
             ray.get(setup.scribe.stop.remote(told, LOST))
         raise
     rank.close()
+
+
+@contextlib.contextmanager
+def _aloud(scribe: Any) -> Iterator[None]:
+    """Inside, what ranks say to the user is printed here, by the driver: notes to stdout, warnings to stderr."""
+    import ray
+
+    ended = threading.Event()
+
+    def relay() -> None:
+        last = False
+        while not last:
+            last = ended.wait(1.0)
+            try:
+                said = ray.get(scribe.hear.remote(), timeout=30)
+            except ray.exceptions.RayError:  # it is in the run log all the same
+                continue
+            for event, message in said:
+                loud = event == "warning"
+                tqdm.write(f"warning: {message}" if loud else message, file=sys.stderr if loud else sys.stdout)
+
+    thread = threading.Thread(target=relay, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=30)
 
 
 def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, run_dir: str, name: str,

@@ -233,6 +233,9 @@ class Pretrain(Section):
 class Learner(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     max_failures: int = Field(2, ge=0, description="Restarts of the worker group before the run gives up.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints of a stage that are kept, the newest ones.")
+    max_checkpoint_failures: int = Field(
+        3, ge=1, description="Checkpoints in a row that cannot be written, for lack of disk space as a rule, before the run stops.")
 
 
 class Resources(Section):

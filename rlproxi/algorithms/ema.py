@@ -28,5 +28,10 @@ class EMA:
         return {**self.values, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError where ``state`` is of another network."""
+        wrong = [name for name, value in self.values.items() if name not in state or state[name].shape != value.shape]
+        if wrong or "updates" not in state:
+            raise ValueError(f"these averaged weights are of another network; missing or of another shape: "
+                             f"{', '.join([*wrong, 'updates'][:4])}")
         self.updates = int(state["updates"])
         self.values = {name: state[name].to(value.device, copy=True) for name, value in self.values.items()}
