@@ -122,7 +122,9 @@ def _aloud(scribe: Any) -> Iterator[None]:
                 continue
             for event, message in said:
                 loud = event == "warning"
-                tqdm.write(f"warning: {message}" if loud else message, file=sys.stderr if loud else sys.stdout)
+                stream = sys.stderr if loud else sys.stdout
+                tqdm.write(f"warning: {message}" if loud else message, file=stream)
+                stream.flush()
 
     thread = threading.Thread(target=relay, daemon=True)
     thread.start()

@@ -30,8 +30,11 @@ def test_killed_in_its_stages_and_resumed(points, smoke, tmp_path):
 
     kill_when(launch([SMOKE, f"run.dir={tmp_path}", "pretrain.log_every=1"]), lambda: reached(points[0]))
     resume = ["--resume", str(folder())]
+    told = ""
     for point in points[1:]:
-        kill_when(launch(resume), lambda: reached(point))
+        process = launch(resume)
+        kill_when(process, lambda: reached(point))
+        told += process.stdout.read()
     last = launch(resume)
     output = last.communicate(timeout=240)[0]
     assert last.returncode == 0, output[-3000:]
@@ -39,6 +42,9 @@ def test_killed_in_its_stages_and_resumed(points, smoke, tmp_path):
     records = read(folder())
     assert [r["step"] for r in records if r["event"] == "resume" and r["stage"] == "pretrain"] == [0, 10]
     assert [r["step"] for r in records if r["event"] == "resume" and r["stage"] == "rl"] == [0, 2]
+    for said in ("pretrain: goes on from step 10 of 20, bit for bit the unbroken run",
+                 "rl: goes on from step 2 of 4, bit for bit the unbroken run"):
+        assert [r["message"] for r in records if r["event"] == "note"].count(said) == 1 and told.count(said) == 1
     for key in ("loss", "grad_norm", "lr"):
         steps, values = series(records, "pretrain", key)
         assert list(steps) == list(range(1, 21))
