@@ -32,8 +32,8 @@ class Scribe:
 
     def say(self, event: str, message: str) -> None:
         """Logs a note or a warning that the user is to read at once, from wherever it comes."""
+        self.said.append((event, message))  # first: a full disk fails the log, too
         self.append(event, {"message": message})
-        self.said.append((event, message))
 
     def hear(self) -> list[tuple[str, str]]:
         """What was said since the last call: (note or warning, message)."""

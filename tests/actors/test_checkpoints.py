@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -228,6 +228,7 @@ def test_a_planted_pickle_is_not_executed_and_the_one_before_is_taken(form, tmp_
         torch.load(opened, weights_only=False) if form == "torch" else pickle.load(opened)  # it would have been
 
 
+@settings(max_examples=40)  # each writes and synchronises two checkpoints
 @given(st.binary(max_size=200), st.sampled_from(["ema.safetensors", checkpoints.MARK, "engine/rank0.bin"]), st.booleans())
 def test_random_bytes_in_any_file_are_passed_over(tmp_path_factory, content, name, sealed):
     root = tmp_path_factory.mktemp("random")
