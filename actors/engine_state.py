@@ -172,7 +172,8 @@ class EngineState:
 
     def _moments(self, name: str) -> list[str]:
         p, state = self._held(name)
-        return [kind for kind, value in state.items() if torch.is_tensor(value) and value.shape == p.shape]
+        # In one order on all ranks: each key is a collective.
+        return sorted(kind for kind, value in state.items() if torch.is_tensor(value) and value.shape == p.shape)
 
     def _read(self, key: str) -> Tensor:
         """The whole tensor, on every rank; a collective from ZeRO 1 on."""
