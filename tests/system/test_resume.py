@@ -38,6 +38,7 @@ def test_killed_in_its_stages_and_resumed(points, smoke, tmp_path):
     last = launch(resume)
     output = last.communicate(timeout=240)[0]
     assert last.returncode == 0, output[-3000:]
+    told += output
 
     records = read(folder())
     assert [r["step"] for r in records if r["event"] == "resume" and r["stage"] == "pretrain"] == [0, 10]
