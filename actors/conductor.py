@@ -47,6 +47,7 @@ class Scored:
     parts: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> [P, G]
     seconds: dict[str, float] = field(default_factory=dict)
     images: np.ndarray | None = None  # those of its groups that are shown in a gallery
+    broken: int = 0  # samples that are NaN or Inf
 
 
 @ray.remote(num_cpus=0, max_concurrency=256)
@@ -153,14 +154,18 @@ class Conductor:
             if not self.policy.may_train(iteration, entry.version):
                 raise RuntimeError(f"iteration {iteration} was given a group of version {entry.version}")
         rewards = np.concatenate([e.rewards for e in entries])
-        masked = float(np.isnan(rewards).all(1).mean())
-        if masked > self.config.rewards.max_masked_fraction:
+        masked, broken, refused = float((~np.isfinite(rewards)).all(1).mean()), sum(e.broken for e in entries), None
+        if masked > self.config.rewards.max_masked_fraction and broken:
+            # Not the scorers' fault: the learner skips it, and goes back to better weights if that goes on.
+            refused = (f"{broken} of its {rewards.size} samples are NaN or Inf, and {masked:.0%} of the groups have no score "
+                       f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction})")
+        elif masked > self.config.rewards.max_masked_fraction:
             self._mark_stopped(f"{masked:.0%} of the groups of iteration {iteration} have no score "
                                f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction}); "
                                "the warnings in metrics.jsonl say what the scorers answered")
             return None
         return {"requests": [e.request for e in entries], "chains": [e.chain for e in entries],
-                "versions": [e.version for e in entries], "rewards": rewards}
+                "versions": [e.version for e in entries], "rewards": rewards, "refused": refused}
 
     async def commit(self, iteration: int, metrics: dict[str, float], spans: Sequence[Told] = ()) -> None:
         """Iteration done, and the weights of version ``iteration + 1`` published. ``spans``: see ``Observer``."""
@@ -284,10 +289,15 @@ class Conductor:
     async def _produce(self, iteration: int, j: int, request: SampleRequest, version: int) -> None:
         images, chain, seconds = await self.pool.sample(request, version)
         sampled = time.time()
+        broken = np.ma.getmaskarray(images)[:, 0, 0, 0] if np.ma.is_masked(images) else None  # see GroupSampler.sample
+        images = np.asarray(images)
         rewards, parts = await self._score(images, request)
+        if broken is not None:
+            rewards = self._without_broken(rewards, broken, request)
         shown = self.observer.keep(iteration, j, request, images) if self.observer is not None else None
         await self._hand_over(iteration, j, Scored(request, version, chain, rewards, parts,
-                                                   {"rollout": seconds, "reward": time.time() - sampled}, shown))
+                                                   {"rollout": seconds, "reward": time.time() - sampled}, shown,
+                                                   0 if broken is None else int(broken.sum())))
 
     async def _hand_over(self, iteration: int, j: int, scored: Scored) -> None:
         async with self.changed:
@@ -302,6 +312,16 @@ class Conductor:
                                          for group, prompt in zip(groups, request.prompts)))
         return (np.stack([total for total, _ in answers]),
                 {name: np.stack([parts[name] for _, parts in answers]) for name in answers[0][1]})
+
+    def _without_broken(self, rewards: np.ndarray, broken: np.ndarray, request: SampleRequest) -> np.ndarray:
+        """Rewards [P, G] without those of samples that are no images: NaN, as rewards.on_failure says of a missing score."""
+        broken = broken.reshape(rewards.shape)
+        if self.config.rewards.on_failure != "mask_sample":
+            broken = np.broadcast_to(broken.any(1, keepdims=True), rewards.shape)
+        message = (f"{int(broken.sum())} samples of step {request.step} count as missing, because some of a group's are NaN or Inf: "
+                   "lower the learning rate or sampler.guidance_scale, or set model.precision=float32")
+        self.scribe.append.remote("warning", {"message": message})
+        return np.where(broken, np.float32("nan"), rewards)
 
     async def _total(self, images: np.ndarray, prompt: str, step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rewards [G] of a group and their parts; one that cannot be scored is NaN, logged, and counted later."""

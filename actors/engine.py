@@ -6,14 +6,16 @@ import contextlib
 import gc
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlproxi.algorithms.anchor import AnchoredAdamW
+from rlproxi.algorithms.update_guard import not_finite
 from rlproxi.models.loading import trainable
 from rlproxi.models.precision import autocast
 
@@ -46,6 +48,15 @@ def _autocast_inside(module: nn.Module, dtype: torch.dtype, device: torch.device
     module.forward = forward
 
 
+@dataclass
+class Updated:
+    """What became of an update: its metrics over all ranks (``grad_norm`` is that before clipping), and why it was not made,
+    None where it was."""
+
+    metrics: dict[str, float]
+    skipped: str | None
+
+
 class Engine:
     """A module under DeepSpeed: float32 masters, AdamW, ZeRO ``stage``.
 
@@ -69,7 +80,7 @@ class Engine:
         self.stage = stage
         self.accumulation = accumulation
         weights = list(trainable(module).values())
-        optimizer = AnchoredAdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, anchor=anchor)
+        self.adamw = optimizer = AnchoredAdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, anchor=anchor)
         _autocast_inside(module, dtype, device)
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -83,43 +94,58 @@ class Engine:
         self.module, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, dist_init_required=False)
 
-    def update(self, losses: Iterable[tuple[Tensor, dict[str, float]]], lr: float) -> dict[str, float]:
-        """One optimizer step on ``accumulation`` losses; returns their metrics over all ranks, and
-        ``grad_norm``, before clipping. Raises FloatingPointError, on every rank, where one of them is not finite.
+    def update(self, losses: Iterable[tuple[Tensor, dict[str, float]]], lr: float,
+               refuse: Callable[[dict[str, float]], str | None] = lambda metrics: None) -> Updated:
+        """One optimizer step on ``accumulation`` losses.
+
+        It is not made, on any rank, where a loss or the gradient of one of them is not finite, or where ``refuse`` has a
+        reason when it is shown the metrics over all ranks: then weights and optimizer stay as they are, and the next update is
+        one like any other.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        sums: dict[str, list[float]] = {}
-        norm = None
-        count = 0
+        seen: dict[str, list[float]] = {}
+        broken = torch.zeros((), dtype=torch.int64, device=self.device)
+        norm, reason, means, count = None, None, {}, 0
         for loss, metrics in losses:
             count += 1
             self.module.backward(loss)
-            if count == self.accumulation and self.stage == 0:
-                norm = self._norm()
-            self.module.step()
+            broken += ~torch.isfinite(loss.detach()).all()
             for key, value in metrics.items():
-                sums.setdefault(key, []).append(value)
+                seen.setdefault(key, []).append(value)
+            if count == self.accumulation:
+                norm = self._norm() if self.stage == 0 else None
+                means, total = self._across_ranks(seen, broken)
+                reason = not_finite(norm, total) or refuse(means)
+            self.adamw.vetoed = reason is not None
+            self.module.step()
         if count != self.accumulation:
             raise RuntimeError(f"an update took {count} losses where the engine accumulates {self.accumulation}")
         if norm is None:
             norm = float(self.module.get_global_grad_norm())
-        means = self._across_ranks(sums)
-        if not (math.isfinite(norm) and all(math.isfinite(v) for v in means.values())):
-            raise FloatingPointError(f"loss or gradient is not finite (grad_norm {norm}, {means}): lower the learning "
-                                     "rate, or set model.precision=float32 to see whether rounding is the cause")
-        return {**means, "grad_norm": norm, "lr": lr}
+        if reason is None and not math.isfinite(norm):
+            # ZeRO knows the norm only inside the step, and gives a step of NaN or Inf up by itself.
+            if self.module.was_step_applied():
+                raise FloatingPointError(f"{not_finite(norm, 0)}, and this version of DeepSpeed has put it into the weights: "
+                                         "upgrade deepspeed, and resume the run from its last checkpoint")
+            reason = not_finite(norm, 0)
+        return Updated({**means, "grad_norm": norm, "lr": lr}, reason)
 
-    def _across_ranks(self, values: dict[str, list[float]]) -> dict[str, float]:
-        """The mean of each metric over losses and ranks; the maximum where its name says max."""
-        result = {}
-        for key in sorted(values):
-            largest = "max" in key
-            own = max(values[key]) if largest else sum(values[key]) / len(values[key]) / dist.get_world_size()
-            total = torch.tensor(own, dtype=torch.float64, device=self.device)
-            dist.all_reduce(total, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
-            result[key] = total.item()
-        return result
+    def _across_ranks(self, values: dict[str, list[float]], broken: Tensor) -> tuple[dict[str, float], int]:
+        """The mean of each metric's finite values over losses and ranks, NaN without one; the maximum where its name says max,
+        infinite where one was not finite. And the sum of ``broken``. The same on every rank."""
+        means, maxima = ([key for key in sorted(values) if ("max" in key) is largest] for largest in (False, True))
+        finite = {key: [v for v in values[key] if math.isfinite(v)] for key in values}
+        sums = [x for key in means for x in (sum(finite[key]), len(finite[key]))]
+        total = torch.tensor([*sums, float(broken)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        worst = torch.tensor([max(values[key]) if len(finite[key]) == len(values[key]) else math.inf for key in maxima],
+                             dtype=torch.float64, device=self.device)
+        if maxima:
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        *sums, lost = total.tolist()
+        found = {key: sums[2 * i] / sums[2 * i + 1] if sums[2 * i + 1] else math.nan for i, key in enumerate(means)}
+        return {**found, **dict(zip(maxima, worst.tolist()))}, int(lost)
 
     def _norm(self) -> float:
         grads = [p.grad for p in self.module.module.parameters() if p.grad is not None]
@@ -155,7 +181,7 @@ class Engine:
         """Frees the engine; ZeRO 3 can abort the process at exit if it is still alive then."""
         with contextlib.suppress(Exception):
             self.module.destroy()
-        self.module = self.optimizer = None
+        self.module = self.optimizer = self.adamw = None
         gc.collect()
         if dist.is_initialized():
             dist.barrier()

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlproxi.algorithms import registry
+from rlproxi.algorithms import limit, registry
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.rollout import flatten
+from rlproxi.algorithms.watch import Watch
 from rlproxi.models.loading import load_autoencoder
 from rlproxi.models.lora import adapters_off, without_adapters
 from rlproxi.models.precision import autocast
@@ -37,9 +38,14 @@ class Learner(Rank):
         config = setup.config
         super().__init__(config, setup.run_dir, setup.model_folder, "rl", setup.scribe)
         self.conductor, self.store = setup.conductor, setup.store
-        self.algorithm = registry.build(config)
         self.checkpoint_every = config.rl.checkpoint_every
         self.checked = False
+        self.watch = Watch(config.guards, getattr(config.rl, "first_ratio_tolerance", None))
+        self.build()
+
+    def build(self) -> None:
+        config = self.config
+        self.algorithm = registry.build(config)
         denoiser = self.load_denoiser()
         networks = self.algorithm.networks(denoiser)
         copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None
@@ -52,8 +58,9 @@ class Learner(Rank):
             # Without the engine, whose hooks would take a gradient to the input for a backward of its own.
             reference = copied or without_adapters(denoiser, denoiser)
         scope = partial(adapters_off, denoiser) if config.model.lora else nullcontext
-        self.algorithm.connect(Parts(wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape,
-                                     self.device, scope))
+        self.parts = Parts(wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape, self.device,
+                           scope)
+        self.algorithm.connect(self.parts)
 
     def _engine(self, network: nn.Module, losses: int) -> Engine:
         s = self.config.rl
@@ -90,20 +97,31 @@ class Learner(Rank):
             return None
         if not found:
             return None  # finished before its time
+        # Averaged weights sample what the learner's own would not.
+        fresh = all(version == iteration for version in found.get("versions", ())) and (self.ema is None or iteration == 0)
         batch = Batch(iteration, found["requests"], self.rank, self.world, found["rewards"],
-                      lambda j: self._chain(found["chains"][j]))
+                      lambda j: self._chain(found["chains"][j]), fresh, found.get("refused"))
         return batch if self._accepted(batch) else None
 
+    def refused(self, batch: Batch) -> str | None:
+        return batch.refused
+
     def _accepted(self, batch: Batch) -> bool:
-        """Whether the algorithm, before this process's first update, finds the batch as it should be."""
-        if self.checked:
+        """Whether sampler and algorithm, before this process's first update, are as they should be."""
+        if self.checked or batch.refused:
             return True
         with torch.no_grad(), autocast(self.dtype, self.device):
-            found = {name: self._largest(value) for name, value in self.algorithm.check(batch).items()}
-        if found:
-            self.log(batch.iteration, found)
+            found = {limit.METRIC: limit.check(self.config, self.parts, batch.requests[0].prompts[0]), **self.algorithm.check(batch)}
+            found = {name: self._largest(value) for name, value in found.items()}
+        self.log(batch.iteration, found)
         self.checked = True
-        return self.or_stop(lambda: self.algorithm.accept(found))
+
+        def accept() -> None:
+            limit.accept(found[limit.METRIC], self.config)
+            if batch.fresh:
+                self.algorithm.accept(found)
+
+        return self.or_stop(accept)
 
     def _largest(self, value: float) -> float:
         worst = torch.tensor(value, device=self.device)
@@ -125,10 +143,17 @@ class Learner(Rank):
                 with self.engine.gathered() as weights:
                     self.ema.update(weights)
             metrics.update(self.algorithm.metrics(batch))
+            self._notice(batch, metrics)
             if self.algorithm.needs_rollouts or self._evaluation_follows(iteration + 1):
                 with self.diary.span("weights", 0, "sync"):
                     metrics["bytes/weights"] = self._publish(iteration + 1)
         metrics["seconds/sync"] = time.time() - begun
+
+    def _notice(self, batch: Batch, metrics: dict[str, float]) -> None:
+        """Warns of what looks wrong in the iteration; AlgorithmStopped where the config says so."""
+        groups = sum(len(request.prompts) for request in batch.requests)
+        for words in self.watch.see(batch.iteration, metrics, groups, batch.fresh):
+            self.warn(words)
 
     def _evaluation_follows(self, version: int) -> bool:
         every = self.config.evaluate.every

@@ -29,6 +29,7 @@ class RolloutPool:
     def __init__(self, actors: list, store: Any, scribe: Any, diary: Diary | None = None):
         self.actors, self.store, self.scribe = actors, store, scribe
         self.diary, self.lost = diary or Diary(), 0
+        self.given: dict[int, tuple[int, str]] = {}  # actor -> the version it was asked for last, and which weights those were
         self.idle: asyncio.Queue = asyncio.Queue()
         for place in enumerate(actors):
             self.idle.put_nowait(place)
@@ -60,6 +61,9 @@ class RolloutPool:
         while True:
             number, actor = await self.idle.get()
             try:
+                if self.given.get(number, (None,))[0] == version and self.given[number][1] != repr(weights):
+                    actor.forget.remote()  # after a rollback a version is made anew, of other weights
+                self.given[number] = (version, repr(weights))
                 with self.diary.span("rollout", number, phase):
                     return await ask(actor, weights)
             except RayActorError as error:

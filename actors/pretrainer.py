@@ -18,6 +18,7 @@ from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, d
 from rlproxi.models.autoencoder import latent_facts
 from rlproxi.models.loading import load_autoencoder
 from rlproxi.proximal.matching import TimeTable
+from rlproxi.rewards.combine import mean_present
 
 from .engine import Engine
 from .ingest import batches
@@ -31,15 +32,19 @@ class Pretrainer(Rank):
     def __init__(self, setup: PretrainSetup):
         config = setup.config
         super().__init__(config, setup.run_dir, setup.model_folder, "pretrain", setup.scribe)
-        self.data_start = setup.data_start
+        self.earliest = setup.data_start
         # Pixels that a published autoencoder turns into latents here: the embedded portraits, which need no cache.
         self.vae = None if setup.cache else load_autoencoder(self.origin)
         if self.vae is not None:
             self.vae.to(self.device)
         self.factor = latent_facts(self.origin)[1] if (self.origin / "vae").is_dir() else 1
-        denoiser = self.load_denoiser()
-        p, s = config.pretrain, config.sampler
-        schedule = config.schedule.build()
+        self.checkpoint_every = config.pretrain.checkpoint_every
+        self.since, self.window = time.time(), []
+        self.build()
+
+    def build(self) -> None:
+        config, p, s = self.config, self.config.pretrain, self.config.sampler
+        denoiser, schedule = self.load_denoiser(), config.schedule.build()
         self.algorithm = Matching(p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid),
                                   config.run.seed)
         share = p.batch_size // self.world
@@ -47,18 +52,19 @@ class Pretrainer(Rank):
         self.ema = EMA(denoiser, p.ema)
         self.engines = {"policy": Engine(denoiser, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
                                          (0.9, 0.99), 0.0, p.grad_clip, self.dtype)}
-        self.checkpoint_every = p.checkpoint_every
-        self.since, self.window = time.time(), []
 
     def begin(self, start: int) -> None:
-        if start < self.data_start:
+        if start < self.earliest:
             raise RuntimeError(f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
-                               f"{self.data_start}: resume the run (--resume {self.run_dir})")
+                               f"{self.earliest}: resume the run (--resume {self.run_dir})")
+        # After a rollback: what was not logged yet did not happen, but was skipped all the same.
+        self.unlogged += int(sum(m["skipped_updates"] for m in self.window))
+        self.since, self.window = time.time(), []
         if self.rank == 0:
             self.scribe.append.remote("resume", {"stage": self.stage, "step": start})
         data = batches(ray.train.get_dataset_shard(f"rank{self.rank}"), self.config.pretrain.batch_size // self.world)
         # The dataset begins at the step that the driver knew of; a restart within the job may be further on.
-        self.data = islice(data, start - self.data_start, None)
+        self.data = islice(data, start - self.earliest, None)
 
     def next_batch(self, step: int) -> MatchingBatch | None:
         found = None if self.stopped else next(self.data, None)
@@ -76,8 +82,9 @@ class Pretrainer(Rank):
         p = self.config.pretrain
         self.window.append(metrics)
         if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
-            means = {key: float(np.mean([m[key] for m in self.window])) for key in metrics if key != "seconds/train"}
-            self.log(step + 1, {**means, "images_per_second": len(self.window) * p.batch_size / (time.time() - self.since)})
+            means = {key: mean_present([m.get(key, np.nan) for m in self.window]) for key in metrics if key != "seconds/train"}
+            counts = {"skipped_updates": sum(m["skipped_updates"] for m in self.window), "rollbacks": metrics["rollbacks"]}
+            self.log(step + 1, {**means, **counts, "images_per_second": len(self.window) * p.batch_size / (time.time() - self.since)})
             self.since, self.window = time.time(), []
 
     def stop(self, error: Exception) -> None:

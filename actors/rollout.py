@@ -38,6 +38,10 @@ class RolloutActor:
         self._take(version, weights)
         self.sampler.pipeline.save_pretrained(folder)
 
+    def forget(self) -> None:
+        """The version it holds is not what that version is now; the next request brings its weights."""
+        self.version = None
+
     def _take(self, version: int, weights: np.ndarray) -> None:
         if version != self.version:
             self.sampler.take(weights)

@@ -8,7 +8,7 @@ import ray
 
 @ray.remote(num_cpus=0)
 class WeightStore:
-    """Holds the last ``keep`` versions as flat float32 arrays in the object store.
+    """Holds the last ``keep`` published versions as flat float32 arrays in the object store.
 
     The store itself puts them there: an object dies with its owner, and the learner may die.
     """
@@ -18,9 +18,13 @@ class WeightStore:
         self.refs: dict[int, ray.ObjectRef] = {}
 
     def publish(self, version: int, flat: np.ndarray) -> int:
-        """Takes the weights of ``version``; returns their size in bytes."""
+        """Takes the weights of ``version``; returns their size in bytes.
+
+        The newest are those that came last: a learner that went back publishes versions again.
+        """
+        self.refs.pop(version, None)
         self.refs[version] = ray.put(flat)
-        for old in sorted(self.refs)[: -self.keep]:
+        for old in list(self.refs)[: -self.keep]:
             del self.refs[old]
         return flat.nbytes
 

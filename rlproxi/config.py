@@ -21,6 +21,7 @@ from .data.curation.settings import Curate
 from .schema import (ALGORITHMS, ConfigError, Data, Evaluate, Faults, Learner, Model, Prepare, Pretrain, Resources, Rewards,
                      Run, Sampler, Schedule, Section, Telemetry)
 from .schema_algorithms import DIDR, GRPO, R0, Custom, Training
+from .schema_guards import Guards
 
 
 class Config(Section):
@@ -40,6 +41,7 @@ class Config(Section):
     didr: DIDR = DIDR()
     custom: Custom = Custom()
     learner: Learner = Learner()
+    guards: Guards = Guards()
     resources: Resources = Resources()
     evaluate: Evaluate = Evaluate()
     faults: Faults = Faults()

@@ -11,14 +11,20 @@ class AnchoredAdamW(torch.optim.AdamW):
 
     The term is added to the gradient inside the step, after clipping, and theta_0 is a part of the optimizer's state: so it
     is sharded, saved and restored as the moments are, at every ZeRO stage, where theta is a flat piece of all weights.
+
+    ``vetoed``: while it is set, a step changes nothing. So an update can be given up at every ZeRO stage while the engine
+    around goes its usual way: it counts its micro-batches, clears its gradients and gathers weights that are as before.
     """
 
     def __init__(self, params, anchor: float = 0.0, **options):
         super().__init__(params, **options)
         self.anchor = anchor
+        self.vetoed = False
 
     @torch.no_grad()
     def step(self, closure=None):
+        if self.vetoed:
+            return None
         if self.anchor:
             for group in self.param_groups:
                 for p in group["params"]:

@@ -75,7 +75,7 @@ class MicroBatch:
 
     z, z_next, prox [K, B, ...] float32: the prox's input, the next input (the action) and the
     rollout's prox output; z_last [B, ...]: the input of the last step, where its gradient is wanted. advantages, weight [B];
-    text and prompts have B rows.
+    text and prompts have B rows. finite [B] bool: samples that are numbers; None: all of them.
     """
 
     z: Tensor
@@ -86,6 +86,7 @@ class MicroBatch:
     text: TextStates
     prompts: tuple[str, ...] = ()
     z_last: Tensor | None = None
+    finite: Tensor | None = None
 
 
 class FirstRatioError(AlgorithmStopped):
@@ -133,7 +134,7 @@ class GRPO(Algorithm):
         for update in range(self.settings.updates_per_step):
             micro = self._micro_batches(batch, update, found)
             yield Update("policy", self.lr(batch.iteration),
-                         self.losses(self.prox, self.reference, micro, self.window(batch.iteration)))
+                         self.losses(self.prox, self.reference, micro, self.window(batch.iteration), first=update == 0))
 
     def metrics(self, batch: Batch) -> dict[str, float]:
         return advantages(batch.rewards, self.settings.advantage_std).stats
@@ -149,11 +150,14 @@ class GRPO(Algorithm):
         flat = lambda x: torch.from_numpy(x[rows].reshape(-1)).to(self.parts.device)  # noqa: E731
         return MicroBatch(chain["z"], chain["z_next"], chain["prox"], flat(found.values), flat(found.weight),
                           self.parts.encoder.groups(request.prompts, request.group_size), request.rows,
-                          chain.get("z_last"))
+                          chain.get("z_last"), chain.get("finite"))
 
     def losses(self, prox: Prox, reference: Prox | None, batches: list[MicroBatch],
-               window: list[policy.Action]) -> Iterator[tuple[Tensor, dict[str, float]]]:
+               window: list[policy.Action], first: bool = False) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """One loss for each (micro-batch, trained step), and one for the last step where its gradient is wanted.
+
+        ``first``: no update was made on these samples yet, so each step's largest |log-ratio| tells whether learner and rollout
+        compute the same thing.
 
         Their mean is the objective up to a constant. ``prox`` carries gradients; ``reference`` is called without.
         Lazy: the next forward runs only when the next loss is asked for.
@@ -163,6 +167,8 @@ class GRPO(Algorithm):
         for batch in batches:
             for position, action in enumerate(window):
                 loss, metrics = self._loss(prox, reference, batch, position, action)
+                if first:
+                    metrics[f"ratio/first_max/{action.index}"] = metrics["ratio/max_log"]
                 yield scale * loss, metrics
             if self.needs_gradients:
                 yield self._last_loss(prox, batch, len(window) + 1)
@@ -173,14 +179,15 @@ class GRPO(Algorithm):
         x = prox(batch.z_last, step.t, step.lam, batch.text)
         found = self.parts.gradients(x, batch.prompts)
         loss = -self.settings.last_step_weight * scale * (found.ascent * x).flatten(1).sum(1).mean()
-        mean = mean_scores(found.scores, self.parts.gradients.weights).get("reward/mean")
-        return loss, {} if mean is None else {"last_step/reward": mean}
+        return loss, {"last_step/reward": mean_scores(found.scores, self.parts.gradients.weights)["reward/mean"]}
 
     def _loss(self, prox, reference, batch: MicroBatch, position: int, action: policy.Action):
         s = self.settings
         z, old, z_next = batch.z[position], batch.prox[position], batch.z_next[position]
         new = prox(z, action.step.t, action.step.lam, batch.text)
         log_ratio = policy.log_ratio(action, new, old, action.free(z, z_next), s.reduction, regulated=s.normalize_ratio)
+        if batch.finite is not None:
+            log_ratio = torch.where(batch.finite, log_ratio, 0.0)
         ratio = log_ratio.exp()
         low, high = 1 - s.clip_range, 1 + (s.clip_range_high or s.clip_range)
         objective = torch.minimum(ratio * batch.advantages, ratio.clamp(low, high) * batch.advantages)
@@ -189,6 +196,7 @@ class GRPO(Algorithm):
             metrics = {
                 "ratio/mean": ratio.mean().item(),
                 "ratio/max_deviation": (ratio - 1).abs().max().item(),
+                "ratio/max_log": log_ratio.abs().max().item(),
                 "clip_fraction": ((ratio < low) | (ratio > high)).float().mean().item(),
             }
         if s.kl_coef and reference is not None:

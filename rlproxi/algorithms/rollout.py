@@ -17,7 +17,7 @@ from ..config import Config
 from ..models.autoencoder import Autoencoder
 from ..models.folders import find_model
 from ..models.loading import load_autoencoder, load_encoder, trainable, training_form
-from ..models.pipeline import TextToImage
+from ..models.pipeline import TextToImage, to_uint8
 from ..models.precision import compute_dtype
 from ..models.text import TextEncoder
 from ..seeds import NamedNoise
@@ -73,7 +73,11 @@ class GroupSampler:
     def sample(self, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(images uint8 [P*G, H, W, 3], chain). The chain holds z, z_next and prox, each float32
         [K, P*G, C, H, W] for the K positions of ``request.window`` (empty arrays are left out), and, where it is to be kept,
-        z_last [P*G, C, H, W]."""
+        z_last [P*G, C, H, W].
+
+        A training sample that is NaN or Inf is a missing one: the images are then a masked array with its whole image masked,
+        the chain holds zeros for it and ``finite`` [P*G] bool. Elsewhere it raises ValueError, as ``TextToImage.images``.
+        """
         c = self.config
         names = request.names(c.run.seed)
         same = getattr(c.rl, "same_noise", False) and request.purpose == "train"
@@ -90,4 +94,20 @@ class GroupSampler:
             chain = {"z": pick(run.z), "z_next": pick(run.z, 1), "prox": pick(run.prox)}
         if request.keep_last:
             chain["z_last"] = run.z[-1].float().cpu().numpy()
-        return self.pipeline.images(run.x), chain
+        if request.purpose != "train":
+            return self.pipeline.images(run.x), chain
+        return self._without_broken(self.pipeline.pixels(run.x), chain)
+
+    def _without_broken(self, pixels: Tensor, chain: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        whole = [torch.isfinite(pixels).flatten(1).all(1).cpu().numpy()]
+        for key, value in chain.items():
+            axes = tuple(range(value.ndim))
+            whole.append(np.isfinite(value).all(axes[1:] if key == "z_last" else (0, *axes[2:])))
+        finite = np.logical_and.reduce(whole)
+        if finite.all():
+            return to_uint8(pixels), chain
+        for key, value in chain.items():
+            value[~finite if key == "z_last" else np.s_[:, ~finite]] = 0
+        images = to_uint8(torch.where(torch.from_numpy(finite).to(pixels.device)[:, None, None, None], pixels, 0.0))
+        masked = np.ma.masked_array(images, np.broadcast_to(~finite[:, None, None, None], images.shape))
+        return masked, {**chain, "finite": finite}

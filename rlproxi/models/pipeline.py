@@ -196,7 +196,11 @@ class TextToImage:
 
         Raises ValueError for NaN or Inf: no image is that.
         """
-        return to_uint8(x if self.vae is None else self.vae.decode(x))
+        return to_uint8(self.pixels(x))
+
+    def pixels(self, x: torch.Tensor) -> torch.Tensor:
+        """Samples [B, C, H, W] -> pixels [B, 3, H, W] in about [-1, 1]."""
+        return x if self.vae is None else self.vae.decode(x)
 
     def steps(self, num_inference_steps: int | None = None) -> list[Step]:
         """The sampler's plan; None takes the model's own number of steps. Raises ValueError for one it cannot take."""

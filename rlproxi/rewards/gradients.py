@@ -95,9 +95,9 @@ class RewardGradients:
 
 
 def mean_scores(scores: dict[str, Tensor], weights: dict[str, float]) -> dict[str, float]:
-    """reward/<name> and reward/mean of a micro-batch, over the samples that have a score."""
-    found = {f"reward/{name}": value[torch.isfinite(value)].mean().item() for name, value in scores.items()
-             if torch.isfinite(value).any()}
-    if len(found) == len(scores):
-        found["reward/mean"] = sum(weights[name] * found[f"reward/{name}"] for name in scores)
-    return found
+    """reward/<name> and reward/mean of a micro-batch, over the samples that have a score; NaN where none has one.
+
+    The same names whatever is missing: ranks compare what they log.
+    """
+    found = {f"reward/{name}": value[torch.isfinite(value)].mean().item() for name, value in scores.items()}
+    return {**found, "reward/mean": sum(weights[name] * found[f"reward/{name}"] for name in scores)}

@@ -1,0 +1,47 @@
+"""What a rollback leaves beside a stage's checkpoints: how many there were, and the checkpoint that was no good."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Callable
+
+from . import checkpoints
+
+_FILE = "rollbacks.json"
+
+
+def count(root: Path) -> int:
+    """How many rollbacks the stage had. Raises ValueError where the file that says so cannot be read."""
+    file = root / _FILE
+    if not file.is_file():
+        return 0
+    try:
+        found = json.loads(file.read_text())["rollbacks"]
+        if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+            raise ValueError(f"rollbacks is {found!r}")
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not readable ({error}): it keeps the lowered learning rate; delete it to go on with the "
+                         "config's") from None
+
+
+def remember(root: Path, rollbacks: int) -> None:
+    """Writes their number, whole or not at all. Beside the checkpoints, because those that follow count and those before not."""
+    root.mkdir(parents=True, exist_ok=True)
+    fresh = root / f".{_FILE}"
+    fresh.write_text(json.dumps({"rollbacks": rollbacks}))
+    os.replace(fresh, root / _FILE)
+
+
+def set_aside(root: Path, warn: Callable[[str], None]) -> None:
+    """Takes the newest usable checkpoint out of the row: what follows from it is NaN. It stays on the disk, under another name."""
+    found = checkpoints.latest(root, warn)
+    if found is not None:
+        folder = found[0]
+        aside = folder.with_name(f"spoilt-{folder.name}")
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        folder.rename(aside)
+        warn(f"checkpoint {folder} is set aside as {aside.name}: nothing could be learnt from there; going to the one before")
