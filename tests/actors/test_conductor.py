@@ -329,3 +329,90 @@ def test_what_a_dead_actor_was_asked_is_asked_again(tmp_path):
     asyncio.run(main())
     told = warnings(tmp_path)
     assert 1 <= len(told) <= 3 and all(m.startswith("rollout actor lost, ") and "repeated: " in m for m in told)
+
+
+# -- samples that are no images, and learners that go back ---------------------------------
+
+
+async def half_broken(request, version, every: bool = False):
+    """Images of which the first sample (or every one) is masked."""
+    images, chain, seconds = await pictures(request, version)
+    images[1:] += 50  # so that rewards differ
+    mask = np.zeros(images.shape, bool)
+    mask[: None if every else 1] = True
+    return np.ma.masked_array(images, mask), chain, seconds
+
+
+@pytest.mark.parametrize("on_failure, missing", [("drop_group", [True, True]), ("mask_sample", [True, False])])
+def test_a_sample_that_is_no_image_is_a_missing_score(tmp_path, on_failure, missing):
+    async def main():
+        conductor = make(tmp_path, bound=0, rewards={"train": [{"name": "attributes"}], "on_failure": on_failure,
+                                                     "max_masked_fraction": 1.0})
+        conductor.pool.sample = half_broken
+        await conductor.begin(0)
+        batch, _ = await both(conductor, 0, settled)
+        assert np.isnan(batch["rewards"]).tolist() == [missing] * 2 and batch["refused"] is None
+        assert all(not np.ma.isMaskedArray(e.images) for e in conductor.ready[0].values())
+
+    asyncio.run(main())
+    assert sum("count as missing, because some of a group's are NaN or Inf: lower the learning rate" in w
+               for w in warnings(tmp_path)) == 2
+
+
+def test_too_many_broken_samples_are_the_learners_to_skip(tmp_path):
+    async def main():
+        conductor = make(tmp_path, bound=0)
+        conductor.pool.sample = lambda request, version: half_broken(request, version, every=True)
+        await conductor.begin(0)
+        one, two = await both(conductor, 0, settled)
+        assert one is two and np.isnan(one["rewards"]).all() and conductor.stopped is None
+        assert one["refused"] == ("4 of its 4 samples are NaN or Inf, and 100% of the groups have no score "
+                                  "(rewards.max_masked_fraction = 0.5)")
+        await conductor.commit(0, {})
+        assert conductor.version == 1
+
+    asyncio.run(main())
+
+
+class Asked:
+    """A rollout actor that notes what it is asked."""
+
+    def __init__(self):
+        self.log = []
+
+    def forget(self):
+        self.log.append("forget")
+
+    async def save(self, version, weights, folder):
+        self.log.append((version, weights))
+
+
+def test_a_version_that_is_made_anew_is_taken_anew(tmp_path):
+    class Changing:
+        made = "first"
+
+        async def get(self, version):
+            return [f"{self.made} {version}"]
+
+    async def main():
+        store, actor = Changing(), Asked()
+        pool = RolloutPool([Local(actor)], Local(store), local_scribe(tmp_path))
+        for version in (5, 6, 6):
+            await pool.save(version, "best")
+        store.made = "second"  # the learner went back to 5, and came to 6 again while this actor was not asked
+        await pool.save(6, "best")
+        await pool.save(6, "best")
+        assert actor.log == [(5, "first 5"), (6, "first 6"), (6, "first 6"), "forget", (6, "second 6"), (6, "second 6")]
+
+    asyncio.run(main())
+
+
+def test_versions_that_come_again_are_the_newest(monkeypatch):
+    from actors import weights
+
+    monkeypatch.setattr(weights.ray, "put", lambda flat: f"ref {flat[0]:g}")
+    store = undecorated(weights.WeightStore)(keep=2)
+    for version, value in ((6, 1.0), (7, 2.0), (8, 3.0), (5, 4.0), (6, 5.0)):
+        store.publish(version, np.array([value]))
+        assert store.get(version) == [f"ref {value:g}"]
+    assert sorted(store.refs) == [5, 6]

@@ -43,7 +43,7 @@ def losses(engine: Engine, number: int, spoil=None):
     for half in range(2):
         x = torch.randn(5, 3, generator=torch.Generator().manual_seed(2 * number + half))
         loss = engine.module(x).square().mean()
-        yield spoil(loss) if spoil and half else loss, {"loss": float(loss)}
+        yield spoil(loss) if spoil and half else loss, {"loss": loss.item()}
 
 
 def state(engine: Engine) -> torch.Tensor:

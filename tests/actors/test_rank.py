@@ -65,7 +65,10 @@ class OneRank(Rank):
         return step
 
     def done(self, step, batch, metrics):
-        self.seen.append(SimpleNamespace(step=step, lr=metrics["lr"], skipped=metrics["skipped_updates"], weights=self.weights()))
+        self.seen.append(SimpleNamespace(step=step, lr=metrics.get("lr"), skipped=metrics["skipped_updates"], weights=self.weights()))
+
+    def stop(self, error):
+        self.scribe.stop.remote(f"{self.stage}: {error}")
 
     def finish(self):
         self.ended = True

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -352,3 +353,33 @@ def test_the_last_step_climbs_the_reward_through_the_prox_and_leaves_the_policys
     reward = -scorer.gain / 2 * (pixels - scorer.goal).square().flatten(1).mean(1)
     reward_part = torch.autograd.grad(-0.7 * 1.5 * reward.mean(), prox.theta)[0]
     torch.testing.assert_close(ours, policy_part + reward_part, rtol=1e-5, atol=1e-8)
+
+
+# -- guards -------------------------------------------------------------------------------
+
+
+def test_the_first_updates_log_ratio_is_told_for_each_step():
+    algo, prox = algorithm(), Linear(OLD[0] + 0.01, OLD[1])
+    window = [algo.actions[i] for i in (0, 3)]
+    told = [metrics for _, metrics in algo.losses(prox, None, [rollout(window)], window, first=True)]
+    assert [next(k for k in m if k.startswith("ratio/first_max/")) for m in told] == ["ratio/first_max/0", "ratio/first_max/3"]
+    assert all(m[f"ratio/first_max/{i}"] == m["ratio/max_log"] > 0 for m, i in zip(told, (0, 3)))
+    same = [m for _, m in algo.losses(Linear(*OLD), None, [rollout(window)], window, first=True)]
+    assert [m["ratio/first_max/0"] for m in same[:1]] == [0.0] and same[1]["ratio/max_log"] == 0.0
+    assert not any("first" in key for _, m in algo.losses(prox, None, [rollout(window)], window) for key in m)
+
+
+def test_a_sample_that_was_no_image_has_no_ratio_and_no_gradient():
+    algo = algorithm()
+    batch = rollout(algo.actions)
+    finite = torch.ones(24, dtype=torch.bool)
+    finite[5] = False
+    for tensor in (batch.z, batch.z_next, batch.prox):
+        tensor[:, 5] = 0
+    batch.weight[5] = 0
+    prox = Linear(OLD[0], OLD[1])
+    without = replace(batch, finite=finite)
+    told = [m for _, m in algo.losses(prox, None, [without], algo.actions)]
+    assert max(m["ratio/max_deviation"] for m in told) == 0.0
+    assert max(m["ratio/max_log"] for _, m in algo.losses(prox, None, [batch], algo.actions)) > 0
+    assert torch.isfinite(gradient(algo.losses(prox, None, [without], algo.actions), prox)).all()

@@ -18,7 +18,8 @@ SAMPLERS = [{"name": "hybrid"}, {"name": "ode"}, {"name": "ddim", "eta": 0.7}, {
 
 
 def config(sampler):
-    return build_config({"run": {"stages": ["pretrain"]}, "sampler": sampler})
+    return build_config({"run": {"stages": ["pretrain"]}, "sampler": sampler, "pretrain": {"candidates": [16]},
+                         "evaluate": {"steps": [16]}})
 
 
 def prox(z, t, lam):

@@ -209,3 +209,28 @@ def test_split_request_cuts_between_groups():
     assert tuple(x for p in parts for x in p.prompts) == whole.prompts
     assert all(replace(p, prompts=whole.prompts, indices=whole.indices) == whole for p in parts)
     assert split_request(whole, 9) == [whole]
+
+
+# -- samples that are NaN or Inf ----------------------------------------------------------
+
+
+def test_a_broken_training_sample_is_masked_and_its_chain_is_zeros(sampled):
+    sampler = make_sampler()
+    seen = sampler.pipeline.run
+
+    def broken(*arguments, **options):
+        run = seen(*arguments, **options)
+        run.x[4, 0, 0, 0] = float("nan")
+        run.z[0][1] = float("inf")
+        return run
+
+    sampler.pipeline.run = broken
+    images, chain = sampler.sample(REQUEST)
+    assert np.ma.is_masked(images) and images.dtype == np.uint8
+    assert np.ma.getmaskarray(images).all((1, 2, 3)).tolist() == [False, True, False, False, True, False] == (~chain["finite"]).tolist()
+    for key in ("z", "z_next", "prox"):
+        assert not chain[key][:, [1, 4]].any() and np.array_equal(chain[key][:, [0, 2, 3, 5]], sampled[1][key][:, [0, 2, 3, 5]])
+    assert np.array_equal(np.asarray(images)[[0, 2, 3, 5]], sampled[0][[0, 2, 3, 5]])
+    assert "finite" not in sampled[1] and not np.ma.isMaskedArray(sampled[0])
+    with pytest.raises(ValueError, match="the sampler returned NaN or infinite pixels"):
+        sampler.sample(replace(REQUEST, purpose="heldout", window=()))
