@@ -369,6 +369,7 @@ def test_too_many_broken_samples_are_the_learners_to_skip(tmp_path):
         assert one["refused"] == ("4 of its 4 samples are NaN or Inf, and 100% of the groups have no score "
                                   "(rewards.max_masked_fraction = 0.5)")
         await conductor.commit(0, {})
+        await settled()
         assert conductor.version == 1
 
     asyncio.run(main())

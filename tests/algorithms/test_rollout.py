@@ -233,4 +233,4 @@ def test_a_broken_training_sample_is_masked_and_its_chain_is_zeros(sampled):
     assert np.array_equal(np.asarray(images)[[0, 2, 3, 5]], sampled[0][[0, 2, 3, 5]])
     assert "finite" not in sampled[1] and not np.ma.isMaskedArray(sampled[0])
     with pytest.raises(ValueError, match="the sampler returned NaN or infinite pixels"):
-        sampler.sample(replace(REQUEST, purpose="heldout", window=()))
+        sampler.sample(replace(REQUEST, purpose="heldout"))
