@@ -318,8 +318,8 @@ class Conductor:
         broken = broken.reshape(rewards.shape)
         if self.config.rewards.on_failure != "mask_sample":
             broken = np.broadcast_to(broken.any(1, keepdims=True), rewards.shape)
-        message = (f"{int(broken.sum())} samples of step {request.step} count as missing, because some of a group's are NaN or Inf: "
-                   "lower the learning rate or sampler.guidance_scale, or set model.precision=float32")
+        message = (f"{int(broken.sum())} samples of step {request.step} count as missing, because some of a group's are NaN "
+                   "or Inf: lower the learning rate or sampler.guidance_scale, or set model.precision=float32")
         self.scribe.append.remote("warning", {"message": message})
         return np.where(broken, np.float32("nan"), rewards)
 

@@ -82,9 +82,11 @@ class Pretrainer(Rank):
         p = self.config.pretrain
         self.window.append(metrics)
         if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
-            means = {key: mean_present([m.get(key, np.nan) for m in self.window]) for key in metrics if key != "seconds/train"}
+            means = {key: mean_present([m.get(key, np.nan) for m in self.window])
+                     for key in metrics if key != "seconds/train"}
             counts = {"skipped_updates": sum(m["skipped_updates"] for m in self.window), "rollbacks": metrics["rollbacks"]}
-            self.log(step + 1, {**means, **counts, "images_per_second": len(self.window) * p.batch_size / (time.time() - self.since)})
+            speed = len(self.window) * p.batch_size / (time.time() - self.since)
+            self.log(step + 1, {**means, **counts, "images_per_second": speed})
             self.since, self.window = time.time(), []
 
     def stop(self, error: Exception) -> None:

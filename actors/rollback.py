@@ -36,7 +36,7 @@ def remember(root: Path, rollbacks: int) -> None:
 
 
 def set_aside(root: Path, warn: Callable[[str], None]) -> None:
-    """Takes the newest usable checkpoint out of the row: what follows from it is NaN. It stays on the disk, under another name."""
+    """Takes the newest usable checkpoint out of the row: what follows from it is NaN. It keeps lying there, by another name."""
     found = checkpoints.latest(root, warn)
     if found is not None:
         folder = found[0]

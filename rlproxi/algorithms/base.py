@@ -29,8 +29,8 @@ class Batch:
     """An iteration's samples, or just its prompts, as one rank sees them.
 
     requests: the micro-batches of all ranks, in order. rewards: of all their samples, float32 [P, G], NaN where missing;
-    None where nothing was sampled. chain(j): what sampling kept of micro-batch j, tensors on the rank's device. fresh: the samples
-    are of the very weights that the learner holds. refused: why nothing of it can be trained on, None where it can.
+    None where nothing was sampled. chain(j): what sampling kept of micro-batch j, tensors on the rank's device. fresh: the
+    samples are of the very weights that the learner holds. refused: why nothing of it can be trained on, None where it can.
     """
 
     iteration: int

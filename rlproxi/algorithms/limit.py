@@ -95,8 +95,8 @@ def accept(found: float, config: Config) -> None:
     """Raises LimitError where ``deviation`` found more than guards.sampler_tolerance."""
     if not found <= config.guards.sampler_tolerance:
         raise LimitError(
-            f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic sampler's by "
-            f"{found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): the network that is trained does "
-            "not compute what samplers ask of it. Take dropout and whatever else differs between training and evaluation out of the "
-            "network (model.init), check that its weights are finite, set model.compile=false and model.precision=float32 to rule "
-            "out rounding, or raise the tolerance")
+            f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic sampler's "
+            f"by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): the network that is "
+            "trained does not compute what samplers ask of it. Take dropout and whatever else differs between training and "
+            "evaluation out of the network (model.init), check that its weights are finite, set model.compile=false and "
+            "model.precision=float32 to rule out rounding, or raise the tolerance")

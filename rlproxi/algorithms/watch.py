@@ -36,9 +36,9 @@ class Mismatch:
         if self.told:
             return None
         self.told = True
-        return (f"iteration {iteration}: rollout and learner disagree before the first update, most at sampling step {index}, by "
-                f"{found[index]:.2e} in the log-ratio (grpo.first_ratio_tolerance = {self.tolerance:.0e}), though the samples are of "
-                "the same weights: see whether a rollout actor was restarted on another kind of chip, and set "
+        return (f"iteration {iteration}: rollout and learner disagree before the first update, most at sampling step {index}, "
+                f"by {found[index]:.2e} in the log-ratio (grpo.first_ratio_tolerance = {self.tolerance:.0e}), though the samples "
+                "are of the same weights: see whether a rollout actor was restarted on another kind of chip, and set "
                 "model.precision=float32 to rule out rounding")
 
 
@@ -87,8 +87,8 @@ class FallingReward:
         self.low = self.low + 1 if middle - now[0] > 3 * (spread**2 + now[1]**2) ** 0.5 else 0
         if self.low != 2:
             return None
-        return (f"iteration {iteration}: the training reward has been falling: its median over {self.window} iterations is {now[0]:.4g}, "
-                f"and was {middle:.4g} up to iteration {at} (guards.falling_window): lower the algorithm's lr or raise its "
+        return (f"iteration {iteration}: the training reward has been falling: its median over {self.window} iterations is "
+                f"{now[0]:.4g}, and was {middle:.4g} up to iteration {at} (guards.falling_window): lower the algorithm's lr or raise its "
                 "kl_coef or anchor, and look at the held-out reward and the pictures")
 
     def _summary(self, values: list[float]) -> tuple[float, float]:
