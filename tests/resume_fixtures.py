@@ -12,11 +12,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from actors import checkpoints, rollback
 from actors.engine import Engine
 from actors.rank import Rank
 from local_actors import local_scribe
 from rlproxi.algorithms.base import Update
 from rlproxi.algorithms.ema import EMA
+from rlproxi.algorithms.update_guard import UpdateGuard
 from rlproxi.config import Config, build_config
 from rlproxi.telemetry.timeline import Diary
 
@@ -56,7 +58,7 @@ def losses(engine: Engine, step: int, noise: bool = False):
 
 
 def train(engine: Engine, start: int, stop: int) -> list[dict[str, float]]:
-    return [engine.update(losses(engine, step), 0.05 / (step + 1)) for step in range(start, stop)]
+    return [engine.update(losses(engine, step), 0.05 / (step + 1)).metrics for step in range(start, stop)]
 
 
 def state(folder: Path) -> dict[str, Tensor]:
@@ -88,6 +90,8 @@ class SmallRank(Rank):
         self.config, self.stage, self.run_dir = config_of(zero_stage=stage, **learner), "pretrain", Path(run_dir)
         self.scribe, self.diary, self.told = local_scribe(run_dir), Diary(), time.time()
         self.dtype, self.kill, self.noise, self.seen = torch.float32, kill, noise, {}
+        self.root = checkpoints.root(run_dir, self.stage)
+        self.guard, self.unlogged = UpdateGuard(self.config.guards, "pretrain.lr", rollback.count(self.root)), 0
         policy = network("plain", seed)
         self.ema = EMA(policy, 0.9)
         accumulation = MICRO_BATCHES // self.world

@@ -101,7 +101,8 @@ def logged_names() -> set[str]:
                     keys = [node.key]
                 for key in keys:
                     text = _text(key)
-                    if text and re.fullmatch(r"[a-z0-9_<>]+/[a-z0-9_<>/]+", text):
+                    named = text and re.search("[a-z]", text.replace("<x>", ""))  # or it is any two words
+                    if named and re.fullmatch(r"[a-z0-9_<>]+/[a-z0-9_<>/]+", text):
                         found.add(text)
     return found
 
