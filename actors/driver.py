@@ -203,9 +203,7 @@ class Driver:
         if self.conductor is None:
             # Rollout actors load the model while the rewards are deployed.
             self.store = WeightStore.options(**cluster.beside_driver()).remote(keep=self.config.rl.max_staleness + 2)
-            # Every rank's wait for its batch is a call under way.
-            calls = 256 + 2 * self.config.resources.learner_workers
-            self.conductor = Conductor.options(**cluster.beside_driver(), max_concurrency=calls).remote(
+            self.conductor = Conductor.options(**cluster.beside_driver()).remote(
                 self.config, str(self.run_dir), str(model), self.scribe, self.store)
             try:
                 self.apps = self.apps or deploy(self.config.rewards, self.run_dir.name, self.config.resources.placement)

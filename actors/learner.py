@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -40,6 +41,7 @@ class Learner(Rank):
         self.conductor, self.store = setup.conductor, setup.store
         self.checkpoint_every = config.rl.checkpoint_every
         self.checked = False
+        self.life: int | None = None  # what the conductor calls this learner; rank 0 knows it
         self.watch = Watch(config.guards, getattr(config.rl, "first_ratio_tolerance", None))
         self.build()
 
@@ -83,12 +85,12 @@ class Learner(Rank):
     def begin(self, start: int) -> None:
         self._publish(start)
         if self.rank == 0:
-            ray.get(self.conductor.begin.remote(start))
+            self.life = ray.get(self.conductor.begin.remote(start))
         dist.barrier()
 
     def next_batch(self, iteration: int) -> Batch | None:
         """None: RL ends here. Every rank gets the same answer."""
-        found = ray.get(self.conductor.next_batch.remote(iteration))
+        found = ray.get(self.conductor.next_batch.remote(iteration, self.rank, self.world))
         if found is None:
             self.stopped = True  # the run was stopped: nothing is saved as its result
             return None
@@ -99,7 +101,7 @@ class Learner(Rank):
             return None  # finished before its time
         # Averaged weights sample what the learner's own would not.
         fresh = all(version == iteration for version in found.get("versions", ())) and (self.ema is None or iteration == 0)
-        batch = Batch(iteration, found["requests"], self.rank, self.world, found["rewards"],
+        batch = Batch(iteration, pickle.loads(found["requests"]), self.rank, self.world, found["rewards"],
                       lambda j: self._chain(found["chains"][j]), fresh, found.get("refused"))
         return batch if self._accepted(batch) else None
 
@@ -162,7 +164,7 @@ class Learner(Rank):
     def done(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
         spans = over_the_wire(self.diary.take(), time.time())
         if self.rank == 0:
-            ray.get(self.conductor.commit.remote(iteration, metrics, spans))
+            ray.get(self.conductor.commit.remote(iteration, metrics, spans, self.life))
 
     def finish(self) -> None:
         with self.engine.gathered() as weights:

@@ -11,7 +11,10 @@ from rlproxi.config import Config
 
 @ray.remote(max_restarts=-1, max_task_retries=0)
 class RolloutActor:
-    """Loads the model folder once; takes new weights when a request names a version it does not hold."""
+    """Loads the model folder once; takes new weights when a request names a publication it does not hold.
+
+    Not a version: a restarted learner publishes a version again, and its weights need not be the same to the bit.
+    """
 
     def __init__(self, config: Config, model_folder: str):
         # Here and not above: the conductor imports this module and needs none of these.
@@ -22,27 +25,23 @@ class RolloutActor:
         torch.set_num_threads(config.resources.threads)
         device = "cuda" if config.resources.rollout_gpus and torch.cuda.is_available() else "cpu"
         self.sampler = GroupSampler.from_pretrained(config, model_folder, device)
-        self.version: int | None = None
+        self.publication: int | None = None
 
     def ready(self) -> bool:
         return True
 
     @ray.method(num_returns=2)
-    def sample(self, request: SampleRequest, version: int, weights: np.ndarray):
+    def sample(self, request: SampleRequest, publication: int, weights: np.ndarray):
         """(images uint8 [P*G, H, W, 3], chain). Both are *returned*, so they outlive this actor."""
-        self._take(version, weights)
+        self._take(publication, weights)
         return self.sampler.sample(request)
 
-    def save(self, version: int, weights: np.ndarray, folder: str) -> None:
-        """Writes the model with the weights of ``version`` as a model folder."""
-        self._take(version, weights)
+    def save(self, publication: int, weights: np.ndarray, folder: str) -> None:
+        """Writes the model with these weights as a model folder."""
+        self._take(publication, weights)
         self.sampler.pipeline.save_pretrained(folder)
 
-    def forget(self) -> None:
-        """The version it holds is not what that version is now; the next request brings its weights."""
-        self.version = None
-
-    def _take(self, version: int, weights: np.ndarray) -> None:
-        if version != self.version:
+    def _take(self, publication: int, weights: np.ndarray) -> None:
+        if publication != self.publication:
             self.sampler.take(weights)
-            self.version = version
+            self.publication = publication

@@ -8,6 +8,7 @@ from typing import Callable, Iterator
 
 from .algorithms import registry
 from .algorithms.base import Algorithm
+from .algorithms.grpo import bytes_per_micro_batch
 from .config import Config
 from .data.cache import prompts_path
 from .data.curation import job
@@ -66,7 +67,10 @@ def problems(config: Config) -> list[Problem]:
     if "rl" in config.run.stages:
         found += _algorithm(config)
     if set(config.run.stages) - {"curate", "report"}:
-        found += [*_model(config), *_data(config)]
+        model = [*_model(config)]
+        found += [*model, *_data(config)]
+        if "rl" in config.run.stages and not model:  # what a micro-batch weighs follows from the model
+            found += _told(config.section, lambda: _bytes_in_flight(config))
     if "curate" in config.run.stages:
         found += _told("curate", lambda: job.check(config.curate, config.curate.out or "curated"),
                        missing=not config.curate.urls)
@@ -108,14 +112,41 @@ def _algorithm(config: Config) -> list[Problem]:
     """A class that is not there or cannot be made, and rewards without the gradients that it climbs."""
     made: list[Algorithm] = []
     problems = _told("run.algorithm", lambda: made.append(_built(config)))
+    if made:
+        problems += _told(config.section, lambda: _staleness(config, made[0]))
     if not (made and made[0].needs_gradients):
         return problems
     known = ", ".join(name for name in names() if is_differentiable(name))
     lacking = [(i, reward.name) for i, reward in enumerate(config.rewards.train)
                if reward.kind in names() and not is_differentiable(reward.kind)]
-    return [Problem(f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs one from "
-                    f"every training reward: use one of {known}, or a scorer of your own that is a TorchScorer "
-                    "(docs/rewards/)", False) for i, name in lacking]
+    problems += [Problem(f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs one from "
+                         f"every training reward: use one of {known}, or a scorer of your own that is a TorchScorer "
+                         "(docs/rewards/)", False) for i, name in lacking]
+    return problems
+
+
+def _staleness(config: Config, algorithm: Algorithm) -> None:
+    """A bound that has no effect."""
+    name, g = config.section, config.rl
+    if g.max_staleness and not algorithm.needs_rollouts:
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, with "
+                         "the weights it has, so nothing can be stale: set it to 0")
+    if g.max_staleness >= max(1, g.steps):
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be more than "
+                         f"{g.steps - 1} versions behind: set it to at most that")
+
+
+def _bytes_in_flight(config: Config) -> None:
+    """A bound on bytes that one iteration passes, or with which the bound on staleness is never reached."""
+    name, g = config.section, config.rl
+    whole, limit = g.micro_batches * bytes_per_micro_batch(config), g.max_bytes_in_flight
+    if whole > limit:
+        raise ValueError(f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, and is "
+                         f"trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or trained_steps")
+    if (g.max_staleness + 1) * whole > limit:
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} bytes are in "
+                         f"flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at least "
+                         f"{(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}")
 
 
 def _what_needs_gradients(config: Config) -> str:

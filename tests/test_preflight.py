@@ -8,6 +8,7 @@ import pytest
 
 import tiny_checkpoints
 from rlproxi import run
+from rlproxi.algorithms.grpo import bytes_per_micro_batch
 from rlproxi.config import build_config, config_folder, load_config
 from rlproxi.preflight import problems
 from shard_fixtures import sample, write_tar
@@ -171,3 +172,16 @@ def test_a_run_without_a_starting_policy(stages):
     text, missing = one(f"run.stages={stages}")
     assert "no starting policy" in text and "model.init" in text and not missing
     assert found("run.stages=[prepare,report]") == []
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["grpo.max_staleness=4", "grpo.steps=4"], "grpo.max_staleness is 4, but of grpo.steps 4 iterations none can be more than 3"),
+    (["run.algorithm=r0", "r0.max_staleness=1"], "r0.max_staleness is 1, but r0 samples on the learner"),
+    (["run.algorithm=didr", "sampler.num_inference_steps=1", "didr.max_staleness=2"], "didr.max_staleness is 2, but didr samples"),
+    (["grpo.max_bytes_in_flight=1000"], "grpo.max_bytes_in_flight is 1000, but one iteration has "),
+    (["grpo.max_staleness=2", "grpo.max_bytes_in_flight={two}"], "or max_staleness to 1")])
+def test_bounds_that_cannot_be_kept_or_have_no_effect(overrides, words):
+    whole = build_config({}).rl.micro_batches * bytes_per_micro_batch(build_config({}))
+    told = found(*(each.format(two=2 * whole) for each in overrides))
+    assert any(text.startswith(words) or text.endswith(words) for text, missing in told if not missing), told
+    assert found("grpo.max_staleness=1", f"grpo.max_bytes_in_flight={2 * whole}") == []

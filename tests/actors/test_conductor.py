@@ -1,4 +1,4 @@
-"""The conductor in this process: its own code and the scribe's, without Ray; rollouts and scorers are stood in for."""
+"""The conductor's loop in this process, and the scribe: their own code, without Ray; rollouts and scorers are stood in for."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -9,12 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from local_actors import Local, local_scribe, undecorated
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from local_actors import local_scribe
+from ray.exceptions import RayTaskError
 
-from actors.conductor import Conductor
-from actors.pool import RolloutPool
-from actors.staleness import ByteBudget, StalenessPolicy
+from actors.loop import Loop
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.guard import Evaluated, OverOptimisation
 from rlproxi.config import build_config
@@ -37,19 +35,23 @@ class Client:
         raise RewardError(f"{name} hangs")
 
 
-def make(folder, bound: int = 1, **sections) -> Conductor:
-    """A conductor as ``__init__`` and ``connect`` leave it, its actors aside; two micro-batches an iteration."""
+class Pool:
+    """Rollout actors that answer at once, unless a test puts another ``sample`` in the place of this."""
+
+    def begin(self):
+        pass
+
+    async def sample(self, request, version):
+        return await pictures(request, version)
+
+
+def make(folder, bound: int = 1, **sections) -> Loop:
+    """The loop as the conductor's ``connect`` makes it; two micro-batches an iteration."""
     config = build_config({
         "grpo": {"steps": STEPS, "prompts_per_step": 2, "groups_per_micro_batch": 1, "group_size": 2,
                  "max_staleness": bound}, "rewards": {"train": [{"name": "attributes"}]}, "evaluate": {"every": 0},
         **sections})
-    conductor = object.__new__(undecorated(Conductor))
-    conductor.__dict__.update(
-        config=config, run_dir=folder, scribe=local_scribe(folder), client=Client(), algorithm=grpo.GRPO(config),
-        policy=StalenessPolicy(bound), budget=ByteBudget(config.grpo.max_bytes_in_flight), changed=asyncio.Condition(),
-        version=None, begun=None, ready={}, answers={}, stopped=None, leaving=False, end=None, tasks=set(), last_commit=0.0,
-        pool=SimpleNamespace(sample=pictures))
-    return conductor
+    return Loop(config, grpo.GRPO(config), Pool(), Client(), local_scribe(folder))
 
 
 async def pictures(request, version, pixel: int = 100):
@@ -77,7 +79,7 @@ class Play:
     ``finish``: the iteration before which the held-out reward falls. ``broken``: one that cannot be scored.
     """
 
-    conductor: Conductor
+    conductor: Loop
     pick: object
     ranks: int
     finish: int | None = None
@@ -86,7 +88,7 @@ class Play:
     waiting: list = field(default_factory=list)
 
     def __post_init__(self):
-        self.conductor.pool = SimpleNamespace(sample=self.sample)
+        self.conductor.pool.sample = self.sample
         self.conductor.evaluator = SimpleNamespace(evaluate=self.evaluate, guard=OverOptimisation(patience=1))
         self.conductor.evaluator.guard.see(Evaluated(0, 1.0, 1.0, 0.01))
         self.told = [[] for _ in range(self.ranks)]
@@ -99,7 +101,7 @@ class Play:
         await self.gate()
         return await pictures(request, version, BROKEN if request.step == self.broken else 100)
 
-    async def evaluate(self, tag, step_counts, version, guidance_scale):
+    async def evaluate(self, tag, step_counts, version):
         await self.gate()
         iteration = int(tag.split("-")[1])
         fallen = self.finish is not None and iteration >= self.finish
@@ -179,7 +181,7 @@ def test_a_stop_between_two_ranks_calls_takes_no_batch_away(tmp_path):
         conductor = make(tmp_path)
         await conductor.begin(0)
         one, two = await both(conductor, 0, lambda: conductor.stop("enough"))
-        assert one["rewards"].shape == (2, 2) and two is one
+        assert one["rewards"].shape == (2, 2) and two["rewards"] is one["rewards"]
         await conductor.commit(0, {})
         assert await both(conductor, 2, settled) == [None, None], "was not complete"
 
@@ -215,7 +217,7 @@ def test_iterations_dispatched_before_an_early_end_are_trained(tmp_path):
             conductor.evaluator.guard.see(evaluated)
         await conductor.begin(0)
         (one, two), ended = await both(conductor, 1, lambda: conductor._finish(2)), await both(conductor, 2, settled)
-        assert two is one and one["versions"] == [0, 0] and ended == [{}, {}]
+        assert two["rewards"] is one["rewards"] and one["versions"] == [0, 0] and ended == [{}, {}]
         await conductor.begin(1)
         again = await asyncio.wait_for(conductor.next_batch(1), 1)
         assert again["versions"] == [1, 1], "a restarted learner is told anew"
@@ -288,50 +290,19 @@ def test_the_first_stop_stays_until_it_is_cleared(tmp_path):
     assert [r.get("kind") for r in read(tmp_path)] == [OUT_OF_MEMORY, None, None]
 
 
-class Mortal:
-    """A rollout actor that dies on its first ``deaths`` calls."""
-
-    def __init__(self, deaths: int):
-        self.deaths = deaths
-
-    async def save(self, version, weights, folder):
-        self.deaths -= 1
-        if self.deaths >= 0:
-            raise ActorDiedError()
-        return version, weights, folder
-
-    def sample(self, request, version, weights):
-        return self.save(version, weights, None), f"chain of {request}"
-
-
-class Store:
-    def __init__(self, alive: bool = True):
-        self.alive = alive
-
-    async def get(self, version):
-        if not self.alive:
-            raise ActorUnavailableError("the store is gone", None)
-        return [f"weights {version}"]
-
-
-def test_what_a_dead_actor_was_asked_is_asked_again(tmp_path):
+def test_ranks_that_are_asked_to_leave_all_save_first(tmp_path):
     async def main():
-        scribe = local_scribe(tmp_path)
-        pool = RolloutPool([Local(Mortal(1)), Local(Mortal(2))], Local(Store()), scribe)
-        images, chain, seconds = await pool.sample("a request", 7)
-        assert images == (7, "weights 7", None) and chain == "chain of a request" and seconds >= 0
-        await pool.save(8, "best")
-        assert pool.idle.qsize() == 2
-        lost = RolloutPool([Local(Mortal(0))], Local(Store(alive=False)), scribe)
-        with pytest.raises(ActorUnavailableError, match="the store is gone"):
-            await asyncio.wait_for(lost.sample("a request", 7), 1)
+        conductor = make(tmp_path, bound=0)
+        await conductor.begin(0)
+        assert await both(conductor, 0, lambda: conductor.leave("asked to end")) != [None, None]
+        conductor.answers.clear()
+        assert await both(conductor, 0, settled) == [{"leave": True}] * 2
 
     asyncio.run(main())
-    told = warnings(tmp_path)
-    assert 1 <= len(told) <= 3 and all(m.startswith("rollout actor lost, ") and "repeated: " in m for m in told)
+    assert warnings(tmp_path) == ["run stopped: asked to end"]
 
 
-# -- samples that are no images, and learners that go back ---------------------------------
+# -- samples that are no images -----------------------------------------------------------
 
 
 async def half_broken(request, version, every: bool = False):
@@ -365,55 +336,11 @@ def test_too_many_broken_samples_are_the_learners_to_skip(tmp_path):
         conductor.pool.sample = lambda request, version: half_broken(request, version, every=True)
         await conductor.begin(0)
         one, two = await both(conductor, 0, settled)
-        assert one is two and np.isnan(one["rewards"]).all() and conductor.stopped is None
-        assert one["refused"] == ("4 of its 4 samples are NaN or Inf, and 100% of the groups have no score "
-                                  "(rewards.max_masked_fraction = 0.5)")
+        assert one["refused"] == two["refused"] == ("4 of its 4 samples are NaN or Inf, and 100% of the groups have no score "
+                                                    "(rewards.max_masked_fraction = 0.5)")
+        assert np.isnan(one["rewards"]).all() and conductor.stopped is None
         await conductor.commit(0, {})
         await settled()
         assert conductor.version == 1
 
     asyncio.run(main())
-
-
-class Asked:
-    """A rollout actor that notes what it is asked."""
-
-    def __init__(self):
-        self.log = []
-
-    def forget(self):
-        self.log.append("forget")
-
-    async def save(self, version, weights, folder):
-        self.log.append((version, weights))
-
-
-def test_a_version_that_is_made_anew_is_taken_anew(tmp_path):
-    class Changing:
-        made = "first"
-
-        async def get(self, version):
-            return [f"{self.made} {version}"]
-
-    async def main():
-        store, actor = Changing(), Asked()
-        pool = RolloutPool([Local(actor)], Local(store), local_scribe(tmp_path))
-        for version in (5, 6, 6):
-            await pool.save(version, "best")
-        store.made = "second"  # the learner went back to 5, and came to 6 again while this actor was not asked
-        await pool.save(6, "best")
-        await pool.save(6, "best")
-        assert actor.log == [(5, "first 5"), (6, "first 6"), (6, "first 6"), "forget", (6, "second 6"), (6, "second 6")]
-
-    asyncio.run(main())
-
-
-def test_versions_that_come_again_are_the_newest(monkeypatch):
-    from actors import weights
-
-    monkeypatch.setattr(weights.ray, "put", lambda flat: f"ref {flat[0]:g}")
-    store = undecorated(weights.WeightStore)(keep=2)
-    for version, value in ((6, 1.0), (7, 2.0), (8, 3.0), (5, 4.0), (6, 5.0)):
-        store.publish(version, np.array([value]))
-        assert store.get(version) == [f"ref {value:g}"]
-    assert sorted(store.refs) == [5, 6]

@@ -1,14 +1,12 @@
-import asyncio
 from collections import Counter
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from actors.staleness import ByteBudget, StalenessPolicy
-from rlproxi.algorithms import grpo
-from rlproxi.config import build_config
+from actors.staleness import ByteBudget, Ledger, StalenessPolicy, Stamp
 
 
 @dataclass
@@ -121,25 +119,81 @@ def test_giving_back_more_than_was_taken_is_an_error():
 
 
 def test_an_iteration_larger_than_the_budget_still_reaches_the_learner():
-    from actors.conductor import Conductor, Scored
+    ledger = Ledger(StalenessPolicy(2), limit=10, size=11)
+    ledger.begin(0)
+    for iteration in range(3):
+        stamp = ledger.dispatch()
+        assert ledger.within_bound() and not ledger.has_room()
+        with pytest.raises(RuntimeError, match=f"iteration {iteration + 1} dispatched at version {iteration} with 11 bytes"):
+            ledger.dispatch()
+        ledger.check(iteration, [stamp])
+        ledger.commit(iteration)
 
-    config = build_config({"grpo": {"prompts_per_step": 16, "groups_per_micro_batch": 8}})
-    size = grpo.bytes_per_micro_batch(config)
-    conductor = object.__new__(Conductor.__ray_metadata__.modified_class)
-    conductor.config, conductor.algorithm = config, grpo.GRPO(config)
-    conductor.policy, conductor.budget = StalenessPolicy(0), ByteBudget(2 * size - 1)
-    conductor.version, conductor.stopped, conductor.ready, conductor.tasks = 0, None, {}, set()
 
-    async def produce(iteration, j, request, version):
-        async with conductor.changed:
-            conductor.ready.setdefault(iteration, {})[j] = Scored(request, version, None, None, {}, {})
-            conductor.changed.notify_all()
+class LedgerMachine(RuleBasedStateMachine):
+    """Any order of dispatches, arrivals, commits, losses and restarts, those of earlier lives among them."""
 
-    async def both_arrive():
-        conductor.changed, conductor._produce = asyncio.Condition(), produce
-        loop = asyncio.create_task(conductor._dispatch(0))
-        async with conductor.changed:
-            await asyncio.wait_for(conductor.changed.wait_for(lambda: len(conductor.ready.get(0, {})) == 2), 0.5)
-        loop.cancel()
+    @initialize(bound=st.integers(0, 3), limit=st.integers(1, 40), start=st.integers(0, 3))
+    def begins(self, bound, limit, start):
+        self.bound, self.limit = bound, limit
+        self.ledger = Ledger(StalenessPolicy(bound), limit, 10)
+        self.flying: list[Stamp] = []  # of all lives
+        self.arrived: list[Stamp] = []
+        self.trained: list[int] = []
+        self.life, self.start = self.ledger.begin(start), start
 
-    asyncio.run(both_arrive())
+    @rule(back=st.integers(0, 3))
+    def learner_restarts(self, back):
+        self.start = max(0, self.ledger.version - back)
+        life = self.ledger.begin(self.start)
+        assert life > self.life and self.ledger.budget.used == 0
+        self.life, self.trained, self.arrived = life, [], []
+
+    @precondition(lambda self: self.ledger.within_bound() and self.ledger.has_room())
+    @rule()
+    def dispatches(self):
+        stamp = self.ledger.dispatch()
+        assert (stamp.life, stamp.version) == (self.life, self.ledger.version) and stamp.iteration - stamp.version <= self.bound
+        self.flying.append(stamp)
+
+    @precondition(lambda self: self.flying)
+    @rule(pick=st.integers(0, 10**6), twice=st.booleans())
+    def answers(self, pick, twice):
+        """One arrives; or is lost on its way and made again, so that its answer comes twice."""
+        stamp = self.flying[pick % len(self.flying)]
+        if not twice:
+            self.flying.remove(stamp)
+        if self.ledger.in_flight(stamp):
+            assert stamp.life == self.life and stamp.iteration not in self.trained
+            self.arrived.append(stamp)
+
+    @precondition(lambda self: any(s.iteration == self.ledger.version for s in self.arrived))
+    @rule()
+    def commits(self):
+        now = self.ledger.version
+        mine = [s for s in self.arrived if s.iteration == now]
+        self.ledger.check(now, mine)
+        assert all(0 <= now - s.version <= self.bound and s.life == self.life for s in mine)
+        self.ledger.commit(now, self.life)
+        self.trained.append(now)
+        self.arrived = [s for s in self.arrived if s.iteration > now]
+
+    @rule(iteration=st.integers(0, 12), life=st.integers(0, 5))
+    def a_stranger_commits(self, iteration, life):
+        if (iteration, life) != (self.ledger.version, self.life) or self.ledger.next == self.ledger.version:
+            before = vars(self.ledger).copy(), self.ledger.budget.used
+            with pytest.raises(RuntimeError, match=f"iteration {iteration} is committed"):
+                self.ledger.commit(iteration, life)
+            assert (vars(self.ledger), self.ledger.budget.used) == before
+
+    @invariant()
+    def nothing_leaks(self):
+        ledger = self.ledger
+        assert self.trained == list(range(self.start, ledger.version)), "each once, in order"
+        assert ledger.budget.used == 10 * (ledger.next - ledger.version) <= max(10, self.limit)
+        assert ledger.next - ledger.version <= self.bound + 1
+        assert ledger.next > ledger.version or ledger.within_bound() and ledger.has_room(), "something can always happen"
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=60, stateful_step_count=30)
