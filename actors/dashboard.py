@@ -63,6 +63,10 @@ class Guard:
             return _error(405, f"{scope['method'][:20]} is not allowed: this page only reads", {"Allow": "GET, HEAD"})
         if len(scope["query_string"]) > QUERY_LIMIT or len(scope["raw_path"] or b"") > QUERY_LIMIT:
             return _error(414, f"path and query have at most {QUERY_LIMIT} bytes each")
+        try:
+            scope["query_string"].decode()
+        except UnicodeDecodeError:  # Starlette would trip over it
+            return _error(400, "the query is not UTF-8")
         if self.loopback and not _is_here(headers.get(b"host", b"").decode("latin-1")):
             return _error(403, "the Host header is not this machine's: use http://127.0.0.1 or http://localhost")
         return None
@@ -133,7 +137,7 @@ class Page:
             text, values = run.live.config()
         sampler = values.get("sampler")
         steps = sampler.get("num_inference_steps") if isinstance(sampler, dict) else None
-        return {"text": text, "headline_steps": steps if type(steps) is int else None}
+        return {"text": text, "headline_steps": steps if type(steps) is int and abs(steps) < 2**53 else None}
 
     def timeline(self, request: Request) -> dict:
         run = self.hub.opened(request.path_params["run"])
@@ -160,7 +164,10 @@ class Page:
         at, folder = request.path_params, self._folder(request)
         # A picture's file may be written again by a resumed run.
         file = folder / "samples" / f"{at['tag'][:100]}-N{at['steps']}.npz"
-        changed = file.stat().st_mtime_ns if file.is_file() else 0
+        try:
+            changed = os.stat(file).st_mtime_ns
+        except (OSError, ValueError):  # a name may be longer than a file's can be, or none
+            changed = 0
         key = (str(folder), at["tag"], at["steps"], at["prompt"], changed)
         with self._drawing:  # one at a time: each may hold many megabytes while it is drawn
             found = self._pictures.get(key) or live_files.evaluation_picture(folder, at["tag"], at["steps"],

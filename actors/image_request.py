@@ -107,6 +107,9 @@ def _told(error: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:  # what was just deep enough to be read
+        text = f"a {type(value).__name__} too deep to be shown"
     text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -119,7 +119,7 @@ class Frontend:
         self.batches: Counter[int] = Counter()
 
     async def __call__(self, request: Request) -> Response:
-        route = (request.method, request.url.path.removeprefix(request.scope.get("root_path", "")))
+        route = (request.method, request.scope["path"].removeprefix(request.scope.get("root_path", "")))
         try:
             if route == ("GET", "/healthz"):
                 return JSONResponse({"status": "ok", "id": self.identity})
@@ -161,7 +161,7 @@ class Frontend:
         limit, body = self.limits.body_bytes, bytearray()
         too_large = Refused(413, f"the body is larger than {limit} bytes")
         length = request.headers.get("content-length", "0")
-        if length.isascii() and length.isdigit() and int(length) > limit:
+        if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > limit):
             raise too_large
 
         async def read() -> None:

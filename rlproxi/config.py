@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from .data.curation.settings import Curate
+from .plain_yaml import read_yaml
 from .schema import (ALGORITHMS, ConfigError, Data, Evaluate, Faults, Learner, Model, Prepare, Pretrain, Resources, Rewards,
                      Run, Sampler, Schedule, Section, Telemetry)
 from .schema_algorithms import DIDR, GRPO, R0, Custom, Training
@@ -212,20 +213,29 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
             lines.append(f"unknown key {path!r}; {_suggest(item['loc'])}")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            value = "" if isinstance(item["input"], (dict, Section)) else f" = {item['input']!r}"
+            value = "" if isinstance(item["input"], (dict, Section)) else f" = {_shown(item['input'])}"
             lines.append(f"{path}{value}: {message}" if path else message)
     return ConfigError(f"{source}: " + "\n  ".join(lines))
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python prints, or lists too deep in each other
+        text = f"a {type(value).__name__} too large to be shown"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
     """'grpo.lr=1e-4' -> (['grpo', 'lr'], 0.0001). The value is YAML; 1e-4 is a number here."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {text!r} is not of the form key=value, for example grpo.lr=1e-5")
+        raise ConfigError(f"override {_shown(text)} is not of the form key=value, for example grpo.lr=1e-5")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not YAML ({error})") from None
+        parsed = read_yaml(value)
+    except ValueError as error:
+        raise ConfigError(f"override {_shown(text)}: the value is not YAML ({error})") from None
     if isinstance(parsed, str):
         try:
             number = float(parsed)  # YAML 1.1 reads 1e-4 as a string.
@@ -241,7 +251,7 @@ def apply_override(values: dict, text: str) -> None:
     for part in path[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"override {text!r}: {part!r} is a value, not a section")
+            raise ConfigError(f"override {_shown(text)}: {part!r} is a value, not a section")
     values[path[-1]] = value
 
 
@@ -265,8 +275,8 @@ def load_config(path: str | os.PathLike, overrides: list[str] = ()) -> Config:
         raise ConfigError(f"config {str(path)!r} does not exist; the ones that come along: "
                           f"{', '.join(p.name for p in sorted(config_folder().glob('*.yaml')))}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = read_yaml(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:  # a UnicodeDecodeError is one
         raise ConfigError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections (run:, data:, ...), got a {type(values).__name__}")

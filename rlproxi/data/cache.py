@@ -14,6 +14,7 @@ a file that exists is right, whoever wrote it, and a run that changes anything w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import json
@@ -106,54 +107,65 @@ def _bytes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Inside, what a damaged file leads to is a ValueError that names it."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # safetensors', json's and numpy's, and whatever wrong names and numbers lead to
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): delete it and encode again") from None
+
+
 class CachedShard:
     """A cached file, read row by row.
 
-    Raises FileNotFoundError, or ValueError naming a damaged file.
+    All of it raises FileNotFoundError, or ValueError naming a damaged file.
     """
 
     def __init__(self, path: Path):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is gone from the cache: encode again")
-        try:
+        self.path, self.columns = Path(path), defaultdict(list)  # bucket -> its columns
+        with _naming(self.path):
             self._file = safe_open(path, framework="np")
-            names = list(self._file.keys())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and encode again") from None
-        self.columns: dict[Size, list[str]] = defaultdict(list)
-        for bucket, _, name in (n.partition("/") for n in names if "/" in n):
-            self.columns[parse_size(bucket)].append(name)
+            for bucket, _, name in (n.partition("/") for n in self._file.keys() if "/" in n):
+                self.columns[parse_size(bucket)].append(name)
         #: bucket -> the ends of its captions and keys, which are small and asked for row by row
         self._ends: dict[str, np.ndarray] = {}
 
     def counts(self) -> dict[Size, int]:
         """Rows in each bucket."""
-        return {bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0]
-                for bucket in sorted(self.columns)}
+        with _naming(self.path):
+            return {bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0]
+                    for bucket in sorted(self.columns)}
 
     def row(self, bucket: Size, row: int) -> dict[str, Any]:
         """Arrays, and strings for caption and key, of one row."""
         found = {}
-        for name in self.columns[bucket]:
-            if name in STRINGS:
-                found[name] = self._string(bucket, name, row)
-            elif not name.endswith("_end"):
-                found[name] = self._file.get_slice(f"{name_of(bucket)}/{name}")[row:row + 1][0]
+        with _naming(self.path):
+            for name in self.columns[bucket]:
+                if name in STRINGS:
+                    found[name] = self._string(bucket, name, row)
+                elif not name.endswith("_end"):
+                    found[name] = self._file.get_slice(f"{name_of(bucket)}/{name}")[row:row + 1][0]
         return found
 
     def captions(self) -> Iterator[str]:
         for bucket in sorted(self.columns):
-            text = self._file.get_tensor(f"{name_of(bucket)}/caption").tobytes()
-            start = 0
-            for end in self._end(bucket, "caption").tolist():
-                yield text[start:end].decode()
-                start = end
+            with _naming(self.path):
+                text = self._file.get_tensor(f"{name_of(bucket)}/caption").tobytes()
+                ends = self._end(bucket, "caption").tolist()
+                found = [text[start:end].decode() for start, end in zip([0, *ends], ends)]
+            yield from found
 
     def skips(self) -> list[tuple[str, str]]:
         """(key, reason) of each sample that was left out."""
-        return [tuple(pair) for pair in json.loads(self._file.get_tensor("skips").tobytes())]
+        with _naming(self.path):
+            return [(str(key), str(reason)) for key, reason in json.loads(self._file.get_tensor("skips").tobytes())]
 
     def _string(self, bucket: Size, name: str, row: int) -> str:
         ends = self._end(bucket, name)
@@ -231,19 +243,24 @@ def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list
 
 
 def read_index(config: Config, cache: Path) -> list[Entry]:
-    """The shards of the run's manifest. Raises FileNotFoundError where nothing was encoded for this config."""
+    """The shards of the run's manifest. Raises FileNotFoundError where nothing was encoded for this config,
+    ValueError naming a damaged file."""
     path = manifest_path(config, cache)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: nothing was encoded into {cache} for this config's data and "
                                 "model keys; run the stage encode first")
     entries = []
-    with open(path, encoding="utf-8") as file:
+    with _naming(path), open(path, encoding="utf-8") as file:
         next(file)
         for facts in map(json.loads, file):
             if "rows" not in facts:
                 break  # the skips follow
             entries.append(Entry(facts["shard"], facts["file"], {parse_size(b): n for b, n in facts["rows"].items()},
                                  facts["skipped"]))
+            numbers = [*facts["rows"].values(), *facts["skipped"].values()]
+            if not (isinstance(facts["shard"], str) and isinstance(facts["file"], (str, type(None)))
+                    and all(type(n) is int and n >= 0 for n in numbers)):
+                raise ValueError(f"line {len(entries) + 1} is of no shard")
     return entries
 
 

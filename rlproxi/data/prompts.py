@@ -105,6 +105,7 @@ def _prompt(value: object) -> str:
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError('expected an object with a non-empty "prompt", for example {"prompt": "a red hat"}')
+    prompt.encode()  # JSON can spell half of a surrogate pair, which is no text: a UnicodeEncodeError is a ValueError
     return prompt.strip()
 
 

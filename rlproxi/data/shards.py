@@ -17,9 +17,10 @@ import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 from .addresses import PARQUETS, filesystem, list_shards
+from .tars import Header, Source
 
 __all__ = ["Sample", "Skip", "list_shards", "read_shard", "write_shard"]
 
@@ -28,7 +29,6 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMNS, CAPTION_COLUMNS, KEY_COLUMNS = ("image", *IMAGES), ("caption", "text", "txt"), ("key", "__key__")
 #: A larger member is not an image, and would be held in memory whole.
 MEMBER_LIMIT = 256 * 1024**2
-
 #: The kind of a Skip that may go away by itself (a network, a full disk), unlike damage inside a file.
 UNREADABLE = "unreadable file"
 
@@ -75,7 +75,7 @@ def read_shard(url: str) -> Iterator[Sample | Skip]:
     try:
         fs, path = filesystem(url)
         with fs.open(path, "rb") as file:
-            for item in read(_Source(file), url):
+            for item in read(Source(file), url):
                 if isinstance(item, Sample) and item.key in seen:
                     item = Skip(url, item.key, "duplicate key")
                 seen.add(item.key)
@@ -88,40 +88,11 @@ def _words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-class _Source:
-    """Forwards, and remembers the storage's own error, which tarfile and pyarrow would turn into a damaged file."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.error = file, None
-
-    def read(self, size: int = -1) -> bytes:
-        try:
-            return self.file.read(size)
-        except Exception as error:
-            self.error = error
-            raise
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-class _Header(tarfile.TarInfo):
-    """A TarInfo whose archive remembers how its list of members ended: tarfile takes a damaged header for the end."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.HeaderError as error:
-            archive.ending = error
-            raise
-
-
-def _read_tar(source: _Source, url: str) -> Iterator[Sample | Skip]:
+def _read_tar(source: Source, url: str) -> Iterator[Sample | Skip]:
     key, members = None, {}
     whole, fault = True, None
     try:
-        with tarfile.open(fileobj=source, mode="r|*", tarinfo=_Header) as archive:
+        with tarfile.open(fileobj=source, mode="r|*", tarinfo=Header) as archive:
             for info in archive:
                 name, _, ending = _split(info.name)
                 if not info.isfile() or not name or not ending:
@@ -154,6 +125,8 @@ def _split(path: str) -> tuple[str, str, str]:
 def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | _Unusable:
     if info.size > MEMBER_LIMIT:
         return _Unusable(f"member too large: {info.name} has {info.size} bytes")
+    if info.issparse():  # a hole of any size in a file of a few bytes; no tool that writes image-text data makes them
+        return _Unusable("sparse member: its holes are not stored")
     data = archive.extractfile(info).read()
     if len(data) != info.size:
         raise tarfile.ReadError(f"{info.name} is cut short")
@@ -200,6 +173,12 @@ def _checked(key: str, image: Any, caption: Any, meta: dict) -> Sample:
         raise _Unusable(f"caption is no text: a {type(caption).__name__}")
     if not caption.strip():
         raise _Unusable("empty caption")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise _Unusable("name is not UTF-8") from None
+    if key.startswith("/") or ".." in key.split("/"):
+        raise _Unusable("name leads out of its folder")  # of whoever unpacks what is written from here
     return Sample(key, image, caption.strip(), meta)
 
 
@@ -215,7 +194,7 @@ def _object(data: bytes | None) -> dict:
     return meta
 
 
-def _read_parquet(source: _Source, url: str) -> Iterator[Sample | Skip]:
+def _read_parquet(source: Source, url: str) -> Iterator[Sample | Skip]:
     import pyarrow.parquet
 
     try:
@@ -275,7 +254,8 @@ def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
                 _add(archive, f"{sample.key}.txt", sample.caption.encode())
                 if sample.meta:
                     text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True, default=str)
-                    _add(archive, f"{sample.key}.json", text.encode())
+                    # JSON can spell half of a surrogate pair; with its backslash it goes out as it came in.
+                    _add(archive, f"{sample.key}.json", text.encode("utf-8", "backslashreplace"))
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

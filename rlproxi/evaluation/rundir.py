@@ -6,6 +6,7 @@ Every part may be missing or half written (a run in progress, a killed one); not
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ..plain_yaml import read_yaml
 from ..telemetry import runlog
 
 
@@ -48,29 +49,28 @@ class RunDirectory:
         """The step count that the run is about: the config's, else the one an evaluation names."""
         count = dig(self.config, "sampler", "num_inference_steps")
         found = [e.get("headline_steps") for e in self.evaluations.values()]
-        return next((int(n) for n in [count, *found] if n is not None), None)
+        return next((n for n in [count, *found] if type(n) is int and abs(n) < 10**6), None)
 
     @property
     def judge(self) -> str | None:
         """The first held-out reward."""
         for evaluation in self.evaluations.values():
-            for entry in (evaluation.get("by_steps") or {}).values():
-                for name in entry.get("heldout") or {}:
+            for steps in _mapping(evaluation.get("by_steps")):
+                for name in _mapping(dig(evaluation, "by_steps", steps, "heldout")):
                     return name
         return None
 
     def entry(self, tag: str, steps: int | None = None) -> dict:
         """One step count's scores in evaluation ``tag``; {} where there are none."""
         steps = self.headline_steps if steps is None else steps
-        return dig(self.evaluations, tag, "by_steps", str(steps)) or {}
+        return _mapping(dig(self.evaluations, tag, "by_steps", str(steps)))
 
     def score(self, tag: str, name: str, steps: int | None = None) -> tuple[float, float] | None:
         """(mean, standard error) of a held-out or training reward in an evaluation."""
         entry = self.entry(tag, steps)
         found = dig(entry, "heldout", name) or dig(entry, "train", name)
-        if not found or found.get("mean") is None:
-            return None
-        return float(found["mean"]), float(found.get("sem") or 0.0)
+        mean, sem = finite(dig(found, "mean")), finite(dig(found, "sem"))
+        return None if mean is None else (mean, sem or 0.0)
 
     def samples(self, tag: str, steps: int | None = None) -> Samples | None:
         """The images of an evaluation; None where the file is missing or damaged (then it is in ``missing``)."""
@@ -118,6 +118,19 @@ def dig(values: Any, *keys: str) -> Any:
     return values
 
 
+def _mapping(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be drawn; None for anything else."""
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
 def load(path: str | os.PathLike) -> RunDirectory:
     """Reads a run directory. Raises FileNotFoundError for a folder that holds no part of a run."""
     path = Path(path)
@@ -127,7 +140,7 @@ def load(path: str | os.PathLike) -> RunDirectory:
     if not any((path / part).exists() for part in parts):
         raise FileNotFoundError(f"{path} is not a run directory: it holds none of {', '.join(parts)}")
     run = RunDirectory(path)
-    run.config = _read(run, "config.yaml", yaml.safe_load)
+    run.config = _read(run, "config.yaml", read_yaml)
     run.summary = _read(run, "summary.json", json.loads)
     run.records = runlog.read(path)
     if not run.records:
@@ -147,7 +160,7 @@ def _read(run: RunDirectory, name: str, parse) -> dict:
     except FileNotFoundError:
         run._note(f"{name} is missing")
         return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         run._note(f"{name} is not readable ({' '.join(str(error).split())[:120]})")
         return {}
     if not isinstance(values, dict):

@@ -7,7 +7,6 @@ formula, and training moves on from there.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..proximal.schedule import VPSchedule
 from ..proximal.warmstart import WarmStart
+from .checkpoint_files import read_json
 from .lam import LamEmbedding, told_of_lam
 from .text import TextStates
 
@@ -105,7 +105,7 @@ class NoiseLevels:
         file = folder / "scheduler" / "scheduler_config.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: it says what the network predicts and at which noise levels")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if str(values.get("_class_name", "")).startswith("FlowMatch"):
             self.prediction, self.log_snr = "flow", None
             self.steps = values.get("num_train_timesteps", 1000)

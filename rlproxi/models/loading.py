@@ -15,7 +15,7 @@ from ..seeds import seed_of
 from . import lora
 from .autoencoder import Autoencoder, latent_facts
 from .backbone import LAM, NoiseLevels, ProximalBackbone, adapter_of
-from .checkpoint_files import load_network, read_json
+from .checkpoint_files import load_network, naming, read_json
 from .folders import check_weights, find_model, latent_space, link, network_config, parts_folder, read_settings
 from .lam import LamEmbedding
 from .text import TextEncoder
@@ -57,13 +57,14 @@ def load_denoiser(folder: str | os.PathLike, schedule: VPSchedule | None = None,
     """
     folder = find_model(folder)
     part, values = network_config(folder)
-    own = own_network(values.get("_class_name"))
-    if own:
-        denoiser = load_part(own, folder / part)
-    else:
-        denoiser = _backbone(folder, part, values, schedule, size)
-    if (folder / lora.FOLDER).is_dir():
-        lora.load(denoiser, folder)
+    with naming(folder):
+        own = own_network(values.get("_class_name"))
+        if own:
+            denoiser = load_part(own, folder / part)
+        else:
+            denoiser = _backbone(folder, part, values, schedule, size)
+        if (folder / lora.FOLDER).is_dir():
+            lora.load(denoiser, folder)
     return denoiser.eval()
 
 
@@ -117,7 +118,8 @@ def save_denoiser(denoiser: nn.Module, folder: Path, origin: Path | None) -> Non
 
 def load_autoencoder(folder: Path) -> Autoencoder | None:
     """The autoencoder of a model folder; None for a model of pixels."""
-    return Autoencoder.from_pretrained(folder) if (folder / "vae").is_dir() else None
+    with naming(folder):
+        return Autoencoder.from_pretrained(folder) if (folder / "vae").is_dir() else None
 
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder | CheckpointText:
@@ -128,7 +130,8 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncode
     """
     for part in sorted(folder.glob("text_encoder*")):
         check_weights(part)
-    return load_text(folder, dtype)
+    with naming(folder):
+        return load_text(folder, dtype)
 
 
 def training_form(folder: str | os.PathLike, config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:

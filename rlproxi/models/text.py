@@ -89,12 +89,15 @@ class TextEncoder:
         for part in ("tokenizer", "text_encoder"):
             if not (folder / part).is_dir():
                 raise FileNotFoundError(f"{folder / part} is missing: not a diffusers-shaped model folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-        kind = (transformers.AutoConfig.from_pretrained(folder / "text_encoder").architectures or ["?"])[0]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True,
+                                                               trust_remote_code=False)
+        kind = (transformers.AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True,
+                                                        trust_remote_code=False).architectures or ["?"])[0]
         if kind not in cls.KINDS:
             raise ValueError(f"{folder / 'text_encoder'} holds a {kind}; text encoders known here: "
                              f"{', '.join(cls.KINDS)}")
-        model = getattr(transformers, kind).from_pretrained(folder / "text_encoder", use_safetensors=True)
+        model = getattr(transformers, kind).from_pretrained(folder / "text_encoder", use_safetensors=True,
+                                                            local_files_only=True)
         # Some tokenizers say 1e30 where they know no limit.
         return cls(tokenizer, model, min(tokenizer.model_max_length, 512))
 

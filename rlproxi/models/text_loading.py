@@ -123,8 +123,8 @@ def _tokenizer(folder: Path):
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers' Rust has an error without a class, and converters raise anything
         raise ValueError(f"{folder} is not a tokenizer that can be loaded here ({error}); one that is a spiece.model "
                          "alone needs the package sentencepiece") from None
 

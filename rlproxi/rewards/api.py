@@ -114,11 +114,21 @@ def read_prompts(path: str | Path) -> list[str] | dict[str, list[str]]:
         files = [path / f"{style}.json" for style in BENCHMARK_STYLES]
         if not any(file.is_file() for file in files):
             raise FileNotFoundError(f"folder {path} has none of {', '.join(file.name for file in files)}")
-        return {file.stem: _list(file, _text(file)) for file in files if file.is_file()}
+        return {file.stem: _encodable(file, _list(file, _text(file))) for file in files if file.is_file()}
     readers = {".txt": _lines, ".json": _list, ".jsonl": _records}
     if path.suffix.lower() not in readers:
         raise ValueError(f"prompts {path}: expected a folder or a file that ends in {', '.join(readers)}")
-    return readers[path.suffix.lower()](path, _text(path))
+    return _encodable(path, readers[path.suffix.lower()](path, _text(path)))
+
+
+def _encodable(path: Path, prompts: list[str]) -> list[str]:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    for number, prompt in enumerate(prompts):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompts {path}: entry {number} (counted from 0) is no text: {error.reason}") from None
+    return prompts
 
 
 def _text(path: Path) -> str:
@@ -166,7 +176,7 @@ def _records(path: Path, text: str) -> list[str]:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a ValueError also for a number of too many digits
         raise ValueError(f"prompts {where} are not JSON: {error}") from None
 
 

@@ -73,8 +73,8 @@ def load_tokens(name: str, clean: Callable[[str], str] = str) -> ClipTokens:
 
     folder = model_folder(name, "tokenizer", weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers' Rust has an error without a class, and converters raise anything
         raise ValueError(f"tokenizer {name!r}: {folder} holds no tokenizer that transformers can load: "
                          f"{reason(error)}") from None
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id

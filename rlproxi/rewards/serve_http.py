@@ -73,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length, media = self.headers.get("Content-Length", ""), wire.media_type(self.headers.get("Content-Type"))
-        if not (length.isascii() and length.isdigit()):
+        if not (length.isascii() and length.isdigit() and len(length) < 19):
             return self._refuse(411, "a Content-Length is needed")
         if int(length) > self.server.max_bytes:
             return self._refuse(413, f"the body has {length} bytes, {self.server.max_bytes} are allowed", int(length))

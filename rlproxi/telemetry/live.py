@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from ..plain_yaml import read_yaml
 from .live_digest import Digest, Malformed, parse
 from .live_lines import Lines, spread
 from .runlog import FILE_NAME
@@ -197,9 +198,9 @@ class LiveRun:
             found = file.stat()
             if self._config is None or self._config[0] != found.st_mtime:
                 text = file.read_text("utf-8") if found.st_size <= _CONFIG_LIMIT else ""
-                values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+                values = read_yaml(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
                 self._config = (found.st_mtime, text, values if isinstance(values, dict) else {})
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        except (OSError, ValueError):
             return "", {}
         return self._config[1], self._config[2]
 
@@ -209,7 +210,7 @@ def totals(config: dict) -> dict[str, int]:
     def steps(section: object, key: str = "steps") -> int | None:
         part = config.get(section) if isinstance(section, str) else None
         found = part.get(key) if isinstance(part, dict) else None
-        return found if type(found) is int else None
+        return found if type(found) is int and abs(found) < 2**53 else None
 
     run = config.get("run")
     algorithm = run.get("algorithm", "grpo") if isinstance(run, dict) else "grpo"

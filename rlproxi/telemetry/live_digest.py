@@ -69,8 +69,8 @@ class Digest:
         ["event", record]. None where there is
         nothing to show."""
         self.records += 1
-        event, time = record["event"], record.get("time")
-        if isinstance(time, (int, float)) and math.isfinite(time):
+        event, time = record["event"], _time(record.get("time"))
+        if time is not None:
             self.first_time = time if self.first_time is None else self.first_time
             self.last_time = time
         if event == "metrics":
@@ -119,7 +119,7 @@ class Digest:
             values.pop(name, None)
         self._add(stage, step, values)
         self.reached[stage], self.newest_stage = step, stage
-        if isinstance(time, (int, float)):
+        if time is not None:
             self.times.setdefault(stage, deque(maxlen=50)).append((step, time))
         return ["points", stage, step, values]
 
@@ -196,6 +196,12 @@ def _number(value: int | float | None) -> float | None:
     except OverflowError:
         return None
     return value if value is not None and math.isfinite(value) else None
+
+
+def _time(value: Any) -> float | None:
+    """Unix seconds, or None for what is no time a clock can tell."""
+    value = _number(value) if type(value) in (int, float) else None
+    return value if value is not None and abs(value) < 1e12 else None
 
 
 def _flat(name: str, value: Any, depth: int = 0) -> dict[str, float | None]:

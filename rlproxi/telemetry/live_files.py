@@ -80,7 +80,7 @@ def _group(group: Any) -> dict:
     rewards, parts = _numbers(group.get("rewards")), group.get("parts")
     size = group.get("size")
     known = isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 8192 for n in size)
-    return {"prompt": str(group.get("prompt", ""))[:2000], "rewards": rewards, "size": size if known else None,
+    return {"prompt": _text(group.get("prompt")), "rewards": rewards, "size": size if known else None,
             "parts": {str(k)[:100]: _numbers(v) for k, v in list(parts.items())[:16]} if isinstance(parts,
                                                                                                     dict) else {},
             **{key: _whole(group.get(key)) for key in ("index", "best", "worst")},
@@ -124,7 +124,7 @@ def evaluation(run_dir: Path, tag: str) -> dict:
         raise NotThere("an evaluation's tag is made of letters, digits, '.', '_' and '-'")
     values = _json(run_dir, f"evaluation/{tag}.json")
     prompts, by_steps = values.get("prompts"), values.get("by_steps")
-    prompts = [str(p)[:2000] for p in prompts[:_MAX_PROMPTS]] if isinstance(prompts, list) else []
+    prompts = [_text(p) for p in prompts[:_MAX_PROMPTS]] if isinstance(prompts, list) else []
     steps = [int(n) for n in by_steps if n.isdecimal() and len(n) < 6] if isinstance(by_steps, dict) else []
     return {"tag": tag, "iteration": _whole(values.get("iteration")), "prompts": prompts,
             "samples": _whole(values.get("samples")) or 1, "headline": _whole(values.get("headline_steps")),
@@ -145,10 +145,10 @@ def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tupl
         with open_inside(run_dir, name, ARCHIVE_LIMIT) as file, zipfile.ZipFile(file) as archive:
             images = _rows(archive, "images.npy", prompt * count, count)
             scores = _rows(archive, "heldout.npy", prompt * count, count)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except Exception as error:  # zipfile's, its decompressors' and numpy's readers raise whatever they trip over
         raise error if isinstance(error, NotThere) else NotThere(f"{name} is not readable ({error})") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise NotThere(f"{name} holds no images")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or scores.dtype.kind != "f":
+        raise NotThere(f"{name} holds no images with scores")
     stream = io.BytesIO()
     Image.fromarray(np.concatenate(list(images), axis=1)).save(stream, "PNG", compress_level=3)
     return stream.getvalue(), _numbers(scores.astype(float).ravel().tolist())
@@ -159,12 +159,16 @@ def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
     import numpy as np
     from numpy.lib import format as layout
 
+    if archive.getinfo(member).file_size > ARCHIVE_LIMIT:
+        raise ValueError(f"{member} is larger than {ARCHIVE_LIMIT} bytes")
     with archive.open(member) as file:
         read_header = {(1, 0): layout.read_array_header_1_0,
                        (2, 0): layout.read_array_header_2_0}.get(layout.read_magic(file))
         shape, by_column, dtype = read_header(file) if read_header else ((), True, np.dtype(object))
         if by_column or dtype.hasobject or not shape or not 0 <= start <= start + count <= shape[0] or not count:
             raise ValueError(f"{member} has no rows {start} to {start + count}")
+        if not all(type(side) is int and side > 0 for side in shape):  # a row of -1 bytes would be the whole member
+            raise ValueError(f"{member} has the shape {shape}")
         row = math.prod(shape[1:]) * dtype.itemsize
         if row * count > PICTURE_LIMIT * 4:
             raise ValueError(f"{member} has rows of {row} bytes")
@@ -225,7 +229,19 @@ def _whole(value: Any) -> int | None:
     return value if type(value) is int and abs(value) < 2**53 else None
 
 
+def _text(value: Any) -> str:
+    return value[:2000] if isinstance(value, str) else ""
+
+
 def _numbers(values: Any) -> list[float | None]:
     if not isinstance(values, list):
         return []
-    return [float(v) if type(v) in (int, float) and math.isfinite(v) else None for v in values[:4096]]
+    return [_number(v) for v in values[:4096]]
+
+
+def _number(value: Any) -> float | None:
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None

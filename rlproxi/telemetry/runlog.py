@@ -102,7 +102,7 @@ def read(run_dir: str | os.PathLike) -> list[dict]:
     """All records in the order they were written; [] where there is no log yet.
 
     A line that is not a JSON object is what a killed writer left behind (the last line, or the last one
-    before a resume), and is skipped.
+    before a resume), and is skipped; so is one that ``append`` would not have written.
     """
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
@@ -111,11 +111,28 @@ def read(run_dir: str | os.PathLike) -> list[dict]:
     for line in path.read_bytes().split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:  # covers JSON and UTF-8 errors
+        except (ValueError, RecursionError):  # a ValueError covers JSON and UTF-8 errors
             continue
-        if isinstance(record, dict) and "event" in record:
+        if isinstance(record, dict) and isinstance(record.get("event"), str) and _whole(record):
             records.append(record)
     return records
+
+
+def _whole(record: dict) -> bool:
+    """Whether a record has what its event needs, of the kind it needs."""
+    kinds = {"step": int, "stage": str, "name": str, "status": str}
+    needed = _REQUIRED.get(record["event"], ())
+    if any(type(record.get(name)) is not kinds[name] for name in needed):
+        return False
+    return "step" not in record or type(record["step"]) is int and abs(record["step"]) <= 2**53
+
+
+def _number(value: Any) -> float:
+    """A metric's value; NaN for null, and for what is no number."""
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def last_step(records: Iterable[dict], stage: str) -> int | None:
@@ -142,8 +159,7 @@ def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], li
         if record["event"] == "resume":
             values = {step: value for step, value in values.items() if step <= record["step"]}
         elif record["event"] == "metrics" and key in record:
-            value = record[key]
-            values[int(record["step"])] = math.nan if value is None else float(value)
+            values[record["step"]] = _number(record[key])
     steps = sorted(values)
     return steps, [values[step] for step in steps]
 
@@ -162,6 +178,6 @@ def stage_seconds(records: Iterable[dict]) -> dict[str, float]:
     """Seconds of each stage that is done; a stage that was run more than once counts every time."""
     seconds: dict[str, float] = {}
     for record in records:
-        if record["event"] == "stage" and record.get("status") == "done" and record.get("seconds") is not None:
+        if record["event"] == "stage" and record["status"] == "done" and math.isfinite(_number(record.get("seconds"))):
             seconds[record["name"]] = seconds.get(record["name"], 0.0) + record["seconds"]
     return seconds

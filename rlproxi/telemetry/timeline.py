@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -141,7 +142,16 @@ def read(run_dir: str | os.PathLike) -> list[dict]:
     path = Path(run_dir) / FILE_NAME
     lines = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             found = json.loads(line)
-            lines.append({**found, "spans": [Span(*row) for row in found["spans"]]})
+            if type(found["stage"]) is str and type(found["step"]) is int:
+                lines.append({**found, "spans": [_span(*row) for row in found["spans"]]})
     return lines
+
+
+def _span(role: str, who: int | str, phase: str, start: float, seconds: float) -> Span:
+    """Raises ValueError, TypeError or OverflowError for what is no span."""
+    named = type(role) is type(phase) is str and type(who) in (int, str)
+    if not (named and math.isfinite(start) and math.isfinite(seconds)):
+        raise ValueError("no span")
+    return Span(role, who, phase, float(start), float(seconds))

@@ -114,6 +114,9 @@ class Mortal:
     def __init__(self, deaths: int):
         self.deaths = deaths
 
+    async def ready(self):
+        return True
+
     def sample(self, request, version, weights):
         return self.save(), "chain"
 
@@ -126,7 +129,7 @@ class Mortal:
 
 class Store:
     async def get(self, version):
-        return ["weights"]
+        return "weights", 1
 
 
 def test_the_pool_notes_who_sampled_when_and_counts_the_lost(tmp_path):

@@ -23,9 +23,10 @@ class Captioner:
 
         self.settings, self.device = settings, torch.device(device)
         self.dtype = compute_dtype(settings.precision, self.device)
-        self.processor = models.load(settings.model, KEY, AutoProcessor.from_pretrained)
+        self.processor = models.load(settings.model, KEY, lambda name: AutoProcessor.from_pretrained(
+            name, trust_remote_code=False))
         self.model = models.load(settings.model, KEY, lambda name: AutoModelForImageTextToText.from_pretrained(
-            name, dtype=self.dtype)).eval().to(self.device)
+            name, dtype=self.dtype, trust_remote_code=False)).eval().to(self.device)
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and settings.prompt is None:
             raise ValueError(f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, "
