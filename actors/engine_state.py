@@ -1,9 +1,9 @@
 """What an optimizer step reads and writes, by parameter name: in safetensors, for any ZeRO stage and number of ranks.
 
 DeepSpeed's own checkpoints are pickles, which can execute code when they are loaded, and fit one number of ranks. Its
-converter to universal checkpoints reads those pickles, and torch.distributed.checkpoint, whose index is a pickle too, knows
-nothing of ZeRO's flat partitions. So the whole tensors are put together by DeepSpeed's documented accessors (``safe_get_*``),
-one at a time, and each rank writes its share of the files. Everything is float32, so nothing is lost on the way.
+converter to universal checkpoints reads those pickles, and torch.distributed.checkpoint, whose index is a pickle too,
+knows nothing of ZeRO's flat partitions. So the whole tensors are put together by DeepSpeed's documented accessors
+(``safe_get_*``), one at a time, and each rank writes its share of the files. All is float32: nothing is lost on the way.
 """
 
 from __future__ import annotations
@@ -149,9 +149,9 @@ class EngineState:
             if kind in (WEIGHT, BUFFER) or name not in self.parameters or shapes[key] != expected:
                 wrong.append(key)
         if wrong:
-            raise ValueError(f"{folder} is the state of another network; missing, unknown or of another shape: "
-                             f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}. Resume with the model.* settings "
-                             "that it was written with")
+            some = f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}"
+            raise ValueError(f"{folder} is the state of another network; missing, unknown or of another shape: {some}. "
+                             "Resume with the model.* settings that it was written with")
 
     # -- one tensor, whatever the stage -----------------------------------------------------
 
@@ -184,7 +184,8 @@ class EngineState:
             return self.buffers[name].clone()
         p, state = self.parameters[name], self._held(name)[1]
         if kind == STEP:
-            return state[STEP].float().reshape(()).clone()  # at ZeRO 1 to 3 it is one for all, and a file holds no tensor twice
+            # At ZeRO 1 to 3 it is one for all, and a file holds no tensor twice.
+            return state[STEP].float().reshape(()).clone()
         if self.stage == 0:
             return p if kind == WEIGHT else state[kind]
         return safe_get_full_fp32_param(p) if kind == WEIGHT else safe_get_full_optimizer_state(p, kind)
@@ -231,7 +232,8 @@ class EngineState:
         for p in self._flat():
             self.base.state.pop(p, None)
             if kinds:
-                self.base.state[p] = {STEP: torch.zeros((), device=p.device), **{kind: torch.zeros_like(p) for kind in kinds}}
+                moments = {kind: torch.zeros_like(p) for kind in sorted(kinds)}
+                self.base.state[p] = {STEP: torch.zeros((), device=p.device), **moments}
         if self.stage in (1, 2):
             self.zero._hp_optimizer_states_linked = False
             if kinds:

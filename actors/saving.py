@@ -109,8 +109,9 @@ class Saved:
         told = f"{self.stage}: no checkpoint of step {step}: {failed}; {checkpoints.space(root)}"
         if self.unwritten < most:
             if self.rank == 0:
-                self.scribe.say.remote("warning", f"{told}. Training goes on ({self.unwritten} of {most} failures in a row "
-                                                  f"before it stops), the next attempt is {self.checkpoint_every} steps on: {remedy}")
+                self.scribe.say.remote("warning", (
+                    f"{told}. Training goes on ({self.unwritten} of {most} failures in a row before it stops), the next attempt "
+                    f"is {self.checkpoint_every} steps on: {remedy}"))
             return
         self.stopped = True
         self.stop(AlgorithmStopped(f"{told}. {most} checkpoints in a row could not be written: {remedy}, then --resume"))
