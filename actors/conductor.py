@@ -14,11 +14,12 @@ from rlproxi.telemetry.timeline import Diary
 
 from .cluster import actor_options
 from .evaluator import Evaluator
-from .loop import Loop, tell_provenance
+from .loop import Loop
 from .observer import Observer, Told
 from .pool import RolloutPool
 from .reward_service import RewardClient
 from .rollout import RolloutActor
+from .scored import tell_provenance
 
 
 # Every rank of the learner waits in a call of its own, and while they wait another must get through: the first rank's

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from dataclasses import dataclass, field
 from typing import Any, Callable, Coroutine, Sequence
 
 import numpy as np
@@ -21,42 +20,23 @@ from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config import Config
 from rlproxi.memory_errors import is_out_of_memory
 from rlproxi.rewards import RewardError
-from rlproxi.rewards.combine import mean_present
-from rlproxi.schema import Reward
 
 from .evaluator import Evaluator
 from .observer import Observer, Told
 from .pool import RolloutPool
 from .reward_service import RewardClient
+from .scored import Scored, tell_provenance, told_of_rollouts
 from .staleness import Ledger, StalenessPolicy, Stamp
 from .stops import LOST, OUT_OF_MEMORY
-
-
-@dataclass
-class Scored:
-    """A sampled and scored micro-batch, waiting for the learner; or, where the learner samples for itself, its prompts."""
-
-    request: SampleRequest
-    stamp: Stamp
-    chain: Any = None  # a reference; its tensors go from the rollout actor to the learner
-    rewards: np.ndarray | None = None  # [P, G] float32, NaN where a group could not be scored
-    parts: dict[str, np.ndarray] = field(default_factory=dict)  # scorer -> [P, G]
-    seconds: dict[str, float] = field(default_factory=dict)
-    images: np.ndarray | None = None  # those of its groups that are shown in a gallery
-    broken: int = 0  # samples that are NaN or Inf
-
-    @property
-    def version(self) -> int:
-        return self.stamp.version
 
 
 class Loop:
     """Runs rollouts and rewards ahead of the learner, as far as staleness and bytes allow.
 
     Args:
-        pool: samples (``sample``) and forgets what it knew of the learner before (``begin``). client: scores
-            (``total``, ``provenance``). evaluator: ``evaluate``, ``guard``. scribe: an actor's handle, for ``append`` and
-            ``stop``. observer: None where nothing is told beside the numbers.
+        pool: samples (``sample``), and forgets what it knew of the learner before (``begin``). client: scores
+            (``total``, ``provenance``). scribe: an actor's handle, for ``append`` and ``stop``. evaluator:
+            ``evaluate``, ``guard``. observer: None where nothing is told beside the numbers.
     """
 
     def __init__(self, config: Config, algorithm: Algorithm, pool: RolloutPool, client: RewardClient, scribe: Any,
@@ -108,9 +88,9 @@ class Loop:
         {"leave": True} where a checkpoint is to be written first.
 
         Returns {"requests" (pickled once, for all ranks), "rewards" [P, G] of all micro-batches in order, "versions",
-        "chains": {j: reference} of those that ``rank`` trains on, "refused": why nothing of it is, or None}; where the learner samples, the requests, and None as
-        rewards. Every rank is told the same of an iteration, whatever happens between their calls: ranks that part wait for
-        each other in a collective for ever.
+        "chains": {j: reference} of those that ``rank`` trains on, "refused": why nothing of it is, or None}; where the
+        learner samples, the requests, and None as rewards. Every rank is told the same of an iteration, whatever happens
+        between their calls: ranks that part wait for each other in a collective for ever.
         """
         async with self.changed:
             await self.changed.wait_for(lambda: self._has_answer(iteration))
@@ -162,7 +142,8 @@ class Loop:
                      life: int | None = None) -> None:
         """Iteration done, and the weights of version ``iteration + 1`` published. ``spans``: see ``Observer``.
 
-        Raises RuntimeError where it is not this iteration's turn, or not this learner's: ``life`` is what ``begin`` told it.
+        Raises RuntimeError where it is not this iteration's turn, or not this learner's: ``life`` is what ``begin``
+        told it.
         """
         if self.answers.get(iteration) is None:
             raise RuntimeError(f"iteration {iteration} is committed, and no learner of this life was given it")
@@ -175,7 +156,8 @@ class Loop:
         self._tell(iteration, [done[j] for j in sorted(done)], metrics, spans, in_flight)
         if iteration == self.begun:
             # By now they have measured their micro-batch.
-            await tell_provenance([r for r in self.config.rewards.train if r.tune_micro_batch], self.client, self.scribe)
+            tuned = [reward for reward in self.config.rewards.train if reward.tune_micro_batch]
+            await tell_provenance(tuned, self.client, self.scribe)
 
     def _tell(self, iteration: int, entries: list[Scored], metrics: dict[str, float], spans: Sequence[Told],
               in_flight: int) -> None:
@@ -184,7 +166,7 @@ class Loop:
         images = sum(e.request.images for e in entries)
         record = {
             "stage": "rl", "step": iteration + 1, **metrics,
-            **(_told_of_rollouts(entries, in_flight) if self.algorithm.needs_rollouts else {}),
+            **(told_of_rollouts(entries, in_flight) if self.algorithm.needs_rollouts else {}),
             "seconds/step": now - self.last_commit,
             "images_per_second": images / max(now - self.last_commit, 1e-9),
         }
@@ -292,7 +274,7 @@ class Loop:
 
     async def _hand_over(self, j: int, scored: Scored) -> None:
         async with self.changed:
-            # An iteration that a stop left incomplete stays so. And what was cancelled may yet come: its answer was there.
+            # An iteration that a stop left incomplete stays so. What was cancelled may yet come: its answer was there.
             if self.stopped is None and self.ledger.in_flight(scored.stamp):
                 entries = self.ready.setdefault(scored.stamp.iteration, {})
                 entries[j] = scored
@@ -328,22 +310,3 @@ class Loop:
                 await self.stop(f"{error} (rewards.on_failure = stop)")
             missing = np.full(len(images), np.nan, np.float32)
             return missing, {r.name: missing for r in self.config.rewards.train}
-
-
-def _told_of_rollouts(entries: list[Scored], in_flight: int) -> dict[str, float]:
-    rewards = {f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries])) for name in entries[0].parts}
-    return {**rewards, "staleness/mean": float(np.mean([e.stamp.iteration - e.version for e in entries])),
-            "groups": sum(len(e.request.prompts) for e in entries),
-            "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
-            "seconds/reward": sum(e.seconds["reward"] for e in entries), "bytes_in_flight": in_flight}
-
-
-async def tell_provenance(rewards: list[Reward], client: RewardClient, scribe: Any) -> None:
-    """Logs what makes each reward's scores."""
-    for reward in rewards:
-        try:
-            facts = await client.provenance(reward.name)
-            scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
-        except RewardError as error:  # a line of the report is missing: no reason to end a run
-            message = f"reward {reward.name!r} does not tell what makes its score: {error}"
-            scribe.append.remote("warning", {"message": message})

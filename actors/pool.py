@@ -84,7 +84,7 @@ class RolloutPool:
                 pass  # told of where the actor is looked after
 
     async def _weights(self, version: int) -> tuple[Any, int]:
-        """The reference to a version's weights and the number of its publication: one question for all who ask at once."""
+        """A version's weights by reference, and the number of their publication; asked for once where many ask."""
         call = self.looked_for.get(version)
         if call is None:
             call = self.looked_for[version] = asyncio.ensure_future(_answer(self.store.get.remote(version)))

@@ -90,7 +90,8 @@ class Ledger:
     def dispatch(self) -> Stamp:
         """Takes the next iteration into flight; the stamp of all its groups. RuntimeError where that is not allowed."""
         if not (self.within_bound() and self.has_room()):
-            raise RuntimeError(f"iteration {self.next} dispatched at version {self.version} with {self.budget.used} bytes in flight")
+            raise RuntimeError(f"iteration {self.next} dispatched at version {self.version} "
+                               f"with {self.budget.used} bytes in flight")
         stamp = Stamp(self.life, self.next, self.version)
         self.budget.take(self.size)
         self.next += 1
@@ -114,7 +115,8 @@ class Ledger:
         ``begin`` told it). Nothing is changed then.
         """
         if life is not None and life != self.life:
-            raise RuntimeError(f"iteration {iteration} is committed by the learner of life {life}, which life {self.life} replaced")
+            raise RuntimeError(f"iteration {iteration} is committed by the learner of life {life}, "
+                               f"which life {self.life} replaced")
         if not (iteration == self.version < self.next):
             raise RuntimeError(f"iteration {iteration} is committed, where iteration {self.version} is trained")
         self.budget.give_back(self.size)

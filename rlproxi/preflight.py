@@ -119,9 +119,9 @@ def _algorithm(config: Config) -> list[Problem]:
     known = ", ".join(name for name in names() if is_differentiable(name))
     lacking = [(i, reward.name) for i, reward in enumerate(config.rewards.train)
                if reward.kind in names() and not is_differentiable(reward.kind)]
-    problems += [Problem(f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs one from "
-                         f"every training reward: use one of {known}, or a scorer of your own that is a TorchScorer "
-                         "(docs/rewards/)", False) for i, name in lacking]
+    problems += [Problem(f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs "
+                         f"one from every training reward: use one of {known}, or a scorer of your own that is a "
+                         "TorchScorer (docs/rewards/)", False) for i, name in lacking]
     return problems
 
 
@@ -129,11 +129,11 @@ def _staleness(config: Config, algorithm: Algorithm) -> None:
     """A bound that has no effect."""
     name, g = config.section, config.rl
     if g.max_staleness and not algorithm.needs_rollouts:
-        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, with "
-                         "the weights it has, so nothing can be stale: set it to 0")
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, "
+                         "with the weights it has, so nothing can be stale: set it to 0")
     if g.max_staleness >= max(1, g.steps):
-        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be more than "
-                         f"{g.steps - 1} versions behind: set it to at most that")
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be "
+                         f"more than {g.steps - 1} versions behind: set it to at most that")
 
 
 def _bytes_in_flight(config: Config) -> None:
@@ -141,12 +141,13 @@ def _bytes_in_flight(config: Config) -> None:
     name, g = config.section, config.rl
     whole, limit = g.micro_batches * bytes_per_micro_batch(config), g.max_bytes_in_flight
     if whole > limit:
-        raise ValueError(f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, and is "
-                         f"trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or trained_steps")
+        raise ValueError(f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
+                         f"and is trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or "
+                         "trained_steps")
     if (g.max_staleness + 1) * whole > limit:
-        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} bytes are in "
-                         f"flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at least "
-                         f"{(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}")
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} "
+                         f"bytes are in flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
+                         f"least {(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}")
 
 
 def _what_needs_gradients(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Rollout actors, rewards and a weight store for the conductor's real loop and pool, on virtual time (``virtual_time``).
+"""Rollout actors, a weight store and a log for the conductor's real loop and pool, on virtual time.
 
 What they make says who made it: an image's pixels and a chain carry the weights and the request.
 """
@@ -29,10 +29,11 @@ class Chain:
 
 
 class Rollout:
-    """The actor's own code, without a network; ``work(request)`` takes the time of one call, ``fresh(weights)`` that of new weights.
+    """The actor's own code, without a network. ``work(request)`` takes a call's time,
+    ``fresh(weights)`` that of new weights.
 
-    When it dies its calls fail, and so does every call until it is back, at once. (Ray fails the first few of them, and holds
-    the others until it is back.)
+    When it dies its calls fail, and so does every call until it is back, at once. (Ray fails the first few of them,
+    and holds the others until it is back.)
     """
 
     def __init__(self, work: Callable[[SampleRequest], Awaitable[None]], restart_s: float = 5.0,

@@ -1,7 +1,7 @@
 """The conductor's loop, pool and weight store under random schedules of answers, deaths, losses and restarts.
 
-Their own code on virtual time; actors, rewards and ranks are simulated. A deadlock is found at once: nothing is left that
-could happen (``virtual_time.Deadlock``).
+Their own code on virtual time; actors, rewards and ranks are simulated. A deadlock is found at once: nothing is left
+that could happen (``virtual_time.Deadlock``).
 """
 
 import asyncio
@@ -17,8 +17,9 @@ from local_actors import Local
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from simulated_roles import Log, Rollout, Store, Weights, brightness, handles, made_of
 
-from actors.loop import Loop, Scored
+from actors.loop import Loop
 from actors.pool import RolloutPool
+from actors.scored import Scored
 from actors.staleness import Stamp
 from rlproxi.algorithms import grpo
 from rlproxi.config import build_config
@@ -63,7 +64,7 @@ class World:
             await self.pause(1.0)
         except asyncio.CancelledError:
             if self.dice.random() < 0.5:
-                raise  # else as asyncio.wait_for of Python 3.11 has it: an answer that was there makes it forget to stop
+                raise  # else as Python 3.11's asyncio.wait_for: where the answer was there, it goes on
         if self.dice.random() < self.lost_scores:
             raise RewardError("lost on its way")
         return brightness(images), {"attributes": brightness(images)}

@@ -124,7 +124,8 @@ def test_an_iteration_larger_than_the_budget_still_reaches_the_learner():
     for iteration in range(3):
         stamp = ledger.dispatch()
         assert ledger.within_bound() and not ledger.has_room()
-        with pytest.raises(RuntimeError, match=f"iteration {iteration + 1} dispatched at version {iteration} with 11 bytes"):
+        words = f"iteration {iteration + 1} dispatched at version {iteration} with 11 bytes"
+        with pytest.raises(RuntimeError, match=words):
             ledger.dispatch()
         ledger.check(iteration, [stamp])
         ledger.commit(iteration)
@@ -153,7 +154,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def dispatches(self):
         stamp = self.ledger.dispatch()
-        assert (stamp.life, stamp.version) == (self.life, self.ledger.version) and stamp.iteration - stamp.version <= self.bound
+        assert (stamp.life, stamp.version) == (self.life, self.ledger.version)
+        assert stamp.iteration - stamp.version <= self.bound
         self.flying.append(stamp)
 
     @precondition(lambda self: self.flying)
@@ -192,7 +194,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.trained == list(range(self.start, ledger.version)), "each once, in order"
         assert ledger.budget.used == 10 * (ledger.next - ledger.version) <= max(10, self.limit)
         assert ledger.next - ledger.version <= self.bound + 1
-        assert ledger.next > ledger.version or ledger.within_bound() and ledger.has_room(), "something can always happen"
+        assert ledger.next > ledger.version or ledger.within_bound() and ledger.has_room(), "something can happen"
 
 
 TestLedger = LedgerMachine.TestCase

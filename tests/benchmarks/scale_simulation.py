@@ -2,9 +2,9 @@
 
     python tests/benchmarks/scale_simulation.py [--gpus 1 8 64 512] [--json FILE] [--plot FILE]
 
-Virtual time: what waits costs nothing, what the conductor computes costs this machine's CPU and is counted. Each GPU has a
-rollout actor, a learner rank and a reward replica, which share it while they work at once, and the same work at every
-scale. docs/scaling.md says where the figures of ``Work`` come from, and what follows.
+Virtual time: what waits costs nothing, what the conductor computes costs this machine's CPU and is counted. Each GPU
+has a rollout actor, a learner rank and a reward replica, which share it while they work at once, and the same work at
+every scale. docs/scaling.md says where the figures of ``Work`` come from, and what follows.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Shared:
 
 
 class FanOut:
-    """How a publication gets to the nodes. ``owner``: each node from the owner's. ``ray``: from a node that is picked among
-    those that have it when it is asked for. ``tree``: a node is asked by one other at a time."""
+    """How a publication gets to the nodes. ``owner``: each node from the owner's. ``ray``: from a node that is picked
+    among those that have it when it is asked for. ``tree``: a node is asked by one other at a time."""
 
     def __init__(self, how: str, nodes: int, work: Work, dice: random.Random):
         self.how, self.work, self.dice = how, work, dice
@@ -189,20 +189,22 @@ class Simulation:
 
     def _config(self, folder: Path) -> Config:
         prompts = folder / "prompts.txt"
-        prompts.write_text("".join(f"a photograph of subject {i} in front of a wall, in soft light\n" for i in range(20_000)))
+        prompts.write_text("".join(f"a photograph of subject {i} before a wall, soft light\n" for i in range(20_000)))
         w = self.work
         whole = self.gpus * w.micro_batches * w.group_size * (w.image_bytes + w.chain_bytes)
         return build_config({
-            "grpo": {"steps": self.iterations, "prompts_per_step": self.gpus * w.micro_batches, "groups_per_micro_batch": 1,
-                     "group_size": w.group_size, "max_staleness": self.bound, "max_bytes_in_flight": (self.bound + 1) * whole},
-            "run": {"stages": ["rl"]}, "data": {"prompts": str(prompts)}, "evaluate": {"every": 0}, "telemetry": {"samples_every": 0},
+            "grpo": {"steps": self.iterations, "prompts_per_step": self.gpus * w.micro_batches,
+                     "groups_per_micro_batch": 1, "group_size": w.group_size, "max_staleness": self.bound,
+                     "max_bytes_in_flight": (self.bound + 1) * whole},
+            "run": {"stages": ["rl"]}, "data": {"prompts": str(prompts)}, "evaluate": {"every": 0},
+            "telemetry": {"samples_every": 0},
             "rewards": {"train": [{"name": "attributes"}], "replicas": self.gpus, "timeout_s": 3600},
             "resources": {"learner_workers": self.gpus, "rollout_actors": self.gpus}})
 
     async def _learner(self, config: Config) -> None:
         w, now = self.work, asyncio.get_running_loop().time
         nodes = math.ceil(self.gpus / w.per_node)
-        exchange = 2 * (self.gpus - 1) / self.gpus * w.gradient_bytes / w.all_reduce + 20e-6 * math.log2(max(2, self.gpus))
+        exchange = 2 * (self.gpus - 1) / self.gpus * w.gradient_bytes / w.all_reduce + 20e-6 * math.log2(self.gpus)
         life = await self._publish_and(self.loop.begin, 0, nodes)
         self.ended.append(now())
         for iteration in range(self.iterations):
@@ -275,8 +277,9 @@ class Simulation:
         step = statistics.mean(steady)
         images = self.gpus * self.work.micro_batches * self.work.group_size
         calls = sum(rollout.calls for rollout in self.rollouts)
-        return {"gpus": self.gpus, "bound": self.bound, "fan_out": self.fan_out, "weights_bytes": self.work.weights_bytes,
-                "failures": self.work.failures, "seconds/step": step, "images/s/gpu": images / step / self.gpus,
+        return {"gpus": self.gpus, "bound": self.bound, "fan_out": self.fan_out,
+                "weights_bytes": self.work.weights_bytes, "failures": self.work.failures, "seconds/step": step,
+                "images/s/gpu": images / step / self.gpus,
                 "busy": statistics.mean(gpu.busy for gpu in self.devices) / self.ended[-1],
                 "learner_waits": statistics.mean(self.waited[1:]), "fan_out_s": max(self.nodes.seconds),
                 "bytes_in_flight": max(self.flight), "image_bytes/step": images * self.work.image_bytes,
@@ -303,8 +306,8 @@ SCENARIOS = {
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    head = ("| scenario | GPUs | s/iteration | images/s/GPU | against 1 GPU | busy | weights to all nodes | in flight | "
-            "loop's CPU/iteration |\n|---|---|---|---|---|---|---|---|---|")
+    head = ("| scenario | GPUs | s/iteration | images/s/GPU | against the fewest | busy | weights to all nodes | "
+            "in flight | CPU/iteration |\n|---|---|---|---|---|---|---|---|---|")
     base = {row["scenario"]: row["images/s/gpu"] for row in reversed(rows)}
     return "\n".join([head, *(
         f"| {r['scenario']} | {r['gpus']} | {r['seconds/step']:.1f} | {r['images/s/gpu']:.3f} | "
@@ -322,7 +325,8 @@ def plot(rows: list[dict], file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
     for name in dict.fromkeys(row["scenario"] for row in rows):
         mine = [row for row in rows if row["scenario"] == name]
-        axes.plot([r["gpus"] for r in mine], [r["images/s/gpu"] / mine[0]["images/s/gpu"] for r in mine], marker="o", label=name)
+        relative = [row["images/s/gpu"] / mine[0]["images/s/gpu"] for row in mine]
+        axes.plot([row["gpus"] for row in mine], relative, marker="o", label=name)
     axes.axhline(0.85, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xscale="log", xlabel="GPUs", ylabel="images/s/GPU, against the fewest", ylim=(0, 1.1))
     axes.set_xticks(sorted({row["gpus"] for row in rows}), labels=sorted({row["gpus"] for row in rows}))
@@ -343,7 +347,8 @@ def main() -> None:
     for name in options.scenario:
         bound, work, fan_out = SCENARIOS[name]
         for gpus in options.gpus:
-            rows.append({"scenario": name, **simulate(gpus, bound, work, fan_out=fan_out, iterations=options.iterations)})
+            found = simulate(gpus, bound, work, fan_out=fan_out, iterations=options.iterations)
+            rows.append({"scenario": name, **found})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             if options.json:
                 options.json.write_text(json.dumps({"work": asdict(Work()), "rows": rows}, indent=1))

@@ -10,7 +10,7 @@ import pytest
 from local_actors import Local, local_scribe
 from ray.exceptions import ActorDiedError
 
-from actors.loop import Scored
+from actors.scored import Scored
 from actors.observer import Observer, over_the_wire
 from actors.pool import RolloutPool
 from actors.reward_service import RewardClient
