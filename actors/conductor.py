@@ -33,7 +33,8 @@ class Conductor:
         self.loop: Loop | None = None  # from ``connect`` on, where there is a stage rl
         options = actor_options(config, "rollout")
         self.pool = RolloutPool([RolloutActor.options(**options).remote(config, model_folder)
-                                 for _ in range(config.resources.rollout_actors)], store, scribe, Diary())
+                                 for _ in range(config.resources.rollout_actors)], store, scribe, Diary(),
+                                config.faults.hang_timeout_s)
 
     async def connect(self, apps: dict[str, str]) -> int:
         """Takes the names of the deployed rewards; once all rollout actors have loaded the model, their number."""

@@ -29,13 +29,15 @@ class RolloutPool:
     Args:
         actors: handles of ``RolloutActor``. store: handle of the ``WeightStore``. scribe: is told of lost actors.
         diary: of what each actor did when.
+        hang_timeout_s: an actor that has been at a request for so many seconds hangs, and is started again; None: never.
 
     ``lost`` counts the actors that died.
     """
 
-    def __init__(self, actors: list, store: Any, scribe: Any, diary: Diary | None = None):
+    def __init__(self, actors: list, store: Any, scribe: Any, diary: Diary | None = None,
+                 hang_timeout_s: float | None = None):
         self.actors, self.store, self.scribe = actors, store, scribe
-        self.diary, self.lost = diary or Diary(), 0
+        self.diary, self.lost, self.hang_timeout_s = diary or Diary(), 0, hang_timeout_s
         self.idle: asyncio.Queue = asyncio.Queue()
         self.left = len(actors)  # those that have not died for good
         self.looked_for: dict[int, asyncio.Future] = {}  # version -> the store's answer that is under way
@@ -115,6 +117,15 @@ class RolloutPool:
                 self.idle.put_nowait((number, actor))
 
         call.add_done_callback(ended)
+        if self.hang_timeout_s is not None:
+            late = asyncio.get_running_loop().call_later(self.hang_timeout_s, self._start_again, number, actor)
+            call.add_done_callback(lambda _: late.cancel())
+
+    def _start_again(self, number: int, actor: Any) -> None:
+        """Kills an actor that hangs: its call fails then as if it had died."""
+        self._tell(f"rollout actor {number} has not answered for {self.hang_timeout_s:g} s (faults.hang_timeout_s) and is "
+                   "started again")
+        ray.kill(actor, no_restart=False)
 
     async def _look_after(self, number: int, actor: Any) -> None:
         """Waits until a lost actor has loaded the model again, and asks it again from then on."""
