@@ -46,6 +46,17 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+_LINEAR = torch.nn.functional.linear
+
+
+# ZeRO 3 puts its own in the place of torch's, for good: it knows no autocast, and needs another amount of memory.
+@pytest.fixture(autouse=True)
+def torchs_own_linear():
+    torch.nn.functional.linear = _LINEAR
+    yield
+    torch.nn.functional.linear = _LINEAR
+
+
 @pytest.fixture(scope="session")
 def process_group():
     """A torch.distributed world of this process, one for all tests: DeepSpeed keeps what it knows of the first."""

@@ -7,12 +7,6 @@ from safetensors.torch import load_file, save_file
 from resume_fixtures import engine_of, same, state, train
 
 
-@pytest.fixture(autouse=True)
-def torchs_own_linear(monkeypatch):
-    """ZeRO 3 puts its own in the place of torch's, for good; other tests measure the memory of torch's."""
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-
-
 MORE = [pytest.param(kind, stage, marks=pytest.mark.exhaustive) for kind in ("lora", "buffers") for stage in (1, 3)]
 
 

@@ -5,16 +5,10 @@ import resource
 import subprocess
 
 import pytest
-import torch
 
 from actors import checkpoints
 from resume_fixtures import SmallRank, same
 from rlproxi.telemetry.runlog import read
-
-
-@pytest.fixture(autouse=True)
-def torchs_own_linear(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
 
 
 @pytest.fixture(scope="module")

@@ -70,11 +70,6 @@ def root(process_group, tmp_path_factory):
     return ranks(tmp_path_factory.mktemp("ranks"), CASES, full=True)
 
 
-@pytest.fixture(autouse=True)
-def torchs_own_linear(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-
-
 def goes_on(stage: int, folder: Path, start: int, stop: int, then: Path | None = None):
     """Metrics of one rank that goes on from ``folder``."""
     engine = engine_of("plain", stage, seed=4)
