@@ -170,7 +170,7 @@ def readers(folder):
 
     def post(draw: random.Random) -> bytes:
         kind, data = body(draw, kinds) if draw.random() < 0.5 else (wire.NPZ, kinds[wire.NPZ])
-        length = draw.choice((len(data), len(data), len(data), 0, -1, 10**30, len(data) + 9, "1_0", "\u0661", "+5"))
+        length = draw.choice((len(data), len(data), len(data), 0, -1, "9" * 5000, len(data) + 9, "1_0", "\u0661", "+5"))
         text = f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n".encode() + data
         return spoil(draw, text) if draw.random() < 0.6 else text
 
