@@ -85,8 +85,8 @@ def test_a_run_grows_its_cluster_from_nothing_and_gives_it_back(tmp_path):
             output = run.communicate(timeout=400)[0]
             assert run.returncode == 0, output[-3000:]
             ended = time.time()
-            kinds = {row["id"]: role for _, rows in seen for row in rows for role in ROLES if role in row}
             own.wait_for(lambda: len(look()) == 1, 240)
+            kinds = {row["id"]: role for _, rows in seen for row in rows for role in ROLES if role in row}
             print(f"back to the head alone {time.time() - ended:.0f} s after the run")
         finally:
             watcher.kill()
