@@ -71,9 +71,13 @@ def actor_options(config: Config, role: str) -> dict[str, Any]:
 
 
 def beside_driver() -> dict[str, Any]:
-    """Options of the actors that a run cannot do without (log, weights, conductor): on the driver's node. They ask for
-    no resources, so Ray might put them anywhere; with a rollout node that is taken away the run would be lost."""
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)}
+    """Options of the actors that a run cannot do without (log, weights, conductor): on the driver's node. With a rollout
+    node that is taken away the run would be lost."""
+    own = ray.get_runtime_context().get_node_id()
+    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own)
+    # Ray puts an actor that asks for nothing on any node, whatever its strategy says: so it asks for a grain of this one.
+    return {"resources": {f"node:{address}": 0.001},
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(own, soft=True)}
 
 
 # -- size ---------------------------------------------------------------------------------
