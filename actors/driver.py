@@ -143,7 +143,7 @@ class Driver:
         def learn() -> None:
             conductor, store = self._system(model)
             setup = LearnerSetup(self.config, str(self.run_dir), str(model), conductor, store, self.scribe)
-            self._watch(lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean")
+            self._watch(lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean", saves=True)
 
         self._until_it_stands("rl", learn)
 
@@ -236,9 +236,10 @@ class Driver:
 
     # -- around them ----------------------------------------------------------------------
 
-    def _watch(self, work: Callable[[], Any], bars: list[tuple[str, int]] = [], shown: str | None = None) -> Any:
+    def _watch(self, work: Callable[[], Any], bars: list[tuple[str, int]] = [], shown: str | None = None,
+               saves: bool = False) -> Any:
         roles = {"conductor": self.conductor, "weight store": self.store} if self.conductor is not None else {}
-        return Watch(self.scribe, roles, self.config.faults.hang_timeout_s, self.leaving).over(work, bars, shown)
+        return Watch(self.scribe, roles, self.config.faults.hang_timeout_s, self.leaving, saves).over(work, bars, shown)
 
     def _until_it_stands(self, stage: str, work: Callable[[], Any]) -> Any:
         """Runs ``work``; after a stop that has a remedy, with that remedy again from the last checkpoint.

@@ -89,9 +89,6 @@ class Pretrainer(Rank):
             self.log(step + 1, {**means, **counts, "images_per_second": speed})
             self.since, self.window = time.time(), []
 
-    def stop(self, error: Exception) -> None:
-        ray.get(self.scribe.stop.remote(str(error)))
-
     def finish(self) -> None:
         if self.rank == 0:
             self.save_model("pretrained", self.ema.values)

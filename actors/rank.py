@@ -179,9 +179,9 @@ class Rank(Saved):
         return start
 
     def warn(self, message: str) -> None:
-        """A warning in the run log; from rank 0 only."""
+        """A warning in the run log and on the driver's stderr; from rank 0 only."""
         if self.rank == 0:
-            self.scribe.append.remote("warning", {"message": message})
+            self.scribe.say.remote("warning", message)
 
     def or_stop(self, work: Callable[[], None]) -> bool:
         """Does ``work``; False where it ended in what would happen again after a restart: the user is told instead."""

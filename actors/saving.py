@@ -40,7 +40,7 @@ class Saved:
     world: int
     device: torch.device
     stage: str
-    run_dir: Path
+    root: Path  # of the stage's checkpoints
     scribe: Any
     algorithm: Any
     engines: dict[str, Engine]
@@ -58,7 +58,7 @@ class Saved:
     def checkpoint(self, step: int) -> None:
         """Writes the state after ``step`` steps, whole or not at all. Where a disk is full training goes on without, up to
         ``learner.max_checkpoint_failures`` times in a row."""
-        root = checkpoints.root(self.run_dir, self.stage)
+        root = self.root
         scratch = checkpoints.scratch(root, step)
         _, failed = self._together(lambda: checkpoints.begin(root, step) if self.rank == 0 else None)
         if not failed:
@@ -127,7 +127,7 @@ class Saved:
         """Loads the newest usable checkpoint; returns the steps it has behind it, 0 without one."""
         found: list[Any] = [None]
         if self.rank == 0:
-            found[0] = checkpoints.latest(checkpoints.root(self.run_dir, self.stage),
+            found[0] = checkpoints.latest(self.root,
                                           lambda message: self.scribe.say.remote("warning", message))
         dist.broadcast_object_list(found, src=0, device=self.device)
         if found[0] is None:

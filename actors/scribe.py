@@ -51,7 +51,7 @@ class Scribe:
     def stop(self, reason: str, kind: str = "") -> None:
         """Asks every role to end the run, with a plain message for the user. The first reason stays, with its kind.
 
-        ``kind`` is for the driver: "" ends the run; for ``memory_errors.OUT_OF_MEMORY`` it may know a remedy.
+        ``kind`` is for the driver: "" ends the run; for those of ``stops`` it knows a remedy.
         """
         if self.stopped is None:
             self.stopped, self.kind = reason, kind

@@ -6,15 +6,10 @@ only the ranks need networks and DeepSpeed.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator
-
-from tqdm import tqdm
+from typing import Any, Callable
 
 from rlproxi.config import Config
 from rlproxi.demand import role_resources
@@ -61,8 +56,7 @@ def pretrain(setup: PretrainSetup) -> None:
         return shards(setup.config, Path(setup.cache), setup.data_start, rank)
 
     datasets = {f"rank{rank}": dataset(rank) for rank in range(setup.config.resources.learner_workers)}
-    with _aloud(setup.scribe):
-        train_on_ray(_pretrain_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)
+    train_on_ray(_pretrain_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)
 
 
 def _pretrain_loop(settings: dict) -> None:
@@ -73,8 +67,7 @@ def _pretrain_loop(settings: dict) -> None:
 
 def train(setup: LearnerSetup) -> None:
     """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies."""
-    with _aloud(setup.scribe):
-        train_on_ray(_learner_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")
+    train_on_ray(_learner_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")
 
 
 def _learner_loop(settings: dict) -> None:
@@ -103,36 +96,6 @@ def _run(kind: type, setup: Any) -> None:
             ray.get(setup.scribe.stop.remote(told, LOST))
         raise
     rank.close()
-
-
-@contextlib.contextmanager
-def _aloud(scribe: Any) -> Iterator[None]:
-    """Inside, what ranks say to the user is printed here, by the driver: notes to stdout, warnings to stderr."""
-    import ray
-
-    ended = threading.Event()
-
-    def relay() -> None:
-        last = False
-        while not last:
-            last = ended.wait(1.0)
-            try:
-                said = ray.get(scribe.hear.remote(), timeout=30)
-            except ray.exceptions.RayError:  # it is in the run log all the same
-                continue
-            for event, message in said:
-                loud = event == "warning"
-                stream = sys.stderr if loud else sys.stdout
-                tqdm.write(f"warning: {message}" if loud else message, file=stream)
-                stream.flush()
-
-    thread = threading.Thread(target=relay, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(timeout=30)
 
 
 def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, run_dir: str, name: str,

@@ -1,8 +1,9 @@
-"""The driver's eyes on a stage: progress bars, actors that no longer answer, and signals to end."""
+"""The driver's eyes on a stage: progress bars, what is said aloud, actors that no longer answer, and signals to end."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from typing import Any, Callable
@@ -61,18 +62,21 @@ class Watch:
     Args:
         scribe: knows the stage's progress and whether the run is to stop.
         roles: name -> handle of actors with a method ``alive``; one that does not answer for ``hang_timeout_s`` is killed
-            and the stage stopped with the kind ``LOST``. The one called "conductor" can be asked to leave.
-        leaving: the signals.
+            and the stage stopped with the kind ``LOST``.
+        leaving: the signals. saves: the stage writes a checkpoint when the role "conductor" is asked to leave; others are
+            left at once.
     """
 
-    def __init__(self, scribe: Any, roles: dict[str, Any], hang_timeout_s: float, leaving: Leaving):
-        self.scribe, self.roles, self.hang_timeout_s, self.leaving = scribe, roles, hang_timeout_s, leaving
+    def __init__(self, scribe: Any, roles: dict[str, Any], hang_timeout_s: float, leaving: Leaving, saves: bool = False):
+        self.scribe, self.roles, self.hang_timeout_s = scribe, roles, hang_timeout_s
+        self.leaving, self.saves = leaving, saves
         self.asked: dict[str, tuple[ray.ObjectRef, float]] = {}
         self.left = False
 
     def over(self, work: Callable[[], Any], bars: list[tuple[str, int]] = [], shown: str | None = None) -> Any:
-        """What ``work`` returns. Draws a bar for each (name in the scribe's progress, number of steps), with the metric
-        ``shown`` beside it. Raises what ``work`` raised; RunStopped where the run was stopped or left."""
+        """What ``work`` returns. Prints what is said meanwhile and draws a bar for each (name in the scribe's progress,
+        number of steps), with the metric ``shown`` beside it. Raises what ``work`` raised; RunStopped where the run was
+        stopped or left."""
         outcome: dict = {}
 
         def target() -> None:
@@ -107,12 +111,24 @@ class Watch:
                     bar.update(newest["step"] - bar.n)
                     if shown and newest.get(shown) is not None:
                         bar.set_postfix_str(f"{shown} {newest[shown]:.4f}")
+            self._relay()
             self._look_for_hangs()
             self._leave()
+        self._relay()  # what was said last
         for _, bar in drawn:
             if "error" not in outcome:
                 bar.update(bar.total - bar.n)
             bar.close()
+
+    def _relay(self) -> None:
+        """Prints what roles said to the user: notes to stdout, warnings to stderr."""
+        from tqdm import tqdm
+
+        for event, message in ray.get(self.scribe.hear.remote()):
+            loud = event == "warning"
+            stream = sys.stderr if loud else sys.stdout
+            tqdm.write(f"warning: {message}" if loud else message, file=stream)
+            stream.flush()
 
     def _look_for_hangs(self) -> None:
         for name, handle in list(self.roles.items()):
@@ -133,7 +149,7 @@ class Watch:
         """Where a signal asked for it: has the conductor end the stage, and gives up waiting after the grace."""
         if self.leaving.name is None:
             return
-        conductor = self.roles.get("conductor")
+        conductor = self.roles.get("conductor") if self.saves else None
         if conductor is None or time.monotonic() - self.leaving.since > self.leaving.grace_s:
             raise RunStopped(self.leaving.reason)
         if not self.left:

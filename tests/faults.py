@@ -14,7 +14,7 @@ from typing import Callable
 import psutil
 from safetensors.torch import load_file
 
-from rlproxi.telemetry.runlog import read, series
+from rlproxi.telemetry.runlog import last_step, read, series
 
 #: Overrides of configs/smoke.yaml: RL alone, short deadlines, room for requests to be made again.
 SETTINGS = ["run.stages=[rl]", "grpo.steps=8", "grpo.checkpoint_every=2", "evaluate.every=0", "telemetry.dashboard=false",
@@ -90,10 +90,6 @@ class Outcome:
     wrong: tuple[str, ...]
 
 
-def last_done(records: list[dict]) -> int:
-    return max((r["step"] for r in records if r["event"] == "metrics" and r["stage"] == "rl"), default=0)
-
-
 def wait_for(reached: Callable[[], bool], alive: Callable[[], bool], timeout: float = 300.0) -> None:
     end = time.time() + timeout
     while not reached():
@@ -105,7 +101,7 @@ def wait_for(reached: Callable[[], bool], alive: Callable[[], bool], timeout: fl
 def judge(fault: str, hit_at: float, folder: Path, unbroken: Path) -> Outcome:
     """Compares a run that a fault has hit with the one that none has: every metric of ``EXACT`` and the final weights."""
     ours, theirs = read(folder), read(unbroken)
-    before = last_done([r for r in ours if r["time"] <= hit_at])
+    before = last_step([r for r in ours if r["time"] <= hit_at], "rl") or 0
     after = [r["time"] for r in ours if r["event"] == "metrics" and r["stage"] == "rl" and r["step"] > before]
     resumes = [r["step"] for r in ours if r["event"] == "resume" and r["stage"] == "rl"][1:]
     wrong = [key for key in EXACT if series(ours, "rl", key) != series(theirs, "rl", key)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..models.pipeline import operator
+from ..models.text import operator
 from ..proximal.samplers import Step
 from ..seeds import NamedNoise
 from .base import AlgorithmStopped, Parts

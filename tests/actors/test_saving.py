@@ -101,7 +101,7 @@ class OnDisk(SmallRank):
 
     def __init__(self, run_dir, disk, full=(), **options):
         super().__init__(run_dir, **options)
-        self.run_dir, self.disk, self.full = disk.folder, disk, full
+        self.root, self.disk, self.full = checkpoints.root(disk.folder, self.stage), disk, full
 
     def checkpoint(self, step):
         if step in self.full:

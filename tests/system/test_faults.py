@@ -10,8 +10,12 @@ import pytest
 
 import faults
 from faults import MATRIX, SETTINGS, Fault
-from rlproxi.telemetry.runlog import read
-from run_processes import launch
+from actors.scribe import Scribe
+from actors.stops import LOST
+from actors.watch import Leaving, Watch
+from rlproxi.schema import RunStopped
+from rlproxi.telemetry.runlog import last_step, read
+from run_processes import has_step, launch
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -30,7 +34,7 @@ def only_folder(base: Path) -> Path | None:
 
 def reached(base: Path, step: int) -> bool:
     folder = only_folder(base)
-    return folder is not None and (folder / "metrics.jsonl").is_file() and faults.last_done(read(folder)) >= step
+    return folder is not None and (folder / "metrics.jsonl").is_file() and has_step(folder, "rl", step)
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(from_smoke, unbroken, tmp_
     seconds = time.time() - asked
     assert process.returncode == 1 and "asked to end by SIGTERM; go on with --resume" in output, output[-3000:]
     folder = only_folder(tmp_path)
-    done = faults.last_done(read(folder))
+    done = last_step(read(folder), "rl")
     saved = sorted((folder / "checkpoints" / "rl").iterdir())
     assert [path.name for path in saved] == [f"step-{done:06d}"], "every finished step is saved"
     print(f"ended {seconds:.1f} s after SIGTERM with step {done}")
@@ -99,3 +103,30 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(from_smoke, unbroken, tmp_
     assert again.returncode == 0, output[-3000:]
     outcome = faults.judge("SIGTERM", asked, folder, unbroken)
     assert outcome.exact and outcome.resumed_from == done, outcome
+
+
+def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session, tmp_path):
+    ray = ray_session
+
+    @ray.remote(num_cpus=0)
+    class Deaf:
+        def alive(self):
+            time.sleep(600)
+
+    @ray.remote(num_cpus=0)
+    class Well:
+        def alive(self):
+            return True
+
+    scribe, deaf, well = Scribe.remote(str(tmp_path)), Deaf.remote(), Well.remote()
+    ray.get(well.alive.remote())
+
+    def work() -> None:  # as a learner: what it waits for fails once the role is dead
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(deaf.alive.remote())
+
+    with pytest.raises(RunStopped, match="the weight store has not answered for 1.5 s"):
+        Watch(scribe, {"weight store": deaf, "other": well}, 1.5, Leaving(1)).over(work)
+    assert ray.get(scribe.stop_kind.remote()) == LOST and ray.get(well.alive.remote())
+    for actor in (scribe, well):
+        ray.kill(actor)
