@@ -30,7 +30,7 @@ from .conductor import Conductor
 from .reward_service import app_names, deploy, withdraw
 from .scribe import Scribe
 from .stops import LOST, OUT_OF_MEMORY
-from .training import LearnerSetup, PretrainSetup, pretrain, train
+from .training import LearnerSetup, PretrainSetup, RanksFailed, pretrain, train
 from .watch import Leaving, Watch
 from .weights import WeightStore
 
@@ -41,6 +41,8 @@ class Driver:
     def __init__(self, config: Config, run_dir: Path):
         self.run_dir = run_dir.resolve()
         self.start = time.time()
+        self.apps: dict[str, str] = {}
+        self.conductor = self.store = None
         self._take(config)
 
     def _take(self, config: Config) -> None:
@@ -60,8 +62,6 @@ class Driver:
         names = [*app_names(self.config.rewards, self.run_dir.name).values()]
         # Where Ray lives on after the run, somebody has to clear up when the run cannot.
         self.caretaker = caretaker.start(self.scribe, names, self.capacity.on) if how == "joined" else None
-        self.apps: dict[str, str] = {}
-        self.conductor = self.store = None
         done = {r["name"] for r in read(self.run_dir) if r["event"] == "stage" and r["status"] == "done"}
         try:
             with Leaving(self.config.faults.grace_s) as self.leaving:
@@ -244,27 +244,43 @@ class Driver:
     def _until_it_stands(self, stage: str, work: Callable[[], Any]) -> Any:
         """Runs ``work``; after a stop that has a remedy, with that remedy again from the last checkpoint.
 
-        Out of memory: with half the micro-batch, until it fits. A lost conductor or weight store: with new ones,
-        ``faults.max_restarts`` times.
+        Out of memory: with half the micro-batch, until it fits. A lost conductor, weight store or controller of Ray Train: with
+        new ones, ``faults.max_restarts`` times in a row. Ranks that Ray Train gives up: again, unless none of its attempts has
+        reached a new step.
         """
-        lost = 0
+        lost, reached = 0, self._reached(stage)
         while True:
+            kind, failed = "", None
             try:
                 return work()
             except RunStopped as stop:
                 kind, told = ray.get(self.scribe.stop_kind.remote()), str(stop)
             except RayActorError as error:
                 kind, told = LOST, f"an actor of the run is lost ({' '.join(str(error).split())[:200]})"
-            lost += kind == LOST
+            except RanksFailed as error:
+                failed, told = error, f"{stage}: the learner failed ({error.words})"
+            before, reached = reached, self._reached(stage)
+            stood = reached > before  # a new step was reached: what is counted begins anew
+            lost = (0 if stood else lost) + (kind == LOST)
             if kind == OUT_OF_MEMORY:
                 told = f"{told}: {self._smaller(stage, told)}"
             elif kind == LOST and lost <= self.config.faults.max_restarts:
                 told = f"{told}: going on with new ones, from the last checkpoint ({lost} of faults.max_restarts)"
+            elif failed is not None and stood:
+                told = f"{told}: going on from the last checkpoint, since step {reached} was reached meanwhile"
+            elif failed is not None:
+                print(failed, file=sys.stderr)  # with the ranks' tracebacks
+                raise RunStopped(f"{told} in {self.config.learner.max_failures + 1} attempts without a new step after {reached} "
+                                 "(learner.max_failures); once its cause is mended, go on with --resume") from None
             else:
                 raise RunStopped(told)
             print(f"\n               {told}", flush=True)
             self._close_system()  # first: a stop that is still on its way must not meet the stage started again
             ray.get([self.scribe.clear_stop.remote(), self.scribe.append.remote("warning", {"message": told})])
+
+    def _reached(self, stage: str) -> int:
+        """The largest step that the stage has ever logged, dropped since or not."""
+        return max((r["step"] for r in read(self.run_dir) if r["event"] == "metrics" and r["stage"] == stage), default=0)
 
     def _smaller(self, stage: str, told: str) -> str:
         """Takes half the micro-batch; raises RunStopped where there is none."""

@@ -18,21 +18,25 @@ class Scribe:
     """
 
     def __init__(self, run_dir: str):
-        self.log = RunLog(run_dir)
+        self.log = RunLog(run_dir, patient=True)
         self.newest: dict[str, dict] = {}
         self.said: list[tuple[str, str]] = []
         self.exporters = Exporters(run_dir, lambda message: self.log.append("warning", message=message))
         self.clear_stop()
 
     def append(self, event: str, fields: dict) -> None:
+        waited = bool(self.log.held)
         self.log.append(event, **fields)
+        if self.log.held and not waited:
+            self.said.append(("warning", f"{self.log.path} cannot be written, for lack of space on the disk as a rule: its records "
+                                         "are held back until it can"))
         if event == "metrics":
             self.newest[fields["stage"]] = fields
         self.exporters.tell(event, fields)
 
     def say(self, event: str, message: str) -> None:
         """Logs a note or a warning that the user is to read at once, from wherever it comes."""
-        self.said.append((event, message))  # first: a full disk fails the log, too
+        self.said.append((event, message))
         self.append(event, {"message": message})
 
     def hear(self) -> list[tuple[str, str]]:

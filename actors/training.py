@@ -19,6 +19,16 @@ from . import checkpoints
 from .stops import LOST, OUT_OF_MEMORY
 
 
+class RanksFailed(Exception):
+    """Ray Train has given the ranks up. As a text it is Train's own, with every rank's traceback."""
+
+    @property
+    def words(self) -> str:
+        """The last line of it: what went wrong in the last rank that is told of."""
+        lines = [line.strip() for line in str(self).splitlines() if line.strip()]
+        return lines[-1][:300] if lines else "no reason was given"
+
+
 @dataclass
 class PretrainSetup:
     """What a pre-training rank is told. ``cache`` holds the encoded shards, where the data are not the portraits."""
@@ -108,6 +118,7 @@ def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, r
     # Read by the controller when it starts: how often it looks after its workers.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.faults.hang_timeout_s)
+    import ray.train
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -128,4 +139,7 @@ def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, r
         # Train would give the datasets its own options, and with them batches in the order their threads finish.
         dataset_config=DataConfig(datasets_to_split=[], execution_options={
             name: dataset.context.execution_options for name, dataset in datasets.items()}))
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RanksFailed(str(error)) from None

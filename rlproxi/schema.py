@@ -232,7 +232,8 @@ class Pretrain(Section):
 
 class Learner(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
-    max_failures: int = Field(2, ge=0, description="Restarts of the worker group before the run gives up.")
+    max_failures: int = Field(2, ge=0, description="So many times Ray Train starts the ranks again, from the last checkpoint; "
+                              "counted anew once a new step is reached after they have been used up.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints of a stage that are kept, the newest ones.")
     max_checkpoint_failures: int = Field(
         3, ge=1, description="Checkpoints in a row that cannot be written, for lack of disk space as a rule, before the run stops.")
@@ -266,7 +267,8 @@ class Faults(Section):
         900.0, gt=0, description="A rollout actor, learner rank, conductor or weight store that does not answer for so many seconds is "
         "killed and started again; longer than an iteration's longest call, the loading of a model included.")
     max_restarts: int = Field(
-        3, ge=0, description="So many times in a stage a lost conductor or weight store is replaced, from the last checkpoint.")
+        3, ge=0, description="So many times in a row, without a new step between them, a lost conductor or weight store is replaced, "
+        "from the last checkpoint.")
     grace_s: float = Field(
         120.0, ge=0, description="After SIGTERM or Ctrl-C, how long the iteration under way and its checkpoint may take.")
 

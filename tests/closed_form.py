@@ -90,6 +90,49 @@ class Mixture:
         return float(min(found, key=lambda r: r.fun).x)
 
 
+@dataclass(frozen=True)
+class PointCloud:
+    """p_0 = the mean of point masses at ``points`` [M, D], so p_t = mean of N(sqrt(ab) p_i, (1 - ab) I)."""
+
+    points: Tensor
+
+    def _means(self, x: Tensor, t: float) -> Tensor:
+        """E[sqrt(ab) p | x_t = x], [B, D]."""
+        centres = alpha_bar(t) ** 0.5 * self.points
+        return torch.softmax(-torch.cdist(x, centres).square() / (2 * (1 - alpha_bar(t))), 1) @ centres
+
+    def log_density(self, x: Tensor, t: float) -> Tensor:
+        """ln p_t(x) up to a constant of t, [B]."""
+        centres = alpha_bar(t) ** 0.5 * self.points
+        return torch.logsumexp(-torch.cdist(x, centres).square() / (2 * (1 - alpha_bar(t))), 1)
+
+    def eps(self, x: Tensor, t: Tensor, cond=None) -> Tensor:
+        """-sqrt(1 - ab) score; t [B], of one value."""
+        at = float(t[0])
+        return (x - self._means(x, at)) / (1 - alpha_bar(at)) ** 0.5
+
+    def prox(self, y: Tensor, t: float, lam: float, cond=None) -> Tensor:
+        """argmin 1/2 |x - y|^2 - lam ln p_t(x); y [B, D] float64.
+
+        At t = 0 the nearest point. Else the fixed point of x = (v y + lam E[sqrt(ab) p | x]) / (v + lam), v = 1 - ab, which is
+        expectation-maximisation: every turn lowers the objective. From y and from the minimum of the nearest mass alone; the
+        better one wins.
+        """
+        if t == 0.0:
+            return self.points[torch.cdist(y, self.points).argmin(1)]
+        v = 1 - alpha_bar(t)
+        nearest = alpha_bar(t) ** 0.5 * self.points[torch.cdist(y, alpha_bar(t) ** 0.5 * self.points).argmin(1)]
+        found = []
+        for x in (y, (v * y + lam * nearest) / (v + lam)):
+            for _ in range(2000):
+                before, x = x, (v * y + lam * self._means(x, t)) / (v + lam)
+                if float((x - before).abs().max()) < 1e-10:
+                    break
+            found.append(x)
+        costs = torch.stack([(x - y).square().sum(1) / 2 - lam * self.log_density(x, t) for x in found])
+        return torch.where((costs[0] <= costs[1])[:, None], *found)
+
+
 def affine_moments(run, steps: int) -> tuple[float, float]:
     """(mean, variance) of an affine sampler's output, read off exactly by feeding it basis vectors.
 

@@ -27,7 +27,8 @@ EXACT = ("reward/mean", "reward/attributes", "loss", "grad_norm", "kl", "groups"
 class Fault:
     """A ``signal`` for the process whose title matches ``role``, once ``step`` is logged.
 
-    Ray names its processes: ray::Class while idle, ray::Class.method while at work. ``busy`` waits for the latter.
+    Ray names its processes: ray::Class while idle, ray::Class.method while at work. ``busy`` waits for the latter. ``first`` is
+    done to the run's folder before.
     """
 
     name: str
@@ -35,13 +36,22 @@ class Fault:
     signal: signal.Signals = signal.SIGKILL
     step: int = 3
     busy: bool = False
+    first: Callable[[Path], None] = lambda folder: None
 
 
-ROLLOUT, REPLICA, LEARNER = r"^ray::RolloutActor", r"^ray::ServeReplica:", r"^ray::RayTrainWorker"
+def cut_short(folder: Path) -> None:
+    """Leaves half of the largest file of the newest checkpoint."""
+    newest = max(folder.glob("checkpoints/rl/step-*"))
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+ROLLOUT, REPLICA, LEARNER = r"^ray::RolloutActor", r"^ray::ServeReplica:.*attributes", r"^ray::RayTrainWorker"
 MATRIX = [
     Fault("rollout actor killed in mid-group", ROLLOUT + r"\.sample", busy=True),
     Fault("reward replica killed", REPLICA),
     Fault("learner rank killed", LEARNER),
+    Fault("newest checkpoint cut short, then the learner rank killed", LEARNER, step=5, first=cut_short),
     Fault("weight owner killed", r"^ray::WeightStore"),
     Fault("conductor killed", r"^ray::Conductor"),
     Fault("scribe killed", r"^ray::Scribe"),

@@ -13,9 +13,9 @@ from rlproxi.telemetry.runlog import read
 ROOT = Path(__file__).parents[1]
 
 
-def launch(arguments: list[str]) -> subprocess.Popen:
-    """``python -m rlproxi.run`` in a session of its own, with a Ray of its own."""
-    environment = {**os.environ, "RAY_ADDRESS": "local"}  # not one that another test has started
+def launch(arguments: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
+    """``python -m rlproxi.run`` in a session of its own, with a Ray of its own unless ``environment`` names one."""
+    environment = environment or {**os.environ, "RAY_ADDRESS": "local"}  # not one that another test has started
     return subprocess.Popen([sys.executable, "-m", "rlproxi.run", *arguments], cwd=ROOT, env=environment,
                             start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -20,6 +20,8 @@ Dashboards, reports and resumes read this file, so nothing important lives only 
 
 from __future__ import annotations
 
+import collections
+import errno
 import json
 import math
 import os
@@ -37,9 +39,13 @@ class RunLog:
 
     Each record is one write to a file opened for appending, so several processes of one machine may
     log into the same file and a killed one leaves at most one torn line, which ``read`` skips.
+
+    patient: what cannot be written, for a full disk as a rule, is held back and written before the next record that can be;
+    the oldest of more than 100,000 are lost. Else ``append`` raises OSError.
     """
 
-    def __init__(self, run_dir: str | os.PathLike):
+    def __init__(self, run_dir: str | os.PathLike, patient: bool = False):
+        self.patient, self.held, self._torn = patient, collections.deque(maxlen=100_000), False
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)
@@ -64,7 +70,23 @@ class RunLog:
                              f"'time' and 'event' itself; got {', '.join(fields) or 'nothing'}")
         record = {"time": round(time.time(), 3), "event": event}
         record.update((name, plain(value, name)) for name, value in fields.items())
-        self._file.write((json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8"))
+        self.held.append((json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8"))
+        try:
+            self._write_held()
+        except OSError:
+            if not self.patient:
+                self.held.clear()
+                raise
+
+    def _write_held(self) -> None:
+        while self.held:
+            line = b"\n" * self._torn + self.held[0]
+            written = self._file.write(line)
+            if written != len(line):  # what no buffer stands before may be written in part
+                self._torn = self._torn or written > 0
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._torn = False
+            self.held.popleft()
 
     def close(self) -> None:
         self._file.close()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -10,9 +11,13 @@ import pytest
 
 import faults
 from faults import MATRIX, SETTINGS, Fault
+from actors.driver import Driver
 from actors.scribe import Scribe
 from actors.stops import LOST
+from actors.training import RanksFailed
 from actors.watch import Leaving, Watch
+from own_ray import OwnRay
+from rlproxi.config import load_config
 from rlproxi.schema import RunStopped
 from rlproxi.telemetry.runlog import last_step, read
 from run_processes import has_step, launch
@@ -37,6 +42,12 @@ def reached(base: Path, step: int) -> bool:
     return folder is not None and (folder / "metrics.jsonl").is_file() and has_step(folder, "rl", step)
 
 
+def end_all(process: subprocess.Popen) -> None:
+    """Kills whatever is left of a launched run's session."""
+    for other, _ in faults.processes(process.pid):
+        other.kill()
+
+
 @pytest.fixture
 def hit_run(from_smoke, unbroken, tmp_path):
     """hit_run(fault) -> Outcome of a run in a process and on a Ray of its own."""
@@ -45,12 +56,12 @@ def hit_run(from_smoke, unbroken, tmp_path):
         try:
             faults.wait_for(lambda: reached(tmp_path, fault.step), lambda: process.poll() is None)
             hit_at = time.time()
+            fault.first(only_folder(tmp_path))
             faults.hit(fault, process.pid)
             output = process.communicate(timeout=300)[0]
             assert process.returncode == 0, output[-4000:]
         finally:
-            for other, _ in faults.processes(process.pid):
-                other.kill()
+            end_all(process)
         outcome = faults.judge(fault.name, hit_at, only_folder(tmp_path), unbroken)
         print(outcome)
         return outcome
@@ -62,6 +73,56 @@ def hit_run(from_smoke, unbroken, tmp_path):
 def test_a_fault_costs_time_and_nothing_else(fault, hit_run):
     outcome = hit_run(fault)
     assert outcome.exact, outcome
+
+
+@pytest.mark.exhaustive
+def test_a_lost_node_is_replaced_by_the_next(from_smoke, unbroken, tmp_path):
+    """Rollout, reward and learner on one node, whose power goes; another joins, as an autoscaler would have it."""
+    node = ("--num-cpus=2", "--resources", '{"rollout": 1, "reward": 2, "learner": 1}')
+    with OwnRay("--num-cpus=0") as own:
+        first = own.join(*node)
+        own.wait_for(lambda: "rollout" in own.python("import ray; ray.init(log_to_driver=False); print(ray.cluster_resources())").stdout, 120)
+        process = launch([SMOKE, f"run.dir={tmp_path}", *SETTINGS, *from_smoke, "resources.placement=roles"],
+                         {**own.clients, "PYTHONPATH": os.environ["PYTHONPATH"]})
+        try:
+            faults.wait_for(lambda: reached(tmp_path, 3), lambda: process.poll() is None)
+            hit_at = time.time()
+            own.lose(first)
+            own.join(*node)
+            output = process.communicate(timeout=400)[0]
+            assert process.returncode == 0, output[-4000:]
+        finally:
+            end_all(process)
+    outcome = faults.judge("node with rollout, reward and learner lost", hit_at, only_folder(tmp_path), unbroken)
+    print(outcome)
+    assert outcome.exact, outcome
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_disk_that_fills_up_for_a_while_costs_checkpoints_alone(from_smoke, unbroken, tmp_path):
+    small = tmp_path / "disk"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", small], check=True)
+    process = launch([SMOKE, f"run.dir={small}/runs", *SETTINGS, *from_smoke, "learner.max_checkpoint_failures=1000"])
+    try:
+        faults.wait_for(lambda: reached(small / "runs", 3), lambda: process.poll() is None)
+        hit_at, filler = time.time(), small / "filler"
+        with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                assert file.write(b"x" * 65536) == 65536, OSError("full")
+        time.sleep(2)
+        filler.unlink()
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-4000:]
+        outcome = faults.judge("disk full for 2 s", hit_at, only_folder(small / "runs"), unbroken)
+        warned = [r["message"] for r in read(only_folder(small / "runs")) if r["event"] == "warning"]
+        print(outcome, warned)
+        assert outcome.exact and outcome.resumed_from is None, outcome
+        assert any("step-" in message and "free" in message for message in warned), warned
+    finally:
+        end_all(process)
+        subprocess.run(["umount", small], check=False)
 
 
 def test_what_dies_is_replaced(start, from_smoke, unbroken, tmp_path):
@@ -103,6 +164,38 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(from_smoke, unbroken, tmp_
     assert again.returncode == 0, output[-3000:]
     outcome = faults.judge("SIGTERM", asked, folder, unbroken)
     assert outcome.exact and outcome.resumed_from == done, outcome
+
+
+def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_session, tmp_path, capsys):
+    ray = ray_session
+    config = load_config(SMOKE, ["faults.max_restarts=2", "learner.max_failures=3"])
+    driver = Driver(config, tmp_path)
+    driver.scribe = Scribe.remote(str(tmp_path))
+
+    def failing(*lives):
+        """Work whose lives log up to a step each and then end in an error; the next returns."""
+        left = iter(lives)
+
+        def work():
+            step, error = next(left, (0, None))
+            if error is None:
+                return "done"
+            ray.get(driver.scribe.append.remote("metrics", {"stage": "rl", "step": step}))
+            if isinstance(error, RunStopped):
+                ray.get(driver.scribe.stop.remote(str(error), LOST))
+            raise error
+        return work
+
+    ranks, lost = RanksFailed("[Rank 0]\n  File x.py\nValueError: boom\n"), RunStopped("the weight store is lost")
+    assert driver._until_it_stands("rl", failing((3, ranks), (4, ranks), (6, ranks))) == "done"
+    assert driver._until_it_stands("rl", failing((4, lost), (5, lost), (7, lost), (6, lost))) == "done"
+    with pytest.raises(RunStopped, match=r"^the weight store is lost$"):
+        driver._until_it_stands("rl", failing((6, lost), (7, lost), (7, lost)))
+    assert ray.get(driver.scribe.stop_kind.remote()) == LOST
+    with pytest.raises(RunStopped, match=r"rl: the learner failed \(ValueError: boom\) in 4 attempts without a new step after 8"):
+        driver._until_it_stands("rl", failing((8, ranks), (8, ranks)))
+    assert "File x.py" in capsys.readouterr().err, "the traceback is shown"
+    ray.kill(driver.scribe)
 
 
 def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,46 @@ def test_a_bad_record_is_refused_and_leaves_nothing_behind(tmp_path):
     with pytest.raises(TypeError, match="bad.inner is a object"):
         metrics(log, 1, bad={"inner": object()})
     assert read(tmp_path) == [] and log.path.stat().st_size == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_holds_records_back_or_is_an_error(tmp_path):
+    log, strict = RunLog(tmp_path, patient=True), RunLog(tmp_path / "strict")
+    metrics(log, 1)
+    with open("/dev/full", "ab", buffering=0) as full:
+        (log._file, mine), (strict._file, its) = (full, log._file), (full, strict._file)
+        metrics(log, 2)
+        metrics(log, 3)
+        with pytest.raises(OSError, match="No space left"):
+            metrics(strict, 1)
+    log._file, strict._file = mine, its
+    assert [r["step"] for r in read(tmp_path)] == [1] and len(log.held) == 2
+    metrics(log, 4)
+    metrics(strict, 2)
+    assert [r["step"] for r in read(tmp_path)] == [1, 2, 3, 4] and not log.held
+    assert [r["step"] for r in read(tmp_path / "strict")] == [2]
+
+
+def test_what_was_written_in_part_is_written_again_whole(tmp_path):
+    log = RunLog(tmp_path, patient=True)
+    with open(log.path, "ab", buffering=0) as file:
+        log._file, mine = Short(file), log._file
+        metrics(log, 1)
+        metrics(log, 2)
+    log._file = mine
+    metrics(log, 3)
+    assert [r["step"] for r in read(tmp_path)] == [1, 2, 3]
+    assert len(log.path.read_bytes().splitlines()) == 5, "two torn lines, each ended by what follows"
+
+
+class Short:
+    """A disk with room for ten bytes of each write."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        return self.file.write(data[:10])
 
 
 def test_a_torn_last_line_is_skipped_and_the_next_writer_starts_a_new_one(tmp_path):
