@@ -144,12 +144,14 @@ class Schedule(Section):
 
 class Sampler(Section):
     name: Literal[SAMPLERS] = Field(
-        "hybrid", description="Proximal samplers: hybrid, backward or ode; ddim, the score and flow models' own, with the same network.")
+        "hybrid", description="Proximal samplers: hybrid, backward or ode; ddim and euler (of the reverse SDE or the probability flow), the "
+        "score and flow models' own, with the same network.")
     num_inference_steps: int = Field(6, ge=1, description="N, the number of proximal steps.")
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
     grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
-    eta: float = Field(0.0, ge=0, le=1, description="ddim only: fresh noise in the place of the predicted one, 0: none, 1: all of it (R0's eta, not that of the DDIM paper).")
+    eta: float = Field(0.0, ge=0, le=1, description="ddim and euler only: fresh noise in the place of the predicted one, 0: none, 1: all of it "
+                       "(R0's eta, not that of the DDIM paper).")
 
     def plan(self, schedule: VPSchedule, num_inference_steps: int | None = None,
              eta: Sequence[float] | None = None) -> list[Step]:
@@ -212,6 +214,9 @@ class Prepare(Section):
 
 
 class Pretrain(Section):
+    loss: Literal["matching", "square"] = Field(
+        "matching", description="matching: ProxDM's, the L1 phase and then the zetas. square: the mean square error; with sampler.name ddim "
+        "or euler that is denoising score matching, and the network a score model.")
     steps: int = Field(1500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Global batch, over all learner ranks and micro-batches.")
     micro_batch_size: int | None = Field(None, ge=1, description="Per rank and forward; None: the rank's whole share.")

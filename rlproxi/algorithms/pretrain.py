@@ -62,7 +62,9 @@ class Matching:
                      self.losses(batch.denoiser, batch.images, batch.text, batch.step, batch.rank))
 
     def zeta(self, step: int) -> float | None:
-        """None in the L1 phase, then the zetas in equally long phases."""
+        """None in the L1 phase, then the zetas in equally long phases; infinite where the loss is the square error."""
+        if self.settings.loss == "square":
+            return math.inf
         first = round(self.settings.l1_fraction * self.settings.steps)
         if step < first or not self.settings.zetas:
             return None

@@ -20,6 +20,7 @@ from ..models.loading import load_autoencoder, load_encoder, trainable, training
 from ..models.pipeline import TextToImage, to_uint8
 from ..models.precision import compute_dtype
 from ..models.text import TextEncoder
+from ..proximal.samplers import SCORE
 from ..seeds import NamedNoise
 from .requests import SampleRequest
 
@@ -83,8 +84,8 @@ class GroupSampler:
         same = getattr(c.rl, "same_noise", False) and request.purpose == "train"
         starts = [(*name[:4], 0) for name in names] if same else None
         text = self.pipeline.text.groups(request.prompts, request.group_size)
-        # ddim's noise comes after the prox: it is the policy's choice, the first step's too.
-        named = NamedNoise(names, starts, first=c.sampler.name != "ddim")
+        # A score sampler's noise comes after the prox: it is the policy's choice, the first step's too.
+        named = NamedNoise(names, starts, first=c.sampler.name not in SCORE)
         run = self.pipeline.run(text, named, request.num_steps, request.guidance_scale,
                                 keep_chain=bool(request.window) or request.keep_last)
         chain = {}

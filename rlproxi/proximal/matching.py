@@ -7,6 +7,7 @@ goes from the conditional mean to the conditional mode, which is the prox.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,11 +62,13 @@ def corrupt(schedule: VPSchedule, x0: Tensor, t: Tensor, lam: Tensor, n1: Tensor
 
 
 def matching_loss(eps: Tensor, n2: Tensor, zeta: float | None = None) -> Tensor:
-    """Per-sample loss [B]: mean |eps - n2| where zeta is None, else 1 - exp(-m/zeta^2).
+    """Per-sample loss [B]: mean |eps - n2| where zeta is None, else 1 - exp(-m/zeta^2), and m where zeta is infinite.
 
-    m is the mean over dimensions of (eps - n2)^2. Source: ProxDM, eq. (12) and its L1 warm-up.
+    m is the mean over dimensions of (eps - n2)^2. Source: ProxDM, eq. (12) and its L1 warm-up; m is zeta^2 times the limit.
     """
     error = (eps - n2).flatten(1)
     if zeta is None:
         return error.abs().mean(1)
+    if math.isinf(zeta):
+        return error.square().mean(1)
     return -torch.expm1(-error.square().mean(1) / zeta**2)

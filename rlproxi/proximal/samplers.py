@@ -16,6 +16,11 @@ alpha x_0 + sigma n over alpha is x_0 with noise of variance sigma^2/alpha^2 alo
 clean prediction x^, the noise it leaves is n^ = (x_k - alpha x^)/sigma, and x_{k-1} = alpha' x^ + sigma' (sqrt(1 - eta^2) n^ +
 eta n). So a = 1/alpha, s = 0, t = 0, lam = sigma^2/alpha^2, b = alpha' - d alpha, d = sigma' sqrt(1 - eta^2) / sigma,
 e = sigma' eta. With a network that is the warm start's formula of a published one, this is that one's own DDIM.
+
+``euler`` asks the prox for the same, and takes an Euler step of the reverse process with a share eta of its noise,
+x_{k-1} = (1 + gamma/2) x_k - gamma (1 + eta^2)/2 n^/sigma + eta sqrt(gamma) n: Euler-Maruyama of the reverse SDE at eta = 1, the
+probability flow's Euler step at 0 (Song et al. 2021). So b = gamma (1 + eta^2)/2 alpha/sigma^2, d = 1 + gamma/2 - b/alpha,
+e = eta sqrt(gamma), but 0 in the last step: its noise would only be left standing in the image.
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ from .operator import Prox
 from .schedule import VPSchedule
 
 PROXIMAL = ("hybrid", "backward", "ode")
-SAMPLERS = (*PROXIMAL, "ddim")
+#: Those that ask for clean predictions, prox(.; 0, lam), which is all that a score model knows. Their noise comes after.
+SCORE = ("ddim", "euler")
+SAMPLERS = (*PROXIMAL, *SCORE)
 
 #: noise(k, like) -> standard normal tensor like ``like``, for step k = N..1 (and N+1: the start).
 Noise = Callable[[int, Tensor], Tensor]
@@ -39,7 +46,8 @@ Noise = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step k: x_{k-1} = b prox(z; t, lam) + d x_k + e n with z = a x_k + s n. ``t`` is the *new* time t_{k-1}, or 0 for ddim."""
+    """One step k: x_{k-1} = b prox(z; t, lam) + d x_k + e n with z = a x_k + s n. ``t`` is the *new* time t_{k-1}, or 0 for ddim
+    and euler."""
 
     k: int
     t: float
@@ -76,13 +84,18 @@ def coefficients(gamma: float, sampler: str) -> tuple[float, float, float]:
     raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(PROXIMAL)}")
 
 
-def _ddim(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+def _score_step(schedule: VPSchedule, sampler: str, k: int, t: float, old: float, eta: float) -> Step:
     """The step from time ``old`` down to ``t``."""
     signal, noise = (lambda at: math.exp(-schedule.integral(0.0, at) / 2)), (
         lambda at: math.sqrt(-math.expm1(-schedule.integral(0.0, at))))
-    d = noise(t) * math.sqrt(1 - eta**2) / noise(old)
-    return Step(k, 0.0, schedule.integral(t, old), 1 / signal(old), 0.0, (noise(old) / signal(old)) ** 2,
-                signal(t) - d * signal(old), d, noise(t) * eta)
+    gamma, lam = schedule.integral(t, old), (noise(old) / signal(old)) ** 2
+    if sampler == "ddim":
+        d = noise(t) * math.sqrt(1 - eta**2) / noise(old)
+        b, e = signal(t) - d * signal(old), noise(t) * eta
+    else:
+        b = gamma * (1 + eta**2) / 2 * signal(old) / noise(old) ** 2
+        d, e = 1 + gamma / 2 - b / signal(old), eta * math.sqrt(gamma) if t else 0.0
+    return Step(k, 0.0, gamma, 1 / signal(old), 0.0, lam, b, d, e)
 
 
 def smallest_backward_steps(schedule: VPSchedule, start_time: float, spacing: str) -> int:
@@ -99,8 +112,8 @@ def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_tim
          spacing: str = "uniform", eta: float | Sequence[float] = 0.0) -> list[Step]:
     """The steps k = N..1 in the order they are taken.
 
-    eta: of ddim, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each step in
-    that order.
+    eta: of ddim and euler, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each
+    step in that order.
 
     Raises ValueError for an unknown sampler or spacing, and for a ``backward`` N whose
     largest gamma is 2 or more, naming the smallest N that works.
@@ -108,9 +121,9 @@ def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_tim
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     times = schedule.grid(num_inference_steps, start_time, spacing)
-    if sampler == "ddim":
+    if sampler in SCORE:
         etas = [eta] * num_inference_steps if isinstance(eta, (int, float)) else list(eta)
-        return [_ddim(schedule, k, times[k - 1], times[k], etas[num_inference_steps - k])
+        return [_score_step(schedule, sampler, k, times[k - 1], times[k], etas[num_inference_steps - k])
                 for k in range(num_inference_steps, 0, -1)]
     gammas = [schedule.integral(a, b) for a, b in zip(times, times[1:])]
     if sampler == "backward" and max(gammas) >= 2.0:

@@ -14,7 +14,7 @@ from rlproxi.algorithms.limit import LimitError, accept, check, deviation, noise
 from rlproxi.config import build_config
 
 SAMPLERS = [{"name": "hybrid"}, {"name": "ode"}, {"name": "ddim", "eta": 0.7}, {"name": "ddim", "eta": 1.0}, {"name": "ddim"},
-            {"name": "backward", "num_inference_steps": 16}]
+            {"name": "euler", "eta": 1.0}, {"name": "euler", "eta": 0.4}, {"name": "backward", "num_inference_steps": 16}]
 
 
 def config(sampler):
@@ -27,8 +27,8 @@ def prox(z, t, lam):
 
 
 def test_each_step_without_its_noise_is_the_deterministic_samplers_own():
-    for name, known in (("hybrid", {"name": "ode"}), ("ddim", {"eta": 0.0})):
-        s = config({"name": name, "eta": 0.6 if name == "ddim" else 0.0}).sampler
+    for name, known in (("hybrid", {"name": "ode"}), ("ddim", {"eta": 0.0}), ("euler", {"eta": 0.0})):
+        s = config({"name": name, "eta": 0.0 if name == "hybrid" else 0.6}).sampler
         schedule = config({}).schedule.build()
         for one, two in zip(s.plan(schedule), s.model_copy(update=known).plan(schedule), strict=True):
             assert astuple(noise_free(one, name)) == pytest.approx(astuple(two), abs=1e-9)

@@ -74,6 +74,7 @@ def test_l1_first_then_the_zetas_in_equal_phases():
     assert all(matching(l1_fraction=1.0).zeta(step) is None for step in range(100))
     assert matching(l1_fraction=0.0, zetas=[]).zeta(50) is None
     assert matching(l1_fraction=0.0, zetas=[2.0, 1.0]).zeta(0) == 2.0
+    assert matching(loss="square").zeta(0) == math.inf
 
 
 # -- the loss -----------------------------------------------------------------------------

@@ -90,4 +90,5 @@ def test_losses_against_the_formula():
         for zeta in (2.0, 1.0):
             expected = 1 - math.exp(-np.mean(difference**2) / zeta**2)
             assert float(matching_loss(eps, n2, zeta)[i]) == pytest.approx(expected, rel=1e-12)
+        assert float(matching_loss(eps, n2, math.inf)[i]) == pytest.approx(np.mean(difference**2), rel=1e-12)
     assert torch.equal(matching_loss(n2, n2, 1.0), torch.zeros(5, dtype=torch.float64))

@@ -55,6 +55,28 @@ def test_ddims_policy_is_that_of_x_written_in_z():
         assert torch.allclose(ours, density(new) - density(old), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("eta", [1.0, 0.4])
+def test_eulers_policy_is_that_of_x_written_in_z(eta):
+    """x_{k-1} ~ N(x + gamma x/2 + gamma (1 + eta^2)/2 score, eta^2 gamma): the reverse SDE with a share of its noise."""
+    n, start = 6, 0.65
+    steps, out = chain("euler", n, start=start, eta=eta)
+    times = SCHEDULE.grid(n, start)
+    for action in actions(steps):
+        k, i = action.step.k, action.index
+        alpha, following = (SCHEDULE.alpha_bar(t) ** 0.5 for t in (times[k], times[k - 1]))
+        gamma = SCHEDULE.integral(times[k - 1], times[k])
+        x, x_next = alpha * out.z[i], following * out.z[i + 1]
+
+        def density(clean):
+            score = (alpha * clean - x) / (1 - alpha**2)
+            return Independent(Normal(x + gamma * x / 2 + gamma * (1 + eta**2) / 2 * score, eta * gamma**0.5), 3).log_prob(x_next)
+
+        old = out.prox[i]
+        new = old + 0.05 * torch.randn_like(old)
+        ours = log_ratio(action, new, old, action.free(out.z[i], out.z[i + 1]), "sum")
+        assert torch.allclose(ours, density(new) - density(old), atol=1e-9, rtol=1e-9)
+
+
 def test_the_chain_is_drawn_from_the_policy():
     """a, s of an action are those that made z_{k-1}: the noise recovered from the chain is the noise drawn."""
     steps = plan(SCHEDULE, "backward", 10)
@@ -130,7 +152,7 @@ def test_one_action_less_than_steps_and_the_next_steps_coefficients():
 def test_refusals():
     with pytest.raises(ValueError, match="draws no noise"):
         actions(plan(SCHEDULE, "ode", 10))
-    with pytest.raises(ValueError, match="ddim with eta"):
+    with pytest.raises(ValueError, match="ddim or euler with eta"):
         actions(plan(SCHEDULE, "ddim", 10))
     with pytest.raises(ValueError, match=">= 2"):
         actions(plan(SCHEDULE, "hybrid", 1))

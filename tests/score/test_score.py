@@ -5,6 +5,8 @@ import pytest
 import torch
 from closed_form import Gaussian, affine_moments, alpha_bar, exact_normals, gamma
 
+from rlproxi.proximal.samplers import plan
+from rlproxi.proximal.samplers import sample as proximal_sample
 from rlproxi.proximal.schedule import VPSchedule
 from rlproxi.score import SAMPLERS, ScoreModel, draw_times, guided, matching_loss, perturb, sample
 
@@ -49,6 +51,15 @@ def test_exact_moments(sampler, options, n):
     times = SCHEDULE.grid(n, 0.9)
     expected = recursion(sampler, times, TARGET, **options)
     assert moments(sampler, times, **options) == pytest.approx(expected, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("sampler, eta, theirs", [("euler", 1.0, "euler_maruyama"), ("euler", 0.0, "ode"), ("ddim", 0.0, "ddim")])
+@pytest.mark.parametrize("n", [1, 4, 25])
+def test_the_samplers_of_clean_predictions_are_these(sampler, eta, theirs, n):
+    """``proximal.samplers`` has them around prox(.; 0, lam) = E[x_0 | x_t], which for a Gaussian both know exactly."""
+    steps = plan(SCHEDULE, sampler, n, 0.9, eta=eta)
+    ours = affine_moments(lambda x, noise: proximal_sample(TARGET.prox, steps, x, noise=noise).x, n)
+    assert ours == pytest.approx(moments(theirs, SCHEDULE.grid(n, 0.9)), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("sampler, options", [
