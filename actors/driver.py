@@ -206,7 +206,8 @@ class Driver:
             self.conductor = Conductor.options(**cluster.beside_driver()).remote(
                 self.config, str(self.run_dir), str(model), self.scribe, self.store)
             try:
-                self.apps = self.apps or deploy(self.config.rewards, self.run_dir.name, self.config.resources.placement)
+                c = self.config
+                self.apps = self.apps or deploy(c.rewards, self.run_dir.name, c.resources.placement, c.faults.hang_timeout_s)
             except (ValueError, FileNotFoundError, RuntimeError) as error:
                 raise ConfigError(f"rewards: {error}") from None
             ray.get(self.conductor.connect.remote(self.apps))

@@ -86,15 +86,15 @@ def app_names(rewards: Rewards, run_id: str) -> dict[str, str]:
     return {reward.name: f"{run_id}-{reward.name}" for reward in [*rewards.train, *rewards.heldout]}
 
 
-def deploy(rewards: Rewards, run_id: str, placement: str = "any") -> dict[str, str]:
+def deploy(rewards: Rewards, run_id: str, placement: str = "any", hang_timeout_s: float = 90.0) -> dict[str, str]:
     """Starts one Serve application for each scorer of the config, side by side; returns scorer -> application name.
 
-    ``placement`` is resources.placement. Blocks until all replicas are up. Raises RuntimeError with the scorer's own
+    ``placement`` is resources.placement; a replica that does not answer for about ``hang_timeout_s``, 90 at most, is replaced. Blocks until all replicas are up. Raises RuntimeError with the scorer's own
     words if one cannot start.
     """
     apps, targets = app_names(rewards, run_id), []
     for reward in [*rewards.train, *rewards.heldout]:
-        app = _deployment(rewards, reward, placement).bind(
+        app = _deployment(rewards, reward, placement, hang_timeout_s).bind(
             reward.name, reward.kind, reward.params, rewards.timeout_s, rewards.on_failure == "mask_sample",
             reward.tune_micro_batch, max(1, int(replica_options(rewards, reward)["num_cpus"])))
         targets.append(serve.RunTarget(app, apps[reward.name], route_prefix=None))
@@ -110,7 +110,7 @@ def deploy(rewards: Rewards, run_id: str, placement: str = "any") -> dict[str, s
     return apps
 
 
-def _deployment(rewards: Rewards, reward: Reward, placement: str):
+def _deployment(rewards: Rewards, reward: Reward, placement: str, hang_timeout_s: float):
     low = reward.replicas or rewards.replicas
     count: dict[str, Any] = {"num_replicas": low}
     if reward.max_replicas:
@@ -120,9 +120,11 @@ def _deployment(rewards: Rewards, reward: Reward, placement: str):
     if reward.runtime_env:
         actor["runtime_env"] = reward.runtime_env
     # The client limits what is under way, not Serve: a replica that is full makes its router ask again and again. A
-    # replica's health is asked often, because a scorer that hangs holds back a whole step.
+    # replica's health is asked often, because a scorer that hangs holds back a whole step; Serve gives it up at the third
+    # question without an answer.
     return serve.deployment(RewardReplica, name="RewardReplica", max_ongoing_requests=16, ray_actor_options=actor,
-                            health_check_period_s=2, graceful_shutdown_timeout_s=5,
+                            health_check_period_s=2, health_check_timeout_s=min(30.0, hang_timeout_s / 3),
+                            graceful_shutdown_timeout_s=5,
                             logging_config={"log_level": "WARNING", "enable_access_log": False}, **count)
 
 

@@ -22,6 +22,11 @@ def at_least(minimum: int):
     return convert
 
 
+def counts(text: str) -> list[int]:
+    """An argparse type: step counts, ascending."""
+    return sorted({at_least(1)(part) for part in text.split(",")})
+
+
 def share(text: str) -> float:
     """An argparse type: a finite number >= 0."""
     value = float(text)
@@ -67,6 +72,32 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--json", type=Path, metavar="FILE", help="also write the scores here")
     out.add_argument("--csv", type=Path, metavar="FILE", help="also write the scores here")
     judge.set_defaults(action=score)
+
+    compare = commands.add_parser(
+        "eval", help="draw from models by samplers at each number of steps, judge, and plot",
+        description="Reward, diversity, distance to data and seconds an image against the number of steps. Models that share a LABEL are "
+        "runs of one method: its intervals are over them and over --seeds.")
+    compare.add_argument("models", nargs="+", metavar="[LABEL=]MODEL[+LORA][@SAMPLER]",
+                         help="run directories, model folders, or diffusers folders (drawn from by their own pipeline)")
+    compare.add_argument("--steps", type=counts, default=[1, 2, 4, 6, 8, 10, 16, 20, 50], metavar="N,N,...",
+                         help="(default 1,2,4,6,8,10,16,20,50)")
+    compare.add_argument("--samplers", type=lambda text: text.split(","), default=[], metavar="NAME,...",
+                         help="each model by each of: hybrid, backward, ode, ddim, ddim-ancestral, euler, euler-maruyama, dpmsolver++, "
+                         "unipc, pipeline (default: the model's own)")
+    compare.add_argument("--config", metavar="RUN_DIR|FILE",
+                         help="prompts, rewards and data (default: the first model that is a run directory)")
+    compare.add_argument("--seeds", type=at_least(1), default=1, metavar="K", help="draws of the noise (default 1)")
+    compare.add_argument("--prompts", type=at_least(1), metavar="P", help="held-out prompts (default: the config's)")
+    compare.add_argument("--samples", type=at_least(2), metavar="S", help="samples of each prompt (default: the config's)")
+    compare.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: each model's)")
+    compare.add_argument("--batch", type=at_least(1), default=64, metavar="B", help="images of one sampler call (default 64)")
+    compare.add_argument("--device", metavar="D", help="(default: a GPU where there is one)")
+    compare.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="float32",
+                         help="the networks' arithmetic (default float32)")
+    compare.add_argument("--reach", metavar="LABEL@N", help="also tell at how many steps each reaches this one's reward")
+    compare.add_argument("--out", type=Path, default=Path("frontier"), metavar="DIR",
+                         help="what was measured before is kept there and not measured again (default frontier)")
+    compare.set_defaults(action=evaluate)
 
     give = commands.add_parser("export", help="write a model as a diffusers folder that stands alone")
     give.add_argument("model", metavar="MODEL", help="a run directory or a model folder")
@@ -137,6 +168,14 @@ def score(arguments: argparse.Namespace) -> int:
     from .rewards import command
 
     return command.score(arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from .evaluation import frontier
+
+    a = arguments
+    return frontier.command(a.models, a.steps, a.samplers, a.config, a.seeds, a.out, a.prompts, a.samples, a.guidance, a.batch,
+                            a.device, a.precision, a.reach)
 
 
 def export(arguments: argparse.Namespace) -> int:

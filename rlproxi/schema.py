@@ -270,7 +270,8 @@ class Faults(Section):
 
     hang_timeout_s: float = Field(
         900.0, gt=0, description="A rollout actor, learner rank, conductor or weight store that does not answer for so many seconds is "
-        "killed and started again; longer than an iteration's longest call, the loading of a model included.")
+        "killed and started again; longer than an iteration's longest call, the loading of a model included. A reward replica after "
+        "90 s at most.")
     max_restarts: int = Field(
         3, ge=0, description="So many times in a row, without a new step between them, a lost conductor or weight store is replaced, "
         "from the last checkpoint.")
