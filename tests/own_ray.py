@@ -60,7 +60,6 @@ class OwnRay:
 
     def __init__(self, *arguments: str, environment: dict[str, str] = {}, autoscaling: dict | None = None):
         self.arguments, self.autoscaling = arguments, autoscaling
-        self.nodes: list[int] = []  # sessions of those that have joined
         self.environment = clean_environment(**environment)
 
     def __enter__(self) -> "OwnRay":
@@ -99,29 +98,6 @@ class OwnRay:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def join(self, *arguments: str) -> subprocess.Popen:
-        """Another node of this Ray, on this machine: `ray start` in a session of its own, with ``arguments`` of it."""
-        command = [RAY, "start", f"--address={self.address}", "--block", "--object-store-memory=200000000", *arguments]
-        with open(self.log, "ab") as log:
-            node = subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=log, stderr=log, start_new_session=True)
-        self.nodes.append(node.pid)
-        return node
-
-    def lose(self, node: subprocess.Popen) -> None:
-        """Ends a joined node with everything on it at once, as if its power went."""
-        for process in self._of_sessions([node.pid]):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        node.wait()
-
-    def _of_sessions(self, sessions: list[int]) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, ProcessLookupError):
-                if os.getsid(process.pid) in sessions:
-                    found.append(process)
-        return found
-
     def wait_for(self, reached, seconds: float) -> float:
         """Seconds until ``reached()``. An AssertionError with the head's words where it ends or takes too long."""
         begun = time.time()
@@ -133,11 +109,11 @@ class OwnRay:
         return time.time() - begun
 
     def processes(self) -> list[psutil.Process]:
-        """Every live process of this Ray: of its nodes' sessions, or with the folder in its command line."""
-        found = self._of_sessions([self.head.pid, *self.nodes])
+        """Every live process of this Ray: of the head's session, or with the folder in its command line."""
+        found = []
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if str(self.folder) in " ".join(process.cmdline()):
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) == self.head.pid or str(self.folder) in " ".join(process.cmdline()):
                     found.append(process)
         return [p for p in found if p.pid != os.getpid()]
 
