@@ -65,7 +65,12 @@ class Conductor:
         await self.loop.commit(iteration, metrics, spans, life)
 
     async def alive(self) -> bool:
-        return True
+        """False once the loop has stopped for good; that there is an answer tells that this process lives."""
+        return self.loop is None or self.loop.stopped is None
+
+    async def open(self) -> bool:
+        """Whether a learner can begin here."""
+        return self.loop is not None and self.loop.stopped is None
 
     async def leave(self, reason: str) -> None:
         if self.loop is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
 from rlproxi.algorithms.rollout import flatten
 from rlproxi.config import Config, dump_config, smaller_micro_batch
@@ -140,10 +140,27 @@ class Driver:
     def _rl(self) -> None:
         model = self._start_model()
 
+        def replace(reason: str) -> dict[str, Any]:
+            """New roles while Ray Train starts the ranks again; those wait for them."""
+            self.replaced = True
+            while True:
+                self._count_lost("rl", reason)
+                self._close_system()
+                try:
+                    self._system(model)
+                    break
+                except RayActorError as error:  # it has died in its turn
+                    reason = f"an actor of the run is lost ({' '.join(str(error).split())[:200]})"
+            # Last: until then the ranks' own word that a role is lost may still be on its way.
+            ray.get(self.scribe.clear_stop.remote())
+            return self._roles()
+
         def learn() -> None:
-            conductor, store = self._system(model)
-            setup = LearnerSetup(self.config, str(self.run_dir), str(model), conductor, store, self.scribe)
-            self._watch(lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean", saves=True)
+            self._system(model)
+            setup = LearnerSetup(self.config, str(self.run_dir), str(model), self._names(), self.scribe)
+            self._watch(lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean", saves=True, replace=replace)
+            if not (self.run_dir / "models" / "final").is_dir():
+                raise RunStopped("rl ended without models/final; go on with --resume")
 
         self._until_it_stands("rl", learn)
 
@@ -202,9 +219,9 @@ class Driver:
         """Conductor and weight store, with rewards and rollout actors behind them; made once for before, rl and after."""
         if self.conductor is None:
             # Rollout actors load the model while the rewards are deployed.
-            self.store = WeightStore.options(**cluster.beside_driver()).remote(keep=self.config.rl.max_staleness + 2)
-            self.conductor = Conductor.options(**cluster.beside_driver()).remote(
-                self.config, str(self.run_dir), str(model), self.scribe, self.store)
+            conductor, store = self._names()
+            self.store = self._named(WeightStore, store, keep=self.config.rl.max_staleness + 2)
+            self.conductor = self._named(Conductor, conductor, self.config, str(self.run_dir), str(model), self.scribe, self.store)
             try:
                 c = self.config
                 self.apps = self.apps or deploy(c.rewards, self.run_dir.name, c.resources.placement, c.faults.hang_timeout_s)
@@ -212,6 +229,31 @@ class Driver:
                 raise ConfigError(f"rewards: {error}") from None
             ray.get(self.conductor.connect.remote(self.apps))
         return self.conductor, self.store
+
+    def _names(self) -> tuple[str, str]:
+        """Those by which the learner's ranks find conductor and weight store."""
+        return f"{self.run_dir.name} conductor", f"{self.run_dir.name} weights"
+
+    def _named(self, kind: Any, name: str, *arguments: Any, **more: Any) -> Any:
+        """An actor with a name, on this node; waits where one that was killed still has it."""
+        given_up = time.monotonic() + 60
+        while True:
+            try:
+                return kind.options(name=name, **cluster.beside_driver()).remote(*arguments, **more)
+            except ValueError:
+                if time.monotonic() > given_up:
+                    raise
+                time.sleep(0.1)
+
+    def _roles(self) -> dict[str, Any]:
+        return {"conductor": self.conductor, "weight store": self.store} if self.conductor is not None else {}
+
+    def _well(self) -> bool:
+        """Whether conductor and weight store are there and can go on."""
+        try:
+            return bool(self._roles()) and all(ray.get([role.alive.remote() for role in self._roles().values()], timeout=10))
+        except (RayActorError, GetTimeoutError):
+            return False
 
     def _evaluate(self, tag: str, model: Path, version: int) -> None:
         def work() -> dict:
@@ -238,9 +280,9 @@ class Driver:
     # -- around them ----------------------------------------------------------------------
 
     def _watch(self, work: Callable[[], Any], bars: list[tuple[str, int]] = [], shown: str | None = None,
-               saves: bool = False) -> Any:
-        roles = {"conductor": self.conductor, "weight store": self.store} if self.conductor is not None else {}
-        return Watch(self.scribe, roles, self.config.faults.hang_timeout_s, self.leaving, saves).over(work, bars, shown)
+               saves: bool = False, replace: Callable[[str], dict[str, Any]] | None = None) -> Any:
+        watch = Watch(self.scribe, self._roles(), self.config.faults.hang_timeout_s, self.leaving, saves, replace)
+        return watch.over(work, bars, shown)
 
     def _until_it_stands(self, stage: str, work: Callable[[], Any]) -> Any:
         """Runs ``work``; after a stop that has a remedy, with that remedy again from the last checkpoint.
@@ -249,9 +291,9 @@ class Driver:
         new ones, ``faults.max_restarts`` times in a row. Ranks that Ray Train gives up: again, unless none of its attempts has
         reached a new step.
         """
-        lost, reached = 0, self._reached(stage)
+        self.lost, self.reached = 0, self._reached(stage)
         while True:
-            kind, failed = "", None
+            kind, failed, before, self.replaced = "", None, self._reached(stage), False
             try:
                 return work()
             except RunStopped as stop:
@@ -260,24 +302,35 @@ class Driver:
                 kind, told = LOST, f"an actor of the run is lost ({' '.join(str(error).split())[:200]})"
             except RanksFailed as error:
                 failed, told = error, f"{stage}: the learner failed ({error.words})"
-            before, reached = reached, self._reached(stage)
-            stood = reached > before  # a new step was reached: what is counted begins anew
-            lost = (0 if stood else lost) + (kind == LOST)
             if kind == OUT_OF_MEMORY:
-                told = f"{told}: {self._smaller(stage, told)}"
-            elif kind == LOST and lost <= self.config.faults.max_restarts:
-                told = f"{told}: going on with new ones, from the last checkpoint ({lost} of faults.max_restarts)"
-            elif failed is not None and stood:
-                told = f"{told}: going on from the last checkpoint, since step {reached} was reached meanwhile"
+                self._warn_aloud(f"{told}: {self._smaller(stage, told)}")
+            elif kind == LOST:
+                self._count_lost(stage, told)
+            elif failed is not None and (self._reached(stage) > before or self.replaced):
+                self._warn_aloud(f"{told}: going on from the last checkpoint, since step {self._reached(stage)} was reached meanwhile")
             elif failed is not None:
                 print(failed, file=sys.stderr)  # with the ranks' tracebacks
-                raise RunStopped(f"{told} in {self.config.learner.max_failures + 1} attempts without a new step after {reached} "
+                raise RunStopped(f"{told} in {self.config.learner.max_failures + 1} attempts without a new step after {before} "
                                  "(learner.max_failures); once its cause is mended, go on with --resume") from None
             else:
                 raise RunStopped(told)
-            print(f"\n               {told}", flush=True)
-            self._close_system()  # first: a stop that is still on its way must not meet the stage started again
-            ray.get([self.scribe.clear_stop.remote(), self.scribe.append.remote("warning", {"message": told})])
+            if kind == OUT_OF_MEMORY or not self._well():
+                self._close_system()  # first: a stop that is still on its way must not meet the stage started again
+            ray.get(self.scribe.clear_stop.remote())
+
+    def _count_lost(self, stage: str, told: str) -> None:
+        """Warns that a lost role is replaced; RunStopped where that has been done ``faults.max_restarts`` times in a row."""
+        reached = self._reached(stage)
+        if reached > self.reached:  # it stood for a while: what is counted begins anew
+            self.lost, self.reached = 0, reached
+        self.lost += 1
+        if self.lost > self.config.faults.max_restarts:
+            raise RunStopped(told)
+        self._warn_aloud(f"{told}: going on with new ones, from the last checkpoint ({self.lost} of faults.max_restarts)")
+
+    def _warn_aloud(self, told: str) -> None:
+        print(f"\n               {told}", flush=True)
+        ray.get(self.scribe.append.remote("warning", {"message": told}))
 
     def _reached(self, stage: str) -> int:
         """The largest step that the stage has ever logged, dropped since or not."""

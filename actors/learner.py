@@ -8,6 +8,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -29,16 +30,17 @@ from rlproxi.rewards.gradients import RewardGradients
 from .engine import Engine
 from .observer import over_the_wire
 from .rank import Rank
+from .stops import RoleLost
 from .training import LearnerSetup
 
 
 class Learner(Rank):
     """One rank of the stage rl. Asks the conductor for batches, and hands on the weights that come of them."""
 
-    def __init__(self, setup: LearnerSetup):
+    def __init__(self, setup: LearnerSetup, conductor: Any, store: Any):
         config = setup.config
         super().__init__(config, setup.run_dir, setup.model_folder, "rl", setup.scribe)
-        self.conductor, self.store = setup.conductor, setup.store
+        self.conductor, self.store = conductor, store
         self.checkpoint_every = config.rl.checkpoint_every
         self.checked = False
         self.life: int | None = None  # what the conductor calls this learner; rank 0 knows it
@@ -94,6 +96,8 @@ class Learner(Rank):
         if found is None:
             self.stopped = True  # the run was stopped: nothing is saved as its result
             return None
+        if found.get("lost"):
+            raise RoleLost(found["lost"])
         if found.get("leave"):
             self.stopped = self.leaving = True
             return None

@@ -52,6 +52,7 @@ class Loop:
         self.ready: dict[int, dict[int, Scored]] = {}
         self.answers: dict[int, dict | None] = {}  # what the first rank was told of an iteration, all are told
         self.stopped: str | None = None
+        self.lost = False  # stopped because a role is lost that the driver replaces
         self.leaving = False  # what is trained so far is saved, and no more is begun
         self.end: int | None = None  # the first iteration that will not be trained; what is trained so far is saved
         self.tasks: set[asyncio.Task] = set()
@@ -85,7 +86,7 @@ class Loop:
 
     async def next_batch(self, iteration: int, rank: int = 0, world: int = 1) -> dict | None:
         """The batch of ``iteration`` once it is all scored; None when the run was stopped, {} when RL ends before it,
-        {"leave": True} where a checkpoint is to be written first.
+        {"leave": True} where a checkpoint is to be written first, {"lost": why} where the learner is to begin anew with others.
 
         Returns {"requests" (pickled once, for all ranks), "rewards" [P, G] of all micro-batches in order, "versions",
         "chains": {j: reference} of those that ``rank`` trains on, "refused": why nothing of it is, or None}; where the
@@ -118,7 +119,7 @@ class Loop:
         if self.leaving:
             return {"leave": True}
         if not self._complete(iteration):
-            return {} if self.stopped is None else None
+            return {} if self.stopped is None else {"lost": self.stopped} if self.lost else None
         entries = [self.ready[iteration][j] for j in range(self.config.rl.micro_batches)]
         self.ledger.check(iteration, (e.stamp for e in entries))
         requests = pickle.dumps([e.request for e in entries], protocol=pickle.HIGHEST_PROTOCOL)
@@ -189,7 +190,7 @@ class Loop:
 
     def _mark_stopped(self, reason: str, kind: str = "") -> None:
         if self.stopped is None:  # told once: a later fault must not end what the driver may have started again
-            self.stopped = reason
+            self.stopped, self.lost = reason, kind == LOST
             self.scribe.stop.remote(reason, kind)
             self.changed.notify_all()  # so the caller holds the lock
 

@@ -5,4 +5,9 @@ from rlproxi.memory_errors import OUT_OF_MEMORY
 #: An actor that the run cannot do without has died or hangs: new ones go on from the last checkpoint.
 LOST = "lost"
 
-__all__ = ["LOST", "OUT_OF_MEMORY"]
+
+class RoleLost(RuntimeError):
+    """What a learner's rank fails with where it is told so: Ray Train starts it again, and it goes on with new ones."""
+
+
+__all__ = ["LOST", "OUT_OF_MEMORY", "RoleLost"]

@@ -7,6 +7,7 @@ only the ranks need networks and DeepSpeed.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -48,8 +49,7 @@ class LearnerSetup:
     config: Config
     run_dir: str
     model_folder: str
-    conductor: Any
-    store: Any
+    roles: tuple[str, str]  # the names of conductor and weight store; who bears them may change while a learner lives
     scribe: Any
 
 
@@ -83,24 +83,49 @@ def train(setup: LearnerSetup) -> None:
 def _learner_loop(settings: dict) -> None:
     from .learner import Learner
 
-    _run(Learner, settings["setup"])
+    def begin(setup: LearnerSetup) -> Learner | None:
+        bearers = _bearers(setup)
+        return bearers and Learner(setup, *bearers)
+
+    _run(begin, settings["setup"])
 
 
-def _run(kind: type, setup: Any) -> None:
+def _bearers(setup: LearnerSetup) -> tuple[Any, Any] | None:
+    """Conductor and weight store, once a learner can begin with them: where one is lost, the driver makes new ones meanwhile.
+    None where the run has been stopped."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError
+
+    while True:
+        if ray.get(setup.scribe.stop_kind.remote()) != LOST and ray.get(setup.scribe.stop_reason.remote()):
+            return None
+        try:
+            conductor, store = (ray.get_actor(name) for name in setup.roles)
+            if all(ray.get([conductor.open.remote(), store.alive.remote()], timeout=10)):
+                return conductor, store
+        except (ValueError, RayActorError, GetTimeoutError):
+            pass  # none has the name, or it is on its way out
+        time.sleep(0.2)
+
+
+def _run(begin: Callable[[Any], Any], setup: Any) -> None:
     """A rank's life. Out of memory, or without conductor or weight store, it tells the driver and fails, which ends the ranks
-    that wait for it; started again by Train, all of them leave at once, and the driver begins anew with less, or with
-    new ones."""
+    that wait for it. Train starts them again: out of memory all of them leave at once, and the driver begins anew with less;
+    else they go on from the last checkpoint with the new ones."""
     import ray
     from ray.exceptions import RayActorError
 
-    if ray.get(setup.scribe.stop_kind.remote()):
+    if ray.get(setup.scribe.stop_kind.remote()) == OUT_OF_MEMORY:
         return
     try:
-        rank = kind(setup)
+        rank = begin(setup)
+        if rank is None:
+            return
         rank.run()
     except Exception as error:
         if is_out_of_memory(error):
-            ray.get(setup.scribe.stop.remote(f"{kind.__name__.lower()}: out of memory ({first_line(error)})", OUT_OF_MEMORY))
+            who = "pretrainer" if isinstance(setup, PretrainSetup) else "learner"
+            ray.get(setup.scribe.stop.remote(f"{who}: out of memory ({first_line(error)})", OUT_OF_MEMORY))
         elif isinstance(error, RayActorError):
             told = f"the conductor or the weight store is lost ({' '.join(str(error).split())[:200]})"
             ray.get(setup.scribe.stop.remote(told, LOST))

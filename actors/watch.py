@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from typing import Any, Callable
 
 import ray
+from ray.exceptions import RayError
 
 from rlproxi.schema import RunStopped
 
@@ -16,6 +18,8 @@ from .stops import LOST
 
 #: Seconds between two looks at a stage.
 _EVERY = 0.5
+#: A role's word of why it has stopped may be so late.
+_SILENT_S = 3.0
 
 
 class Leaving:
@@ -65,13 +69,16 @@ class Watch:
             and the stage stopped with the kind ``LOST``.
         leaving: the signals. saves: the stage writes a checkpoint when the role "conductor" is asked to leave; others are
             left at once.
+        replace: reason -> new roles; for a stage whose work goes on by itself once lost roles are there again.
     """
 
-    def __init__(self, scribe: Any, roles: dict[str, Any], hang_timeout_s: float, leaving: Leaving, saves: bool = False):
+    def __init__(self, scribe: Any, roles: dict[str, Any], hang_timeout_s: float, leaving: Leaving, saves: bool = False,
+                 replace: Callable[[str], dict[str, Any]] | None = None):
         self.scribe, self.roles, self.hang_timeout_s = scribe, roles, hang_timeout_s
-        self.leaving, self.saves = leaving, saves
+        self.leaving, self.saves, self.replace = leaving, saves, replace
         self.asked: dict[str, tuple[ray.ObjectRef, float]] = {}
         self.left = False
+        self.silent: dict[str, float] = {}  # role -> since when
 
     def over(self, work: Callable[[], Any], bars: list[tuple[str, int]] = [], shown: str | None = None) -> Any:
         """What ``work`` returns. Prints what is said meanwhile and draws a bar for each (name in the scribe's progress,
@@ -113,6 +120,7 @@ class Watch:
                         bar.set_postfix_str(f"{shown} {newest[shown]:.4f}")
             self._relay()
             self._look_for_hangs()
+            self._replace()
             self._leave()
         self._relay()  # what was said last
         for _, bar in drawn:
@@ -135,7 +143,8 @@ class Watch:
             answer, since = self.asked.get(name) or (handle.alive.remote(), time.monotonic())
             self.asked[name] = (answer, since)
             if ray.wait([answer], timeout=0)[0]:
-                del self.asked[name]  # that it is dead, if it is, others notice
+                del self.asked[name]
+                self._look_for_silence(name, answer)
             elif time.monotonic() - since > self.hang_timeout_s and not ray.wait([answer], timeout=1)[0]:
                 # Once more before, because it may be this process that stood still.
                 del self.roles[name]
@@ -144,6 +153,19 @@ class Watch:
                 ray.kill(handle)
                 if "conductor" in self.roles:  # ends the wait of the learner, which would not notice
                     self.roles["conductor"].stop.remote(told, LOST)
+
+    def _look_for_silence(self, name: str, answer: ray.ObjectRef) -> None:
+        """A role that has stopped has told the scribe why; unless that died with what it had been told."""
+        with contextlib.suppress(RayError):  # that it is dead others notice
+            if ray.get(answer) or ray.get(self.scribe.stop_reason.remote()) is not None:
+                self.silent.pop(name, None)
+            elif time.monotonic() - self.silent.setdefault(name, time.monotonic()) > _SILENT_S:
+                ray.get(self.scribe.stop.remote(f"the {name} has stopped, and why was lost with the log's writer", LOST))
+
+    def _replace(self) -> None:
+        if self.replace is not None and ray.get(self.scribe.stop_kind.remote()) == LOST:
+            self.roles = self.replace(ray.get(self.scribe.stop_reason.remote()))
+            self.asked.clear()
 
     def _leave(self) -> None:
         """Where a signal asked for it: has the conductor end the stage, and gives up waiting after the grace."""

@@ -226,3 +226,30 @@ def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session
     assert ray.get(scribe.stop_kind.remote()) == LOST and ray.get(well.alive.remote())
     for actor in (scribe, well):
         ray.kill(actor)
+
+
+def test_a_role_that_has_stopped_and_nobody_knows_why_is_replaced(ray_session, tmp_path):
+    ray = ray_session
+
+    @ray.remote(num_cpus=0)
+    class Stopped:
+        def alive(self):
+            return False
+
+    @ray.remote(num_cpus=0)
+    class New:
+        def alive(self):
+            return True
+
+    scribe, old, new = Scribe.remote(str(tmp_path)), Stopped.remote(), New.remote()
+    replaced = threading.Event()
+
+    def replace(reason: str) -> dict:
+        assert reason == "the conductor has stopped, and why was lost with the log's writer"
+        ray.get(scribe.clear_stop.remote())
+        replaced.set()
+        return {"conductor": new}
+
+    assert Watch(scribe, {"conductor": old}, 60, Leaving(1), replace=replace).over(lambda: replaced.wait(60)) is True
+    for actor in (scribe, old, new):
+        ray.kill(actor)
