@@ -120,19 +120,25 @@ def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, float, 
     The real one runs on Ray: rollout actors and Serve reward where the algorithm has them, DeepSpeed learner, synchronous.
     The bare work is the same number of network forwards and backwards and of reward calls with nothing around them
     (``_bare_micro_batch``), split over as many processes as the learner has ranks, which exchange nothing and have the
-    machine to themselves.
+    machine to themselves. It is measured before the real one and after it: shared machines drift by more than the bar.
     """
     with tempfile.TemporaryDirectory() as folder:
         reward_file = _random_classifier(config, Path(folder))
+        before = _bare_seconds(config, reward_file)
         real = _real_iterations(config, Path(folder), reward_file, iterations)
-        workers = config.resources.learner_workers
-        spawn = multiprocessing.get_context("spawn")
-        barrier = spawn.Barrier(workers)
-        with ProcessPoolExecutor(workers, spawn, initializer=_keep_barrier, initargs=(barrier,)) as pool:
-            jobs = [pool.submit(_bare_iterations, config, reward_file) for _ in range(workers)]
-            # An iteration is done when its slowest process is.
-            bare = statistics.median(max(times) for times in zip(*(job.result() for job in jobs)))
+        bare = statistics.median([*before, *_bare_seconds(config, reward_file)])
     return real / bare, real, bare
+
+
+def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
+    """Seconds of each repetition of the bare work, by as many processes as the learner has ranks."""
+    workers = config.resources.learner_workers
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(workers)
+    with ProcessPoolExecutor(workers, spawn, initializer=_keep_barrier, initargs=(barrier,)) as pool:
+        jobs = [pool.submit(_bare_iterations, config, reward_file) for _ in range(workers)]
+        # An iteration is done when its slowest process is.
+        return [max(times) for times in zip(*(job.result() for job in jobs))]
 
 
 def _one_rank(config: Config) -> Config:
