@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from typing import Any, Callable, Coroutine, Sequence
+from typing import Any, Awaitable, Callable, Coroutine, Sequence
 
 import numpy as np
 from ray.exceptions import RayActorError
@@ -154,14 +154,15 @@ class Loop:
         self.answers.pop(iteration)  # every rank has trained on it, so none will ask
         async with self.changed:
             self.changed.notify_all()
-        self._tell(iteration, [done[j] for j in sorted(done)], metrics, spans, in_flight)
+        # Waited for: the learner goes on to write the checkpoint that has this step behind it.
+        await self._tell(iteration, [done[j] for j in sorted(done)], metrics, spans, in_flight)
         if iteration == self.begun:
             # By now they have measured their micro-batch.
             tuned = [reward for reward in self.config.rewards.train if reward.tune_micro_batch]
             await tell_provenance(tuned, self.client, self.scribe)
 
     def _tell(self, iteration: int, entries: list[Scored], metrics: dict[str, float], spans: Sequence[Told],
-              in_flight: int) -> None:
+              in_flight: int) -> Awaitable[None]:
         """The iteration's record, and what the observer adds to it."""
         now = time.time()
         images = sum(e.request.images for e in entries)
@@ -175,7 +176,7 @@ class Loop:
             record |= self.observer.committed(iteration, self.last_commit, now, images, spans)
             self.observer.show(iteration, entries[0].version, entries)
         self.last_commit = now
-        self.scribe.append.remote("metrics", record)
+        return self.scribe.append.remote("metrics", record)
 
     async def leave(self, reason: str) -> None:
         """Ends the run with the iteration under way, whose weights the learner saves as a checkpoint."""

@@ -46,8 +46,12 @@ class RolloutPool:
             self.idle.put_nowait(place)
 
     async def ready(self) -> int:
-        """The number of actors, once all have loaded the model."""
-        return len(await asyncio.gather(*(actor.ready.remote() for actor in self.actors)))
+        """The number of actors that have loaded the model, once none is on its way. Raises RuntimeError where none comes, and
+        the RayActorError of one that cannot load it."""
+        loaded = sum(await asyncio.gather(*(self._loaded(actor, again=False) for actor in self.actors)))
+        if not loaded:
+            raise RuntimeError(f"all {len(self.actors)} rollout actors died while they loaded the model, and do not come back")
+        return loaded
 
     def begin(self) -> None:
         """A learner begins: a version's weights are now its own, whoever published that number before."""
@@ -129,19 +133,30 @@ class RolloutPool:
 
     async def _look_after(self, number: int, actor: Any) -> None:
         """Waits until a lost actor has loaded the model again, and asks it again from then on."""
-        pause, died = _LOOK_AFTER[0], 0
-        while died < _DEAD_FOR_GOOD:
-            try:
-                await actor.ready.remote()
-                return self.idle.put_nowait((number, actor))
-            except RayActorError as error:
-                died = died + 1 if isinstance(error, ActorDiedError) else 0
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LOOK_AFTER[1])
+        if await self._loaded(actor):
+            return self.idle.put_nowait((number, actor))
         self.left -= 1
         self._tell(f"rollout actor {number} does not come back; {self.left} left")
         if not self.left:
             self.idle.put_nowait(None)
+
+    async def _loaded(self, actor: Any, again: bool = True) -> bool:
+        """Waits until an actor has loaded the model, however often it dies on the way; False where it does not come back.
+
+        Unless it has loaded it before (``again``), an error of its own while it does is raised: it would come each time.
+        """
+        pause, died = _LOOK_AFTER[0], 0
+        while died < _DEAD_FOR_GOOD:
+            try:
+                await actor.ready.remote()
+                return True
+            except RayActorError as error:
+                if error.actor_init_failed and not again:
+                    raise
+                died = died + 1 if isinstance(error, ActorDiedError) else 0
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LOOK_AFTER[1])
+        return False
 
     def _tell(self, message: str) -> None:
         self.scribe.append.remote("warning", {"message": message})

@@ -68,10 +68,14 @@ class Rank(Saved):
         """Makes the networks, their engines and the algorithm, as training starts from them; a rollback may make them anew."""
         raise NotImplementedError
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A metrics record of this stage; from rank 0 only."""
+    def log(self, step: int, metrics: dict[str, float], wait: bool = False) -> None:
+        """A metrics record of this stage; from rank 0 only. ``wait``: until it is in the log."""
         if self.rank == 0:
-            self.scribe.append.remote("metrics", {"stage": self.stage, "step": step, **metrics})
+            told = self.scribe.append.remote("metrics", {"stage": self.stage, "step": step, **metrics})
+            if wait:
+                import ray
+
+                ray.get(told)
 
     @property
     def engine(self) -> Engine:
@@ -113,6 +117,8 @@ class Rank(Saved):
                 return self._go_back(error)
             if not (trained and self.or_stop(lambda: self.updated(step, batch, metrics))):
                 break
+            # First: whoever dies between the two, no step that a checkpoint has behind it is missing in the log.
+            self.done(step, batch, metrics)
             last = step + 1 == self.algorithm.steps
             due = due or (step + 1) % self.checkpoint_every == 0
             if last or due and self.guard.steady:  # amid skipped updates the weights may be what is wrong
@@ -120,7 +126,6 @@ class Rank(Saved):
                     self.checkpoint(step + 1)
                 due = False
                 self.guard.begun(at_start=False)
-            self.done(step, batch, metrics)
         return None
 
     def _span(self, phase: str) -> ContextManager[None]:
@@ -208,10 +213,10 @@ class Rank(Saved):
             ray.get(self.scribe.stop.remote(f"{self.stage}: {error}"))
 
     def updated(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
-        """After the updates and before the checkpoint; may add to the metrics."""
+        """After the updates; may add to the metrics."""
 
     def done(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
-        """After the checkpoint, if one was due. Here, without a conductor, rank 0 writes the timeline now and then."""
+        """Before the checkpoint, if one is due. Here, without a conductor, rank 0 writes the timeline now and then."""
         last = step + 1 == self.algorithm.steps
         if self.config.telemetry.timeline and (last or time.time() - self.told > _TIMELINE_EVERY):
             self.told, spans = time.time(), timeline.joined(self.diary.take())

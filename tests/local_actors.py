@@ -8,6 +8,13 @@ from typing import Any
 from actors.scribe import Scribe
 
 
+class Done:
+    """What a call without an answer returns, to be waited for."""
+
+    def __await__(self):
+        return iter(())
+
+
 class Local:
     """An object as an actor's handle: ``handle.method.remote(...)`` runs at once."""
 
@@ -15,7 +22,12 @@ class Local:
         self.thing = thing
 
     def __getattr__(self, name: str):
-        return SimpleNamespace(remote=getattr(self.thing, name))
+        method = getattr(self.thing, name)
+
+        def remote(*arguments: Any, **more: Any) -> Any:
+            answer = method(*arguments, **more)
+            return Done() if answer is None else answer
+        return SimpleNamespace(remote=remote)
 
 
 def undecorated(actor_class: Any) -> type:
