@@ -150,7 +150,7 @@ class Driver:
                     self._system(model)
                     break
                 except RayActorError as error:  # it has died in its turn
-                    reason = f"an actor of the run is lost ({' '.join(str(error).split())[:200]})"
+                    reason = _of_lost(error)
             # Last: until then the ranks' own word that a role is lost may still be on its way.
             ray.get(self.scribe.clear_stop.remote())
             return self._roles()
@@ -299,7 +299,7 @@ class Driver:
             except RunStopped as stop:
                 kind, told = ray.get(self.scribe.stop_kind.remote()), str(stop)
             except RayActorError as error:
-                kind, told = LOST, f"an actor of the run is lost ({' '.join(str(error).split())[:200]})"
+                kind, told = LOST, _of_lost(error)
             except RanksFailed as error:
                 failed, told = error, f"{stage}: the learner failed ({error.words})"
             if kind == OUT_OF_MEMORY:
@@ -375,6 +375,10 @@ class Driver:
         ray.kill(self.scribe)
         if self.page:  # last: what has just been logged is still shown
             self.page.close()
+
+
+def _of_lost(error: RayActorError) -> str:
+    return f"an actor of the run is lost ({' '.join(str(error).split())[:200]})"
 
 
 def _micro_batch(config: Config, stage: str) -> str:

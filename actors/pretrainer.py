@@ -86,7 +86,7 @@ class Pretrainer(Rank):
                      for key in metrics if key != "seconds/train"}
             counts = {"skipped_updates": sum(m["skipped_updates"] for m in self.window), "rollbacks": metrics["rollbacks"]}
             speed = len(self.window) * p.batch_size / (time.time() - self.since)
-            self.log(step + 1, {**means, **counts, "images_per_second": speed}, wait=True)
+            self.log(step + 1, {**means, **counts, "images_per_second": speed})
             self.since, self.window = time.time(), []
 
     def finish(self) -> None:

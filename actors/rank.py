@@ -68,14 +68,12 @@ class Rank(Saved):
         """Makes the networks, their engines and the algorithm, as training starts from them; a rollback may make them anew."""
         raise NotImplementedError
 
-    def log(self, step: int, metrics: dict[str, float], wait: bool = False) -> None:
-        """A metrics record of this stage; from rank 0 only. ``wait``: until it is in the log."""
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """A metrics record of this stage; from rank 0 only, which waits until it is in the log: a checkpoint may follow."""
         if self.rank == 0:
-            told = self.scribe.append.remote("metrics", {"stage": self.stage, "step": step, **metrics})
-            if wait:
-                import ray
+            import ray
 
-                ray.get(told)
+            ray.get(self.scribe.append.remote("metrics", {"stage": self.stage, "step": step, **metrics}))
 
     @property
     def engine(self) -> Engine:

@@ -51,10 +51,11 @@ class Measured:
     diversity: float | None
     distance: float | None
     seconds: float
+    setting: str = ""  # prompts, samples, guidance, arithmetic and whose judges: what was measured otherwise is another thing
 
     @property
     def key(self) -> tuple:
-        return self.label, self.model, self.sampler, self.steps, self.seed
+        return self.label, self.model, self.sampler, self.steps, self.seed, self.setting
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Frontier:
     """
 
     def __init__(self, config: Config, scorers: dict[str, Any], out: Path, batch: int = 64,
-                 tell: Callable[[str], None] = print):
-        self.config, self.scorers, self.out, self.batch, self.tell = config, scorers, out, batch, tell
+                 tell: Callable[[str], None] = print, setting: str = ""):
+        self.config, self.scorers, self.out, self.batch, self.tell, self.setting = config, scorers, out, batch, tell, setting
         self.indices, self.prompts = heldout_prompts(config)
         self.compare = Comparison(config)
         self.measured = {m.key: m for m in read(out)}
@@ -110,16 +111,18 @@ class Frontier:
         """Every (drawer, step count, seed); ``names`` are each drawer's (label, model, sampler). Counts that a sampler cannot take
         are told and left out."""
         for make, name in zip(drawers, names):
-            wanted = [(n, seed) for n in steps for seed in seeds if (*name, n, seed) not in self.measured]
-            drawer = make() if wanted else None
+            wanted = [(n, seed) for n in steps for seed in seeds if (*name, n, seed, self.setting) not in self.measured]
+            drawer, cold = make() if wanted else None, True
             for n, seed in wanted:
                 try:
-                    self._one(drawer, name, n, seed, guidance)
+                    self._one(drawer, name, n, seed, guidance, cold)
+                    cold = False
                 except ValueError as error:
                     self.tell(f"{name[0]}, {n} steps: left out: {' '.join(str(error).split())}")
         return list(self.measured.values())
 
-    def _one(self, drawer: Drawer, name: tuple[str, str, str], steps: int, seed: int, guidance: float | None) -> None:
+    def _one(self, drawer: Drawer, name: tuple[str, str, str], steps: int, seed: int, guidance: float | None,
+             cold: bool) -> None:
         samples = self.config.evaluate.samples
         images, seconds = [], 0.0
         groups = max(1, self.batch // samples)
@@ -127,7 +130,7 @@ class Frontier:
             part = slice(i, i + groups)
             request = SampleRequest("heldout", seed, tuple(self.prompts[part]), tuple(self.indices[part]), samples,
                                     num_steps=steps, guidance_scale=guidance)
-            if not images:
+            if cold and not images:
                 drawer.draw(request, self.config.run.seed)  # the first call pays for what later ones find ready
             begun = time.perf_counter()
             images.append(drawer.draw(request, self.config.run.seed))
@@ -138,7 +141,7 @@ class Frontier:
         seen = self.compare(drawn)
         measured = Measured(*name, steps, seed, {kind: f["mean"] for kind, f in found.items()},
                             {kind: f["sem"] for kind, f in found.items()}, seen.get("diversity"),
-                            seen.get("distance", {}).get("total"), seconds / len(drawn))
+                            seen.get("distance", {}).get("total"), seconds / len(drawn), self.setting)
         self.measured[measured.key] = measured
         if seed == 0:
             picture(drawn[::samples], self.out / IMAGES / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name[0])}-{steps:03d}.png")
@@ -282,10 +285,12 @@ def command(models: Sequence[str], steps: Sequence[int], samplers: Sequence[str]
     settled = settled.model_copy(update={"evaluate": settled.evaluate.model_copy(update=more)})
     out.mkdir(parents=True, exist_ok=True)
     scorers = {reward.name: build(reward.kind, reward.params) for reward in [*settled.rewards.heldout, *settled.rewards.train]}
-    frontier = Frontier(settled, scorers, out, batch, lambda line: print(line, flush=True))
+    e, judges = settled.evaluate, ", ".join(f"{r.name} {r.params}" for r in [*settled.rewards.heldout, *settled.rewards.train])
+    setting = f"{e.prompts} prompts x {e.samples}, run seed {settled.run.seed}, guidance {guidance}, {precision}, {judges}"
+    frontier = Frontier(settled, scorers, out, batch, lambda line: print(line, flush=True), setting)
     measured = frontier.measure([make for _, make in opened], [name for name, _ in opened], steps, range(seeds), guidance)
     wanted = {name for name, _ in opened}
-    found = rows(m for m in measured if (m.label, m.model, m.sampler) in wanted and m.steps in steps and m.seed < seeds)
+    found = rows(m for m in measured if m.setting == setting and (m.label, m.model, m.sampler) in wanted and m.steps in steps and m.seed < seeds)
     figures = [*scorers, "diversity", "distance", "seconds"]
     told, levels = table(found, figures), {}
     if reach:

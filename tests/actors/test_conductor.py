@@ -13,6 +13,7 @@ from local_actors import local_scribe
 from ray.exceptions import RayTaskError
 
 from actors.loop import Loop
+from actors.stops import LOST
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.guard import Evaluated, OverOptimisation
 from rlproxi.config import build_config
@@ -252,6 +253,36 @@ def test_rewards_that_do_not_tell_what_they_are_end_no_run(tmp_path):
 
     asyncio.run(main())
     assert warnings(tmp_path) == ["reward 'attributes' does not tell what makes its score: attributes hangs"]
+
+
+def test_a_lost_role_sends_every_rank_back_to_begin_anew(tmp_path):
+    async def main():
+        conductor = make(tmp_path)
+        conductor.pool.sample = lambda request, version: asyncio.sleep(3600)
+        await conductor.begin(0)
+        asked = asyncio.gather(conductor.next_batch(0, 0, 2), conductor.next_batch(0, 1, 2))
+        await settled()
+        await conductor.stop("the weight store is lost", LOST)
+        assert await asked == [{"lost": "the weight store is lost"}] * 2
+        assert conductor.scribe.thing.stop_kind() == LOST
+
+    asyncio.run(main())
+
+
+def test_a_commit_waits_until_its_record_is_in_the_log(tmp_path):
+    async def main():
+        conductor, written = make(tmp_path), asyncio.Event()
+        conductor.scribe = SimpleNamespace(
+            append=SimpleNamespace(remote=lambda event, fields: written.wait() if event == "metrics" else None))
+        await conductor.begin(0)
+        await conductor.next_batch(0)
+        commit = asyncio.ensure_future(conductor.commit(0, {}))
+        await settled()
+        assert not commit.done() and conductor.version == 1, "sampling goes on meanwhile"
+        written.set()
+        await commit
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("cause, kind, words", [

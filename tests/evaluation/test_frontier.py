@@ -142,6 +142,11 @@ def test_the_command_measures_tells_draws_and_goes_on(run_dir, tmp_path, capsys)
     assert len(again) == 8 and all(again[m["label"], m["steps"], m["seed"]] == m["reward"] for m in lines)
     assert capsys.readouterr().out.count(" ms an image") == 3
 
+    # Other prompts are another measurement, not to be mixed with these.
+    assert cli.main([*command, "--prompts", "4"]) == 0
+    assert capsys.readouterr().out.count(" ms an image") == 8 and len(frontier.read(out)) == 16
+    assert {row["measurements"] for row in csv.DictReader(open(out / "frontier.csv"))} == {"2"}
+
 
 def test_a_count_that_a_sampler_cannot_take_is_told_and_left_out(run_dir, tmp_path, capsys):
     assert cli.main(["eval", str(run_dir), "--samplers", "backward,hybrid", "--steps", "2,16", "--out", str(tmp_path / "f")]) == 0
