@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..proximal.operator import Denoiser, ProximalOperator
+from .precision import autocast
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,11 @@ class TextEncoder:
         return tokens["input_ids"], tokens["attention_mask"]
 
     def encode(self, captions: list[str]) -> TextStates:
-        """Captions -> TextStates, without gradient."""
+        """Captions -> TextStates, without gradient and in the model's own precision, also under a caller's autocast: rollout
+        and learner enter theirs at different places."""
         ids, mask = self.tokenize(captions)
         device = next(self.model.parameters()).device
-        with torch.no_grad():
+        with torch.no_grad(), autocast(torch.float32, device):
             out = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
         states = out.last_hidden_state.float()
         mask = mask.to(device).float()

@@ -5,23 +5,25 @@ import pytest
 import torch
 
 from rlproxi.algorithms import grpo
+from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.requests import SampleRequest, split_request
 from rlproxi.algorithms.rollout import GroupSampler, flatten, unflatten
 from rlproxi.config import Config, build_config
 from rlproxi.data import faces
 from rlproxi.models.text import build_text_encoder, operator
 from rlproxi.models.loading import build_denoiser
+from rlproxi.models.precision import autocast
 from rlproxi.proximal import policy
 
 CAPTIONS = [faces.portrait(0, i).caption for i in range(8)]
 REQUEST = SampleRequest("train", 4, tuple(CAPTIONS[:2]), (8, 9), 3, window=(0, 2))
+MODEL = {"channels": [32, 32], "blocks": [1, 0], "attention": [True, False], "text_dim": 32, "text_layers": 1, "precision": "float32"}
 
 
 def make_config(**sections) -> Config:
     return build_config({
         "data": {"size": 16}, "sampler": {"num_inference_steps": 4},
-        "model": {"channels": [32, 32], "blocks": [1, 0], "attention": [True, False], "text_dim": 32, "text_layers": 1,
-                  "precision": "float32"}, **sections})
+        "model": MODEL, **sections})
 
 
 def make_unet(config: Config, seed: int = 0):
@@ -127,6 +129,20 @@ def test_replay_in_the_same_shape_is_bit_identical_and_the_ratio_exactly_one(sam
         assert metrics["ratio/max_deviation"] == 0.0
         loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in unet.parameters())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_in_bfloat16_the_first_ratio_is_one_too(guidance):
+    """The rank enters autocast around the whole check, the sampler around its forwards only: the captions must not notice."""
+    sampler = make_sampler(make_config(model={**MODEL, "precision": "bfloat16"}, grpo={"trained_steps": 2, "group_size": 3},
+                                       sampler={"num_inference_steps": 4, "guidance_scale": guidance}))
+    chain = {name: torch.from_numpy(x) for name, x in sampler.sample(REQUEST)[1].items()}
+    algorithm, networks = grpo.GRPO(sampler.config), {"policy": make_unet(sampler.config).train()}
+    algorithm.window = lambda iteration: [algorithm.actions[i] for i in REQUEST.window]
+    algorithm.connect(Parts(networks, networks, None, make_sampler(sampler.config).pipeline.text, None, (3, 16, 16), torch.device("cpu")))
+    batch = Batch(0, [REQUEST], 0, 1, np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32), lambda j: chain)
+    with torch.no_grad(), autocast(torch.bfloat16, "cpu"):
+        assert algorithm.check(batch) == {"ratio/first_max_deviation": 0.0}
 
 
 def test_replay_with_guidance_is_bit_identical_too():

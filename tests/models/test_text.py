@@ -120,6 +120,16 @@ def test_an_answer_depends_neither_on_the_cache_nor_on_the_company(folders, name
     assert torch.equal(groups.states, first.states.repeat_interleave(3, 0)) and len(groups) == 6
 
 
+def test_the_built_in_encoders_answer_does_not_depend_on_a_callers_autocast():
+    encoder, other = (build_text_encoder(CAPTIONS, 32, 1) for _ in range(2))
+    plain = encoder.encode(CAPTIONS)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        text = encoder.encode(CAPTIONS)
+        null = other.null_like(text)
+    assert torch.equal(text.states, plain.states) and torch.equal(text.pooled, plain.pooled)
+    assert torch.equal(null.states, encoder.null_like(plain).states)
+
+
 def test_a_kept_caption_is_not_encoded_again_and_not_changed_by_its_reader(folders):
     stack = load_text(folders("sd15"))
     calls = []
