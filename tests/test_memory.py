@@ -45,7 +45,12 @@ def test_peak_of_a_training_step_is_what_the_profiler_sees(kind, precision, lora
     real_step(learner_losses(config, real, ROWS), dtype)  # once before: what is made once is not the step's
     losses = learner_losses(config, real, ROWS)  # holds the inputs, which are the batch's
     measured = profiled_peak(lambda: real_step(losses, dtype))
-    assert step_peak(config, dtype, ROWS) == pytest.approx(measured, rel=0.03)
+    assert step_peak(config, dtype, ROWS) == pytest.approx(measured, rel=0.05 if packs(precision) else 0.03)
+
+
+def packs(precision: str) -> bool:
+    """Whether CPU attention copies its keys and values into AMX's layout: a workspace of the kernel, which the estimate does not see."""
+    return precision == "bfloat16" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def step_peak(config, dtype=torch.float32, rows: int = ROWS) -> int:
