@@ -1,4 +1,4 @@
-"""Asynchronous against synchronous at equal reward: the figures of docs/staleness.md.
+"""Asynchronous against synchronous at equal reward: the figures of docs/asynchronous.md.
 
     PYTHONPATH=.:tests python tests/benchmarks/overlap.py --run RUN_DIR --out FOLDER [--steps 50] [--seeds 0 1]
     PYTHONPATH=.:tests python tests/benchmarks/overlap.py --out FOLDER --table [--plot FILE.png]

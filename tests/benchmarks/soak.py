@@ -215,19 +215,20 @@ def main() -> int:
     print(f"asked to end: exit code {code}; step {run.furthest()} after {len(kills)} kills {dict(Counter(r for _, r in kills))}; "
           f"longest without a new step {max(still):.0f} s", flush=True)
 
+    told = {"kills": kills, "memory": used, "progress": steps, "exit": code}
+    (options.out / "soak.json").write_text(json.dumps(told))  # half an hour's work, whatever becomes of the comparison
+    if options.plot:
+        plot(told, options.plot)
     unbroken = Run(options.out / f"unbroken-{int(time.time())}", start)
     unbroken.wait_for(run.furthest(), 3600)
     unbroken.end()
     wrong = compared(records, unbroken.records())
     speed = [statistics.median(series(r, "rl", "seconds/step")[1]) for r in (records, unbroken.records())]
-    told = {"kills": kills, "memory": used, "progress": steps, "wrong": wrong, "exit": code, "seconds_per_step": speed}
-    (options.out / "soak.json").write_text(json.dumps(told))
+    (options.out / "soak.json").write_text(json.dumps({**told, "wrong": wrong, "seconds_per_step": speed}))
     for role in [*VICTIMS, *OTHERS]:
         print(f"{role:<20} {growth(used, role)[0]:7.0f} MiB -> {growth(used, role)[1]:7.0f} MiB")
     print(f"median seconds of a step: {speed[0]:.2f}, unbroken {speed[1]:.2f}")
     print("\n".join(wrong[:20]) or f"every metric of {run.furthest()} steps as in the unbroken run, to the bit")
-    if options.plot:
-        plot(told, options.plot)
     return int(bool(wrong))
 
 
