@@ -51,6 +51,7 @@ def test_r0_trains_evaluates_and_saves_its_average(r0):
     assert all(np.array_equal(saved[name], value) for name, value in ema.items() if name != "updates")
 
 
+@pytest.mark.exhaustive  # in every test run by tests/actors/: engine, state, saving
 def test_r0_on_two_ranks_at_zero_3_takes_the_same_first_step(r0, start, from_smoke):
     two = start("run.stages=[rl]", "evaluate.every=0", *R0, "r0.steps=1", *TWO, *from_smoke)
     same_first_step(r0, two, ("fake/loss", "fake/grad_norm", "reward/mean", "grad_norm"))
@@ -62,6 +63,7 @@ def test_didr_on_two_ranks_at_zero_3_takes_the_same_first_step(didr, start, from
     same_first_step(didr, two, ("fake/loss", "fake/grad_norm", "loss", "grad_norm", "reward/mean"))
 
 
+@pytest.mark.exhaustive  # in every test run by tests/actors/: engine, state, saving
 def test_didr_killed_and_resumed_is_the_unbroken_run_for_both_networks(didr, from_smoke, tmp_path):
     """Weights, moments, start and average of the generator, weights and moments of the fake score: all go on."""
     smoke = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
