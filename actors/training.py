@@ -19,6 +19,9 @@ from rlproxi.memory_errors import first_line, is_out_of_memory
 from . import checkpoints
 from .stops import LOST, OUT_OF_MEMORY
 
+#: A role that nobody bears for so long, in seconds, although no word of its loss is on the way.
+_UNSEEN_S = 3.0
+
 
 class RanksFailed(Exception):
     """Ray Train has given the ranks up. As a text it is Train's own, with every rank's traceback."""
@@ -84,28 +87,46 @@ def _learner_loop(settings: dict) -> None:
     from .learner import Learner
 
     def begin(setup: LearnerSetup) -> Learner | None:
-        bearers = _bearers(setup)
+        import ray.train
+
+        bearers = _bearers(setup, tells=ray.train.get_context().get_world_rank() == 0)
         return bearers and Learner(setup, *bearers)
 
     _run(begin, settings["setup"])
 
 
-def _bearers(setup: LearnerSetup) -> tuple[Any, Any] | None:
+def _bearers(setup: LearnerSetup, tells: bool) -> tuple[Any, Any] | None:
     """Conductor and weight store, once a learner can begin with them: where one is lost, the driver makes new ones meanwhile.
-    None where the run has been stopped."""
+    None where the run has been stopped.
+
+    Who dies while no rank lives is missed by nobody but the ranks that come next: the one that ``tells`` has the driver know.
+    """
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError
 
+    missed: float | None = None  # since when
     while True:
-        if ray.get(setup.scribe.stop_kind.remote()) != LOST and ray.get(setup.scribe.stop_reason.remote()):
+        kind, reason = ray.get([setup.scribe.stop_kind.remote(), setup.scribe.stop_reason.remote()])
+        if reason and kind != LOST:
             return None
+        why = ""
         try:
             conductor, store = (ray.get_actor(name) for name in setup.roles)
             if all(ray.get([conductor.open.remote(), store.alive.remote()], timeout=10)):
                 return conductor, store
-        except (ValueError, RayActorError, GetTimeoutError):
-            pass  # none has the name, or it is on its way out
+        except GetTimeoutError:
+            pass  # the driver looks for those that hang
+        except (ValueError, RayActorError) as error:
+            why = first_line(error)
+        missed = (missed or time.monotonic()) if why and not reason else None
+        if tells and missed and time.monotonic() - missed > _UNSEEN_S:
+            missed = None
+            ray.get(setup.scribe.stop.remote(_lost(why), LOST))
         time.sleep(0.2)
+
+
+def _lost(why: str) -> str:
+    return f"the conductor or the weight store is lost ({' '.join(why.split())[:200]})"
 
 
 def _run(begin: Callable[[Any], Any], setup: Any) -> None:
@@ -127,8 +148,7 @@ def _run(begin: Callable[[Any], Any], setup: Any) -> None:
             who = "pretrainer" if isinstance(setup, PretrainSetup) else "learner"
             ray.get(setup.scribe.stop.remote(f"{who}: out of memory ({first_line(error)})", OUT_OF_MEMORY))
         elif isinstance(error, RayActorError):
-            told = f"the conductor or the weight store is lost ({' '.join(str(error).split())[:200]})"
-            ray.get(setup.scribe.stop.remote(told, LOST))
+            ray.get(setup.scribe.stop.remote(_lost(str(error)), LOST))
         raise
     rank.close()
 

@@ -1,10 +1,12 @@
 """Every role killed and frozen in the middle of a run: the run goes on by itself, and its result is the unbroken one's."""
 
 import os
+import re
 import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from faults import MATRIX, SETTINGS, Fault
 from actors.driver import Driver
 from actors.scribe import Scribe
 from actors.stops import LOST
-from actors.training import RanksFailed
+from actors.training import LearnerSetup, RanksFailed, _bearers
 from actors.watch import Leaving, Watch
 from rlproxi.config import load_config
 from rlproxi.schema import RunStopped
@@ -72,6 +74,28 @@ def hit_run(from_smoke, unbroken, tmp_path):
 @pytest.mark.parametrize("fault", MATRIX, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_a_fault_costs_time_and_nothing_else(fault, hit_run):
     outcome = hit_run(fault)
+    assert outcome.exact, outcome
+
+
+@pytest.mark.exhaustive
+def test_a_conductor_that_dies_while_no_rank_lives_is_missed_by_the_next(from_smoke, unbroken, tmp_path):
+    """Train's controller dies, and with it the ranks; and the conductor before the new ones ask for it."""
+    fault = {f.name: f for f in MATRIX}
+    process = launch([SMOKE, f"run.dir={tmp_path}", *SETTINGS, *from_smoke])
+    try:
+        faults.wait_for(lambda: reached(tmp_path, 3), lambda: process.poll() is None)
+        hit_at = time.time()
+        faults.hit(fault["Train's controller killed"], process.pid)
+        titles = lambda: [title for _, title in faults.processes(process.pid)]  # noqa: E731
+        faults.wait_for(lambda: not any(re.search(faults.LEARNER, title) for title in titles()), lambda: process.poll() is None)
+        faults.wait_for(lambda: any(re.search("^ray::TrainController", title) for title in titles()), lambda: process.poll() is None)
+        faults.hit(fault["conductor killed"], process.pid)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-4000:]
+    finally:
+        end_all(process)
+    outcome = faults.judge("conductor killed while no rank lived", hit_at, only_folder(tmp_path), unbroken)
+    print(outcome)
     assert outcome.exact, outcome
 
 
@@ -252,4 +276,33 @@ def test_a_role_that_has_stopped_and_nobody_knows_why_is_replaced(ray_session, t
 
     assert Watch(scribe, {"conductor": old}, 60, Leaving(1), replace=replace).over(lambda: replaced.wait(60)) is True
     for actor in (scribe, old, new):
+        ray.kill(actor)
+
+
+def test_ranks_that_find_no_conductor_and_no_word_of_its_loss_tell_the_driver(ray_session, tmp_path):
+    ray = ray_session
+
+    @ray.remote(num_cpus=0)
+    class Role:
+        def alive(self):
+            return True
+
+        open = alive
+
+    scribe, names = Scribe.remote(str(tmp_path)), ("a conductor", "some weights")
+    setup = LearnerSetup(None, str(tmp_path), "", names, scribe)
+    with ThreadPoolExecutor() as pool:
+        ranks = [pool.submit(_bearers, setup, tells=rank == 0) for rank in range(2)]
+        deadline = time.time() + 30
+        while not ray.get(scribe.stop_kind.remote()) and time.time() < deadline:
+            time.sleep(0.1)
+        assert "is lost (Failed to look up actor" in ray.get(scribe.stop_reason.remote())
+        assert ray.get(scribe.stop_kind.remote()) == LOST and not any(rank.done() for rank in ranks)
+        roles = [Role.options(name=name).remote() for name in names]  # as the driver does, and last:
+        ray.get(scribe.clear_stop.remote())
+        assert [rank.result(30) for rank in ranks] == [tuple(roles)] * 2
+        ray.get(scribe.stop.remote("enough"))
+        ray.kill(roles[0])
+        assert _bearers(setup, tells=True) is None
+    for actor in (scribe, roles[1]):
         ray.kill(actor)
