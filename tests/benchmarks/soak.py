@@ -1,10 +1,10 @@
 """The smoke loop for half an hour while its processes are killed at random: the figures of docs/reliability.md.
 
-    PYTHONPATH=.:tests python tests/benchmarks/soak.py --out FOLDER [--minutes 30] [--every 20] [--seed 0] [--plot FILE.png]
+    PYTHONPATH=.:tests python tests/benchmarks/soak.py --out FOLDER [--minutes 30] [--every 20] [--seed 0] [--compare STEPS] [--plot FILE.png]
 
 Every ``--every`` seconds one process of the run, of a role drawn by the odds of ``VICTIMS``, gets SIGKILL. Meanwhile each
 process's own memory (USS) is noted. At the end the run is asked to end by SIGTERM; then the same run is made with nobody
-killed, as far as the first one came, and every metric of every step is compared to the bit. --every 0 kills nobody.
+killed, as far as the first one came or for STEPS, and every metric of those steps is compared to the bit. --every 0 kills nobody.
 
 FOLDER/soak.json holds what the figures are made of. Ends with 1 where a group was lost, doubled or came out otherwise.
 """
@@ -154,15 +154,19 @@ def progress(records: list[dict], begun: float) -> list[tuple[float, int]]:
     return found
 
 
-def compared(ours: list[dict], theirs: list[dict]) -> list[str]:
-    """What is not as in the unbroken run, of the steps that both have."""
-    last = min(max(series(records, "rl", "loss")[0]) for records in (ours, theirs))
+def compared(ours: list[dict], theirs: list[dict]) -> tuple[int, list[str]]:
+    """(last step that both have, what is not as in the unbroken run up to it, and what is missing or masked in ours after it)."""
+    end = max(series(ours, "rl", "loss")[0])
+    last = min(end, max(series(theirs, "rl", "loss")[0]))
+    masked = dict(zip(*series(ours, "rl", "groups/masked")))
     wrong = [f"step {step} was trained twice in one life" for step in faults.trained_twice(ours)]
+    wrong += [f"step {step}: {'not there' if step not in masked else 'groups were masked'}"
+              for step in range(last + 1, end + 1) if masked.get(step) != 0]
     for key in faults.EXACT:
         a, b = (dict(zip(*series(records, "rl", key))) for records in (ours, theirs))
         wrong += [f"{key} of step {step}: {a.get(step)} and {b.get(step)}"
                   for step in range(1, last + 1) if a.get(step) is None or a.get(step) != b.get(step)]
-    return wrong
+    return last, wrong
 
 
 def growth(used: list[tuple[float, dict]], role: str) -> tuple[float, float]:
@@ -200,6 +204,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compare", type=int, default=10**9)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -220,15 +225,16 @@ def main() -> int:
     if options.plot:
         plot(told, options.plot)
     unbroken = Run(options.out / f"unbroken-{int(time.time())}", start)
-    unbroken.wait_for(run.furthest(), 3600)
+    unbroken.wait_for(min(run.furthest(), options.compare), 3600)
     unbroken.end()
-    wrong = compared(records, unbroken.records())
+    last, wrong = compared(records, unbroken.records())
     speed = [statistics.median(series(r, "rl", "seconds/step")[1]) for r in (records, unbroken.records())]
     (options.out / "soak.json").write_text(json.dumps({**told, "wrong": wrong, "seconds_per_step": speed}))
     for role in [*VICTIMS, *OTHERS]:
         print(f"{role:<20} {growth(used, role)[0]:7.0f} MiB -> {growth(used, role)[1]:7.0f} MiB")
     print(f"median seconds of a step: {speed[0]:.2f}, unbroken {speed[1]:.2f}")
-    print("\n".join(wrong[:20]) or f"every metric of {run.furthest()} steps as in the unbroken run, to the bit")
+    print("\n".join(wrong[:20]) or f"{run.furthest()} steps, no group lost, masked or trained twice; "
+          f"every metric of the first {last} as in the unbroken run, to the bit")
     return int(bool(wrong))
 
 

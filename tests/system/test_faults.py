@@ -17,7 +17,7 @@ from faults import MATRIX, SETTINGS, Fault
 from actors.driver import Driver
 from actors.scribe import Scribe
 from actors.stops import LOST
-from actors.training import LearnerSetup, RanksFailed, _bearers
+from actors.training import LearnerSetup, RanksFailed, _bearers, _free, _placement_groups
 from actors.watch import Leaving, Watch
 from rlproxi.config import load_config
 from rlproxi.schema import RunStopped
@@ -306,3 +306,30 @@ def test_ranks_that_find_no_conductor_and_no_word_of_its_loss_tell_the_driver(ra
         assert _bearers(setup, tells=True) is None
     for actor in (scribe, roles[1]):
         ray.kill(actor)
+
+
+def test_the_place_of_ranks_whose_controller_was_killed_is_free_again(ray_session):
+    """Else each lost controller holds its ranks' CPUs for as long as the run lasts."""
+    ray = ray_session
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def start(self) -> None:
+            self.group = ray.util.placement_group([{"CPU": 0.25}])
+            ray.get(self.group.ready())
+
+    mine = ray.util.placement_group([{"CPU": 0.25}])  # somebody else's, there before
+    ray.get(mine.ready())
+    before, controller = _placement_groups(), Controller.remote()
+    assert mine.id.hex() in before
+    ray.get(controller.start.remote())
+    ray.kill(controller)
+    time.sleep(1)
+    left = _placement_groups() - before
+    assert len(left) == 1, "this version of Ray frees it by itself"
+    _free(left)
+    deadline = time.time() + 30
+    while _placement_groups() != before and time.time() < deadline:
+        time.sleep(0.1)
+    assert _placement_groups() == before
+    ray.util.remove_placement_group(mine)
