@@ -19,7 +19,7 @@ from pydantic import ValidationError, model_validator
 
 from .data.curation.settings import Curate
 from .plain_yaml import read_yaml
-from .proximal.samplers import SCORE
+from .proximal.samplers import AFTER
 from .schema import (ALGORITHMS, ConfigError, Data, Evaluate, Faults, Learner, Model, Prepare, Pretrain, Resources, Rewards,
                      Run, Sampler, Schedule, Section, Telemetry)
 from .schema_algorithms import DIDR, GRPO, R0, Custom, Training
@@ -97,9 +97,9 @@ class Config(Section):
     def _check_algorithm(self) -> None:
         s, g, steps = self.sampler, self.grpo, self.sampler.num_inference_steps
         if self.run.algorithm == "grpo":
-            if s.name == "ode" or s.name in SCORE and not s.eta:
+            if s.name == "ode" or s.name in AFTER and not s.eta:
                 raise ValueError(f"sampler.name is {s.name!r}, which draws no noise and so has no policy to train; use hybrid or "
-                                 "backward, or ddim or euler with sampler.eta above 0, or leave 'rl' out of run.stages")
+                                 "backward, or ddim, euler or matched with sampler.eta above 0, or leave 'rl' out of run.stages")
             if steps < 2:
                 raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2")
             if g.trained_steps and g.trained_steps > steps - 1:

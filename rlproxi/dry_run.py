@@ -7,7 +7,7 @@ from .algorithms.base import Algorithm
 from .algorithms.grpo import bytes_per_micro_batch
 from .config import Config
 from .memory import Estimate, Role, estimate
-from .proximal.samplers import SCORE
+from .proximal.samplers import AFTER
 from .schema import Reward, Rewards
 from .schema_algorithms import Fake
 
@@ -111,7 +111,7 @@ def _r0(config: Config) -> list[str]:
     g, n = config.r0, config.sampler.num_inference_steps
     how = "gradient step by step" if g.checkpoint_steps else "gradient through all of them at once"
     return [f"one random step of {n} (R0+)" if g.plus else f"{_several(n, 'step')}, {how}",
-            *(["eta drawn anew for each step"] if g.random_eta and config.sampler.name in SCORE else []),
+            *(["eta drawn anew for each step"] if g.random_eta and config.sampler.name in AFTER else []),
             *([] if g.normalize_gradients else ["gradients as large as they are"]),
             *([f"guidance as a reward x {g.guidance_weight:g}"] if g.guidance_weight else []),
             *([f"a step towards the reference's distribution x {g.distribution_weight:g}, {_fake(g)}"] if g.distribution_weight else [])]

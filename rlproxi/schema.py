@@ -144,13 +144,13 @@ class Schedule(Section):
 
 class Sampler(Section):
     name: Literal[SAMPLERS] = Field(
-        "hybrid", description="Proximal samplers: hybrid, backward or ode; ddim and euler (of the reverse SDE or the probability flow), the "
-        "score and flow models' own, with the same network.")
+        "hybrid", description="Proximal samplers: hybrid, backward or ode; matched, DDIM's step asked at the (t, lam) of matching; ddim and euler "
+        "(of the reverse SDE or the probability flow), the score and flow models' own, with the same network.")
     num_inference_steps: int = Field(6, ge=1, description="N, the number of proximal steps.")
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
     grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
-    eta: float = Field(0.0, ge=0, le=1, description="ddim and euler only: fresh noise in the place of the predicted one, 0: none, 1: all of it "
+    eta: float = Field(0.0, ge=0, le=1, description="ddim, euler and matched only: fresh noise in the place of the predicted one, 0: none, 1: all of it "
                        "(R0's eta, not that of the DDIM paper).")
 
     def plan(self, schedule: VPSchedule, num_inference_steps: int | None = None,

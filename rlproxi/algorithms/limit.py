@@ -1,7 +1,7 @@
 """The sampler that training uses against its noise-free limit, at the start: the same step by two ways.
 
-With its noise turned down to nothing a sampler is the deterministic one of its kind: ``hybrid`` becomes ``ode``, ``ddim`` or
-``euler`` with eta > 0 becomes that with eta 0 (``backward`` has a limit of its own, which is ``ode`` to first order in gamma). The
+With its noise turned down to nothing a sampler is the deterministic one of its kind: ``hybrid`` becomes ``ode``, ``ddim``,
+``euler`` or ``matched`` with eta > 0 becomes that with eta 0 (``backward`` has a limit of its own, which is ``ode`` to first order in gamma). The
 coefficients are compared for every step; the network is asked once by either way: as training asks it, and as sampling does.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..models.text import operator
-from ..proximal.samplers import Step
+from ..proximal.samplers import AFTER, Step
 from ..seeds import NamedNoise
 from .base import AlgorithmStopped, Parts
 
@@ -35,11 +35,16 @@ def noise_free(step: Step, sampler: str) -> Step:
 
     The proximal samplers are z = a x + zeta s n with lam (1 + zeta^2)/2 at a share zeta of the noise: half their lam is left. What
     ``ddim`` draws anew is taken from the noise that it predicts: d' = sqrt(d^2 + (e/sigma)^2), with sigma = sqrt(lam)/a.
-    ``euler`` keeps half of the drift that a full share has: b' = gamma/2 alpha/sigma^2 = gamma a/(2 lam).
+    ``euler`` keeps half of the drift that a full share has: b' = gamma/2 alpha/sigma^2 = gamma a/(2 lam). For ``matched`` two of b, d, e
+    and lam tell v = sigma'^2, from which its step without noise follows.
     """
     if sampler == "euler":
         b = step.gamma * step.a / (2 * step.lam)
         return replace(step, b=b, d=1 + step.gamma / 2 - b * step.a, e=0.0)
+    if sampler == "matched":
+        v = (step.lam * (1 - step.b) ** 2 + step.e**2) / (2 * step.b - 1 - step.e**2 / step.lam)
+        c = math.sqrt(v * (v + step.lam)) / step.lam
+        return replace(step, b=1 + v / step.lam - c, d=step.a * (c - v / step.lam), e=0.0)
     if sampler != "ddim":
         return replace(step, s=0.0, lam=step.lam / 2 if step.s else step.lam)
     d = math.hypot(step.d, step.e * step.a / math.sqrt(step.lam))
@@ -80,7 +85,7 @@ def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
     """
     s, schedule = config.sampler, config.schedule.build()
     limit = [noise_free(step, s.name) for step in s.plan(schedule)]
-    known = {"hybrid": {"name": "ode"}, "ddim": {"eta": 0.0}, "euler": {"eta": 0.0}}.get(s.name, {})
+    known = {"hybrid": {"name": "ode"}, **{name: {"eta": 0.0} for name in AFTER}}.get(s.name, {})
     plan = s.model_copy(update=known).plan(schedule) if s.name != "backward" else limit
     if any(abs(a - b) > 1e-6 * max(1.0, abs(b)) for one, two in zip(limit, plan, strict=True)
            for a, b in zip(astuple(one), astuple(two))):

@@ -19,7 +19,7 @@ from ..config import Config
 from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean, clean_prediction
 from ..proximal.operator import expand
-from ..proximal.samplers import SCORE, Step
+from ..proximal.samplers import AFTER, Step
 from ..rewards.gradients import Gradients, mean_scores
 from ..schema_algorithms import R0 as Settings
 from ..seeds import NamedNoise, rng
@@ -66,7 +66,7 @@ class R0(Algorithm):
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         s = self.settings
-        if s.random_eta and self.config.sampler.name in SCORE:
+        if s.random_eta and self.config.sampler.name in AFTER:
             self.plan = self.config.sampler.plan(self.schedule, eta=rng(self.seed, 0xE7A0, batch.iteration).random(len(self.plan)))
         for update in range(s.updates_per_step):
             mine = share(len(batch.requests), s.updates_per_step, batch.world, update, batch.rank)

@@ -20,7 +20,7 @@ from ..models.loading import load_autoencoder, load_encoder, trainable, training
 from ..models.pipeline import TextToImage, to_uint8
 from ..models.precision import compute_dtype
 from ..models.text import TextEncoder
-from ..proximal.samplers import SCORE
+from ..proximal.samplers import AFTER
 from ..seeds import NamedNoise
 from .requests import SampleRequest
 
@@ -85,7 +85,7 @@ class GroupSampler:
         starts = [(*name[:4], 0) for name in names] if same else None
         text = self.pipeline.text.groups(request.prompts, request.group_size)
         # A score sampler's noise comes after the prox: it is the policy's choice, the first step's too.
-        named = NamedNoise(names, starts, first=c.sampler.name not in SCORE)
+        named = NamedNoise(names, starts, first=c.sampler.name not in AFTER)
         run = self.pipeline.run(text, named, request.num_steps, request.guidance_scale,
                                 keep_chain=bool(request.window) or request.keep_last)
         chain = {}

@@ -5,9 +5,9 @@ z_k has one:
 
     pi_theta(z_{k-1} | z_k, c) = N(a_{k-1} prox_theta(z_k; t_{k-1}, lam_k, c), s_{k-1}^2 I)
 
-for k = N..2, so N steps give N - 1 actions; x_0 = prox_theta(z_1) is deterministic. For ``ddim`` and
-``euler`` with eta > 0 the noise comes after the prox, and z_{k-1} = a_{k-1} (b_k P + d_k x_k + e_k n): again a Gaussian in z, whose mean has a part that does not
-depend on theta.
+for k = N..2, so N steps give N - 1 actions; x_0 = prox_theta(z_1) is deterministic. For ``ddim``,
+``euler`` and ``matched`` with eta > 0 the noise comes after the prox, and z_{k-1} = a_{k-1} (b_k P + d_k x_k + e_k n): again a
+Gaussian in z, whose mean has a part that does not depend on theta.
 Ratios and divergences are computed in float32, or in the inputs' dtype where that is wider.
 """
 
@@ -46,7 +46,7 @@ def actions(steps: list[Step]) -> list[Action]:
     found = [Action(i, step, nxt.a * step.b, math.hypot(nxt.s, nxt.a * step.e), nxt.a * step.d / step.a)
              for i, (step, nxt) in enumerate(zip(steps, steps[1:]))]
     if any(action.s == 0.0 for action in found):
-        raise ValueError("the sampler draws no noise and has no policy; use hybrid or backward, or ddim or euler with eta above 0")
+        raise ValueError("the sampler draws no noise and has no policy; use hybrid or backward, or ddim, euler or matched with eta above 0")
     return found
 
 

@@ -21,6 +21,11 @@ e = sigma' eta. With a network that is the warm start's formula of a published o
 x_{k-1} = (1 + gamma/2) x_k - gamma (1 + eta^2)/2 n^/sigma + eta sqrt(gamma) n: Euler-Maruyama of the reverse SDE at eta = 1, the
 probability flow's Euler step at 0 (Song et al. 2021). So b = gamma (1 + eta^2)/2 alpha/sigma^2, d = 1 + gamma/2 - b/alpha,
 e = eta sqrt(gamma), but 0 in the last step: its noise would only be left standing in the image.
+
+``matched`` is ``ddim`` asked in matching's own words. a x_k with a = e^{gamma/2} is exactly x_{k-1} with noise of variance lam =
+e^gamma - 1, whatever the size of the step, so the network is asked at the new time t for that lam: for what it was trained on.
+Its answer P = E[x_{k-1} | x_k] contains the clean prediction: with v = 1 - alpha_bar(t), alpha' x^ = P + v (P - z)/lam, and DDIM's
+step follows. With c = sqrt(v (1 - eta^2) (v + lam))/lam: b = 1 + v/lam - c, d = a (c - v/lam), e = eta sqrt(v).
 """
 
 from __future__ import annotations
@@ -36,9 +41,9 @@ from .operator import Prox
 from .schedule import VPSchedule
 
 PROXIMAL = ("hybrid", "backward", "ode")
-#: Those that ask for clean predictions, prox(.; 0, lam), which is all that a score model knows. Their noise comes after.
-SCORE = ("ddim", "euler")
-SAMPLERS = (*PROXIMAL, *SCORE)
+#: Those whose noise comes after the prox.
+AFTER = ("ddim", "euler", "matched")
+SAMPLERS = (*PROXIMAL, *AFTER)
 
 #: noise(k, like) -> standard normal tensor like ``like``, for step k = N..1 (and N+1: the start).
 Noise = Callable[[int, Tensor], Tensor]
@@ -84,11 +89,15 @@ def coefficients(gamma: float, sampler: str) -> tuple[float, float, float]:
     raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(PROXIMAL)}")
 
 
-def _score_step(schedule: VPSchedule, sampler: str, k: int, t: float, old: float, eta: float) -> Step:
+def _step_with_noise_after(schedule: VPSchedule, sampler: str, k: int, t: float, old: float, eta: float) -> Step:
     """The step from time ``old`` down to ``t``."""
     signal, noise = (lambda at: math.exp(-schedule.integral(0.0, at) / 2)), (
         lambda at: math.sqrt(-math.expm1(-schedule.integral(0.0, at))))
     gamma, lam = schedule.integral(t, old), (noise(old) / signal(old)) ** 2
+    if sampler == "matched":
+        a, lam, v = math.exp(gamma / 2), math.expm1(gamma), noise(t) ** 2
+        c = math.sqrt(v * (1 - eta**2) * (v + lam)) / lam
+        return Step(k, t, gamma, a, 0.0, lam, 1 + v / lam - c, a * (c - v / lam), eta * math.sqrt(v))
     if sampler == "ddim":
         d = noise(t) * math.sqrt(1 - eta**2) / noise(old)
         b, e = signal(t) - d * signal(old), noise(t) * eta
@@ -112,7 +121,7 @@ def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_tim
          spacing: str = "uniform", eta: float | Sequence[float] = 0.0) -> list[Step]:
     """The steps k = N..1 in the order they are taken.
 
-    eta: of ddim and euler, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each
+    eta: of ddim, euler and matched, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each
     step in that order.
 
     Raises ValueError for an unknown sampler or spacing, and for a ``backward`` N whose
@@ -121,9 +130,9 @@ def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_tim
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     times = schedule.grid(num_inference_steps, start_time, spacing)
-    if sampler in SCORE:
+    if sampler in AFTER:
         etas = [eta] * num_inference_steps if isinstance(eta, (int, float)) else list(eta)
-        return [_score_step(schedule, sampler, k, times[k - 1], times[k], etas[num_inference_steps - k])
+        return [_step_with_noise_after(schedule, sampler, k, times[k - 1], times[k], etas[num_inference_steps - k])
                 for k in range(num_inference_steps, 0, -1)]
     gammas = [schedule.integral(a, b) for a, b in zip(times, times[1:])]
     if sampler == "backward" and max(gammas) >= 2.0:

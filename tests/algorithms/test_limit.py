@@ -13,7 +13,8 @@ from rlproxi.algorithms import limit
 from rlproxi.algorithms.limit import LimitError, accept, check, deviation, noise_free
 from rlproxi.config import build_config
 
-SAMPLERS = [{"name": "hybrid"}, {"name": "ode"}, {"name": "ddim", "eta": 0.7}, {"name": "ddim", "eta": 1.0}, {"name": "ddim"},
+SAMPLERS = [{"name": "hybrid"}, {"name": "ode"}, {"name": "ddim", "eta": 0.7}, {"name": "ddim", "eta": 1.0}, {"name": "ddim"}, {"name": "matched"}, {"name": "matched", "eta": 0.6},
+            {"name": "matched", "eta": 1.0},
             {"name": "euler", "eta": 1.0}, {"name": "euler", "eta": 0.4}, {"name": "backward", "num_inference_steps": 16}]
 
 
@@ -27,7 +28,7 @@ def prox(z, t, lam):
 
 
 def test_each_step_without_its_noise_is_the_deterministic_samplers_own():
-    for name, known in (("hybrid", {"name": "ode"}), ("ddim", {"eta": 0.0}), ("euler", {"eta": 0.0})):
+    for name, known in (("hybrid", {"name": "ode"}), ("ddim", {"eta": 0.0}), ("euler", {"eta": 0.0}), ("matched", {"eta": 0.0})):
         s = config({"name": name, "eta": 0.0 if name == "hybrid" else 0.6}).sampler
         schedule = config({}).schedule.build()
         for one, two in zip(s.plan(schedule), s.model_copy(update=known).plan(schedule), strict=True):

@@ -34,18 +34,22 @@ def test_log_ratio_is_the_difference_of_log_densities(sampler):
         assert torch.allclose(log_ratio(action, new, old, z_next), exact / old[0].numel(), atol=1e-10)
 
 
-def test_ddims_policy_is_that_of_x_written_in_z():
+@pytest.mark.parametrize("sampler", ["ddim", "matched"])
+def test_ddims_policy_is_that_of_x_written_in_z(sampler):
     """x_{k-1} ~ N(alpha' x^ + sigma' sqrt(1 - eta^2) n^, (sigma' eta)^2): the Flow-GRPO form, with densities of x alone."""
     eta, n, start = 0.7, 6, 0.65
-    steps, out = chain("ddim", n, start=start, eta=eta)
+    steps, out = chain(sampler, n, start=start, eta=eta)
     times = SCHEDULE.grid(n, start)
     for action in actions(steps):
         k, i = action.step.k, action.index
         alpha, following = (SCHEDULE.alpha_bar(t) ** 0.5 for t in (times[k], times[k - 1]))
         sigma, left = ((1 - a * a) ** 0.5 for a in (alpha, following))
-        x, x_next = alpha * out.z[i], following * out.z[i + 1]
+        z, step = out.z[i], action.step
+        x, x_next = z / step.a, out.z[i + 1] / steps[i + 1].a
 
-        def density(clean):
+        def density(prox):
+            # ``matched`` is told E[x_{k-1} | x_k], which is alpha' x^ and sigma'^2/lam of what the prox took away.
+            clean = prox if sampler == "ddim" else (prox - left**2 / step.lam * (z - prox)) / following
             mean = following * clean + left * (1 - eta**2) ** 0.5 * (x - alpha * clean) / sigma
             return Independent(Normal(mean, left * eta), 3).log_prob(x_next)
 
@@ -152,7 +156,7 @@ def test_one_action_less_than_steps_and_the_next_steps_coefficients():
 def test_refusals():
     with pytest.raises(ValueError, match="draws no noise"):
         actions(plan(SCHEDULE, "ode", 10))
-    with pytest.raises(ValueError, match="ddim or euler with eta"):
+    with pytest.raises(ValueError, match="ddim, euler or matched with eta"):
         actions(plan(SCHEDULE, "ddim", 10))
     with pytest.raises(ValueError, match=">= 2"):
         actions(plan(SCHEDULE, "hybrid", 1))

@@ -43,10 +43,12 @@ def test_exact_moments(sampler, n, start, spacing):
     assert variance == pytest.approx(expected[1], abs=1e-10)
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "matched"])
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("n, start", [(1, 0.8), (4, 0.65), (20, 1.0)])
-def test_ddim_is_the_recursion_of_its_paper(n, start, eta):
-    """DDIM on a Gaussian by the posterior mean E[x_0 | x_t], written down from the target's marginals."""
+def test_ddim_is_the_recursion_of_its_paper(n, start, eta, sampler):
+    """DDIM on a Gaussian by the posterior mean E[x_0 | x_t], written down from the target's marginals. ``matched`` asks the prox
+    for E[x_{k-1} | x_k], which contains it."""
     times = SCHEDULE.grid(n, start)
     mean, variance = 0.0, 1.0
     for old, new in zip(times[:0:-1], times[-2::-1]):
@@ -57,15 +59,28 @@ def test_ddim_is_the_recursion_of_its_paper(n, start, eta):
         slope = (alpha_next - kept * alpha) * gain + kept
         mean = slope * mean + (alpha_next - kept * alpha) * (TARGET.mean - gain * alpha * TARGET.mean)
         variance = slope**2 * variance + (sigma_next * eta) ** 2
-    steps = plan(SCHEDULE, "ddim", n, start, eta=eta)
+    steps = plan(SCHEDULE, sampler, n, start, eta=eta)
     found = affine_moments(lambda x, noise: sample(TARGET.prox, steps, x, noise=noise).x, n)
     assert found[0] == pytest.approx(mean, abs=1e-7) and found[1] == pytest.approx(variance, abs=1e-7)
 
 
-def test_ddim_takes_an_eta_for_each_step():
-    steps = plan(SCHEDULE, "ddim", 3, 0.8, eta=[0.0, 1.0, 0.5])
+@pytest.mark.parametrize("spacing", ["uniform", "gamma"])
+def test_matched_asks_for_what_matching_trains_on(spacing):
+    """z = a x_k is x_{k-1} with noise of variance lam and nothing else, for steps of any size."""
+    times = SCHEDULE.grid(4, 1.0, spacing)
+    for step, old, new in zip(plan(SCHEDULE, "matched", 4, 1.0, spacing), times[:0:-1], times[-2::-1]):
+        signal, after = SCHEDULE.alpha_bar(old), SCHEDULE.alpha_bar(new)
+        assert step.t == new and step.s == 0
+        assert step.a * signal**0.5 == pytest.approx(after**0.5)  # the share of x_0
+        assert step.a**2 * (1 - signal) == pytest.approx(1 - after + step.lam)  # the variance of the noise
+    assert (step.b, step.d, step.e) == (1, 0, 0)  # the last one is the prox's own answer
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "matched"])
+def test_an_eta_for_each_step(sampler):
+    steps = plan(SCHEDULE, sampler, 3, 0.8, eta=[0.0, 1.0, 0.5])
     assert [step.e > 0 for step in steps] == [False, True, False]  # the last one ends at no noise whatever eta is
-    assert steps[1].d == 0.0 and steps[0].d > 0
+    assert sampler == "matched" or steps[1].d == 0.0 and steps[0].d > 0
 
 
 def test_few_steps_under_disperse_as_recorded():
