@@ -1,4 +1,4 @@
-"""One change of GRPO's settings at a time, at equal compute: the table of docs/grpo-ablation.md.
+"""One change of GRPO's settings at a time, at equal compute.
 
     PYTHONPATH=.:tests python tests/benchmarks/grpo_ablation.py --run RUN_DIR --out FOLDER [--seeds 0 1 2] [--seconds 200] [--arms base ...]
     PYTHONPATH=.:tests python tests/benchmarks/grpo_ablation.py --out FOLDER
