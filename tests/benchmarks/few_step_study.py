@@ -31,6 +31,7 @@ from rlproxi.evaluation.heldout import mean_and_error
 from rlproxi.evaluation.reference import Comparison
 from rlproxi.models.loading import load_encoder, trainable
 from rlproxi.models.pipeline import TextToImage
+from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.rewards import build
 from rlproxi.schema import Sampler
@@ -72,6 +73,7 @@ def arm_config(run_dir: Path, arm: str, steps: int, seed: int) -> Config:
     path = lambda name: {"path": str(run_dir / "models" / f"{name}.safetensors")}  # noqa: E731
     sampler, pretrain = ARMS[arm]
     values["run"]["seed"] = seed
+    values["model"]["precision"] = "float32"  # the same rows on every machine
     values["sampler"].update(num_inference_steps=4, **sampler)
     values["pretrain"].update(steps=steps, **pretrain)
     values["rewards"].update(train=[{"name": "attributes", "params": path("reward")}], heldout=[{"name": "judge", "params": path("judge")}])
@@ -89,13 +91,13 @@ def train(config: Config, run_dir: Path, log) -> TextToImage:
     matching = Matching(p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid), seed)
     weights = trainable(denoiser)
     optimizer = torch.optim.AdamW(weights.values(), lr=p.lr, betas=BETAS, weight_decay=0.0, fused=True)
-    ema = EMA(denoiser, p.ema)
+    ema, dtype = EMA(denoiser, p.ema), compute_dtype(config.model.precision, "cpu")
     for step in range(p.steps):
         indices = np.arange(step * p.batch_size, (step + 1) * p.batch_size)
         images, captions = faces.batch(collection(seed, "pretrain"), indices, config.data.size, config.data.hand_fraction)[:2]
         text = encoder.encode(drop_captions(list(captions), config.data.caption_dropout, seed, step))
         x0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        for loss, metrics in matching.losses(denoiser, x0, text, step):
+        for loss, metrics in matching.losses(lambda *asked: _forward(denoiser, dtype, *asked), x0, text, step):
             loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), p.grad_clip)
         for group in optimizer.param_groups:
@@ -109,6 +111,11 @@ def train(config: Config, run_dir: Path, log) -> TextToImage:
         for name, value in ema.values.items():
             weights[name].copy_(value)
     return TextToImage(denoiser, encoder, config.schedule, s)
+
+
+def _forward(denoiser, dtype: torch.dtype, *asked) -> torch.Tensor:
+    with autocast(dtype, "cpu"):
+        return denoiser(*asked)
 
 
 def measured(config: Config, model: TextToImage, sampler: Sampler, steps: int) -> tuple[dict[str, float], np.ndarray]:

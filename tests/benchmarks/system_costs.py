@@ -73,7 +73,8 @@ def _loop(run: str, workers: int) -> float:
     config = arm_config(Path(run), "T 0.8", STEPS, 0)
     size = config.pretrain.batch_size // workers
     times: list[float] = []
-    config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"batch_size": size})})
+    config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"batch_size": size}),
+                                       "model": config.model.model_copy(update={"precision": "auto"})})  # as the run that it is beside
     train(config, Path(run), lambda line: times.append(time.perf_counter()))
     return size * 20 * (len(times) - 2) / (times[-1] - times[1])
 
