@@ -26,6 +26,8 @@ def connect() -> str:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Serve's controller looks at everything ten times a second unless told otherwise, an eighth of a core.
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
+    # Of 100,000 calls that its control store would remember, 100 MB, nobody here asks for one (docs/reliability.md).
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     if ray.is_initialized():
         return "joined"
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
