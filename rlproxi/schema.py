@@ -217,6 +217,10 @@ class Pretrain(Section):
     loss: Literal["matching", "square"] = Field(
         "matching", description="matching: ProxDM's, the L1 phase and then the zetas. square: the mean square error; with sampler.name ddim "
         "or euler that is denoising score matching, and the network a score model.")
+    target: Literal["noise", "expected"] = Field(
+        "expected", description="What the network is asked for: noise: n2 as it was drawn, ProxDM's; expected: its mean given y and x_0, the "
+        "same on average without the part that n1 hides, which learns captions several times sooner (docs/few-steps.md). The zetas take "
+        "n2 in any case: only it has the mode that they look for. A new network is scaled by it, and fake scores are trained as it says.")
     steps: int = Field(1500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Global batch, over all learner ranks and micro-batches.")
     micro_batch_size: int | None = Field(None, ge=1, description="Per rank and forward; None: the rank's whole share.")

@@ -6,6 +6,7 @@ pre-training on the generator's samples, at the noise levels that the reference 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..proximal.clean import Ladder, Level
-from ..proximal.matching import TimeTable, corrupt, matching_loss
+from ..proximal.matching import TimeTable, corrupt, expected_noise, matching_loss
 from ..proximal.operator import Denoiser
 from ..schema_algorithms import Fake as Settings
 from ..seeds import generator, rng
@@ -25,6 +26,7 @@ class NoiseLevels:
 
     def __init__(self, config: Config, settings: Settings):
         s = config.sampler
+        self.target = config.pretrain.target
         self.schedule, self.settings, self.seed = config.schedule.build(), settings, config.run.seed
         self.ladder = Ladder(TimeTable(self.schedule, settings.candidates or config.pretrain.candidates, s.name, s.start_time,
                                        s.grid), self.schedule)
@@ -46,7 +48,5 @@ def fake_loss(fake: Denoiser, levels: NoiseLevels, request: SampleRequest, turn:
     level, g = levels.draw(request, turn, x0)
     n2 = noise(g, x0)
     y = corrupt(levels.schedule, x0, level.t, level.lam, noise(g, x0), n2)
-    eps = fake(y, level.t, level.lam, text)
-    if levels.settings.fake_loss == "l1":
-        return matching_loss(eps, n2).mean()
-    return (eps - n2).flatten(1).square().mean()
+    target = expected_noise(levels.schedule, y, x0, level.t, level.lam) if levels.target == "expected" else n2
+    return matching_loss(fake(y, level.t, level.lam, text), target, None if levels.settings.fake_loss == "l1" else math.inf).mean()

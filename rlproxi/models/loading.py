@@ -183,7 +183,7 @@ def build_denoiser(config: Config) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.run.seed, 0x0DE7))
         common = dict(sample_size=size, in_channels=channels, patch=m.patch, data_std=m.data_std, beta_min=s.beta_min,
-                      beta_max=s.beta_max, text_dim=text_dim)
+                      beta_max=s.beta_max, text_dim=text_dim, target=config.pretrain.target)
         if m.kind == "transformer":
             return own_network("ProximalTransformer")(layers=m.layers, heads=m.heads, **common)
         return own_network("ProximalUNet")(channels=tuple(m.channels), blocks=tuple(m.blocks),

@@ -81,7 +81,8 @@ class Preconditioned(ModelMixin, ConfigMixin):
         eps = sqrt(lam) (y - sqrt(alpha_bar) m) / (v + lam) + sqrt(v / (v + lam)) F(..., t, lam, text)
 
     so F = 0 is the exact prox of that Gaussian, and F's target has unit variance at every frequency and every
-    (t, lam). Where a frequency carries nothing but noise, F has no say: flat areas are clean from the first
+    (t, lam): what y leaves open of n2. Where the network is trained for E[n2 | y, x_0] (``target`` "expected") less is open, and F's
+    factor is sqrt(lam / (1 - alpha_bar + lam)) sqrt(alpha_bar S / (v + lam)). Where a frequency carries nothing but noise, F has no say: flat areas are clean from the first
     step. F sees y and the Gaussian's prox, both scaled to unit variance by lam as well as t, so a few large
     steps, which spread z far beyond the data, do not leave its range. (The closed form is ProxDM's; scaling
     by it is EDM's idea, Karras et al. 2022.)
@@ -95,9 +96,10 @@ class Preconditioned(ModelMixin, ConfigMixin):
     #: Its folder inside a model folder.
     part = "unet"
 
-    def precondition(self, channels: int, size: int, data_std: float, schedule: VPSchedule) -> None:
-        """Sets the schedule (for alpha_bar) and a first Gaussian, N(0, data_std^2 I)."""
+    def precondition(self, channels: int, size: int, data_std: float, schedule: VPSchedule, target: str) -> None:
+        """Sets the schedule (for alpha_bar), a first Gaussian, N(0, data_std^2 I), and ``pretrain.target``, which F's factor follows."""
         self.schedule = schedule
+        self.target = target
         self.gaussian = Gaussian(channels, size, data_std)
         self.gradient_checkpointing = False
 
@@ -108,16 +110,19 @@ class Preconditioned(ModelMixin, ConfigMixin):
 
     def forward(self, y: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """y [B, C, H, W] float32; t, lam [B] float32; text with B rows. Returns eps, float32 like y."""
-        alpha_bar = expand(self.schedule.alpha_bar(t), y)
-        signal = alpha_bar * self.gaussian.variance + 1 - alpha_bar
-        return self.estimate_noise(y, alpha_bar, signal, expand(lam, y), t, lam, text)
+        alpha_bar, noise = expand(self.schedule.alpha_bar(t), y), expand(lam, y)
+        data = alpha_bar * self.gaussian.variance
+        signal = data + 1 - alpha_bar
+        open_part = noise / (1 - alpha_bar + noise).clamp(min=1e-8) * data if self.target == "expected" else signal
+        return self.estimate_noise(y, alpha_bar, signal, noise, t, lam, text, open_part)
 
     def estimate_noise(self, y: Tensor, alpha_bar: Tensor, signal: Tensor, noise: Tensor, t: Tensor, lam: Tensor,
-                       text: TextStates) -> Tensor:
+                       text: TextStates, open_part: Tensor | None = None) -> Tensor:
         """The unit noise n in y = sqrt(alpha_bar) m + a signal of variance ``signal`` [B, C, H, W] (in the
         Gaussian's basis) + sqrt(noise) n; ``alpha_bar``, ``noise`` [B, 1, 1, 1].
 
         The prox has signal = v and noise = lam; the score model signal = alpha_bar S and noise = 1 - alpha_bar.
+        ``open_part`` over the whole is the variance that F has to itself; None: the signal's, which is n's own.
         """
         g = self.gaussian
         with torch.autocast(y.device.type, enabled=False):
@@ -127,7 +132,7 @@ class Preconditioned(ModelMixin, ConfigMixin):
             x = torch.cat([scaled, y - noise.sqrt() * linear], 1)
         residual = self.network(x, t, lam, text).float()
         with torch.autocast(y.device.type, enabled=False):
-            return linear + g.from_basis((signal / total).sqrt() * g.to_basis(residual))
+            return linear + g.from_basis(((signal if open_part is None else open_part) / total).sqrt() * g.to_basis(residual))
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""

@@ -27,9 +27,9 @@ class ProximalTransformer(Preconditioned):
     @register_to_config
     def __init__(self, sample_size: int = 32, in_channels: int = 4, patch: int = 2, layers: int = 12, heads: int = 6,
                  head_dim: int = 64, text_dim: int = 64, data_std: float = 1.0, beta_min: float = 0.1,
-                 beta_max: float = 20.0):
+                 beta_max: float = 20.0, target: str = "noise"):
         super().__init__()
-        self.precondition(in_channels, sample_size, data_std, VPSchedule(beta_min, beta_max))
+        self.precondition(in_channels, sample_size, data_std, VPSchedule(beta_min, beta_max), target)
         self.net = PixArtTransformer2DModel(
             num_attention_heads=heads, attention_head_dim=head_dim, in_channels=2 * in_channels, out_channels=in_channels,
             num_layers=layers, cross_attention_dim=heads * head_dim, caption_channels=text_dim, sample_size=sample_size,

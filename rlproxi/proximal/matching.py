@@ -61,6 +61,17 @@ def corrupt(schedule: VPSchedule, x0: Tensor, t: Tensor, lam: Tensor, n1: Tensor
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * n1 + expand(lam, x0).sqrt() * n2
 
 
+def expected_noise(schedule: VPSchedule, y: Tensor, x0: Tensor, t: Tensor, lam: Tensor) -> Tensor:
+    """E[n2 | y, x0] = sqrt(lam) (y - sqrt(alpha_bar) x0) / (1 - alpha_bar + lam), shaped like y; t, lam [B].
+
+    In the mean the same target as n2, without the part of it that n1 hides: of a Gaussian p_0 of variance s^2 y leaves a variance of
+    lam alpha_bar s^2 / ((1 - alpha_bar + lam) total) open in it, total = alpha_bar s^2 + 1 - alpha_bar + lam, where it leaves
+    1 - lam / total of n2. Its median and its mode are not those of n2. Derived; at t = 0 it is denoising score matching's target.
+    """
+    alpha_bar, lam = expand(schedule.alpha_bar(t), y), expand(lam, y)
+    return lam.sqrt() * (y - alpha_bar.sqrt() * x0) / (1 - alpha_bar + lam)
+
+
 def matching_loss(eps: Tensor, n2: Tensor, zeta: float | None = None) -> Tensor:
     """Per-sample loss [B]: mean |eps - n2| where zeta is None, else 1 - exp(-m/zeta^2), and m where zeta is infinite.
 

@@ -20,7 +20,7 @@ SCHEDULE = VPSchedule()
 
 
 def matching(seed: int = 0, **settings) -> Matching:
-    settings = Pretrain(**{"steps": 100, "candidates": [4, 8], **settings})
+    settings = Pretrain(**{"steps": 100, "candidates": [4, 8], "target": "noise", **settings})
     return Matching(settings, SCHEDULE, TimeTable(SCHEDULE, settings.candidates, "hybrid", 0.8), seed)
 
 
@@ -138,6 +138,24 @@ def test_the_target_is_the_noise_that_lam_scales():
     late = matching(l1_fraction=0.0, zetas=[2.0], lam_power=0.0)
     ((loss, _),) = late.losses(Recorder(), torch.zeros(64, 3, 16, 16), numbered(64), 0)
     assert loss.item() == pytest.approx(1 - math.exp(-1 / 4), rel=0.02)  # guess 0: m = E n2^2 = 1, zeta = 2
+
+
+@pytest.mark.parametrize("loss", ["matching", "square"])
+def test_the_expected_target_is_known_where_the_data_are_but_one_image(loss):
+    """x0 = 0: y alone tells E[n2 | y, x0] = sqrt(lam) y/(1 - ab + lam), and the best guess of the test above has nothing left. A zeta
+    looks for the mode of n2, which only n2 itself has."""
+    best = lambda y, t, lam, text: _row(lam).sqrt() * y / (1 - SCHEDULE.alpha_bar(_row(t)) + _row(lam))  # noqa: E731
+    first = matching(loss=loss, target="expected", l1_fraction=0.5, zetas=[2.0])
+    ((found, _),) = first.losses(best, torch.zeros(64, 3, 16, 16), numbered(64), 49)
+    assert found.item() < 1e-6
+    if loss == "matching":
+        losses = [next(matching(target=target, l1_fraction=0.5, zetas=[2.0]).losses(best, torch.zeros(64, 3, 16, 16), numbered(64), 50))
+                  for target in ("expected", "noise")]
+        assert losses[0][0] == losses[1][0] > 0.01
+
+
+def _row(number: torch.Tensor) -> torch.Tensor:
+    return number.reshape(-1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("power", [0.25, 0.5, 1.0])

@@ -54,6 +54,10 @@ ARMS: dict[str, tuple[dict, dict]] = {
     "matched, T 1": ({"name": "matched", "start_time": 1.0}, {"candidates": FEW}),
     "matched, T 0.8, gamma grid": ({"name": "matched", "grid": "gamma"}, {"candidates": FEW}),
     "matched, T 0.8, square": ({"name": "matched"}, {"candidates": FEW, "loss": "square"}),
+    "matched, T 0.8, expected": ({"name": "matched"}, {"candidates": FEW, "target": "expected"}),
+    "matched, T 0.8, expected, square": ({"name": "matched"}, {"candidates": FEW, "target": "expected", "loss": "square"}),
+    "T 0.8, expected": ({}, {"candidates": FEW, "target": "expected"}),
+    "T 0.8, expected, square": ({}, {"candidates": FEW, "target": "expected", "loss": "square"}),
     "score, T 0.8": ({"name": "ddim"}, {"candidates": FEW, "loss": "square"}),
     "score, T 1": ({"name": "ddim", "start_time": 1.0}, {"candidates": [5, 10, 20, 50, 100, 1000], "loss": "square"}),
 }
@@ -63,6 +67,9 @@ BESIDE: dict[str, list[tuple[dict, tuple[int, ...]]]] = {
     "paper": [({"start_time": start}, COUNTS) for start in (0.65, 0.8)] + [({"name": "ode"}, COUNTS), ({"start_time": 0.65, "name": "ode"}, COUNTS)],
     "paper, few": [({"start_time": start}, COUNTS) for start in (0.65, 0.8)],
     "T 0.8": [({"grid": "gamma"}, (4,)), ({"grid": "quadratic"}, (4,)), ({"start_time": 0.65}, (4,)), ({"name": "ode"}, COUNTS)],
+    "matched, T 0.8, expected": [({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
+    "matched, T 0.8, expected, square": [({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
+    "T 0.8, expected": [({"name": "matched"}, COUNTS)],
     "matched, T 0.8": [({"eta": 0.5}, COUNTS), ({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
     "score, T 0.8": [({"eta": 1.0}, COUNTS), ({"name": "euler"}, COUNTS), ({"name": "euler", "eta": 1.0}, COUNTS)],
 }

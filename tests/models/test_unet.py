@@ -1,6 +1,6 @@
 import pytest
 import torch
-from closed_form import Gaussian
+from closed_form import Gaussian, alpha_bar
 
 from rlproxi.models.text import TextStates
 from rlproxi.models.transformer import ProximalTransformer
@@ -15,12 +15,12 @@ def text(batch: int, length: int = 5, dim: int = 16) -> TextStates:
     return TextStates(torch.randn(batch, length, dim), torch.randn(batch, dim), mask)
 
 
-def network(randomise: bool = False, kind: str = "unet") -> ProximalUNet | ProximalTransformer:
+def network(randomise: bool = False, kind: str = "unet", **options) -> ProximalUNet | ProximalTransformer:
     torch.manual_seed(0)
     if kind == "transformer":
-        model = ProximalTransformer(sample_size=8, in_channels=3, layers=2, heads=2, head_dim=8, text_dim=16, data_std=0.5)
+        model = ProximalTransformer(sample_size=8, in_channels=3, layers=2, heads=2, head_dim=8, text_dim=16, data_std=0.5, **options)
     else:
-        model = ProximalUNet(sample_size=8, channels=(32, 32), blocks=(1, 1), text_dim=16, pooled_dim=16, data_std=0.5)
+        model = ProximalUNet(sample_size=8, channels=(32, 32), blocks=(1, 1), text_dim=16, pooled_dim=16, data_std=0.5, **options)
     if randomise:  # the zero-initialised layers too, so that every path matters
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1)
@@ -42,6 +42,22 @@ def test_zero_head_is_the_exact_gaussian_prox(kind):
     assert torch.allclose(model(Y, T, LAM, text(4)), lam.sqrt() * Y / (v + lam), atol=1e-6)
     out = ProximalOperator(model)(Y, 0.3, 0.7, text(4))
     assert torch.allclose(out, target.prox(Y, 0.3, 0.7), atol=1e-6)
+
+
+@both_kinds
+@torch.no_grad()
+def test_the_networks_share_is_what_y_leaves_open_of_its_target(kind):
+    """N(0, 0.25 I): F's factor is the deviation of n2, or of E[n2 | y, x0], about its mean given y. F = 0 stays the Gaussian's prox."""
+    ab = alpha_bar(T)
+    total = 0.25 * ab + 1 - ab + LAM
+    left = {"noise": 1 - LAM / total, "expected": LAM * ab * 0.25 / ((1 - ab + LAM) * total)}
+    for target, variance in left.items():
+        model = network(kind=kind, target=target)
+        prox = model(Y, T, LAM, text(4))
+        assert torch.allclose(prox, LAM.sqrt()[:, None, None, None] * Y / total[:, None, None, None], atol=1e-6)
+        model.network = lambda x, t, lam, cond: torch.ones_like(Y)
+        share = model(Y, T, LAM, text(4)) - prox
+        assert torch.allclose(share, variance.sqrt()[:, None, None, None].expand_as(Y), atol=1e-5)
 
 
 @both_kinds

@@ -5,7 +5,7 @@ import pytest
 import torch
 from closed_form import Gaussian, alpha_bar, exact_normals
 
-from rlproxi.proximal.matching import TimeTable, candidate_probabilities, corrupt, matching_loss
+from rlproxi.proximal.matching import TimeTable, candidate_probabilities, corrupt, expected_noise, matching_loss
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.schedule import VPSchedule
 
@@ -74,6 +74,24 @@ def test_corrupt_moments_and_the_l2_fact(t, lam):
     probe = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     fitted = weights[0] + weights[1] * probe
     assert torch.allclose(fitted, (probe - target.prox(probe, t, lam)) / math.sqrt(lam), atol=1e-11)
+
+
+@pytest.mark.parametrize("t, lam", [(0.0, 0.1), (0.3, 0.5), (0.9, 2.0)])
+def test_expected_noise_is_what_y_and_x0_tell_of_n2(t, lam):
+    """Least squares of n2 on both, with exact moments; and its own least squares on y alone are those of n2: the same minimiser."""
+    n = exact_normals(1000, 3)
+    x0 = 0.4 + 0.3 * n[:, :1]
+    times, lams = torch.full((1000,), t, dtype=torch.float64), torch.full((1000,), lam, dtype=torch.float64)
+    y = corrupt(SCHEDULE, x0, times, lams, n[:, 1:2], n[:, 2:])
+    target = expected_noise(SCHEDULE, y, x0, times, lams)
+    both = torch.cat([y, x0], 1)
+    assert torch.allclose(both @ torch.linalg.lstsq(both, n[:, 2:]).solution, target, atol=1e-11)
+    alone = torch.cat([torch.ones_like(y), y], 1)
+    fits = [torch.linalg.lstsq(alone, wanted).solution for wanted in (target, n[:, 2:])]
+    assert torch.allclose(*fits, atol=1e-11)
+    left = [float((wanted - alone @ fit).var(correction=0)) for wanted, fit in zip((target, n[:, 2:]), fits)]
+    ab, total = alpha_bar(t), alpha_bar(t) * 0.09 + 1 - alpha_bar(t) + lam
+    assert left == pytest.approx([lam * ab * 0.09 / ((1 - ab + lam) * total), 1 - lam / total], rel=1e-9)
 
 
 def test_corrupt_takes_one_time_per_row():
