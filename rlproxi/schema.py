@@ -219,7 +219,7 @@ class Pretrain(Section):
         "or euler that is denoising score matching, and the network a score model.")
     target: Literal["noise", "expected"] = Field(
         "expected", description="What the network is asked for: noise: n2 as it was drawn, ProxDM's; expected: its mean given y and x_0, the "
-        "same on average without the part that n1 hides, which learns captions several times sooner (docs/few-steps.md). The zetas take "
+        "same on average without the part that n1 hides, which learns captions in two fifths of the steps (docs/few-steps.md). The zetas take "
         "n2 in any case: only it has the mode that they look for. A new network is scaled by it, and fake scores are trained as it says.")
     steps: int = Field(1500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Global batch, over all learner ranks and micro-batches.")

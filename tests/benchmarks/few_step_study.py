@@ -58,6 +58,7 @@ ARMS: dict[str, tuple[dict, dict]] = {
     "matched, T 0.8, expected, square": ({"name": "matched"}, {"candidates": FEW, "target": "expected", "loss": "square"}),
     "T 0.8, expected": ({}, {"candidates": FEW, "target": "expected"}),
     "T 0.8, expected, square": ({}, {"candidates": FEW, "target": "expected", "loss": "square"}),
+    "T 0.8, expected, zeta phases": ({}, {"candidates": FEW, "target": "expected", "l1_fraction": 0.6, "zetas": [1.0, 0.5]}),
     "score, T 0.8": ({"name": "ddim"}, {"candidates": FEW, "loss": "square"}),
     "score, T 1": ({"name": "ddim", "start_time": 1.0}, {"candidates": [5, 10, 20, 50, 100, 1000], "loss": "square"}),
 }
@@ -82,7 +83,7 @@ def arm_config(run_dir: Path, arm: str, steps: int, seed: int) -> Config:
     values["run"]["seed"] = seed
     values["model"]["precision"] = "float32"  # the same rows on every machine
     values["sampler"].update(num_inference_steps=4, **sampler)
-    values["pretrain"].update(steps=steps, **pretrain)
+    values["pretrain"].update({"steps": steps, "target": "noise", **pretrain})
     values["rewards"].update(train=[{"name": "attributes", "params": path("reward")}], heldout=[{"name": "judge", "params": path("judge")}])
     values["run"]["stages"] = ["pretrain"]
     return build_config(values)

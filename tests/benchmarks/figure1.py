@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python tests/benchmarks/figure1.py --out FOLDER [--seeds 0 1 2] [--rl-steps 60] [overrides of all runs ...]
 
-For each seed: the quickstart's pre-training and quick-score's (the same network, data, batch and number of steps), then GRPO from
+For each seed: the quickstart's pre-training and quick-score's (the same network, data, batch and 520 steps), then GRPO from
 each with as many images and network calls (ten sampling steps, two trained). Then ``rlproxi eval`` draws from all of them: the
 proximal models by hybrid, the score models by Euler-Maruyama, probability-flow Euler, DDIM, DPM-Solver++ and UniPC. Judge and
 held-out prompts are those of the first seed's run for all. The same command goes on where it was interrupted.
@@ -43,7 +43,7 @@ def seed_runs(out: Path, seed: int, rl_steps: int, more: list[str]) -> dict[str,
     found = {}
     for kind, recipe in RECIPES.items():
         common = [f"run.seed={seed}", "telemetry.dashboard=false", *more]
-        start = run(out, f"{kind}-{seed}", recipe, "run.stages=[prepare,pretrain]", *common)
+        start = run(out, f"{kind}-{seed}", recipe, "run.stages=[prepare,pretrain]", "pretrain.steps=520", *common)
         shutil.rmtree(start / "checkpoints", ignore_errors=True)
         models = start / "models"
         tuned = run(out, f"{kind}-rl-{seed}", recipe, "run.stages=[rl]", f"model.init={models / 'pretrained'}", "evaluate.every=0",
