@@ -187,7 +187,7 @@ def plot(out: Path, rows: list[dict], file: Path) -> None:
         axis.imshow(np.concatenate(list(np.load(out / f"{name}-4.npy")), 1))
         axis.set_ylabel(f"{row['arm']}\n{row['judge']:.2f} / {row['total']:.2f}", rotation=0, ha="right", va="center", fontsize=7)
         axis.set(xticks=[], yticks=[])
-    figure.subplots_adjust(left=0.2, right=0.995, top=0.995, bottom=0.005, hspace=0.06)
+    figure.subplots_adjust(left=0.27, right=0.995, top=0.995, bottom=0.005, hspace=0.06)
     figure.savefig(file, dpi=100)
 
 

@@ -25,10 +25,12 @@ SOLVERS = ("euler-maruyama", "euler", "ddim", "dpmsolver++", "unipc")
 STEPS = "1,2,3,4,6,8,10,16,20,50"
 
 
-def run(out: Path, name: str, recipe: str, *overrides: str) -> Path:
-    """A run directory out/name; one that is finished is left as it is, one that was cut short goes on."""
+def run(out: Path, name: str, recipe: str, makes: str, *overrides: str) -> Path:
+    """A run directory out/name; one that has made its model is left as it is, one that was cut short goes on."""
     base = out / name
     found = next(iter(base.iterdir()), None) if base.is_dir() else None
+    if found and (found / "models" / makes / "model_index.json").is_file():
+        return found
     arguments = ["--resume", str(found)] if found else [str(ROOT / "configs" / f"{recipe}.yaml"), f"run.dir={base}", *overrides]
     print(f"\n== {name}", flush=True)
     code = subprocess.run([sys.executable, "-m", "rlproxi.run", *arguments], cwd=ROOT,
@@ -43,10 +45,10 @@ def seed_runs(out: Path, seed: int, rl_steps: int, more: list[str]) -> dict[str,
     found = {}
     for kind, recipe in RECIPES.items():
         common = [f"run.seed={seed}", "telemetry.dashboard=false", *more]
-        start = run(out, f"{kind}-{seed}", recipe, "run.stages=[prepare,pretrain]", "pretrain.steps=520", *common)
+        start = run(out, f"{kind}-{seed}", recipe, "pretrained", "run.stages=[prepare,pretrain]", "pretrain.steps=520", *common)
         shutil.rmtree(start / "checkpoints", ignore_errors=True)
         models = start / "models"
-        tuned = run(out, f"{kind}-rl-{seed}", recipe, "run.stages=[rl]", f"model.init={models / 'pretrained'}", "evaluate.every=0",
+        tuned = run(out, f"{kind}-rl-{seed}", recipe, "final", "run.stages=[rl]", f"model.init={models / 'pretrained'}", "evaluate.every=0",
                     f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]", "rewards.heldout=[]",
                     f"grpo.steps={rl_steps}", "sampler.num_inference_steps=10", "grpo.trained_steps=2", *common)
         found |= {kind: models / "pretrained", f"{kind} + GRPO": tuned / "models" / "final"}
@@ -59,6 +61,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rl-steps", type=int, default=60)
     parser.add_argument("--steps", default=STEPS)
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=SOLVERS, help="of the score models")
+    parser.add_argument("--runs-only", action="store_true", help="train, and draw nothing")
     options, more = parser.parse_known_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,9 @@ def main() -> int:
             if label.startswith("prox"):
                 models.append(f"{label}={folder}@hybrid")
             else:
-                models += [f"{label}, {solver}={folder}@{solver}" for solver in SOLVERS]
+                models += [f"{label}, {solver}={folder}@{solver}" for solver in options.solvers]
+    if options.runs_only:
+        return 0
     judge = next((out / f"prox-{options.seeds[0]}").iterdir())
     return cli.main(["eval", *models, "--config", str(judge), "--steps", options.steps, "--out", str(out / "eval"),
                      "--reach", "score, ddim@50" if "50" in options.steps.split(",") else f"score, ddim@{options.steps.split(',')[-1]}"])

@@ -290,7 +290,7 @@ def main() -> None:
     if options.run is None or not (options.run / "models" / "judge.safetensors").is_file():
         parser.error(f"--run {options.run} has no models/judge.safetensors: name a run whose stage 'prepare' is done")
     options.out.mkdir(parents=True, exist_ok=True)
-    judged = Judged(config := load_config(options.run / "config.yaml"), options.run)
+    judged = Judged(config := load_config(options.run / "config.yaml", ["pretrain.target=noise"]), options.run)
     for work in (Seed(config, judged, seed, options) for seed in options.seeds):
         for arm in options.arms:
             if not work.weights(arm).is_file():
