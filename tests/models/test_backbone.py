@@ -82,7 +82,8 @@ def test_the_proximal_output_is_the_warm_start_formula_of_the_unmodified_network
     pipeline = DiffusionPipeline.from_pretrained(folder)
     y = 1.5 * samples(denoiser)
     worst = 0.0
-    for t, lam in torch.tensor(GRID).tolist():  # as float32 has them
+    points = GRID[::6] if kind == "pixart-resolution" else GRID  # 4,096 tokens: each t and each lam once
+    for t, lam in torch.tensor(points).tolist():  # as float32 has them
         ours = denoiser(y, torch.full((3,), t), torch.full((3,), lam), text)
         expected = formula(pipeline, kind, y, t, lam, text)
         assert expected.abs().max() > 1e-3  # a vanishing network would agree with anything
@@ -119,10 +120,12 @@ def test_images_survive_saving_and_the_network_stays_diffusers_own(kind, folder,
     model = TextToImage.from_pretrained(folder)
     with torch.no_grad():
         model.denoiser.lam_embedding.linear_2.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
-    images = model(PROMPTS, num_inference_steps=2, seeds=[1, 2, 3])
-    assert images.shape == (3, model.size, model.size, 3) and images.std() > 5
+    prompts = PROMPTS[:1] if kind == "pixart-resolution" else PROMPTS  # of 1,024 pixels
+    seeds = list(range(1, 1 + len(prompts)))
+    images = model(prompts, num_inference_steps=2, seeds=seeds)
+    assert images.shape == (len(prompts), model.size, model.size, 3) and images.std() > 5
     again = TextToImage.from_pretrained(model.save_pretrained(tmp_path / "saved"))
-    assert np.array_equal(again(PROMPTS, num_inference_steps=2, seeds=[1, 2, 3]), images)
+    assert np.array_equal(again(prompts, num_inference_steps=2, seeds=seeds), images)
     part = again.denoiser.adapter.part
     plain = getattr(diffusers, type(again.denoiser.net).__name__).from_pretrained(tmp_path / "saved" / part)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.denoiser.net.parameters()))
