@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from arms import collected
 
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.prepare import collection
@@ -137,9 +137,9 @@ def measured(config: Config, model: TextToImage, sampler: Sampler, steps: int) -
              "diversity": seen["diversity"], **seen["distance"]}, images[:: config.evaluate.samples])
 
 
-def job(run: str, out: str, arm: str, seed: int, steps: int) -> list[dict]:
+def job(run: str, out: Path, steps: int, arm: str, seed: int) -> list[dict]:
     torch.set_num_threads(1)
-    run_dir, folder = Path(run), Path(out) / f"{arm}-{seed}".replace(", ", "-").replace(" ", "")
+    run_dir, folder = Path(run), out / f"{arm}-{seed}".replace(", ", "-").replace(" ", "")
     config = arm_config(run_dir, arm, steps, seed)
     if not (folder / "model_index.json").is_file():
         with open(f"{folder}.log", "w", encoding="utf-8") as file:
@@ -201,20 +201,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    done = {(row["arm"], row["seed"]) for row in rows}
-    wanted = [(arm, seed) for seed in options.seeds for arm in options.arms if (arm, seed) not in done] if options.run else []
-    with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = [pool.submit(job, options.run, str(options.out), arm, seed, options.steps) for arm, seed in wanted]
-        for one in jobs:
-            found = one.result()
-            rows += found
-            with open(results, "a", encoding="utf-8") as file:
-                for row in found:
-                    print(json.dumps(row), file=file, flush=True)
-            print(table(found), flush=True)
+    wanted = [(arm, seed) for seed in options.seeds for arm in options.arms] if options.run else []
+    rows = collected(options.out, partial(job, options.run, options.out, options.steps), wanted, options.processes)
     print(table(rows))
     if options.plot:
         plot(options.out, rows, options.plot)

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from arms import collected
 
 from rlproxi.algorithms import registry
 from rlproxi.algorithms.anchor import AnchoredAdamW
@@ -141,9 +141,9 @@ def judged(config: Config, sampler: GroupSampler, images_file: Path) -> dict[str
             "judge_sem": scores[config.rewards.heldout[0].name]["sem"], "diversity": seen["diversity"], **seen["distance"]}
 
 
-def job(run: str, out: str, arm: str, seed: int, seconds: float, overrides: list[str]) -> dict:
+def job(run: str, out_dir: Path, seconds: float, overrides: list[str], arm: str, seed: int) -> list[dict]:
     torch.set_num_threads(1)
-    run_dir, out_dir = Path(run), Path(out)
+    run_dir = Path(run)
     config = arm_config(run_dir, arm, overrides)
     folder = run_dir / "models" / "pretrained"
     begun = time.process_time()
@@ -160,8 +160,8 @@ def job(run: str, out: str, arm: str, seed: int, seconds: float, overrides: list
         if not arm.startswith("start"):
             sampler.take(local.weights())
             sampler.pipeline.save_pretrained(out_dir / "models" / f"{arm}-{seed}")
-    return {"arm": arm, "seed": seed, "iterations": iterations, "cpu": time.process_time() - begun, "overrides": overrides,
-            **judged(config, sampler, out_dir / f"{arm}-{seed}.npz")}
+    return [{"arm": arm, "seed": seed, "iterations": iterations, "cpu": time.process_time() - begun, "overrides": overrides,
+            **judged(config, sampler, out_dir / f"{arm}-{seed}.npz")}]
 
 
 def arm_config(run_dir: Path, arm: str, overrides: list[str]) -> Config:
@@ -248,22 +248,10 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--image", type=Path)
     options = parser.parse_intermixed_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    if options.run and not options.plot:
-        done = {(row["arm"], row["seed"]) for row in rows}
-        wanted = [(arm, seed) for seed in options.seeds for arm in options.arms
-                  if (arm, seed) not in done and not (arm.startswith("start") and seed != options.seeds[0])]
-        with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-            jobs = [pool.submit(job, options.run, str(options.out), arm, seed, options.seconds, options.overrides)
-                    for arm, seed in wanted]
-            for one in jobs:
-                row = one.result()
-                rows.append(row)
-                with open(results, "a", encoding="utf-8") as file:
-                    print(json.dumps(row), file=file, flush=True)
-                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    wanted = [(arm, seed) for seed in options.seeds for arm in options.arms
+              if options.run and not options.plot and not (arm.startswith("start") and seed != options.seeds[0])]
+    work = partial(job, options.run, options.out, options.seconds, options.overrides)
+    rows = collected(options.out, work, wanted, options.processes)
     timed = options.out / "seconds.json"
     if options.run and not timed.is_file():
         timed.write_text(json.dumps(seconds_per_image(Path(options.run))))

@@ -10,13 +10,12 @@ seconds of one thread with the loop of few_steps.py: no Ray, else what a run doe
 from __future__ import annotations
 
 import argparse
-import json
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import few_steps
 import numpy as np
+from arms import collected
 
 #: arm -> what differs from ``few_steps.GRPO``: four steps, all three actions, 8 prompts of 8 samples that share their first noise, one
 #: update, lr 1e-4, no KL, mean over dimensions, each group's own std.
@@ -46,8 +45,8 @@ CHANGES: dict[str, list[str]] = {
 few_steps.ARMS |= {arm: [*few_steps.GRPO, *changes] for arm, changes in CHANGES.items()}
 
 
-def job(run: str, out: str, arm: str, seed: int, seconds: float) -> dict:
-    return few_steps.job(run, out, arm, seed, seconds, [])
+def job(run: str, out: Path, seconds: float, arm: str, seed: int) -> list[dict]:
+    return few_steps.job(run, out, seconds, [], arm, seed)
 
 
 def table(rows: list[dict]) -> str:
@@ -80,20 +79,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(CHANGES), default=list(CHANGES))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    results = options.out / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    done = {(row["arm"], row["seed"]) for row in rows}
-    wanted = [("start-4", 0), *((arm, seed) for seed in options.seeds for arm in options.arms)]
-    with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        jobs = [pool.submit(job, options.run, str(options.out), *one, options.seconds)
-                for one in wanted if options.run and one not in done]
-        for one in jobs:
-            row = one.result()
-            rows.append(row)
-            with open(results, "a", encoding="utf-8") as file:
-                print(json.dumps(row), file=file, flush=True)
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    wanted = [("start-4", 0), *((arm, seed) for seed in options.seeds for arm in options.arms)] if options.run else []
+    rows = collected(options.out, partial(job, options.run, options.out, options.seconds), wanted, options.processes)
     print(table(rows))
 
 
