@@ -90,7 +90,8 @@ class R0(Fake):
     anchor: float = Field(1e-3, ge=0, description="Weight of ||theta - theta_0||^2 in the loss, the regulariser towards the start.")
     plus: bool = Field(False, description="R0+: the reward looks at the clean prediction of a random step, reached without gradient: "
                        "one forward and backward instead of as many as steps.")
-    random_eta: bool = Field(True, description="With the samplers ddim, euler and matched: eta ~ U[0, 1] for every step, drawn anew in each iteration, so that "
+    random_eta: bool = Field(True, description="With the samplers ddim, euler and matched: eta ~ U[0, 1] for every step, "
+                             "drawn anew in each iteration, so that "
                              "the generator is good with any; false: sampler.eta.")
     normalize_gradients: bool = Field(True, description="Each reward's gradient divided by its norm, for each sample, before weighting.")
     guidance_weight: float = Field(

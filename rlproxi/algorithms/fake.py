@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..proximal.clean import Ladder, Level
-from ..proximal.matching import TimeTable, corrupt, expected_noise, matching_loss
+from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..schema_algorithms import Fake as Settings
 from ..seeds import generator, rng
@@ -26,7 +26,7 @@ class NoiseLevels:
 
     def __init__(self, config: Config, settings: Settings):
         s = config.sampler
-        self.target = config.pretrain.target
+        self.expected = config.pretrain.target == "expected"
         self.schedule, self.settings, self.seed = config.schedule.build(), settings, config.run.seed
         self.ladder = Ladder(TimeTable(self.schedule, settings.candidates or config.pretrain.candidates, s.name, s.start_time,
                                        s.grid), self.schedule)
@@ -48,5 +48,6 @@ def fake_loss(fake: Denoiser, levels: NoiseLevels, request: SampleRequest, turn:
     level, g = levels.draw(request, turn, x0)
     n2 = noise(g, x0)
     y = corrupt(levels.schedule, x0, level.t, level.lam, noise(g, x0), n2)
-    target = expected_noise(levels.schedule, y, x0, level.t, level.lam) if levels.target == "expected" else n2
-    return matching_loss(fake(y, level.t, level.lam, text), target, None if levels.settings.fake_loss == "l1" else math.inf).mean()
+    zeta = None if levels.settings.fake_loss == "l1" else math.inf
+    target = matching_target(levels.expected, zeta, levels.schedule, y, x0, level.t, level.lam, n2)
+    return matching_loss(fake(y, level.t, level.lam, text), target, zeta).mean()

@@ -18,7 +18,7 @@ from ..data import faces
 from ..models.text import TextEncoder, TextStates
 from ..models.autoencoder import Autoencoder
 from ..models.loading import build_denoiser
-from ..proximal.matching import TimeTable, corrupt, expected_noise, matching_loss
+from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
 from ..seeds import generator, rng
@@ -96,9 +96,7 @@ class Matching:
             t, lam = draw.t.to(x0.device), draw.lam.to(x0.device)
             y = corrupt(self.schedule, x0, t, lam, noise[0], noise[1])
             zeta = self.zeta(step)
-            looks_for_mode = zeta is not None and math.isfinite(zeta)
-            expected = self.settings.target == "expected" and not looks_for_mode
-            target = expected_noise(self.schedule, y, x0, t, lam) if expected else noise[1]
+            target = matching_target(self.settings.target == "expected", zeta, self.schedule, y, x0, t, lam, noise[1])
             each = matching_loss(denoiser(y, t, lam, text[part]), target, zeta)
             loss = (lam**self.settings.lam_power / self.lam_scale * each).mean()
             yield loss, {"loss": loss.item()}

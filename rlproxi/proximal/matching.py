@@ -72,6 +72,14 @@ def expected_noise(schedule: VPSchedule, y: Tensor, x0: Tensor, t: Tensor, lam: 
     return lam.sqrt() * (y - alpha_bar.sqrt() * x0) / (1 - alpha_bar + lam)
 
 
+def matching_target(expected: bool, zeta: float | None, schedule: VPSchedule, y: Tensor, x0: Tensor, t: Tensor, lam: Tensor,
+                    n2: Tensor) -> Tensor:
+    """What eps is compared with: n2, or ``expected_noise`` where that is asked for and the loss does not look for the mode, as a
+    finite zeta does."""
+    looks_for_mode = zeta is not None and math.isfinite(zeta)
+    return expected_noise(schedule, y, x0, t, lam) if expected and not looks_for_mode else n2
+
+
 def matching_loss(eps: Tensor, n2: Tensor, zeta: float | None = None) -> Tensor:
     """Per-sample loss [B]: mean |eps - n2| where zeta is None, else 1 - exp(-m/zeta^2), and m where zeta is infinite.
 

@@ -154,6 +154,16 @@ def test_the_expected_target_is_known_where_the_data_are_but_one_image(loss):
         assert losses[0][0] == losses[1][0] > 0.01
 
 
+@pytest.mark.parametrize("kind", ["unet", "transformer"])
+@pytest.mark.parametrize("target", ["noise", "expected"])
+def test_a_new_network_has_the_factor_of_its_target_and_keeps_it(kind, target, tmp_path):
+    config = build_config({"pretrain": {"target": target}, "data": {"size": 16},
+                           "model": {"kind": kind, "channels": [32, 32], "layers": 1, "heads": 2}})
+    network = build_denoiser(config)
+    network.save_pretrained(tmp_path)
+    assert network.target == type(network).from_pretrained(tmp_path).target == target
+
+
 def _row(number: torch.Tensor) -> torch.Tensor:
     return number.reshape(-1, 1, 1, 1)
 
