@@ -18,6 +18,8 @@ ALGORITHMS = ("grpo", "r0", "didr")
 STAGES = ("curate", "encode", "prepare", "pretrain", "before", "rl", "after", "report")
 Stage = Literal[STAGES]
 Amounts = dict[str, Annotated[float, Field(gt=0)]]
+# Every count is laid out on its grid when a config is read; nobody samples in more steps than a discrete model has times.
+StepCount = Annotated[int, Field(ge=1, le=10_000)]
 
 
 class ConfigError(ValueError):
@@ -146,7 +148,7 @@ class Sampler(Section):
     name: Literal[SAMPLERS] = Field(
         "hybrid", description="Proximal samplers: hybrid, backward or ode; matched, DDIM's step asked at the (t, lam) of matching; ddim and euler "
         "(of the reverse SDE or the probability flow), the score and flow models' own, with the same network.")
-    num_inference_steps: int = Field(6, ge=1, description="N, the number of proximal steps.")
+    num_inference_steps: StepCount = Field(6, description="N, the number of proximal steps.")
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
     grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
@@ -227,7 +229,7 @@ class Pretrain(Section):
     lr: float = Field(1e-3, gt=0, description="Peak learning rate; warm-up, constant, then cosine to 3 %.")
     warmup_steps: int = Field(50, ge=0, description="Linear warm-up.")
     decay_from: float = Field(0.3, ge=0, le=1, description="Share of the steps after which the cosine begins.")
-    candidates: list[int] = Field([4, 6, 8, 16], min_length=1, description="Step counts N that matching draws from.")
+    candidates: list[StepCount] = Field([4, 6, 8, 16], min_length=1, description="Step counts N that matching draws from.")
     l1_fraction: float = Field(1.0, ge=0, le=1, description="Share of the steps in the L1 phase.")
     zetas: list[float] = Field([2.0, 1.0], description="zeta of the equally long phases after it.")
     lam_power: float = Field(
@@ -286,7 +288,7 @@ class Faults(Section):
 class Evaluate(Section):
     prompts: int = Field(64, ge=1, le=512, description="Held-out prompts, the same in every evaluation.")
     samples: int = Field(4, ge=2, description="Samples of each prompt.")
-    steps: list[int] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")
+    steps: list[StepCount] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")
     every: int = Field(25, ge=0, description="RL iterations between held-out evaluations; 0: only before and after.")
     alarm_sigmas: float = Field(
         2.0, gt=0, description="Over-optimisation alarm: the first held-out reward is so many standard errors below its best.")

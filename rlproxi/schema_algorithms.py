@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .schema import Section
+from .schema import Section, StepCount
 
 
 class Training(Section):
@@ -64,7 +64,7 @@ class GRPO(Training):
 class Fake(Training):
     """What follows the generator's own distribution, for algorithms that compare it with the reference's."""
 
-    candidates: list[int] | None = Field(
+    candidates: list[StepCount] | None = Field(
         None, min_length=1, description="Step counts whose noise levels are used; null: pretrain.candidates.")
     levels: tuple[float, float] = Field((0.02, 0.98), description="Quantiles of the noise levels that are drawn.")
     fake_updates: int = Field(2, ge=1, description="Fake-score updates in an iteration, each on samples of its own.")

@@ -85,6 +85,7 @@ OVERRIDES = [
     "run.seed=" + "1" + ":59" * 5000,
     "grpo.lr=1_0",
     "data.urls=[" + "a," * 5_000 + "]",
+    f"r0.candidates=[{2**160}]",
 ]
 
 
