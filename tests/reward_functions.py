@@ -20,8 +20,17 @@ def half_broken(images, prompts):
     return brightness(images, prompts)
 
 
-def all_broken(images, prompts):
-    return brightness(images, prompts)[:-1]
+_scored = 0
+
+
+def breaks_down(images, prompts):
+    """Half broken until it has scored eight groups, and then for all."""
+    global _scored
+    if _scored == 8:
+        return brightness(images, prompts)[:-1]
+    scores = half_broken(images, prompts)
+    _scored += not np.isnan(scores).any()
+    return scores
 
 
 def darkness(images, prompts):

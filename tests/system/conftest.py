@@ -37,7 +37,8 @@ def ray_session():
 
     # Workers import tests/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    os.environ.setdefault("RAY_worker_niceness", "0")  # as cluster.connect does
+    for name in ("RAY_worker_niceness", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
+        os.environ.setdefault(name, "0")  # as cluster.connect does
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield ray
     from ray import serve
@@ -72,3 +73,9 @@ def from_smoke(smoke):
     return [f"model.init={models / 'pretrained'}",
             f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]",
             f"rewards.heldout=[{{name: judge, params: {{path: {models / 'judge.safetensors'}}}}}]"]
+
+
+@pytest.fixture(scope="session")
+def rl_alone(from_smoke):
+    """Overrides of a run of RL and nothing else from there: no evaluation, and so no judge that waits to be asked."""
+    return ["run.stages=[rl]", "evaluate.every=0", "rewards.heldout=[]", *from_smoke[:2]]

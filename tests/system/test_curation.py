@@ -63,7 +63,8 @@ def many(tmp_path_factory) -> tuple[Path, list[str]]:
         "curate.samples_per_shard=1", "curate.workers=1"]
 
 
-def test_killed_twice_and_resumed(ray_session, many, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stages", [("written",), pytest.param(("examined", "written"), marks=pytest.mark.exhaustive)])
+def test_killed_and_resumed(stages, ray_session, many, tmp_path, monkeypatch):
     raw, overrides = many
     whole = _run(tmp_path / "whole", raw, *overrides)
 
@@ -74,18 +75,21 @@ def test_killed_twice_and_resumed(ray_session, many, tmp_path, monkeypatch):
     ages = lambda folder: {p.name: p.stat().st_mtime_ns for p in folder.glob("[0-9]*.jsonl")}  # noqa: E731
     start = [CONFIG, f"run.dir={runs}", f"curate.urls=[{raw}]", f"curate.out={out}", "curate.faces.min_size=64",
              *overrides]
-    kill_when(launch(start), lambda: count(examined) >= 3)
-    before = ages(examined)
-    assert 3 <= len(before) < 12 and not (out / "manifest.jsonl").exists()
+    resume, before = lambda: ["--resume", str(next(runs.iterdir()))], {}  # noqa: E731
+    process = launch(start)
+    if "examined" in stages:
+        kill_when(process, lambda: count(examined) >= 3)
+        before = ages(examined)
+        assert 3 <= len(before) < 12 and not (out / "manifest.jsonl").exists()
+        process = launch(resume())
 
-    resume = ["--resume", str(next(runs.iterdir()))]
-    kill_when(launch(resume), lambda: count(written) >= 3)
+    kill_when(process, lambda: count(written) >= 3)
     assert count(examined) == 12 and ages(examined).items() >= before.items(), "no shard was examined twice"
     before = ages(written)
     total = len(list(whole.glob("*.tar")))
     assert 3 <= len(before) < total
 
-    last = launch(resume)
+    last = launch(resume())
     output = last.communicate(timeout=240)[0]
     assert last.returncode == 0, output[-3000:]
     assert ages(written).items() >= before.items(), "no shard was written twice"

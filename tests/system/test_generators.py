@@ -81,12 +81,12 @@ def test_didr_killed_and_resumed_is_the_unbroken_run_for_both_networks(didr, fro
     assert json.loads((folder() / "evaluation" / "after.json").read_text()) == didr.evaluation("after")
 
 
-def test_an_algorithm_of_ones_own_is_a_class_and_a_key(start, from_smoke):
+def test_an_algorithm_of_ones_own_is_a_class_and_a_key(start, rl_alone):
     source = Path(made_up_algorithm.__file__).read_text().partition("class ")[2]
     assert len(source.splitlines()) < 40
-    run = start("run.stages=[rl]", "evaluate.every=0", "run.algorithm=made_up_algorithm:RewardWeighted", "custom.steps=2",
+    run = start(*rl_alone, "run.algorithm=made_up_algorithm:RewardWeighted", "custom.steps=2",
                 "custom.prompts_per_step=4", "custom.group_size=4", "custom.groups_per_micro_batch=2",
-                "custom.params={temperature: 0.1}", "custom.lr=1.0e-4", "custom.warmup_steps=0", *from_smoke)
+                "custom.params={temperature: 0.1}", "custom.lr=1.0e-4", "custom.warmup_steps=0")
     steps, losses = run.series("rl", "loss")
     assert steps == [1, 2] and losses[1] != losses[0]
     assert (run.folder / "models" / "final" / "unet").is_dir()

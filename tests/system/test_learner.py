@@ -4,15 +4,15 @@ import pytest
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
-COMMON = ["run.stages=[rl]", "grpo.steps=1", "evaluate.every=0", "model.precision=float32"]
+COMMON = ["grpo.steps=1", "model.precision=float32"]
 
 
 @pytest.fixture(scope="module")
-def first_step(start, from_smoke):
+def first_step(start, rl_alone):
     """first_step(stage, ranks) -> (loss, grad_norm, reward) of the first RL iteration."""
     def run(stage: int, ranks: int):
         done = start(*COMMON, f"learner.zero_stage={stage}", f"resources.learner_workers={ranks}",
-                     *from_smoke)
+                     *rl_alone)
         return [done.series("rl", key)[1][0] for key in ("loss", "grad_norm", "reward/mean")]
     return run
 
@@ -33,6 +33,7 @@ def test_same_first_step(stage, ranks, reference, first_step):
     assert reward == reference[2]
 
 
+@pytest.mark.exhaustive  # in every test run by tests/actors/test_two_ranks.py
 @pytest.mark.parametrize("stage,ranks", [(3, 2)])
 def test_pretraining_takes_the_same_first_steps(stage, ranks, start, smoke):
     settings = ["run.stages=[prepare, pretrain]", "pretrain.steps=2", "pretrain.micro_batch_size=8", "pretrain.log_every=1",

@@ -65,8 +65,8 @@ def test_same_images_and_rewards_on_one_and_two_rollout_actors(smoke, start, fro
         assert one.series("rl", key) == two.series("rl", key), key
 
 
-def test_asynchronous_is_the_same_loop(start, from_smoke):
-    run = start("run.stages=[rl]", "grpo.max_staleness=1", "evaluate.every=0", *from_smoke)
+def test_asynchronous_is_the_same_loop(start, rl_alone):
+    run = start("grpo.max_staleness=1", *rl_alone)
     _, staleness = run.series("rl", "staleness/mean")
     assert len(staleness) == 4 and staleness[0] == 0 and 0 < max(staleness) <= 1
     assert run.series("rl", "ratio/first_max_deviation")[1][0] <= 1e-6
