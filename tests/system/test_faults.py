@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -152,8 +153,8 @@ def test_a_disk_that_fills_up_for_a_while_costs_checkpoints_alone(from_smoke, un
         subprocess.run(["umount", "--lazy", small], check=True)
 
 
-def test_what_dies_is_replaced(start, rl_alone, smoke, tmp_path):
-    """On the session's Ray: a rollout actor after one step, a reward replica after another, the conductor after a third."""
+def test_what_dies_is_replaced_and_two_rollout_actors_do_what_one_does(start, from_smoke, smoke, tmp_path):
+    """On the session's Ray: a rollout actor dies after one step, a reward replica after another, the conductor after a third."""
     when, base = [], tmp_path / "runs"
 
     def strike() -> None:
@@ -164,11 +165,18 @@ def test_what_dies_is_replaced(start, rl_alone, smoke, tmp_path):
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    run = start(*faults.PATIENT, *rl_alone, base=base)
+    run = start(*faults.PATIENT, *from_smoke, "run.stages=[before, rl, after]", "resources.rollout_actors=2", "evaluate.every=0",
+                base=base)
     thread.join(1)
     outcome = faults.judge("all three", when[0], run.folder, smoke.folder)
     assert outcome.exact and outcome.reached >= 1 and len(when) == 3, outcome
     assert outcome.resumed_from is not None, "a new conductor begins at the last checkpoint"
+    for tag in ("before", "after"):
+        files = sorted(p.name for p in (smoke.folder / "samples").glob(f"{tag}-*.npz"))
+        assert files
+        for name in files:
+            one, two = (np.load(folder / "samples" / name) for folder in (smoke.folder, run.folder))
+            assert np.array_equal(one["images"], two["images"]) and np.array_equal(one["heldout"], two["heldout"])
 
 
 def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_session, tmp_path):

@@ -15,11 +15,11 @@ from rlproxi.telemetry.runlog import read, series
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 R0 = ["run.algorithm=r0", "r0.steps=3", "r0.prompts_per_step=8", "r0.groups_per_micro_batch=4", "r0.lr=1.0e-3",
-      "r0.warmup_steps=1", "r0.ema=0.9", "r0.distribution_weight=0.5", "r0.fake_updates=1", "model.precision=float32",
+      "r0.warmup_steps=1", "r0.ema=0.9", "r0.distribution_weight=0.5", "r0.fake_updates=1",
       "sampler.num_inference_steps=3"]
 DIDR = ["run.algorithm=didr", "didr.steps=5", "didr.prompts_per_step=8", "didr.groups_per_micro_batch=4", "didr.lr=1.0e-3",
         "didr.fake_lr=1.0e-3", "didr.warmup_steps=1", "didr.ema=0.9", "didr.anchor=1.0e-3", "didr.checkpoint_every=2",
-        "model.precision=float32", "sampler.num_inference_steps=1", "evaluate.steps=[1]"]
+        "sampler.num_inference_steps=1", "evaluate.steps=[1]"]
 TWO = ["learner.zero_stage=3", "resources.learner_workers=2"]
 
 

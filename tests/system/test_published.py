@@ -35,7 +35,7 @@ def test_shards_are_encoded_once_for_a_step_of_pretraining_and_an_iteration_of_g
                 "rewards.train=[{name: jpeg}]", "rewards.heldout=[]", "pretrain.steps=1", "pretrain.batch_size=4",
                 "pretrain.log_every=1", "grpo.steps=1", "grpo.kl_coef=0.1", "grpo.prompts_per_step=2", "grpo.group_size=2",
                 "grpo.groups_per_micro_batch=1", "evaluate.every=0", "evaluate.prompts=1", "sampler.guidance_scale=2.0",
-                "model.precision=float32", *(["model.lora={rank: 4, alpha: 8}"] if adapters else []))
+                *(["model.lora={rank: 4, alpha: 8}"] if adapters else []))
     told = next(r for r in run.records if r["event"] == "metrics" and r["stage"] == "encode")
     assert told["step"] == 1
     manifest = next(cache.glob("manifest-*.jsonl")).read_text().splitlines()

@@ -68,7 +68,7 @@ def test_single_samples_are_masked_by_policy(rl):
 
 def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_smoke, rl_alone):
     path = from_smoke[1].split("path: ")[1].rstrip("}]")
-    run = start(*rl_alone, "grpo.steps=2", "rewards.normalize=group",
+    run = start(*rl_alone, "grpo.steps=2", "rewards.normalize=group", "model.precision=bfloat16",
                 "rewards.train=[{name: loud, scorer: python, params: {function: 'reward_functions:loud_brightness'}}, "
                 f"{{name: attributes, tune_micro_batch: true, params: {{path: {path}}}}}]")
     loud, attributes = (run.series("rl", f"reward/{name}")[1] for name in ("loud", "attributes"))
@@ -79,11 +79,14 @@ def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_s
     # The newest record of each; a tuned scorer tells again when it has measured.
     assert told["loud"]["scorer"] == "python" and len(told["attributes"][path]) == 64
     assert set(told["attributes"]["images_per_second"]) == {"1", "2", "4"}
+    # In bfloat16 too the learner computes what the rollout did.
+    assert run.series("rl", "ratio/first_max_deviation")[1] == [0.0]
 
 
-def test_over_optimisation_raises_the_alarm_keeps_the_best_and_ends_early(start, from_smoke, capsys):
+def test_over_optimisation_raises_the_alarm_keeps_the_best_and_ends_early_asynchronous_as_well(start, from_smoke, capsys):
     function = "{{name: {0}, scorer: python, params: {{function: 'reward_functions:{0}'}}}}".format
     run = start("run.stages=[before, rl, after]", "evaluate.every=1", "grpo.steps=12", "grpo.lr=3.0e-3",
+                "grpo.max_staleness=1",
                 from_smoke[0], f"rewards.train=[{function('brightness')}]", f"rewards.heldout=[{function('darkness')}]",
                 "evaluate.patience=2", "evaluate.alarm_sigmas=0.1")
     alarms = [r for r in run.records if r["event"] == "alarm" and not r["message"].startswith("drift")]
@@ -95,3 +98,6 @@ def test_over_optimisation_raises_the_alarm_keeps_the_best_and_ends_early(start,
     assert (run.folder / "models" / "best").is_dir() == bool(best)
     assert (run.folder / "models" / "final").is_dir() and run.evaluation("after")["iteration"] == trained
     assert "ALARM" in capsys.readouterr().out
+    staleness = run.series("rl", "staleness/mean")[1]
+    assert staleness[0] == 0 and 0 < max(staleness) <= 1
+    assert run.series("rl", "ratio/first_max_deviation")[1][0] <= 1e-6

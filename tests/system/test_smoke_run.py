@@ -52,26 +52,6 @@ def test_rl_changes_the_policy_and_evaluations_use_it(smoke):
     assert list(middle["by_steps"]) == ["4"] and middle["prompts"] == smoke.evaluation("before")["prompts"]
 
 
-def test_same_images_and_rewards_on_one_and_two_rollout_actors(smoke, start, from_smoke):
-    one = smoke
-    two = start("run.stages=[before, rl, after]", "resources.rollout_actors=2", "evaluate.every=0", *from_smoke)
-    for tag in ("before", "after"):
-        files = sorted(p.name for p in (one.folder / "samples").glob(f"{tag}-*.npz"))
-        assert files
-        for name in files:
-            a, b = (np.load(run.folder / "samples" / name) for run in (one, two))
-            assert np.array_equal(a["images"], b["images"]) and np.array_equal(a["heldout"], b["heldout"])
-    for key in ("reward/mean", "reward/attributes", "loss", "grad_norm", "kl"):
-        assert one.series("rl", key) == two.series("rl", key), key
-
-
-def test_asynchronous_is_the_same_loop(start, rl_alone):
-    run = start("grpo.max_staleness=1", *rl_alone)
-    _, staleness = run.series("rl", "staleness/mean")
-    assert len(staleness) == 4 and staleness[0] == 0 and 0 < max(staleness) <= 1
-    assert run.series("rl", "ratio/first_max_deviation")[1][0] <= 1e-6
-
-
 def test_sample_from_the_run(smoke, tmp_path, capsys):
     out = tmp_path / "face.png"
     assert cli(["sample", "a smiling person with pale skin", "--model", str(smoke.folder), "--out", str(out)]) == 0
