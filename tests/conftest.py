@@ -14,13 +14,17 @@ settings.load_profile("repeatable")
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n 2` one process takes all tests that share the session's Ray, the other the rest, file by file."""
+    """With `-n 2` one process takes the tests that share the smoke run and its Ray, the other the rest, file by file.
+
+    Curation needs nothing of the smoke run: on a Ray of its own it keeps the second process at work for as long as the first.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if file.startswith("tests/system/") or file == "tests/actors/test_ingest.py" else file
+            shared = file.startswith("tests/system/") and file != "tests/system/test_curation.py"
+            return "ray" if shared or file == "tests/actors/test_ingest.py" else file
 
     config.option.loadscopereorder = False  # in the order below
     return OneRay(config, log)

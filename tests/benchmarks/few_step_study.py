@@ -1,6 +1,6 @@
 """What makes a proximal network good at four steps: the table of docs/few-steps.md.
 
-    PYTHONPATH=. python tests/benchmarks/few_step_study.py --run RUN_DIR --out FOLDER [--steps 520] [--arms paper own ...] [--plot FILE.png]
+    PYTHONPATH=. python tests/benchmarks/few_step_study.py --run RUN_DIR --out FOLDER [--steps 520] [--arms ARM ...] [--plot FILE.png]
 
 RUN_DIR is a quickstart run: its text encoder, classifier and judge are used. Each arm trains the quickstart's network, from the same
 weights on the same portraits for the same number of steps, with matching's (t, lam) drawn for another sampler, start time, grid or
@@ -39,33 +39,38 @@ from rlproxi.schema import Sampler
 #: AdamW's, as the pre-trainer has them.
 BETAS = (0.9, 0.99)
 FEW = [3, 4, 6, 8, 16]
-#: arm -> (what differs of the quickstart's sampler, of its pre-training).
-ARMS: dict[str, tuple[dict, dict]] = {
-    "paper": ({"start_time": 1.0}, {"candidates": [5, 10, 20, 50, 100, 1000]}),
-    "paper, few": ({"start_time": 1.0}, {"candidates": FEW}),
-    "T 0.8": ({}, {"candidates": FEW}),
-    "T 0.65": ({"start_time": 0.65}, {"candidates": FEW}),
-    "T 0.8, gamma grid": ({"grid": "gamma"}, {"candidates": FEW}),
-    "T 0.8, quadratic grid": ({"grid": "quadratic"}, {"candidates": FEW}),
-    "T 0.8, four steps only": ({}, {"candidates": [4]}),
-    "T 0.8, zeta phases": ({}, {"candidates": FEW, "l1_fraction": 0.6, "zetas": [1.0, 0.5]}),
-    "ode, T 0.8": ({"name": "ode"}, {"candidates": FEW}),
-    "matched, T 0.8": ({"name": "matched"}, {"candidates": FEW}),
-    "matched, T 1": ({"name": "matched", "start_time": 1.0}, {"candidates": FEW}),
-    "matched, T 0.8, gamma grid": ({"name": "matched", "grid": "gamma"}, {"candidates": FEW}),
-    "matched, T 0.8, square": ({"name": "matched"}, {"candidates": FEW, "loss": "square"}),
-    "matched, T 0.8, expected": ({"name": "matched"}, {"candidates": FEW, "target": "expected"}),
-    "matched, T 0.8, expected, square": ({"name": "matched"}, {"candidates": FEW, "target": "expected", "loss": "square"}),
-    "T 0.8, expected": ({}, {"candidates": FEW, "target": "expected"}),
-    "T 0.8, expected, square": ({}, {"candidates": FEW, "target": "expected", "loss": "square"}),
-    "T 0.8, expected, zeta phases": ({}, {"candidates": FEW, "target": "expected", "l1_fraction": 0.6, "zetas": [1.0, 0.5]}),
-    "score, T 0.8": ({"name": "ddim"}, {"candidates": FEW, "loss": "square"}),
-    "score, T 1": ({"name": "ddim", "start_time": 1.0}, {"candidates": [5, 10, 20, 50, 100, 1000], "loss": "square"}),
+
+
+def _arm(sampler: dict = {}, schedule: dict = {}, **pretrain) -> dict[str, dict]:
+    return {"sampler": sampler, "schedule": schedule, "pretrain": {"candidates": FEW, "target": "noise", **pretrain}}
+
+
+#: arm -> section -> what differs of the quickstart's.
+ARMS: dict[str, dict[str, dict]] = {
+    "paper, few": _arm({"start_time": 1.0}),
+    "T 0.8": _arm(),
+    "T 0.65": _arm({"start_time": 0.65}),
+    "T 0.8, four steps only": _arm(candidates=[4]),
+    "matched, T 1": _arm({"name": "matched", "start_time": 1.0}),
+    "matched, T 0.8": _arm({"name": "matched"}),
+    "matched, T 0.8, square": _arm({"name": "matched"}, loss="square"),
+    "matched, T 0.8, expected": _arm({"name": "matched"}, target="expected"),
+    "matched, T 0.8, expected, square": _arm({"name": "matched"}, target="expected", loss="square"),
+    "T 1, expected": _arm({"start_time": 1.0}, target="expected"),
+    "T 1, beta_max 12, expected": _arm({"start_time": 1.0}, {"beta_max": 12.0}, target="expected"),
+    "T 0.65, expected": _arm({"start_time": 0.65}, target="expected"),
+    "T 0.8, expected": _arm(target="expected"),
+    "T 0.8, expected, gamma grid": _arm({"grid": "gamma"}, target="expected"),
+    "T 0.8, expected, quadratic grid": _arm({"grid": "quadratic"}, target="expected"),
+    "T 0.8, expected, four steps only": _arm(target="expected", candidates=[4]),
+    "T 0.8, expected, zeta phases": _arm(target="expected", l1_fraction=0.6, zetas=[1.0, 0.5]),
+    "T 0.8, expected, square": _arm(target="expected", loss="square"),
+    "ode, T 0.8, expected": _arm({"name": "ode"}, target="expected"),
+    "score, T 0.8": _arm({"name": "ddim"}, loss="square"),
 }
 COUNTS = (4, 8, 16)
 #: Ways beside the arm's own sampler in which its network is asked as well: (changes of the sampler, step counts).
 BESIDE: dict[str, list[tuple[dict, tuple[int, ...]]]] = {
-    "paper": [({"start_time": start}, COUNTS) for start in (0.65, 0.8)] + [({"name": "ode"}, COUNTS), ({"start_time": 0.65, "name": "ode"}, COUNTS)],
     "paper, few": [({"start_time": start}, COUNTS) for start in (0.65, 0.8)],
     "T 0.8": [({"grid": "gamma"}, (4,)), ({"grid": "quadratic"}, (4,)), ({"start_time": 0.65}, (4,)), ({"name": "ode"}, COUNTS)],
     "matched, T 0.8, expected": [({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
@@ -79,11 +84,12 @@ BESIDE: dict[str, list[tuple[dict, tuple[int, ...]]]] = {
 def arm_config(run_dir: Path, arm: str, steps: int, seed: int) -> Config:
     values = load_config(config_folder() / "quickstart.yaml").model_dump(mode="json")
     path = lambda name: {"path": str(run_dir / "models" / f"{name}.safetensors")}  # noqa: E731
-    sampler, pretrain = ARMS[arm]
     values["run"]["seed"] = seed
     values["model"]["precision"] = "float32"  # the same rows on every machine
-    values["sampler"].update(num_inference_steps=4, **sampler)
-    values["pretrain"].update({"steps": steps, "target": "noise", **pretrain})
+    for section, changes in ARMS[arm].items():
+        values[section].update(changes)
+    values["sampler"]["num_inference_steps"] = 4
+    values["pretrain"]["steps"] = steps
     values["rewards"].update(train=[{"name": "attributes", "params": path("reward")}], heldout=[{"name": "judge", "params": path("judge")}])
     values["run"]["stages"] = ["pretrain"]
     return build_config(values)

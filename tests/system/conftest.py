@@ -37,8 +37,9 @@ def ray_session():
 
     # Workers import tests/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    for name in ("RAY_worker_niceness", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"):
-        os.environ.setdefault(name, "0")  # as cluster.connect does
+    for name, value in (("RAY_worker_niceness", "0"), ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"),
+                        ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")):
+        os.environ.setdefault(name, value)  # as cluster.connect does
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield ray
     from ray import serve

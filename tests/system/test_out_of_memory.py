@@ -1,8 +1,6 @@
 """A micro-batch that does not fit: the run halves it and goes on."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 
-# Loaded by every Python process of the run: networks that are trained on more than four images run out of memory, with
+# Loaded by every rank: networks that are trained on more than four images run out of memory, with
 # the error that a GPU raises.
 SMALL_CHIP = """
 import importlib.util, sys
@@ -44,19 +42,26 @@ sys.meta_path.insert(0, Patched())
 """
 
 
-@pytest.mark.parametrize("stages", [["rl"], pytest.param(["pretrain", "rl"], marks=pytest.mark.exhaustive)])
-def test_stages_halve_their_micro_batches(stages, smoke, from_smoke, tmp_path):
+@pytest.fixture
+def small_chip(monkeypatch, ray_session, tmp_path):
+    """Ranks on it."""
+    from ray.train import RunConfig
+
     (tmp_path / "sitecustomize.py").write_text(SMALL_CHIP)
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
-    runs = tmp_path / "runs"
-    done = subprocess.run(
-        [sys.executable, "-m", "rlproxi.run", str(ROOT / "configs" / "smoke.yaml"), f"run.dir={runs}", *from_smoke,
-         f"run.stages=[{', '.join(stages)}]", "pretrain.steps=2", "pretrain.batch_size=8", "pretrain.log_every=1", "grpo.steps=2",
-         "evaluate.every=0", "learner.max_failures=1"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    (folder,) = runs.iterdir()
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
+    made = RunConfig.__post_init__
+
+    def with_path(config):
+        config.worker_runtime_env["env_vars"]["PYTHONPATH"] = path
+        made(config)
+
+    monkeypatch.setattr(RunConfig, "__post_init__", with_path)
+
+
+@pytest.mark.parametrize("stages", [["rl"], pytest.param(["pretrain", "rl"], marks=pytest.mark.exhaustive)])
+def test_stages_halve_their_micro_batches(stages, start, rl_alone, small_chip):
+    folder = start(*rl_alone, f"run.stages=[{', '.join(stages)}]", "pretrain.steps=2", "pretrain.batch_size=8",
+                   "pretrain.log_every=1", "grpo.steps=2", "learner.max_failures=1").folder
     records = read(folder)
     told = [r["message"] for r in records if r["event"] == "warning" and "going on with" in r["message"]]
     assert len(told) == len(stages)
