@@ -124,9 +124,12 @@ class PointCloud:
         nearest = alpha_bar(t) ** 0.5 * self.points[torch.cdist(y, alpha_bar(t) ** 0.5 * self.points).argmin(1)]
         found = []
         for x in (y, (v * y + lam * nearest) / (v + lam)):
+            x, moving = x.clone(), torch.arange(len(y))  # most points stand still after a few turns
             for _ in range(2000):
-                before, x = x, (v * y + lam * self._means(x, t)) / (v + lam)
-                if float((x - before).abs().max()) < 1e-10:
+                before = x[moving]
+                x[moving] = after = (v * y[moving] + lam * self._means(before, t)) / (v + lam)
+                moving = moving[(after - before).abs().amax(1) >= 1e-10]
+                if not len(moving):
                     break
             found.append(x)
         costs = torch.stack([(x - y).square().sum(1) / 2 - lam * self.log_density(x, t) for x in found])
