@@ -72,10 +72,14 @@ def _escape(cell: str) -> str:
 def _type(field: FieldInfo) -> str:
     """The annotation in words, with its bounds: 'int, >= 1', '`hybrid`, `backward` or `ode`', 'list of int or null'."""
     parts = [a for a in typing.get_args(field.annotation) if a is not type(None)] if _nullable(field) else []
-    text = _words(parts[0] if parts else field.annotation)
-    for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-        text += "".join(f", {sign} {getattr(item, bound)}" for item in field.metadata if hasattr(item, bound))
+    text = _words(parts[0] if parts else field.annotation) + _bounds(field)
     return f"{text}, or null" if parts else text
+
+
+def _bounds(field: FieldInfo) -> str:
+    """', >= 1, <= 9'; '' without any."""
+    return "".join(f", {sign} {getattr(item, bound)}" for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+                   for item in field.metadata if hasattr(item, bound))
 
 
 def _nullable(field: FieldInfo) -> bool:
@@ -84,6 +88,8 @@ def _nullable(field: FieldInfo) -> bool:
 
 def _words(annotation: typing.Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _words(arguments[0]) + _bounds(arguments[1])
     if origin is typing.Literal:
         options = [f"`{option}`" for option in arguments]
         return options[0] if len(options) == 1 else ", ".join(options[:-1]) + f" or {options[-1]}"

@@ -137,6 +137,7 @@ def test_every_key_is_documented_and_the_page_is_current():
         assert all(field.description for field in section.annotation.model_fields.values())
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert page == describe(), "run: python -m rlproxi.config_docs > docs/configuration.md"
+    assert "| `pretrain.candidates` | list of int, >= 1, &lt;= 10000 |" in page and "Annotated" not in page
 
 
 def test_the_build_file_forgets_no_package():
