@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -64,11 +65,22 @@ def real_step(losses, dtype: torch.dtype, device: str = "cpu") -> None:
 
 
 def profiled_peak(step) -> int:
-    """Bytes allocated at the worst moment of ``step()`` on the CPU beyond those before it, by torch's profiler."""
+    """Bytes allocated at the worst moment of ``step()`` on the CPU beyond those before it, by torch's profiler.
+
+    The profiler remembers the blocks of an earlier profile of the same process: garbage of one, collected during
+    ``step()``, would be taken off ours. So it is collected before, and none is during the step.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+    finally:
+        if collects:
+            gc.enable()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

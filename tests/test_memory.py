@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from contextlib import nullcontext
@@ -46,6 +47,21 @@ def test_peak_of_a_training_step_is_what_the_profiler_sees(kind, precision, lora
     losses = learner_losses(config, real, ROWS)  # holds the inputs, which are the batch's
     measured = profiled_peak(lambda: real_step(losses, dtype))
     assert step_peak(config, dtype, ROWS) == pytest.approx(measured, rel=0.05 if packs(precision) else 0.03)
+
+
+def test_garbage_of_an_earlier_profile_is_not_taken_off_this_one():
+    def leave_a_cycle():
+        cycle = [torch.zeros(1024)]
+        cycle.append(cycle)
+
+    def step():
+        held = torch.zeros(1024)
+        [[] for _ in range(10_000)]  # enough to set the collector off, were it on
+        return held, torch.zeros(1024)
+
+    assert profiled_peak(leave_a_cycle) == 4096
+    assert profiled_peak(step) == 8192
+    assert gc.isenabled()
 
 
 def packs(precision: str) -> bool:
