@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Iterator
+
 from .algorithms import registry
 from .algorithms.base import Algorithm
 from .algorithms.grpo import bytes_per_micro_batch
@@ -14,24 +16,26 @@ from .schema_algorithms import Fake
 _MB, _GIB = 1024**2, 1024**3
 
 
-def describe(config: Config) -> str:
-    """A page of text about the run, from the config and its model folders' config.json files; no weights are read.
+def describe(config: Config) -> Iterator[str]:
+    """The lines of a page about the run, from the config and its model folders' config.json files; no weights are read. The first
+    comes at once, the others once the memory is counted, which takes seconds.
 
     Raises ConfigError where ``model.init`` or ``model.encoders`` is no usable folder or does not fit the config.
     """
+    yield f"run        {config.run.name}, seed {config.run.seed}; stages: {', '.join(config.run.stages)}"
     if not set(config.run.stages) - {"curate", "report"}:
-        return "\n".join(_curation(config))
+        yield from _curation(config)
+        return
     memory = estimate(config)
-    notes = (f"memory     not counted: {note}" for note in memory.notes)
-    return "\n".join([*_plan(config, memory), *map(_memory, memory.roles), *notes])
+    yield from [*_plan(config, memory), *map(_memory, memory.roles)]
+    yield from (f"memory     not counted: {note}" for note in memory.notes)
 
 
 def _curation(config: Config) -> list[str]:
     c = config.curate
     asked = [name for name, wanted in (("faces", c.faces), ("duplicates", c.duplicates), ("captions", c.caption),
                                        ("hands", c.hands)) if wanted]
-    return [f"run        {config.run.name}; stages: {', '.join(config.run.stages)}",
-            f"curate     {', '.join(c.urls) or 'nothing yet'} -> {c.out or '<run directory>/curated'}",
+    return [f"curate     {', '.join(c.urls) or 'nothing yet'} -> {c.out or '<run directory>/curated'}",
             f"steps      at least {c.min_size} px, aspect up to {c.max_aspect:g}; "
             + ", ".join([*(f"filter {x.name}" for x in c.filters), *asked]),
             f"workers    {c.workers}, {c.num_cpus:g} CPU and {c.num_gpus:g} GPU each"]
@@ -44,7 +48,6 @@ def _plan(config: Config, memory: Estimate) -> list[str]:
     whole = memory.trained == memory.parameters
     actions = f": {s.num_inference_steps - 1} actions" if algorithm is not None and config.section == "grpo" else ""
     return [
-        f"run        {config.run.name}, seed {config.run.seed}; stages: {', '.join(stages)}",
         f"model      {memory.parameters / 1e6:.2f} M parameters, {'all' if whole else f'{memory.trained / 1e6:.2f} M'} "
         f"trained, {config.data.size}x{config.data.size}, precision {config.model.precision}",
         f"sampler    {s.name}, {_several(s.num_inference_steps, 'step')} from T = {s.start_time} on the {s.grid} grid, "

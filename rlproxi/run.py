@@ -48,7 +48,8 @@ def _plan(config: Config, dry_run: bool) -> bool:
     stopping = [problem.text for problem in found if not (dry_run and problem.missing)]
     if stopping:
         raise ConfigError("\n       ".join(stopping))
-    print(describe(config if not found else _with_shapes(config)))
+    for line in describe(config if not found else _with_shapes(config)):
+        print(line, flush=True)
     for problem in found:
         print(f"missing    {problem.text}")
     return not dry_run

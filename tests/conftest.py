@@ -13,18 +13,18 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
-def pytest_xdist_make_scheduler(config, log):
-    """With `-n 2` one process takes the tests that share the smoke run and its Ray, the other the rest, file by file.
+#: Tests on Ray that need nothing of the smoke run: on a Ray of their own they keep the second process at work for as long as the first.
+ON_A_RAY_OF_THEIR_OWN = ("test_curation", "test_published", "test_serve_images", "test_ingest")
 
-    Curation needs nothing of the smoke run: on a Ray of its own it keeps the second process at work for as long as the first.
-    """
+
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n 2` one process takes the tests that share the smoke run and its Ray, the other the rest, file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            shared = file.startswith("tests/system/") and file != "tests/system/test_curation.py"
-            return "ray" if shared or file == "tests/actors/test_ingest.py" else file
+            file = Path(nodeid.partition("::")[0])
+            return "ray" if file.parent.name == "system" and file.stem not in ON_A_RAY_OF_THEIR_OWN else str(file)
 
     config.option.loadscopereorder = False  # in the order below
     return OneRay(config, log)

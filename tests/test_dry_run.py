@@ -13,13 +13,14 @@ from rlproxi.schema import ConfigError
 
 def lines(config) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for line in describe(config).splitlines():
+    for line in describe(config):
         found.setdefault(line[:10].strip(), []).append(line[11:])
     return found
 
 
 def test_plan_of_the_quickstart():
     page = lines(load_config(config_folder() / "quickstart.yaml"))
+    assert page["run"] == ["quickstart, seed 0; stages: encode, prepare, pretrain, before, rl, after, report"]
     assert page["model"] == ["3.88 M parameters, all trained, 32x32, precision auto"]
     assert page["in flight"][0].endswith("weights 14.8 MB a version")  # 3,879,728 x 4 bytes
     assert [line.split(":")[0] for line in page["memory"]] == ["pretrainer rank", "learner rank", "rollout actor"]
@@ -68,7 +69,7 @@ def test_plan_of_a_folder_of_ours(tmp_path):
 def test_a_size_that_does_not_fit_is_a_config_error(tmp_path):
     folder = small_folder("sd15", tmp_path / "sd15")
     with pytest.raises(ConfigError, match="data.size 100 is not a multiple of 8"):
-        describe(build_config({"data": {"size": 100}, "model": {"init": str(folder)}}))
+        list(describe(build_config({"data": {"size": 100}, "model": {"init": str(folder)}})))
 
 
 SMALL = {"data": {"size": 16}, "model": {"channels": [32, 32], "precision": "float32"},

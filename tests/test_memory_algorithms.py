@@ -22,9 +22,11 @@ TWO_LOOKS = {"damped": False, "reward_steps": 2, "particles": 2}
 
 
 @pytest.mark.parametrize("algorithm, settings", [
-    ("r0", {}), ("r0", {"distribution_weight": 0.5}), ("r0", {"checkpoint_steps": False}), ("r0", {"plus": True, "guidance_weight": 0.5}), ("didr", {}),
-    ("didr", TWO_LOOKS), ("didr", {"reward": "terminal", "divergence": "score"}),
-    ("grpo", {"last_step_weight": 1.0, "trained_steps": 2})])
+    ("r0", {"distribution_weight": 0.5}), ("r0", {"checkpoint_steps": False}), ("didr", TWO_LOOKS),
+    ("grpo", {"last_step_weight": 1.0, "trained_steps": 2}),
+    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
+        ("r0", {}), ("r0", {"plus": True, "guidance_weight": 0.5}), ("didr", {}),
+        ("didr", {"reward": "terminal", "divergence": "score"})))])
 def test_peak_of_an_algorithms_updates_is_what_the_profiler_sees(algorithm, settings, tmp_path):
     config = learner_config(tmp_path, algorithm, **settings)
     parts, measured = estimate(config).roles[0].parts, real_peaks(config)
