@@ -217,8 +217,8 @@ class Prepare(Section):
 
 class Pretrain(Section):
     loss: Literal["matching", "square"] = Field(
-        "matching", description="matching: ProxDM's, the L1 phase and then the zetas. square: the mean square error; with sampler.name ddim "
-        "or euler that is denoising score matching, and the network a score model.")
+        "square", description="square: the mean square error, which learns captions sooner (docs/few-steps.md); with sampler.name ddim or euler "
+        "that is denoising score matching, and the network a score model. matching: ProxDM's, the L1 phase and then the zetas.")
     target: Literal["noise", "expected"] = Field(
         "expected", description="What the network is asked for: noise: n2 as it was drawn, ProxDM's; expected: its mean given y and x_0, the "
         "same on average without the part that n1 hides, which learns captions in two fifths of the steps (docs/few-steps.md). The zetas take "
@@ -239,6 +239,13 @@ class Pretrain(Section):
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric records.")
+
+    @model_validator(mode="after")
+    def _phases(self) -> "Pretrain":
+        if self.loss == "square" and self.l1_fraction < 1:
+            raise ValueError(f"l1_fraction is {self.l1_fraction:g}, and the phases of the zetas would follow, but loss is 'square', which has "
+                             "none: set pretrain.loss=matching, or leave l1_fraction out")
+        return self
 
 
 class Learner(Section):

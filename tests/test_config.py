@@ -68,6 +68,7 @@ def test_every_mistake_is_named_at_once():
     ("grpo.updates_per_step=4 grpo.groups_per_micro_batch=8", "make prompts_per_step a multiple of 32"),
     ("pretrain.batch_size=65 resources.learner_workers=2", "pretrain.batch_size 65 is not a multiple"),
     ("pretrain.micro_batch_size=48", "pretrain.batch_size 64 is not a multiple"),
+    ("pretrain.l1_fraction=0.5", "loss is 'square', which has none: set pretrain.loss=matching"),
     ("grpo.trained_steps=6", "num_inference_steps 6 gives only 5 actions"),
     ("model.lora={'rank':4}", "name it with init, or leave lora out"),
     ("model.init=a model.encoders=b", "init and encoders exclude each other"),

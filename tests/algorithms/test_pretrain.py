@@ -20,7 +20,7 @@ SCHEDULE = VPSchedule()
 
 
 def matching(seed: int = 0, **settings) -> Matching:
-    settings = Pretrain(**{"steps": 100, "candidates": [4, 8], "target": "noise", **settings})
+    settings = Pretrain(**{"steps": 100, "candidates": [4, 8], "loss": "matching", "target": "noise", **settings})
     return Matching(settings, SCHEDULE, TimeTable(SCHEDULE, settings.candidates, "hybrid", 0.8), seed)
 
 
@@ -145,7 +145,7 @@ def test_the_expected_target_is_known_where_the_data_are_but_one_image(loss):
     """x0 = 0: y alone tells E[n2 | y, x0] = sqrt(lam) y/(1 - ab + lam), and the best guess of the test above has nothing left. A zeta
     looks for the mode of n2, which only n2 itself has."""
     best = lambda y, t, lam, text: _row(lam).sqrt() * y / (1 - SCHEDULE.alpha_bar(_row(t)) + _row(lam))  # noqa: E731
-    first = matching(loss=loss, target="expected", l1_fraction=0.5, zetas=[2.0])
+    first = matching(loss=loss, target="expected", l1_fraction=0.5 if loss == "matching" else 1.0, zetas=[2.0])
     ((found, _),) = first.losses(best, torch.zeros(64, 3, 16, 16), numbered(64), 49)
     assert found.item() < 1e-6
     if loss == "matching":

@@ -42,7 +42,7 @@ FEW = [3, 4, 6, 8, 16]
 
 
 def _arm(sampler: dict = {}, schedule: dict = {}, **pretrain) -> dict[str, dict]:
-    return {"sampler": sampler, "schedule": schedule, "pretrain": {"candidates": FEW, "target": "noise", **pretrain}}
+    return {"sampler": sampler, "schedule": schedule, "pretrain": {"candidates": FEW, "loss": "matching", "target": "noise", **pretrain}}
 
 
 #: arm -> section -> what differs of the quickstart's.

@@ -29,7 +29,7 @@ from rlproxi.algorithms.base import Algorithm, Batch, Parts
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.algorithms.rollout import GroupSampler, flatten
-from rlproxi.config import Config, build_config
+from rlproxi.config import Config, build_config, load_config
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation.heldout import mean_and_error
 from rlproxi.evaluation.reference import Comparison
@@ -40,8 +40,8 @@ from rlproxi.rewards.gradients import RewardGradients
 FEW = ["sampler.num_inference_steps=4", "sampler.start_time=0.8"]
 R0 = [*FEW, "run.algorithm=r0", "r0.lr=5.0e-5", "r0.warmup_steps=5", "r0.ema=0.9"]
 ONE = ["sampler.num_inference_steps=1", "sampler.start_time=0.8", "run.algorithm=didr", "didr.lr=5.0e-5", "didr.fake_lr=2.0e-4",
-       "didr.warmup_steps=5", "didr.ema=0.9", "didr.fake_loss=l1"]
-GRPO = [*FEW, "grpo.lr=1.0e-4", "grpo.warmup_steps=5", "grpo.kl_coef=0", "grpo.same_noise=true", "grpo.trained_steps=null",
+       "didr.warmup_steps=5", "didr.ema=0.9"]
+GRPO = [*FEW, "grpo.lr=1.0e-4", "grpo.warmup_steps=5", "grpo.kl_coef=0", "grpo.trained_steps=null",
         "grpo.prompts_per_step=8"]
 #: arm -> overrides. ``start`` arms are not trained.
 ARMS: dict[str, list[str]] = {
@@ -50,7 +50,7 @@ ARMS: dict[str, list[str]] = {
     "grpo+last": [*GRPO, "grpo.last_step_weight=1.0"],
     "r0": R0,
     "r0+": [*R0, "r0.plus=true"],
-    "r0-match": [*R0, "r0.distribution_weight=0.5", "r0.fake_updates=1", "r0.fake_lr=2.0e-4", "r0.fake_loss=l1"],
+    "r0-match": [*R0, "r0.distribution_weight=0.5", "r0.fake_updates=1", "r0.fake_lr=2.0e-4"],
     "r0-guidance": [*R0, "r0.guidance_weight=1.0"],
     "r0-free": [*R0, "r0.anchor=0", "r0.lr=2.0e-4"],
     "di": [*ONE, "didr.reward=none"],
@@ -166,9 +166,11 @@ def job(run: str, out_dir: Path, seconds: float, overrides: list[str], arm: str,
 
 def arm_config(run_dir: Path, arm: str, overrides: list[str]) -> Config:
     path = lambda name: {"path": str(run_dir / "models" / f"{name}.safetensors")}  # noqa: E731
-    values = {"rewards": {"train": [{"name": "attributes", "params": path("reward")}],
+    p = load_config(run_dir / "config.yaml").pretrain
+    follows = {"fake_loss": "l2" if p.loss == "square" else "l1"}  # the fake score errs as the start does
+    values = {"r0": follows, "didr": follows, "rewards": {"train": [{"name": "attributes", "params": path("reward")}],
                           "heldout": [{"name": "judge", "params": path("judge")}]},
-              "run": {"stages": ["rl"]}, "resources": {"threads": 1}, "pretrain": {"candidates": [3, 4, 6, 8, 16]},
+              "run": {"stages": ["rl"]}, "resources": {"threads": 1}, "pretrain": {"candidates": p.candidates, "target": p.target},
               "evaluate": {"steps": [1]}, "model": {"init": str(run_dir / "models" / "pretrained")}}
     return build_config(values, [*ARMS[arm], *overrides])
 

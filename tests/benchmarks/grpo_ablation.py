@@ -42,7 +42,7 @@ CHANGES: dict[str, list[str]] = {
     "last-step gradient": ["grpo.last_step_weight=1.0"],
 }
 # Here, so that processes that import this module to find ``job`` have them as well.
-few_steps.ARMS |= {arm: [*few_steps.GRPO, *changes] for arm, changes in CHANGES.items()}
+few_steps.ARMS |= {arm: [*few_steps.GRPO, "grpo.same_noise=true", *changes] for arm, changes in CHANGES.items()}
 
 
 def job(run: str, out: Path, seconds: float, arm: str, seed: int) -> list[dict]:
