@@ -217,8 +217,9 @@ class Prepare(Section):
 
 class Pretrain(Section):
     loss: Literal["matching", "square"] = Field(
-        "square", description="square: the mean square error, which learns captions sooner (docs/few-steps.md); with sampler.name ddim or euler "
-        "that is denoising score matching, and the network a score model. matching: ProxDM's, the L1 phase and then the zetas.")
+        "square", description="square: the mean square error, which ends ahead of the L1 phase and begins behind it (docs/few-steps.md); with "
+        "sampler.name ddim or euler that is denoising score matching, and the network a score model. matching: ProxDM's, the L1 phase and "
+        "then the zetas.")
     target: Literal["noise", "expected"] = Field(
         "expected", description="What the network is asked for: noise: n2 as it was drawn, ProxDM's; expected: its mean given y and x_0, the "
         "same on average without the part that n1 hides, which learns captions in two fifths of the steps (docs/few-steps.md). The zetas take "
