@@ -22,6 +22,22 @@ def compute_dtype(precision: str, device: str | torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
+def _cache_keeps_gradients() -> bool:
+    """Whether weights whose rounded copy was cached by a forward without gradients still get one from the next forward.
+
+    With torch of before 2026 they silently do not (PyTorch issue 112583), and an update of R0 or DIDR begins with such forwards.
+    """
+    layer, x = torch.nn.Linear(1, 1), torch.zeros(1, 1)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+        with torch.no_grad():
+            layer(x)
+        return layer(x).requires_grad
+
+
+_CACHES = _cache_keeps_gradients()
+
+
 def autocast(dtype: torch.dtype, device: str | torch.device) -> torch.autocast:
-    """The context a forward runs in: autocast to bfloat16, or nothing for float32."""
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16)
+    """The context a forward runs in: autocast to bfloat16, or nothing for float32. Rounded weights are kept for its later forwards,
+    where this torch does so without loss."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=_CACHES)

@@ -1,0 +1,43 @@
+"""bfloat16 by autocast: what a context keeps of one forward must not be missed by the next."""
+
+import pytest
+import torch
+from torch import nn
+
+from rlproxi.models import precision
+
+
+def gradients(net: nn.Module, x: torch.Tensor, without_first: bool) -> list[torch.Tensor]:
+    """Of a forward in bfloat16, after one without gradients in the same context, as R0's and DIDR's updates have them."""
+    net.zero_grad()
+    with precision.autocast(torch.bfloat16, "cpu"):
+        if without_first:
+            with torch.no_grad():
+                net(x)
+        net(x).float().square().mean().backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("caches", [precision._CACHES, False])
+def test_a_forward_without_gradients_takes_none_from_the_next(caches, monkeypatch):
+    monkeypatch.setattr(precision, "_CACHES", caches)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 4))
+    x = torch.randn(2, 3, 8, 8)
+    for alone, after in zip(gradients(net, x, False), gradients(net, x, True), strict=True):
+        assert after.abs().sum() > 0 and torch.equal(after, alone)
+
+
+def test_a_torch_that_loses_gradients_is_known_by_it(monkeypatch):
+    """A cast whose result has no history, as cached there, and an ordinary one."""
+    assert precision._cache_keeps_gradients() == precision._CACHES
+    linear = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: linear(self, x).detach())
+    assert not precision._cache_keeps_gradients()
+    monkeypatch.setattr(precision, "_CACHES", False)
+    with precision.autocast(torch.bfloat16, "cpu"):
+        assert not torch.is_autocast_cache_enabled()
+
+
+def test_float32_is_left_alone():
+    with precision.autocast(torch.float32, "cpu"):
+        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype is torch.float32
