@@ -13,8 +13,8 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
-#: Tests on Ray that need nothing of the smoke run: on a Ray of their own they keep the second process at work for as long as the first.
-ON_A_RAY_OF_THEIR_OWN = ("test_curation", "test_published", "test_serve_images", "test_ingest")
+#: Of tests/system, what needs nothing of the smoke run: on a Ray of its own it keeps the second process at work as long as the first.
+ON_A_RAY_OF_THEIR_OWN = ("test_curation", "test_published", "test_serve_images")
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -26,12 +26,13 @@ def _cache_keeps_gradients() -> bool:
     """Whether weights whose rounded copy was cached by a forward without gradients still get one from the next forward.
 
     With torch of before 2026 they silently do not (PyTorch issue 112583), and an update of R0 or DIDR begins with such forwards.
+    Draws nothing: importing this must leave torch's generator as it was.
     """
-    layer, x = torch.nn.Linear(1, 1), torch.zeros(1, 1)
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+    x, weight = torch.zeros(1, 1, device="cpu"), torch.zeros(1, 1, device="cpu", requires_grad=True)
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         with torch.no_grad():
-            layer(x)
-        return layer(x).requires_grad
+            torch.mm(x, weight)
+        return torch.mm(x, weight).requires_grad
 
 
 _CACHES = _cache_keeps_gradients()

@@ -28,10 +28,12 @@ def test_a_forward_without_gradients_takes_none_from_the_next(caches, monkeypatc
 
 
 def test_a_torch_that_loses_gradients_is_known_by_it(monkeypatch):
-    """A cast whose result has no history, as cached there, and an ordinary one."""
+    """A product of weights that have no history, as they are cached there; torch's generator is left alone."""
+    before = torch.get_rng_state()
     assert precision._cache_keeps_gradients() == precision._CACHES
-    linear = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: linear(self, x).detach())
+    assert torch.equal(torch.get_rng_state(), before)
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, weight: mm(x, weight.detach()))
     assert not precision._cache_keeps_gradients()
     monkeypatch.setattr(precision, "_CACHES", False)
     with precision.autocast(torch.bfloat16, "cpu"):
