@@ -2,10 +2,11 @@
 
     PYTHONPATH=.:tests python tests/benchmarks/figure1.py --out FOLDER [--seeds 0 1 2] [--rl-steps 60] [overrides of all runs ...]
 
-For each seed: the quickstart's pre-training and quick-score's (the same network, data, batch and 520 steps), then GRPO from
-each with as many images and network calls (ten sampling steps, two trained). Then ``rlproxi eval`` draws from all of them: the
-proximal models by hybrid, the score models by Euler-Maruyama, probability-flow Euler, DDIM, DPM-Solver++ and UniPC. Judge and
-held-out prompts are those of the first seed's run for all. The same command goes on where it was interrupted.
+For each seed: the quickstart's pre-training, with its own loss and with the square error, and quick-score's (the same network,
+data, batch and 520 steps), then GRPO from each with as many images and network calls (ten sampling steps, two trained). Then
+``rlproxi eval`` draws from all of them: the proximal models by hybrid, the score models by Euler-Maruyama, probability-flow
+Euler, DDIM, DPM-Solver++ and UniPC. Judge and held-out prompts are those of the first seed's run for all. The same command goes
+on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 from rlproxi import cli
 from run_processes import ROOT
 
-RECIPES = {"prox": "quickstart", "score": "quick-score"}
+#: label -> folder's name, config, what differs from it
+KINDS = {"prox": ("prox", "quickstart", []), "prox, square error": ("prox-square", "quickstart", ["pretrain.loss=square"]),
+         "score": ("score", "quick-score", [])}
 SOLVERS = ("euler-maruyama", "euler", "ddim", "dpmsolver++", "unipc")
 STEPS = "1,2,3,4,6,8,10,16,20,50"
 
@@ -43,15 +46,15 @@ def run(out: Path, name: str, recipe: str, makes: str, *overrides: str) -> Path:
 def seed_runs(out: Path, seed: int, rl_steps: int, more: list[str]) -> dict[str, Path]:
     """label -> model folder of one seed."""
     found = {}
-    for kind, recipe in RECIPES.items():
-        common = [f"run.seed={seed}", "telemetry.dashboard=false", *more]
-        start = run(out, f"{kind}-{seed}", recipe, "pretrained", "run.stages=[prepare,pretrain]", "pretrain.steps=520", *common)
+    for label, (name, recipe, differs) in KINDS.items():
+        common = [f"run.seed={seed}", "telemetry.dashboard=false", *differs, *more]
+        start = run(out, f"{name}-{seed}", recipe, "pretrained", "run.stages=[prepare,pretrain]", "pretrain.steps=520", *common)
         shutil.rmtree(start / "checkpoints", ignore_errors=True)
         models = start / "models"
-        tuned = run(out, f"{kind}-rl-{seed}", recipe, "final", "run.stages=[rl]", f"model.init={models / 'pretrained'}", "evaluate.every=0",
+        tuned = run(out, f"{name}-rl-{seed}", recipe, "final", "run.stages=[rl]", f"model.init={models / 'pretrained'}", "evaluate.every=0",
                     f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]", "rewards.heldout=[]",
                     f"grpo.steps={rl_steps}", "sampler.num_inference_steps=10", "grpo.trained_steps=2", *common)
-        found |= {kind: models / "pretrained", f"{kind} + GRPO": tuned / "models" / "final"}
+        found |= {label: models / "pretrained", f"{label} + GRPO": tuned / "models" / "final"}
     return found
 
 

@@ -10,10 +10,17 @@ TINY = {"data": {"size": 16}, "model": {"channels": [32, 32]}, "sampler": {"num_
         "grpo": {"prompts_per_step": 2, "groups_per_micro_batch": 2, "group_size": 2, "trained_steps": 2}}
 
 
-def test_medians_are_of_interleaved_calls():
-    calls = []
-    first, second = bench._median_seconds([lambda: calls.append("a"), lambda: calls.append("b")], 3)
-    assert calls == ["a", "b"] + ["a", "b"] * 3 and first >= 0 and second >= 0
+def test_a_ratio_is_of_calls_of_the_same_moment(monkeypatch):
+    """A machine that becomes three times as slow halfway, and one call that something else held up, change nothing."""
+    now, calls = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def work(name, seconds):
+        calls.append(name)
+        now[0] += seconds * (3 if len(calls) > 6 else 1) + 100 * (len(calls) == 9)
+
+    assert bench._median_ratio(lambda: work("ours", 3.0), lambda: work("bare", 2.0), 5) == 1.5
+    assert calls == ["ours", "bare"] * 6
 
 
 def test_a_sampler_call_makes_exactly_n_forwards_of_the_benchmarked_shape():
