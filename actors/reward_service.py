@@ -89,8 +89,8 @@ def app_names(rewards: Rewards, run_id: str) -> dict[str, str]:
 def deploy(rewards: Rewards, run_id: str, placement: str = "any", hang_timeout_s: float = 90.0) -> dict[str, str]:
     """Starts one Serve application for each scorer of the config, side by side; returns scorer -> application name.
 
-    ``placement`` is resources.placement; a replica that does not answer for about ``hang_timeout_s``, 90 at most, is replaced. Blocks until all replicas are up. Raises RuntimeError with the scorer's own
-    words if one cannot start.
+    ``placement`` is resources.placement; a replica that does not answer for about ``hang_timeout_s``, 90 at most, is
+    replaced. Blocks until all replicas are up. Raises RuntimeError with the scorer's own words if one cannot start.
     """
     apps, targets = app_names(rewards, run_id), []
     for reward in [*rewards.train, *rewards.heldout]:

@@ -1,8 +1,9 @@
 """The sampler that training uses against its noise-free limit, at the start: the same step by two ways.
 
 With its noise turned down to nothing a sampler is the deterministic one of its kind: ``hybrid`` becomes ``ode``, ``ddim``,
-``euler`` or ``matched`` with eta > 0 becomes that with eta 0 (``backward`` has a limit of its own, which is ``ode`` to first order in gamma). The
-coefficients are compared for every step; the network is asked once by either way: as training asks it, and as sampling does.
+``euler`` or ``matched`` with eta > 0 becomes that with eta 0 (``backward`` has a limit of its own, which is ``ode`` to first
+order in gamma). The coefficients are compared for every step; the network is asked once by either way: as training asks it,
+and as sampling does.
 """
 
 from __future__ import annotations

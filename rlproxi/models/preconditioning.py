@@ -83,9 +83,10 @@ class Preconditioned(ModelMixin, ConfigMixin):
     so F = 0 is the exact prox of that Gaussian, and F's target has unit variance at every frequency and every
     (t, lam): what y leaves open of n2. Where the network is trained for E[n2 | y, x_0] (``target`` "expected")
     less is open, and F's factor is sqrt(lam / (1 - alpha_bar + lam)) sqrt(alpha_bar S / (v + lam)). Where a
-    frequency carries nothing but noise, F has no say: flat areas are clean from the first step. F sees y and the Gaussian's prox, both scaled to unit variance by lam as well as t, so a few large
-    steps, which spread z far beyond the data, do not leave its range. (The closed form is ProxDM's; scaling
-    by it is EDM's idea, Karras et al. 2022.)
+    frequency carries nothing but noise, F has no say: flat areas are clean from the first step. F sees y and the
+    Gaussian's prox, both scaled to unit variance by lam as well as t, so a few large steps, which spread z far
+    beyond the data, do not leave its range. (The closed form is ProxDM's; scaling by it is EDM's idea, Karras et
+    al. 2022.)
 
     A subclass calls ``precondition`` in its constructor and has ``network(x [B, 2 C, H, W], t, lam, text)``.
     """
