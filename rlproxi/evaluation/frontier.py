@@ -1,8 +1,8 @@
 """``rlproxi eval``: what models and samplers reach at each number of steps, with what it costs.
 
-Any set of models (run directories, model folders, diffusers folders with or without a LoRA) and samplers is drawn from on the same
-held-out prompts, judged by the same rewards, and told as a table, a CSV, a plot, a row of images and a line of JSON for each measurement.
-Noise is named by (seed, prompt, sample), so two models, or a model today and tomorrow, get the same.
+Any set of models (run directories, model folders, diffusers folders with or without a LoRA) and samplers is drawn from on the
+same held-out prompts, judged by the same rewards, and told as a table, a CSV, a plot, a row of images and a line of JSON for each
+measurement. Noise is named by (seed, prompt, sample), so two models, or a model today and tomorrow, get the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from ..algorithms.requests import SampleRequest
 from ..config import Config, load_config
@@ -240,27 +242,36 @@ def write_csv(found: Sequence[Row], figures: Sequence[str], file: Path) -> None:
             writer.writerow([row.label, row.steps, row.count, *(x for name in figures for x in row.figures[name])])
 
 
-def plot(found: Sequence[Row], figures: Sequence[str], file: Path, levels: dict[str, float] = {}) -> None:
-    """Each figure against the number of steps, with its intervals. levels: figure -> a line to compare with."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+def plot(found: Sequence[Row], figures: Sequence[str], levels: dict[str, float] = {}) -> Figure:
+    """Each figure against the number of steps, with its intervals. levels: figure -> a line to compare with.
 
-    figure = Figure(figsize=(4.6 * len(figures), 3.8), layout="constrained")
+    ``X`` and ``X + what was done to it`` have one colour, the latter dashed. Labels stand a little beside each other, so that
+    their intervals can be told apart.
+    """
     labels = list(dict.fromkeys(row.label for row in found))
+    base = {label: re.sub(r" \+ [^,]*", "", label) for label in labels}
+    families = list(dict.fromkeys(base.values()))
+    figure = Figure(figsize=(5 * len(figures) + 2.4, 4.2), layout="constrained")
     ticks = sorted({row.steps for row in found})
-    for axes, name in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures):
+    panels = figure.subplots(1, len(figures), squeeze=False)[0]
+    for axes, name in zip(panels, figures):
         for place, label in enumerate(labels):
             points = [(row.steps, *row.figures[name]) for row in found if row.label == label]
             xs, ys, halves = (np.array(column, float) for column in zip(*points))
-            axes.errorbar(xs, ys, yerr=np.nan_to_num(halves), marker="osD^v<>P*X"[place % 10], markersize=4, capsize=2, label=label)
+            family, tuned = families.index(base[label]), label != base[label]
+            axes.errorbar(xs * 1.012 ** (place - (len(labels) - 1) / 2), ys, yerr=np.nan_to_num(halves), color=f"C{family % 10}", label=label,
+                          marker="osD^v<>P*X"[family % 10], linestyle="--" if tuned else "-", markerfacecolor="white" if tuned else None,
+                          markersize=4, capsize=2, elinewidth=0.8, linewidth=1.2)
         if name in levels:
             axes.axhline(levels[name], color="gray", linewidth=1, linestyle=":")
         axes.set(xscale="log", xlabel="sampling steps", title=name, xticks=ticks)
+        if name == "distance" and not any(row.figures[name][0] <= 0 for row in found):
+            axes.set(yscale="log")  # few steps of a bad sampler are a hundred times as far as many of a good one
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.2)
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
 
 
 def picture(images: np.ndarray, file: Path, prompts: int = 12) -> None:
@@ -307,7 +318,7 @@ def command(models: Sequence[str], steps: Sequence[int], samplers: Sequence[str]
         print(frontier.compare.note)
     (out / TABLE).write_text(told + "\n", encoding="utf-8")
     write_csv(found, figures, out / CSV)
-    plot(found, [judge_of(settled), *(["distance"] if any(math.isfinite(r.figures["distance"][0]) for r in found) else [])],
-         out / PLOT, levels)
+    shown = [judge_of(settled), *(["distance"] if any(math.isfinite(r.figures["distance"][0]) for r in found) else [])]
+    plot(found, shown, levels).savefig(out / PLOT, dpi=110)
     print("\n".join(str(out / name) for name in (TABLE, CSV, PLOT, IMAGES)))
     return 0

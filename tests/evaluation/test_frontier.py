@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,6 +52,24 @@ def test_rows_pool_runs_of_a_label_and_tell_what_reaches_a_level():
     assert math.isnan(told[0].figures["distance"][0])
     assert reached(told, "judge", 0.5) == {"b": 4, "a": 2} and reached(told, "judge", 0.65) == {"b": None, "a": 2}
     assert "| b | 2 | 1 | 0.300 ± 0.020 | - | 1.0 |" in frontier.table(told, ["judge", "distance", "seconds"])
+
+
+def test_what_was_done_to_a_model_is_drawn_in_its_colour_and_distances_by_their_logarithm():
+    labels = ("score, ddim", "prox", "score + GRPO, ddim", "prox + GRPO")
+    found = rows(replace(one(label, steps, 0.1 * place + 0.01 * steps), distance=0.5)
+                 for place, label in enumerate(labels) for steps in (2, 4))
+    figure = frontier.plot(found, ["judge", "distance"], {"judge": 0.2})
+    judge, distance = figure.axes
+    bars = dict(zip(labels, judge.containers))
+    assert [bars[label].get_label() for label in labels] == list(labels)
+    for label in labels[:2]:
+        tuned = bars[label.replace("score", "score + GRPO").replace("prox", "prox + GRPO")]
+        assert tuned[0].get_color() == bars[label][0].get_color()
+        assert (bars[label][0].get_linestyle(), tuned[0].get_linestyle()) == ("-", "--")
+    assert bars["prox"][0].get_color() != bars["score, ddim"][0].get_color()
+    assert bars["prox + GRPO"][0].get_ydata() == pytest.approx([0.32, 0.34])
+    assert [axes.get_yscale() for axes in (judge, distance)] == ["linear", "log"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(labels)
 
 
 @pytest.mark.parametrize("name, expected", [
