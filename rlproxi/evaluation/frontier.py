@@ -265,8 +265,9 @@ def plot(found: Sequence[Row], figures: Sequence[str], levels: dict[str, float] 
         if name in levels:
             axes.axhline(levels[name], color="gray", linewidth=1, linestyle=":")
         axes.set(xscale="log", xlabel="sampling steps", title=name, xticks=ticks)
-        if name == "distance" and not any(row.figures[name][0] <= 0 for row in found):
-            axes.set(yscale="log")  # few steps of a bad sampler are a hundred times as far as many of a good one
+        least = min(row.figures[name][0] for row in found)
+        if name == "distance" and least > 0:  # few steps of a bad sampler are a hundred times as far as many of a good one
+            axes.set(yscale="log", ylim=(least / 1.5, None))  # an interval may reach 0, which is nowhere on it
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.2)
@@ -300,8 +301,9 @@ def command(models: Sequence[str], steps: Sequence[int], samplers: Sequence[str]
     setting = f"{e.prompts} prompts x {e.samples}, run seed {settled.run.seed}, guidance {guidance}, {precision}, {judges}"
     frontier = Frontier(settled, scorers, out, batch, lambda line: print(line, flush=True), setting)
     measured = frontier.measure([make for _, make in opened], [name for name, _ in opened], steps, range(seeds), guidance)
-    wanted = {name for name, _ in opened}
-    found = rows(m for m in measured if m.setting == setting and (m.label, m.model, m.sampler) in wanted and m.steps in steps and m.seed < seeds)
+    asked = list(dict.fromkeys(name for name, _ in opened))
+    found = rows(m for name in asked for m in measured
+                 if (m.label, m.model, m.sampler) == name and m.setting == setting and m.steps in steps and m.seed < seeds)
     figures = [*scorers, "diversity", "distance", "seconds"]
     told, levels = table(found, figures), {}
     if reach:

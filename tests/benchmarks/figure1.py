@@ -23,7 +23,8 @@ from run_processes import ROOT
 
 #: label -> folder's name, config, what differs from it
 KINDS = {"prox": ("prox", "quickstart", []), "prox, square error": ("prox-square", "quickstart", ["pretrain.loss=square"]),
-         "score": ("score", "quick-score", [])}
+         "score": ("score", "quick-score", []),
+         "score, own times": ("score-own", "quickstart", ["pretrain.loss=square", "sampler.name=ddim", "sampler.eta=1"])}
 SOLVERS = ("euler-maruyama", "euler", "ddim", "dpmsolver++", "unipc")
 STEPS = "1,2,3,4,6,8,10,16,20,50"
 

@@ -68,7 +68,7 @@ def test_what_was_done_to_a_model_is_drawn_in_its_colour_and_distances_by_their_
         assert (bars[label][0].get_linestyle(), tuned[0].get_linestyle()) == ("-", "--")
     assert bars["prox"][0].get_color() != bars["score, ddim"][0].get_color()
     assert bars["prox + GRPO"][0].get_ydata() == pytest.approx([0.32, 0.34])
-    assert [axes.get_yscale() for axes in (judge, distance)] == ["linear", "log"]
+    assert [axes.get_yscale() for axes in (judge, distance)] == ["linear", "log"] and distance.get_ylim()[0] > 0.3
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(labels)
 
 
@@ -160,6 +160,11 @@ def test_the_command_measures_tells_draws_and_goes_on(run_dir, tmp_path, capsys)
     again = {(m.label, m.steps, m.seed): m.reward for m in frontier.read(out)}
     assert len(again) == 8 and all(again[m["label"], m["steps"], m["seed"]] == m["reward"] for m in lines)
     assert capsys.readouterr().out.count(" ms an image") == 3
+
+    # What is told is in the order of the command, whatever was measured first.
+    assert cli.main([command[0], *reversed(command[1:3]), *command[3:]]) == 0
+    assert [row["model"] for row in csv.DictReader(open(out / "frontier.csv"))] == ["ours@ddim"] * 2 + ["ours"] * 2
+    assert " ms an image" not in capsys.readouterr().out
 
     # Other prompts are another measurement, not to be mixed with these.
     assert cli.main([*command, "--prompts", "4"]) == 0
