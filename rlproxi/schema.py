@@ -233,8 +233,11 @@ class Pretrain(Section):
     candidates: list[StepCount] = Field([4, 6, 8, 16], min_length=1, description="Step counts N that matching draws from.")
     l1_fraction: float = Field(1.0, ge=0, le=1, description="Share of the steps in the L1 phase.")
     zetas: list[float] = Field([2.0, 1.0], description="zeta of the equally long phases after it.")
+    weight: Literal["lam", "level"] = Field(
+        "level", description="What the loss is weighed by, scaled to mean 1. lam: lam^lam_power. level: with target expected, as a score model's "
+        "loss at the noise level of all that is in y, (1 - alpha_bar + lam)/alpha_bar, to the lam_power (docs/few-steps.md); the same at t = 0.")
     lam_power: float = Field(
-        0.5, ge=0, description="Loss weight lam^p, scaled to mean 1. 0: ProxDM's; 0.5: the error of the prox itself, "
+        0.5, ge=0, description="Power of weight. With lam, 0: ProxDM's; 0.5: the error of the prox itself, "
         "which learns captions sooner, since large lam is where they decide.")
     ema: float = Field(0.995, ge=0, lt=1, description="Decay of the averaged weights that are handed on.")
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")

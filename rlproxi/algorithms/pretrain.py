@@ -18,7 +18,7 @@ from ..data import faces
 from ..models.text import TextEncoder, TextStates
 from ..models.autoencoder import Autoencoder
 from ..models.loading import build_denoiser
-from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
+from ..proximal.matching import TimeTable, corrupt, level_weight, looks_for_mode, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
 from ..seeds import generator, rng
@@ -48,8 +48,7 @@ class Matching:
         self.schedule = schedule
         self.times = times
         self.seed = seed
-        # Divided by its mean over the draws, so that the power moves the emphasis and not the learning rate.
-        self.lam_scale = float((times.lam**settings.lam_power * times.probability).sum())
+        self._means: dict[float | None, float] = {}
 
     @property
     def steps(self) -> int:
@@ -70,6 +69,19 @@ class Matching:
             return None
         phase = (step - first) * len(self.settings.zetas) // max(1, self.settings.steps - first)
         return self.settings.zetas[min(phase, len(self.settings.zetas) - 1)]
+
+    def weight(self, t: Tensor, lam: Tensor, zeta: float | None) -> Tensor:
+        """[B]: how much each draw counts, 1 in the mean over all draws, so that it moves the emphasis and not the learning rate."""
+        if zeta not in self._means:
+            every = self._raw_weight(torch.from_numpy(self.times.t), torch.from_numpy(self.times.lam), zeta)
+            self._means[zeta] = float((every.numpy() * self.times.probability).sum())
+        return self._raw_weight(t, lam, zeta) / self._means[zeta]
+
+    def _raw_weight(self, t: Tensor, lam: Tensor, zeta: float | None) -> Tensor:
+        s = self.settings
+        if s.weight == "level" and s.target == "expected" and not looks_for_mode(zeta):
+            return level_weight(self.schedule, t, lam, s.lam_power, zeta)
+        return lam**s.lam_power
 
     def lr(self, step: int) -> float:
         """Linear warm-up, constant, then cosine to 3 % of the peak."""
@@ -98,7 +110,7 @@ class Matching:
             zeta = self.zeta(step)
             target = matching_target(self.settings.target == "expected", zeta, self.schedule, y, x0, t, lam, noise[1])
             each = matching_loss(denoiser(y, t, lam, text[part]), target, zeta)
-            loss = (lam**self.settings.lam_power / self.lam_scale * each).mean()
+            loss = (self.weight(t, lam, zeta) * each).mean()
             yield loss, {"loss": loss.item()}
 
 

@@ -72,12 +72,28 @@ def expected_noise(schedule: VPSchedule, y: Tensor, x0: Tensor, t: Tensor, lam: 
     return lam.sqrt() * (y - alpha_bar.sqrt() * x0) / (1 - alpha_bar + lam)
 
 
+def looks_for_mode(zeta: float | None) -> bool:
+    """Whether ``matching_loss`` has its minimum at the mode: with a finite zeta."""
+    return zeta is not None and math.isfinite(zeta)
+
+
 def matching_target(expected: bool, zeta: float | None, schedule: VPSchedule, y: Tensor, x0: Tensor, t: Tensor, lam: Tensor,
                     n2: Tensor) -> Tensor:
-    """What eps is compared with: n2, or ``expected_noise`` where that is asked for and the loss does not look for the mode, as a
-    finite zeta does."""
-    looks_for_mode = zeta is not None and math.isfinite(zeta)
-    return expected_noise(schedule, y, x0, t, lam) if expected and not looks_for_mode else n2
+    """What eps is compared with: n2, or ``expected_noise`` where that is asked for and the loss does not look for the mode."""
+    return expected_noise(schedule, y, x0, t, lam) if expected and not looks_for_mode(zeta) else n2
+
+
+def level_weight(schedule: VPSchedule, t: Tensor, lam: Tensor, power: float, zeta: float | None) -> Tensor:
+    """[B]: what makes ``matching_loss`` of ``expected_noise`` that of a score model at y's whole noise. t, lam [B].
+
+    y / sqrt(alpha_bar) is x0 with noise of variance level = (1 - alpha_bar + lam)/alpha_bar. A clean prediction D of it is off by
+    sqrt(lam/(1 - alpha_bar + lam)) (x0 - D)/sqrt(level) as a prox, and by (x0 - D)/sqrt(level) as denoising score matching has it.
+    The weight is the ratio, squared where the loss is (zeta infinite), times level^power; at t = 0 it is lam^power. Derived: with
+    lam^power alone a few-step sampler's first steps, where captions are decided, count for a tenth of that.
+    """
+    alpha_bar = schedule.alpha_bar(t)
+    noise = 1 - alpha_bar + lam
+    return (noise / lam) ** (0.5 if zeta is None else 1.0) * (noise / alpha_bar) ** power
 
 
 def matching_loss(eps: Tensor, n2: Tensor, zeta: float | None = None) -> Tensor:

@@ -168,15 +168,30 @@ def _row(number: torch.Tensor) -> torch.Tensor:
     return number.reshape(-1, 1, 1, 1)
 
 
+@pytest.mark.parametrize("weight", ["lam", "level"])  # which is for the expected noise: of the drawn one it would weigh n1 as well
 @pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
-def test_lam_power_weighs_the_draws_around_a_mean_of_one(power):
+def test_lam_power_weighs_the_draws_around_a_mean_of_one(power, weight):
     """With a loss of sqrt(2/pi) for every draw, what is left is the draws' mean weight."""
-    algorithm, recorder = matching(lam_power=power), Recorder()
+    algorithm, recorder = matching(lam_power=power, weight=weight), Recorder()
     scale = (algorithm.times.lam**power * algorithm.times.probability).sum()
     ((loss, _),) = algorithm.losses(recorder, torch.zeros(400, 3, 16, 16), numbered(400), 0)
     weight = recorder.calls[0][2].double().numpy() ** power / scale
     assert loss.item() == pytest.approx(math.sqrt(2 / math.pi) * weight.mean(), rel=0.01)
     assert weight.mean() == pytest.approx(1, abs=5 * weight.std() / 20) and weight.std() > 0.1
+
+
+@pytest.mark.parametrize("loss, factor", [("matching", 0.5), ("square", 1.0)])
+def test_weighed_by_level_the_draws_have_a_mean_of_one_too(loss, factor):
+    algorithm = matching(loss=loss, target="expected", weight="level", l1_fraction=1.0 if loss == "square" else 0.5, zetas=[2.0])
+    t, lam = torch.from_numpy(algorithm.times.t), torch.from_numpy(algorithm.times.lam)
+    noise = 1 - SCHEDULE.alpha_bar(t) + lam
+    expected = (noise / lam) ** factor * (noise / SCHEDULE.alpha_bar(t)) ** 0.5
+    weights = algorithm.weight(t, lam, algorithm.zeta(0))
+    assert (weights.numpy() * algorithm.times.probability).sum() == pytest.approx(1)
+    assert torch.allclose(weights / weights[0], expected / expected[0], rtol=1e-6)
+    if loss == "matching":  # a zeta looks for the mode of n2 itself
+        late = algorithm.weight(t, lam, algorithm.zeta(99))
+        assert torch.allclose(late / late[0], (lam / lam[0]) ** 0.5) and not torch.allclose(late, weights)
 
 
 def test_the_start_is_fitted_to_the_data():

@@ -2,11 +2,11 @@
 
     PYTHONPATH=.:tests python tests/benchmarks/figure1.py --out FOLDER [--seeds 0 1 2] [--rl-steps 60] [overrides of all runs ...]
 
-For each seed: the quickstart's pre-training, with its own loss and with the square error, and quick-score's (the same network,
-data, batch and 520 steps), then GRPO from each with as many images and network calls (ten sampling steps, two trained). Then
-``rlproxi eval`` draws from all of them: the proximal models by hybrid, the score models by Euler-Maruyama, probability-flow
-Euler, DDIM, DPM-Solver++ and UniPC. Judge and held-out prompts are those of the first seed's run for all. The same command goes
-on where it was interrupted.
+For each seed: the quickstart's pre-training, with its own loss, with the square error and with that weighed by level, and
+quick-score's, at all times and at its sampler's own (the same network, data, batch and 520 steps), then GRPO from each with as
+many images and network calls (ten sampling steps, two trained). Then ``rlproxi eval`` draws from all of them: the proximal models
+by hybrid, the score models by Euler-Maruyama, probability-flow Euler, DDIM, DPM-Solver++ and UniPC. Judge and held-out prompts
+are those of the first seed's run for all. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from run_processes import ROOT
 
 #: label -> folder's name, config, what differs from it
 KINDS = {"prox": ("prox", "quickstart", []), "prox, square error": ("prox-square", "quickstart", ["pretrain.loss=square"]),
+         "prox, by level": ("prox-level", "quickstart", ["pretrain.loss=square", "pretrain.weight=level"]),
          "score": ("score", "quick-score", []),
          "score, own times": ("score-own", "quickstart", ["pretrain.loss=square", "sampler.name=ddim", "sampler.eta=1"])}
 SOLVERS = ("euler-maruyama", "euler", "ddim", "dpmsolver++", "unipc")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from closed_form import Gaussian, alpha_bar, exact_normals
 
-from rlproxi.proximal.matching import TimeTable, candidate_probabilities, corrupt, expected_noise, matching_loss
+from rlproxi.proximal.matching import TimeTable, candidate_probabilities, corrupt, expected_noise, level_weight, matching_loss
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.schedule import VPSchedule
 
@@ -92,6 +92,28 @@ def test_expected_noise_is_what_y_and_x0_tell_of_n2(t, lam):
     left = [float((wanted - alone @ fit).var(correction=0)) for wanted, fit in zip((target, n[:, 2:]), fits)]
     ab, total = alpha_bar(t), alpha_bar(t) * 0.09 + 1 - alpha_bar(t) + lam
     assert left == pytest.approx([lam * ab * 0.09 / ((1 - ab + lam) * total), 1 - lam / total], rel=1e-9)
+
+
+@pytest.mark.parametrize("zeta", [None, math.inf])
+def test_weighed_by_level_a_clean_prediction_costs_as_prox_what_it_costs_as_score(zeta):
+    """The same wrong clean prediction of the same noisy images, told to matching at (t, lam) and to denoising score matching, which is
+    matching at t = 0, at the noise level of the whole."""
+    x0, wrong, n1, n2 = torch.randn(4, 6, 3, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.8, 1.0], dtype=torch.float64)
+    lam = torch.tensor([0.4, 0.01, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)
+    row = lambda number: number.reshape(-1, 1, 1, 1)  # noqa: E731
+    y = corrupt(SCHEDULE, x0, t, lam, n1, n2)
+    ab = torch.tensor([alpha_bar(float(time)) for time in t], dtype=torch.float64)
+    level = (1 - ab + lam) / ab
+    as_prox = row(lam).sqrt() * (y - row(ab).sqrt() * wrong) / row(1 - ab + lam)
+    as_score = (y / row(ab).sqrt() - wrong) / row(level).sqrt()
+    prox = matching_loss(as_prox, expected_noise(SCHEDULE, y, x0, t, lam), zeta)
+    clean, nothing = y / row(ab).sqrt(), torch.zeros_like(t)
+    score = matching_loss(as_score, expected_noise(SCHEDULE, clean, x0, nothing, level), zeta)
+    for power in (0.0, 0.5, 1.0):
+        weighed = level_weight(SCHEDULE, t, lam, power, zeta) * prox
+        assert torch.allclose(weighed, level**power * score, rtol=1e-10)
+        assert torch.allclose(level_weight(SCHEDULE, nothing, lam, power, zeta), lam**power, rtol=1e-12)
 
 
 def test_corrupt_takes_one_time_per_row():
