@@ -1,8 +1,8 @@
 """``rlproxi bench``: speed as ratios measured in one run, each against a bar.
 
 Every figure compares what the system does with the bare network calls that the work cannot do
-without, on the same machine, minutes apart at most. Interleaved repetitions and medians keep a busy
-machine from deciding the outcome.
+without, on the same machine: calls in turn, whole iterations minutes apart. Medians keep a busy machine
+from deciding the outcome, unless it stays busy for minutes: then bare work before and after differ.
 """
 
 from __future__ import annotations
