@@ -62,9 +62,11 @@ class Evaluator:
         for count in step_counts:
             whole = SampleRequest("heldout", 0, tuple(prompts), tuple(indices), samples,
                                   num_steps=count, guidance_scale=guidance_scale)
-            images = await self._images(whole, version)
-            scores, details = await self._judge(images, prompts)
-            entry = heldout.summarise(scores, details, self.judges, samples, await self._look(images))
+            images, broken = await self._images(whole, version)
+            scores, details = await self._judge(images, broken, prompts)
+            # Grey in the place of what is no image would pass for diversity, and for distance.
+            seen = {} if broken.any() else await self._look(images)
+            entry = heldout.summarise(scores, details, self.judges, samples, seen)
             result["by_steps"][str(count)] = entry
             pictures[count] = images
             judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
@@ -78,14 +80,20 @@ class Evaluator:
         heldout.write(self.run_dir, tag, result, pictures, judged, correct)
         return result
 
-    async def _images(self, whole: SampleRequest, version: int) -> np.ndarray:
-        """uint8 [P * S, H, W, 3], made in micro-batches of about the training's size."""
+    async def _images(self, whole: SampleRequest, version: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [P * S, H, W, 3], made in micro-batches of about the training's size, and which are none, bool [P * S]."""
         g = self.config.rl
         groups = max(1, g.groups_per_micro_batch * g.group_size // whole.group_size)
         pieces = await asyncio.gather(*(self.sample(request, version) for request in split_request(whole, groups)))
-        return np.concatenate([piece[0] for piece in pieces])
+        images = np.ma.concatenate([piece[0] for piece in pieces])
+        broken = np.ma.getmaskarray(images)[:, 0, 0, 0]  # see GroupSampler.sample
+        if broken.any():
+            message = (f"evaluation: {int(broken.sum())} of {len(broken)} samples of {whole.num_steps} steps count as missing, because "
+                       "they are NaN or Inf")
+            self.scribe.append.remote("warning", {"message": message})
+        return np.asarray(images), broken
 
-    async def _judge(self, images: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
+    async def _judge(self, images: np.ndarray, broken: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
         """({scorer: [P * S]}, {judge: {part: [P * S]}}); NaN is missing."""
         samples = self.config.evaluate.samples
         rows = list(zip(np.split(images, len(prompts)), prompts))
@@ -97,7 +105,11 @@ class Evaluator:
             known = next((list(part) for part in parts if part), [])
             details[name] = {key: np.concatenate([part.get(key, np.full(samples, np.nan)) for part in parts])
                              for key in known}
-        return scores, details
+
+        def present(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: np.where(broken, np.nan, column) for name, column in columns.items()}
+
+        return present(scores), {name: present(columns) for name, columns in details.items()}
 
     async def _score(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
         """Scores of one prompt's samples; NaN, with a warning, where they cannot be had: an evaluation ends no run."""

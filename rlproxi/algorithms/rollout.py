@@ -76,8 +76,8 @@ class GroupSampler:
         [K, P*G, C, H, W] for the K positions of ``request.window`` (empty arrays are left out), and, where it is to be kept,
         z_last [P*G, C, H, W].
 
-        A training sample that is NaN or Inf is a missing one: the images are then a masked array with its whole image masked,
-        the chain holds zeros for it and ``finite`` [P*G] bool. Elsewhere it raises ValueError, as ``TextToImage.images``.
+        A sample that is NaN or Inf is a missing one: the images are then a masked array with its whole image masked, grey
+        beneath, and the chain holds zeros for it and ``finite`` [P*G] bool.
         """
         c = self.config
         names = request.names(c.run.seed)
@@ -95,8 +95,6 @@ class GroupSampler:
             chain = {"z": pick(run.z), "z_next": pick(run.z, 1), "prox": pick(run.prox)}
         if request.keep_last:
             chain["z_last"] = run.z[-1].float().cpu().numpy()
-        if request.purpose != "train":
-            return self.pipeline.images(run.x), chain
         return self._without_broken(self.pipeline.pixels(run.x), chain)
 
     def _without_broken(self, pixels: Tensor, chain: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

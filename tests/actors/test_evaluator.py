@@ -92,6 +92,28 @@ def test_a_missing_score_is_told_once_and_counted(run):
         f"evaluation: {run.client.lost!r} has no score: no score today"] * 2, "of each scorer"
 
 
+@pytest.mark.parametrize("every", [False, True])
+def test_a_sample_that_is_no_image_is_a_missing_score(run, every):
+    run.evaluate(0)
+    whole = run.sample
+
+    async def broken(request, version):
+        images, *more = await whole(request, version)
+        mask = np.zeros(images.shape, bool)
+        mask[:None if every else 1] = request.images == 8  # the first of two pieces
+        return np.ma.masked_array(images, mask), *more
+
+    run.evaluator.sample = broken
+    entry = run.evaluate(10)["by_steps"]["4"]
+    missing = 8 if every else 1
+    assert entry["train"]["attributes"] == {"mean": 10, "sem": 0, "missing": missing}
+    assert entry["heldout"]["judge"]["missing"] == missing and "distance" not in entry and "diversity" not in entry
+    assert [r["message"] for r in run.events("warning")] == [
+        f"evaluation: {missing} of 12 samples of 4 steps count as missing, because they are NaN or Inf"]
+    kept = np.load(run.folder / "samples" / "step-000010-N4.npz")
+    assert np.isnan(kept["heldout"]).sum() == np.isnan(kept["correct"]).sum() == missing
+
+
 def test_an_evaluation_without_a_headline_says_nothing_about_stopping(run):
     for version in (10, 20, 30):
         run.evaluate(version)

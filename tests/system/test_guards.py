@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]
 
 # One update at this rate, and the weights are of the order of the rate.
 WILD = ["pretrain.lr=1.0e30", "pretrain.steps=6", "pretrain.log_every=1", "resources.learner_workers=2", "learner.zero_stage=2",
-        "model.precision=float32", "evaluate.every=0"]
+        "model.precision=float32", "evaluate.every=1"]
 
 
 def warnings(run):
@@ -41,6 +41,12 @@ def test_rollouts_of_such_weights_are_missing_scores_and_no_fault_of_the_scorers
     assert any("samples are NaN or Inf, and 100% of the groups have no score" in w for w in warnings(recovered))
     assert recovered.series("rl", "ratio/first_max_deviation")[1][0] <= 1e-6
     assert recovered.series("rl", "sampler/limit_deviation")[1][0] <= 1e-6
+
+
+def test_an_evaluation_of_such_weights_ends_nothing_and_is_made_again(recovered):
+    assert any("samples of 4 steps count as missing, because they are NaN or Inf" in w for w in warnings(recovered))
+    entry = recovered.evaluation("step-000001")["by_steps"]["4"]["heldout"]["judge"]
+    assert entry["mean"] is not None and "missing" not in entry
 
 
 def test_the_config_may_end_the_run_instead(start):
