@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python tests/benchmarks/figure1.py --out FOLDER [--seeds 0 1 2] [--rl-steps 60] [overrides of all runs ...]
 
-For each seed: the quickstart's pre-training, with its own loss, with the square error and with that weighed by level, and
+For each seed: the quickstart's pre-training (the square error by level), that by L1 and by the square error as they are, and
 quick-score's, at all times and at its sampler's own (the same network, data, batch and 520 steps), then GRPO from each with as
 many images and network calls (ten sampling steps, two trained). Then ``rlproxi eval`` draws from all of them: the proximal models
 by hybrid, the score models by Euler-Maruyama, probability-flow Euler, DDIM, DPM-Solver++ and UniPC. Judge and held-out prompts
@@ -22,10 +22,11 @@ from rlproxi import cli
 from run_processes import ROOT
 
 #: label -> folder's name, config, what differs from it
-KINDS = {"prox": ("prox", "quickstart", []), "prox, square error": ("prox-square", "quickstart", ["pretrain.loss=square"]),
-         "prox, by level": ("prox-level", "quickstart", ["pretrain.loss=square", "pretrain.weight=level"]),
+KINDS = {"prox, by level": ("prox-level", "quickstart", []),
+         "prox": ("prox", "quickstart", ["pretrain.loss=matching", "pretrain.weight=lam"]),
+         "prox, square error": ("prox-square", "quickstart", ["pretrain.weight=lam"]),
          "score": ("score", "quick-score", []),
-         "score, own times": ("score-own", "quickstart", ["pretrain.loss=square", "sampler.name=ddim", "sampler.eta=1"])}
+         "score, own times": ("score-own", "quickstart", ["sampler.name=ddim", "sampler.eta=1"])}
 SOLVERS = ("euler-maruyama", "euler", "ddim", "dpmsolver++", "unipc")
 STEPS = "1,2,3,4,6,8,10,16,20,50"
 
