@@ -31,8 +31,7 @@ def connect() -> str:
     if ray.is_initialized():
         return "joined"
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    for name in ("ray.data", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         return _join_or_start(quiet)
     except (ConnectionError, AuthenticationError) as error:

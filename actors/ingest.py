@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
 import numpy as np
-import ray
+import ray.data
 
 from rlproxi.algorithms.prepare import collection
 from rlproxi.config import Config
 from rlproxi.data import faces
 from rlproxi.data.cache import CachedShard, read_index
 from rlproxi.data.order import Order
+
+# On the terminal its words on every dataset would break into the progress bars; its log file keeps them.
+for _handler in logging.getLogger("ray.data").handlers:
+    if isinstance(_handler, logging.StreamHandler):
+        _handler.setLevel(logging.WARNING)
+logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are none is our choice
 
 #: Bytes of a dataset, all ranks together, up to which it is read before training begins.
 READ_FIRST = 2**30

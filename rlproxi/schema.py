@@ -217,7 +217,7 @@ class Prepare(Section):
 
 class Pretrain(Section):
     loss: Literal["matching", "square"] = Field(
-        "square", description="square: the mean square error, which ends ahead of the L1 phase and begins behind it (docs/few-steps.md); with "
+        "square", description="square: the mean square error, which weighed by level is ahead of the L1 phase (docs/few-steps.md); with "
         "sampler.name ddim or euler that is denoising score matching, and the network a score model. matching: ProxDM's, the L1 phase and "
         "then the zetas.")
     target: Literal["noise", "expected"] = Field(

@@ -90,6 +90,7 @@ def test_a_job_runs_to_its_end_and_its_logs_stream(own, tmp_path):
     assert process.wait() == 0, "".join(line for _, line in arrived)[-3000:]
     text = "".join(line for _, line in arrived)
     assert "succeeded" in text and "run directory" in text
+    assert "Dataset" not in text and "Progress bars" not in text, "Ray Data's own words break into ours"
     assert any(file.name == "smoke.yaml" for file in uploaded)
     assert sum(file.stat().st_size for file in uploaded) < 5 << 20, "the code, not runs, history or pictures (.rayignore)"
     first = next(at for at, line in arrived if "run directory" in line)
