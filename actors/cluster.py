@@ -40,7 +40,9 @@ def connect() -> str:
 
 def _join_or_start(quiet: dict[str, Any]) -> str:
     try:
-        # Roles ask for fractions of a CPU; a laptop's two cores are enough for all of them.
+        # Roles ask for fractions of a CPU; a laptop's two cores are enough for all of them. Ray would warn that so many processes are a
+        # multiple of what it starts at a time, one for each core.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 2)))
         ray.init(num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False, **quiet)
         # Train's watcher of nodes about to be taken away: this one goes with the driver, and the process costs 3 CPU seconds.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

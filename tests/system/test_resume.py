@@ -43,6 +43,7 @@ def test_killed_in_its_stages_and_resumed(points, stages, smoke, tmp_path):
     output = last.communicate(timeout=240)[0]
     assert last.returncode == 0, output[-3000:]
     told += output
+    assert not any(words in told for words in ("Dataset", "Progress bars", "raylet")), "Ray's own words break into ours"
 
     records = read(folder())
     for stage, point, saved, steps in (("pretrain", "pretrain 11", 10, 20), ("rl", "rl 3", 2, 4))[:1 + ("rl" in stages)]:
