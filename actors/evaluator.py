@@ -9,7 +9,7 @@ from typing import Any, Awaitable, Callable
 import numpy as np
 
 from rlproxi.algorithms.guard import OverOptimisation
-from rlproxi.algorithms.requests import SampleRequest, split_request
+from rlproxi.algorithms.requests import SampleRequest, no_images, split_request
 from rlproxi.config import Config
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
@@ -85,13 +85,12 @@ class Evaluator:
         g = self.config.rl
         groups = max(1, g.groups_per_micro_batch * g.group_size // whole.group_size)
         pieces = await asyncio.gather(*(self.sample(request, version) for request in split_request(whole, groups)))
-        images = np.ma.concatenate([piece[0] for piece in pieces])
-        broken = np.ma.getmaskarray(images)[:, 0, 0, 0]  # see GroupSampler.sample
+        broken = np.concatenate([no_images(piece[0]) for piece in pieces])
         if broken.any():
             message = (f"evaluation: {int(broken.sum())} of {len(broken)} samples of {whole.num_steps} steps count as missing, because "
                        "they are NaN or Inf")
             self.scribe.append.remote("warning", {"message": message})
-        return np.asarray(images), broken
+        return np.concatenate([np.asarray(piece[0]) for piece in pieces]), broken
 
     async def _judge(self, images: np.ndarray, broken: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
         """({scorer: [P * S]}, {judge: {part: [P * S]}}); NaN is missing."""

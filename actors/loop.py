@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 
 from rlproxi.algorithms.base import Algorithm, share
 from rlproxi.algorithms.grpo import bytes_per_micro_batch
-from rlproxi.algorithms.requests import SampleRequest
+from rlproxi.algorithms.requests import SampleRequest, no_images
 from rlproxi.config import Config
 from rlproxi.memory_errors import is_out_of_memory
 from rlproxi.rewards import RewardError
@@ -264,15 +264,15 @@ class Loop:
     async def _produce(self, j: int, request: SampleRequest, stamp: Stamp) -> None:
         images, chain, seconds = await self.pool.sample(request, stamp.version)
         sampled = time.time()
-        broken = np.ma.getmaskarray(images)[:, 0, 0, 0] if np.ma.is_masked(images) else None  # see GroupSampler.sample
+        broken = no_images(images)
         images = np.asarray(images)
         rewards, parts = await self._score(images, request)
-        if broken is not None:
+        if broken.any():
             rewards = self._without_broken(rewards, broken, request)
         shown = self.observer.keep(stamp.iteration, j, request, images) if self.observer is not None else None
         await self._hand_over(j, Scored(request, stamp, chain, rewards, parts,
                                         {"rollout": seconds, "reward": time.time() - sampled}, shown,
-                                        0 if broken is None else int(broken.sum())))
+                                        int(broken.sum())))
 
     async def _hand_over(self, j: int, scored: Scored) -> None:
         async with self.changed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 PURPOSES = {"train": 0, "heldout": 1}
 
 
@@ -46,3 +48,9 @@ def split_request(request: SampleRequest, groups: int) -> list[SampleRequest]:
     """Cuts a request into pieces of at most ``groups`` groups."""
     return [replace(request, prompts=request.prompts[i : i + groups], indices=request.indices[i : i + groups])
             for i in range(0, len(request.prompts), groups)]
+
+
+def no_images(images: np.ndarray) -> np.ndarray:
+    """Which samples [B, H, W, 3] of a request are NaN or Inf, bool [B]: those that ``GroupSampler.sample`` has masked."""
+    mask = np.ma.getmask(images)
+    return np.zeros(len(images), bool) if mask is np.ma.nomask else mask[:, 0, 0, 0]

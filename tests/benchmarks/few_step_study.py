@@ -66,7 +66,7 @@ ARMS: dict[str, dict[str, dict]] = {
     "T 0.8, expected, four steps only": _arm(target="expected", candidates=[4]),
     "T 0.8, expected, zeta phases": _arm(target="expected", l1_fraction=0.6, zetas=[1.0, 0.5]),
     "T 0.8, expected, square": _arm(target="expected", loss="square"),
-    "T 0.8, expected, square, level": _arm(target="expected", loss="square", weight="level"),
+    "T 0.8, expected, square, by level": _arm(target="expected", loss="square", weight="level"),
     "ode, T 0.8, expected": _arm({"name": "ode"}, target="expected"),
     "score, T 0.8": _arm({"name": "ddim"}, loss="square"),
 }
@@ -78,7 +78,7 @@ BESIDE: dict[str, list[tuple[dict, tuple[int, ...]]]] = {
     "matched, T 0.8, expected": [({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
     "matched, T 0.8, expected, square": [({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
     "T 0.8, expected": [({"name": "matched"}, COUNTS)],
-    "T 0.8, expected, square, level": [({"name": "matched"}, COUNTS), ({"name": "matched", "eta": 1.0}, COUNTS), ({"name": "ode"}, COUNTS)],
+    "T 0.8, expected, square, by level": [({"name": "matched"}, COUNTS), ({"name": "matched", "eta": 1.0}, COUNTS), ({"name": "ode"}, COUNTS)],
     "matched, T 0.8": [({"eta": 0.5}, COUNTS), ({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
     "score, T 0.8": [({"eta": 1.0}, COUNTS), ({"name": "euler"}, COUNTS), ({"name": "euler", "eta": 1.0}, COUNTS)],
 }
