@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config.loading import Config
 from ..data.prompts import training_prompts
 from ..models.text import TextEncoder
 from ..proximal.operator import Denoiser

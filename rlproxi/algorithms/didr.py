@@ -17,11 +17,11 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config.algorithms import DIDR as Settings
+from ..config.loading import Config
 from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean
 from ..rewards.gradients import mean_scores
-from ..schema_algorithms import DIDR as Settings
 from ..seeds import NamedNoise
 from .base import Algorithm, Batch, Parts, Update, share
 from .diffused_reward import damped, denoise_steps, proxy, weight

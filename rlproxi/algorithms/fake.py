@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config.algorithms import Fake as Settings
+from ..config.loading import Config
 from ..proximal.clean import Ladder, Level
 from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
 from ..proximal.operator import Denoiser
-from ..schema_algorithms import Fake as Settings
 from ..seeds import generator, rng
 from .requests import SampleRequest
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config.algorithms import GRPO as Settings
+from ..config.loading import Config
 from ..models.folders import latent_space
 from ..models.text import TextStates, operator
 from ..proximal import policy
 from ..proximal.operator import Prox
 from ..proximal.samplers import Step
 from ..rewards.gradients import mean_scores
-from ..schema_algorithms import GRPO as Settings
 from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, share
 from .requests import SampleRequest
 

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
-from ..schema import Pretrain as Settings
+from ..config.loading import Config
+from ..config.sections import Pretrain as Settings
 from ..data import cache as cached
 from ..data import faces
-from ..models.text import TextEncoder, TextStates
+from ..data.preparation import collection
 from ..models.autoencoder import Autoencoder
 from ..models.loading import build_denoiser
+from ..models.text import TextEncoder, TextStates
 from ..proximal.matching import TimeTable, corrupt, level_weight, looks_for_mode, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
 from ..seeds import generator, rng
 from .base import Update
-from .prepare import collection
 
 
 @dataclass

@@ -15,13 +15,13 @@ from typing import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config.algorithms import R0 as Settings
+from ..config.loading import Config
 from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean, clean_prediction
 from ..proximal.operator import expand
 from ..proximal.samplers import AFTER, Step
 from ..rewards.gradients import Gradients, mean_scores
-from ..schema_algorithms import R0 as Settings
 from ..seeds import NamedNoise, rng
 from .base import Algorithm, Batch, Parts, Update, share
 from .fake import NoiseLevels, fake_loss, noise

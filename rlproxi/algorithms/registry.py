@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from ..config import Config
-from ..schema import ALGORITHMS
+from ..config.loading import Config
+from ..config.sections import ALGORITHMS
 from .base import Algorithm
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config.loading import Config
 from ..models.autoencoder import Autoencoder
 from ..models.folders import find_model
 from ..models.loading import load_autoencoder, load_encoder, trainable, training_form

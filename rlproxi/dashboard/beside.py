@@ -46,7 +46,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Beside:
-    """Listens at once; the first connection starts ``python -m actors.dashboard`` at nice 10, which takes
+    """Listens at once; the first connection starts ``python -m rlproxi.dashboard.server`` at nice 10, which takes
     the socket over.
 
     The server ends with ``close`` and with this process, however that ends: it watches a pipe. Raises OSError where no
@@ -93,7 +93,7 @@ class Beside:
     def _start(self) -> subprocess.Popen:
         root = str(Path(__file__).parents[2])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        command = [sys.executable, "-m", "actors.dashboard", str(self.run_dir), "--host", self.host,
+        command = [sys.executable, "-m", "rlproxi.dashboard.server", str(self.run_dir), "--host", self.host,
                    "--fd", str(self.listener.fileno()), "--until-stdin-ends", "--nice", "10"]
         # A session of its own: Ctrl-C is for the run, whose last records should still be seen.
         return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,

@@ -27,7 +27,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from ..config import Config
+from ..config.loading import Config
 from .addresses import filesystem
 from .buckets import Size
 from .shards import Skip

@@ -13,9 +13,9 @@ from typing import Iterator
 import numpy as np
 import torch
 
-from ..config import Config
+from ..config.loading import Config
 from .buckets import Fit, Size, build_fit
-from .cache import Entry, Rows, CachedShard, digest
+from .cache import CachedShard, Entry, Rows, digest
 from .images import BadImage, decode
 from .shards import UNREADABLE, Sample, Skip, read_shard
 

@@ -15,10 +15,10 @@ from typing import Iterator
 
 import numpy as np
 
-from ..algorithms.prepare import collection
-from ..config import Config
+from ..config.loading import Config
 from ..seeds import rng
 from . import faces
+from .preparation import collection
 
 _ORDER = 0x9407
 

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from ..algorithms.requests import SampleRequest
-from ..config import Config, load_config
+from ..config.loading import Config, load_config
 from ..data.prompts import heldout_prompts
-from ..preflight import with_paths
-from ..schema import ConfigError
+from ..errors import ConfigError
+from ..planning.preflight import with_paths
 from .drawers import Drawer, open_model, split_name
 from .heldout import mean_and_error
 from .reference import Comparison

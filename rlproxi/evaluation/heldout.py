@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..algorithms.guard import Evaluated
-from ..config import Config
+from ..algorithms.guards.over_optimisation import Evaluated
+from ..config.loading import Config
 
 
 def mean_and_error(scores: np.ndarray, samples: int) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from typing import Iterator
 
 import numpy as np
 
-from ..config import Config
+from ..config.loading import Config
 from ..data import faces
 from ..data.prompts import heldout_prompts
 from ..seeds import rng, seed_of

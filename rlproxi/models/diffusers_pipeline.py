@@ -20,14 +20,14 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from PIL import Image
 from torch import Tensor, nn
 
-from ..schema import Sampler, Schedule
+from ..config.sections import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora, transformer, unet
 from .autoencoder import Autoencoder
 from .backbone import LAM, NoiseLevels, ProximalBackbone
 from .checkpoint_files import read_json
-from .generators import seeds_of
 from .folders import INDEX, find_model, read_settings
+from .generators import seeds_of
 from .loading import part_of
 from .pipeline import TextToImage, to_uint8
 from .preconditioning import Preconditioned

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from ..config import Config
+from ..config.loading import Config
 from .autoencoder import latent_facts
 from .checkpoint_files import read_json
 

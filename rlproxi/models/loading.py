@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config.loading import Config
+from ..config.sections import Schedule
 from ..proximal.schedule import VPSchedule
-from ..schema import Schedule
 from ..seeds import seed_of
 from . import lora
 from .autoencoder import Autoencoder, latent_facts

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..config.sections import LoRA
 from ..proximal.operator import Prox
-from ..schema import LoRA
 from ..seeds import seed_of
 
 FOLDER, WEIGHTS, SETTINGS = "lora", "adapter_model.safetensors", "adapter_config.json"

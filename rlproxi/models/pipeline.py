@@ -24,9 +24,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from .. import __version__
+from ..config.sections import Sampler, Schedule
 from ..proximal.operator import Denoiser
 from ..proximal.samplers import Step, Trajectory, sample
-from ..schema import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora
 from .autoencoder import Autoencoder
@@ -36,7 +36,6 @@ from .loading import load_autoencoder, load_denoiser, load_encoder, part_of, sav
 from .precision import autocast, compute_dtype
 from .text import TextEncoder, TextStates, operator
 from .text_stacks import CheckpointText
-
 
 #: Beginnings of the names of what is never trained.
 FROZEN = ("text_encoder", "tokenizer", "text.json", "vae", "scheduler")

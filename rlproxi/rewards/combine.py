@@ -6,7 +6,7 @@ from typing import Mapping
 
 import numpy as np
 
-NORMALIZE = ("none", "group")
+from ..config.sections import NORMALIZE
 
 
 def combine(parts: Mapping[str, np.ndarray], weights: Mapping[str, float], normalize: str = "none") -> np.ndarray:

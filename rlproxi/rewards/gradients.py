@@ -12,8 +12,8 @@ from typing import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..config.sections import Reward
 from ..models.autoencoder import Autoencoder
-from ..schema import Reward
 from .base import TorchScorer, build, is_differentiable
 
 

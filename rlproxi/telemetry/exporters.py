@@ -1,6 +1,6 @@
 """Where a run's records go beside its log: TensorBoard event files and Weights & Biases.
 
-Ray's metrics need Ray, and are in ``actors/exporters.py``.
+Ray's metrics need Ray, and are in ``actors/run/metric_exporters.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .observations import observations
 
 if TYPE_CHECKING:  # it brings torch, which no exporter needs
-    from ..schema import Telemetry
+    from ..config.sections import Telemetry
 
 _REMEDY = {"tensorboardX": "telemetry.tensorboard is true, but the package tensorboardX is missing: pip install "
                            "tensorboardX, or set telemetry.tensorboard=false",

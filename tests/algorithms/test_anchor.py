@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from actors.engine import Engine
+from actors.train.engine import Engine
 from rlproxi.algorithms.anchor import AnchoredAdamW
 
 OPTIONS = {"betas": (0.9, 0.99), "weight_decay": 0.0}

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from generator_fixtures import Encoder, Quadratic
+from fixtures.generators import Encoder, Quadratic
 from torch import nn
 
 from rlproxi.algorithms.anchor import AnchoredAdamW
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.didr import DIDR
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.models.loading import trainable
 from rlproxi.proximal.clean import Level, clean_prediction
 from rlproxi.proximal.operator import expand

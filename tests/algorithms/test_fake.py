@@ -7,7 +7,7 @@ import torch
 
 from rlproxi.algorithms.fake import NoiseLevels, fake_loss
 from rlproxi.algorithms.requests import SampleRequest
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 
 REQUEST = SampleRequest("train", 3, ("a face",) * 64, tuple(range(64)), 1)
 

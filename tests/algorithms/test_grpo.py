@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from generator_fixtures import Quadratic
+from fixtures.generators import Quadratic
 from torch.distributions import Independent, Normal
 
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.base import share
 from rlproxi.algorithms.grpo import GRPO, FirstRatioError, MicroBatch, advantages
-from rlproxi.schema_algorithms import GRPO as Settings
-from rlproxi.config import build_config
+from rlproxi.config.algorithms import GRPO as Settings
+from rlproxi.config.loading import build_config
 from rlproxi.data.prompts import training_prompts
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.schedule import VPSchedule

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from rlproxi.algorithms.prepare import collection
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, drop_captions, first_samples, start_denoiser
-from rlproxi.config import build_config
-from rlproxi.schema import Pretrain
+from rlproxi.config.loading import build_config
+from rlproxi.config.sections import Pretrain
 from rlproxi.data import faces
-from rlproxi.models.text import TextStates
+from rlproxi.data.preparation import collection
 from rlproxi.models.loading import build_denoiser
+from rlproxi.models.text import TextStates
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.schedule import VPSchedule
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from generator_fixtures import Encoder, Quadratic
+from fixtures.generators import Encoder, Quadratic
 from torch import nn
 
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.r0 import R0
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.rewards.gradients import RewardGradients, mean_scores
 from rlproxi.seeds import NamedNoise, generator, rng
 

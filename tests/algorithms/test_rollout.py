@@ -8,11 +8,11 @@ from rlproxi.algorithms import grpo
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.requests import SampleRequest, split_request
 from rlproxi.algorithms.rollout import GroupSampler, flatten, unflatten
-from rlproxi.config import Config, build_config
+from rlproxi.config.loading import Config, build_config
 from rlproxi.data import faces
-from rlproxi.models.text import build_text_encoder, operator
 from rlproxi.models.loading import build_denoiser
 from rlproxi.models.precision import autocast
+from rlproxi.models.text import build_text_encoder, operator
 from rlproxi.proximal import policy
 
 CAPTIONS = [faces.portrait(0, i).caption for i in range(8)]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlproxi import demand
-from rlproxi.cluster_plan import PROVIDER_KEYS, place, placeholders, problems, read_cluster
-from rlproxi.config import load_config
+from actors.cluster import resources as demand
+from actors.cluster.plan import PROVIDER_KEYS, place, placeholders, problems, read_cluster
+from rlproxi.config.loading import load_config
 
 ROOT = Path(__file__).parents[2]
 RAY_UP = [ROOT / "cluster" / f"{name}.yaml" for name in ("aws", "gcp", "local")]

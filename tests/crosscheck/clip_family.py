@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import clip_fixtures as fixtures  # noqa: E402
+from fixtures import clip as fixtures  # noqa: E402
 
 GOLDEN = Path(__file__).parents[1] / "rewards" / "golden" / "clip_family.npz"
 NAMES = list(fixtures.SIZES)

@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from fixtures.shards import smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from rlproxi.data.buckets import Fit, bucket_sizes, bucket_step, build_fit
-from shard_fixtures import smooth
 
 
 @pytest.mark.parametrize("size, factor", [(16, 1), (32, 1), (64, 1), (120, 1), (256, 8), (512, 8), (768, 1), (1024, 8)])

@@ -9,24 +9,26 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
-import curation_fixtures as fixtures
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, strategies as st
-from onnx_writer import write_convolutions
+from fixtures import curation as fixtures
+from fixtures.onnx_writer import write_convolutions
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 from scipy.fft import dctn
 
-from rlproxi.data.curation import faces, job, merge, page, pictures, plan, records, write
+from rlproxi.config.curation import Curate, Faces, Filter, HandDetector
+from rlproxi.data.curation import faces, job, merge, pictures, plan, records, write
 from rlproxi.data.curation.duplicates import duplicate_of, near_pairs
 from rlproxi.data.curation.examine import ShardUnreadable, Tools, examine
 from rlproxi.data.curation.phash import distance, phash
-from rlproxi.data.curation.settings import Curate, Faces, Filter, HandDetector
 from rlproxi.data.shards import read_shard
+from rlproxi.errors import ConfigError
+from rlproxi.pages import curation as page
 from rlproxi.rewards import checked_params
-from rlproxi.schema import ConfigError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "data-curate.yaml"
 

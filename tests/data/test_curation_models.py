@@ -3,19 +3,18 @@
 from io import BytesIO
 from pathlib import Path
 
-import clip_models
-import curation_fixtures as fixtures
-import curation_models
 import numpy as np
 import pytest
 import torch
+from fixtures import clip_models, curation_models
+from fixtures import curation as fixtures
 from PIL import Image
 
+from rlproxi.config.curation import HAND_WORDS, Caption, Curate, HandDetector
 from rlproxi.data.curation import plan, records, write
 from rlproxi.data.curation.captions import Captioner
 from rlproxi.data.curation.examine import Tools, examine
 from rlproxi.data.curation.hands import Detector, hand_words
-from rlproxi.data.curation.settings import HAND_WORDS, Caption, Curate, HandDetector
 from rlproxi.data.shards import read_shard
 from rlproxi.rewards import build
 

@@ -5,16 +5,27 @@ import json
 import numpy as np
 import pytest
 import torch
+from fixtures import tiny_checkpoints
+from fixtures.shards import jpeg, png_chunk, png_header, sample, write_tar
 
-import tiny_checkpoints
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.data.buckets import build_fit
-from rlproxi.data.cache import (CachedShard, cached_file, captions, first_samples, manifest_path, parse_size,
-                                prompts_path, read_index, source_version, write_manifest, write_prompts)
+from rlproxi.data.cache import (
+    CachedShard,
+    cached_file,
+    captions,
+    first_samples,
+    manifest_path,
+    parse_size,
+    prompts_path,
+    read_index,
+    source_version,
+    write_manifest,
+    write_prompts,
+)
 from rlproxi.data.encode import Encoder, Unreadable, build_recipe, entry, identity
 from rlproxi.data.images import decode
 from rlproxi.data.shards import Skip
-from shard_fixtures import jpeg, png_chunk, png_header, sample, write_tar
 
 SIZES = [(40, 40), (30, 60), (60, 30), (40, 52)]
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.data import faces
 from rlproxi.data.faces import ATTRIBUTES, caption_of, labels, parse_caption, portrait, render
 from rlproxi.data.prompts import heldout_prompts, training_prompts

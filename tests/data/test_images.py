@@ -7,12 +7,12 @@ import zlib
 
 import numpy as np
 import pytest
+from fixtures.shards import encoded, jpeg, png_chunk, png_header, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from rlproxi.data.images import BadImage, decode
-from shard_fixtures import encoded, jpeg, png_chunk, png_header, smooth
 
 LIMIT = 10_000_000
 PICTURE = smooth(12, 20)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.data.prompts import heldout_prompts, load_prompts, reserved, training_prompts
 
 WORDS = [f"prompt number {i}" for i in range(200)]

@@ -8,11 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
+from fixtures.shards import jpeg, sample, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlproxi.data.shards import Sample, Skip, list_shards, read_shard, write_shard
-from shard_fixtures import jpeg, sample, write_tar
 
 
 def read(path):
@@ -43,7 +43,7 @@ def test_webdataset_reads_what_we_write(tmp_path):
 
 
 def test_writing_is_repeatable_whole_and_keeps_the_kind_of_image(tmp_path):
-    from shard_fixtures import encoded, smooth
+    from fixtures.shards import encoded, smooth
     images = [encoded(smooth(8, 8), kind) for kind in ("PNG", "WEBP", "JPEG")]
     samples = [Sample(str(i), image, "x") for i, image in enumerate(images)]
     for name in "ab":

@@ -5,10 +5,10 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from fixtures.shards import sample, write_tar
 from scipy.linalg import sqrtm
-from shard_fixtures import sample, write_tar
 
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.data import faces
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import reference

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from closed_form import Gaussian
+from fixtures import tiny_checkpoints
+from fixtures.closed_form import Gaussian
 from scipy.stats import t as student
 
-import tiny_checkpoints
-from rlproxi import cli
 from rlproxi.algorithms.requests import SampleRequest
-from rlproxi.config import build_config, dump_config
+from rlproxi.cli import main as cli
+from rlproxi.config.loading import build_config, dump_config
+from rlproxi.config.sections import Sampler, Schedule
 from rlproxi.data import faces
 from rlproxi.evaluation import frontier
 from rlproxi.evaluation.drawers import NAMES, Pipeline, Solver, open_model, split_name, trained_betas
@@ -25,7 +26,6 @@ from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
 from rlproxi.proximal.schedule import VPSchedule
 from rlproxi.rewards.attributes import AttributeClassifier
-from rlproxi.schema import Sampler, Schedule
 
 TARGET = Gaussian(0.3, 0.4)
 

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from rlproxi.algorithms.guard import Evaluated
-from rlproxi.config import build_config
+from rlproxi.algorithms.guards.over_optimisation import Evaluated
+from rlproxi.config.loading import build_config
 from rlproxi.evaluation.heldout import evaluated, headline, mean_and_error, summarise
 
 NAN = float("nan")

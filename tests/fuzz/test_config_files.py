@@ -4,7 +4,6 @@ import math
 import random
 
 import pytest
-
 from fuzz.hunt import Given, Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 
@@ -92,7 +91,7 @@ OVERRIDES = [
 def readers(folder):
     from hypothesis import strategies as st
 
-    from rlproxi.config import Config, ConfigError, build_config, config_folder, load_config, model_of
+    from rlproxi.config.loading import Config, ConfigError, build_config, config_folder, load_config, model_of
     from rlproxi.data.prompts import load_prompts
     from rlproxi.rewards.api import read_prompts
 

@@ -12,7 +12,6 @@ import urllib.parse
 import zipfile
 
 import pytest
-
 from fuzz.hunt import Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 
@@ -127,17 +126,18 @@ def scope_of(method: str, target: bytes, headers) -> dict:
 
 def readers(folder):
     import numpy as np
+    from test_dashboard import make_run
 
-    from actors import dashboard, image_service
-    from actors.image_request import Limits, Refused, parse
+    from actors.serve import image_service
+    from actors.serve.image_request import Limits, Refused, parse
+    from rlproxi.config.sections import Sampler, Schedule
+    from rlproxi.dashboard import server as dashboard
     from rlproxi.dashboard.beside import bind
     from rlproxi.rewards import wire
     from rlproxi.rewards.base import RewardError
     from rlproxi.rewards.http import HTTPReward
     from rlproxi.rewards.serve_http import ScoringServer, _Handler
-    from rlproxi.schema import Sampler, Schedule
-    from rlproxi.telemetry.live_hub import Hub
-    from test_dashboard import make_run
+    from rlproxi.telemetry.live.hub import Hub
 
     loop = asyncio.new_event_loop()
     images, prompts = np.random.default_rng(0).integers(0, 255, (2, 3, 4, 3), np.uint8), ["a hat", "caf\u00e9"]

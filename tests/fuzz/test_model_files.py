@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from fuzz.hunt import Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 
@@ -59,8 +58,10 @@ def readers(folder):
     import diffusers
     import torch
     import transformers
+    from fixtures import tiny_checkpoints
+    from fixtures.clip_models import save_aesthetic, save_open_clip, save_transformers
 
-    import tiny_checkpoints
+    from rlproxi.config.sections import LoRA, Sampler, Schedule
     from rlproxi.models import lora
     from rlproxi.models.loading import link, load_denoiser
     from rlproxi.models.pipeline import TextToImage
@@ -70,8 +71,6 @@ def readers(folder):
     from rlproxi.rewards.blip import load_network
     from rlproxi.rewards.clip_score import load_clip
     from rlproxi.rewards.open_clip import load_open_clip
-    from rlproxi.schema import LoRA, Sampler, Schedule
-    from clip_models import save_aesthetic, save_open_clip, save_transformers
 
     logging.disable(logging.CRITICAL)
     for library in (diffusers, transformers):

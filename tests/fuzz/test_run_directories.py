@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-
 from fuzz.hunt import Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 
@@ -102,9 +101,10 @@ def spread_over(run, name: str, read):
 def readers(folder):
     import numpy as np
 
-    from rlproxi.evaluation import rundir
-    from rlproxi.telemetry import gallery, live_files, runlog, timeline
-    from rlproxi.telemetry.live import LiveRun
+    from rlproxi import run_directory as rundir
+    from rlproxi.telemetry import gallery, runlog, timeline
+    from rlproxi.telemetry.live import files as live_files
+    from rlproxi.telemetry.live.run import LiveRun
 
     run = folder / "run"
     (run / "evaluation").mkdir(parents=True)

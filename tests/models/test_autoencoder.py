@@ -2,9 +2,9 @@ import json
 import shutil
 
 import pytest
-import tiny_checkpoints as tiny
 import torch
 from diffusers import AutoencoderKL
+from fixtures import tiny_checkpoints as tiny
 
 from rlproxi.models.autoencoder import Autoencoder, latent_facts
 

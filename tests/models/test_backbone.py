@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from fixtures import tiny_checkpoints
 
-import tiny_checkpoints
 from rlproxi.models.lam import told_of_lam
 from rlproxi.models.loading import load_denoiser, load_encoder
 from rlproxi.models.pipeline import TextToImage

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from fixtures import tiny_checkpoints
 
-import tiny_checkpoints
+from rlproxi.config.sections import LoRA, Sampler, Schedule
 from rlproxi.models import lora
 from rlproxi.models.autoencoder import Autoencoder
 from rlproxi.models.diffusers_pipeline import ProxT2IPipeline
@@ -17,7 +18,6 @@ from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.transformer import ProximalTransformer
 from rlproxi.models.unet import ProximalUNet
-from rlproxi.schema import LoRA, Sampler, Schedule
 
 PROMPTS = ["a photo of a red cat", "the dog on a horse"]
 KINDS = ("unet", "transformer", "sd15", "sdxl", "sd3", "pixart")

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from fixtures import tiny_checkpoints
 
-import tiny_checkpoints
 from rlproxi.algorithms.rollout import GroupSampler, flatten
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
+from rlproxi.config.sections import LoRA
 from rlproxi.models import lora
 from rlproxi.models.loading import load_denoiser, load_encoder, trainable, training_form
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import operator
-from rlproxi.schema import LoRA
 
 KINDS = ("sd15", "sdxl", "sd3", "pixart")
 PROMPTS = ["a red hat", "a dog"]
@@ -133,9 +133,9 @@ def test_a_frozen_base_is_held_in_bfloat16_and_adapters_in_float32(folder):
 
 
 def test_our_own_network_takes_adapters_too(tmp_path):
+    from rlproxi.config.sections import Sampler, Schedule
     from rlproxi.models.text import build_text_encoder
     from rlproxi.models.unet import ProximalUNet
-    from rlproxi.schema import Sampler, Schedule
 
     unet = ProximalUNet(sample_size=16, patch=4, channels=(32,), blocks=(1,), attention=(True,), text_dim=32, pooled_dim=32)
     tiny_checkpoints.randomise(unet, 0)

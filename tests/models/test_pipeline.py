@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlproxi.schema import Sampler, Schedule
+from rlproxi.config.sections import Sampler, Schedule
 from rlproxi.models.folders import find_model
 from rlproxi.models.loading import load_denoiser
 from rlproxi.models.pipeline import TextToImage

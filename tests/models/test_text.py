@@ -2,10 +2,15 @@ import json
 import shutil
 
 import pytest
-import tiny_checkpoints as tiny
 import torch
-from diffusers import (PixArtAlphaPipeline, PixArtSigmaPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline,
-                       StableDiffusionXLPipeline)
+from diffusers import (
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from fixtures import tiny_checkpoints as tiny
 
 from rlproxi.models.text import TextEncoder, TextStates, build_text_encoder
 from rlproxi.models.text_loading import load_text, text_widths

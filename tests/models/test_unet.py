@@ -1,6 +1,6 @@
 import pytest
 import torch
-from closed_form import Gaussian, alpha_bar
+from fixtures.closed_form import Gaussian, alpha_bar
 
 from rlproxi.models.text import TextStates
 from rlproxi.models.transformer import ProximalTransformer

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+from fixtures import tiny_checkpoints
 
-import tiny_checkpoints
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.models import lora
 from rlproxi.models.loading import training_form
 from rlproxi.models.pipeline import TextToImage

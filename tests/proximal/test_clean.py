@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from closed_form import Gaussian, alpha_bar
+from fixtures.closed_form import Gaussian, alpha_bar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

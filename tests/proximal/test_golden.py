@@ -6,7 +6,7 @@ p_0 = N(0.4, 0.3^2) with its exact prox, beta(t) = 0.1 + 19.9 t, the uniform gri
 
 import pytest
 import torch
-from closed_form import Gaussian
+from fixtures.closed_form import Gaussian
 
 from rlproxi.proximal.matching import corrupt, matching_loss
 from rlproxi.proximal.samplers import plan, sample

@@ -3,9 +3,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from closed_form import Gaussian, alpha_bar, exact_normals
+from fixtures.closed_form import Gaussian, alpha_bar, exact_normals
 
-from rlproxi.proximal.matching import TimeTable, candidate_probabilities, corrupt, expected_noise, level_weight, matching_loss
+from rlproxi.proximal.matching import (
+    TimeTable,
+    candidate_probabilities,
+    corrupt,
+    expected_noise,
+    level_weight,
+    matching_loss,
+)
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.schedule import VPSchedule
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from closed_form import Gaussian
+from fixtures.closed_form import Gaussian
 
 from rlproxi.proximal.operator import ProximalOperator, expand
 

@@ -3,10 +3,9 @@ import re
 
 import pytest
 import torch
-from closed_form import Gaussian, affine_moments, gamma
+from fixtures.closed_form import Gaussian, affine_moments, gamma
 
-from rlproxi.proximal.samplers import (PROXIMAL, coefficients, generator_noise, plan, sample,
-                                       smallest_backward_steps)
+from rlproxi.proximal.samplers import PROXIMAL, coefficients, generator_noise, plan, sample, smallest_backward_steps
 from rlproxi.proximal.schedule import VPSchedule
 
 SCHEDULE = VPSchedule()

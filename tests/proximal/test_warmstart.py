@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from closed_form import Gaussian, alpha_bar, gamma
+from fixtures.closed_form import Gaussian, alpha_bar, gamma
 
 from rlproxi.proximal import ProximalOperator, VPSchedule, WarmStart, plan, sample
 from rlproxi.score import samplers as score

@@ -1,8 +1,8 @@
 """What the tests of the CLIP scorers share."""
 
-import clip_fixtures as fixtures
 import pytest
-from clip_models import save_aesthetic, save_open_clip, save_transformers
+from fixtures import clip as fixtures
+from fixtures.clip_models import save_aesthetic, save_open_clip, save_transformers
 
 CPU = {"device": "cpu", "precision": "float32"}
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlproxi.cli.score import summary
 from rlproxi.rewards import RewardError, build
 from rlproxi.rewards.api import BENCHMARK_STYLES, find_images, read_prompts, score_images
-from rlproxi.rewards.command import summary
 
 
 class Sum:

@@ -1,21 +1,19 @@
 import json
 
-import clip_fixtures as fixtures
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clip_models import save_tokenizer, weights
+from fixtures import clip as fixtures
+from fixtures.clip_models import save_tokenizer, weights
 from PIL import Image
 
 from rlproxi.models.precision import autocast
-from rlproxi.rewards import aesthetic, clip_score, hpsv2, pickscore  # noqa: F401  (registration)
-from rlproxi.rewards import build, checked_params, names, provenance
+from rlproxi.rewards import aesthetic, build, checked_params, clip_score, hpsv2, names, pickscore, provenance  # noqa: F401  (registration)
 from rlproxi.rewards.base import to_pixels
 from rlproxi.rewards.clip import MEAN, STD, _pillow_resize, longest_side, shortest_side
 from rlproxi.rewards.clip_text import load_tokens, open_clip_clean
 from rlproxi.rewards.open_clip import clip_model, load_open_clip, open_clip_config, open_clip_to_transformers
-
 
 # -- images -------------------------------------------------------------------------------
 

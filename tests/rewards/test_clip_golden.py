@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import clip_fixtures as fixtures
 import numpy as np
 import pytest
 import torch
+from fixtures import clip as fixtures
 
 from rlproxi.rewards.aesthetic import Aesthetic
 from rlproxi.rewards.base import to_pixels

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from crosscheck import imagereward as authors
 from torch import nn
 
-from crosscheck import imagereward as authors
 from rlproxi.rewards import build, checked_params, provenance
 from rlproxi.rewards.base import to_pixels
 from rlproxi.rewards.blip import Sizes, load_network, network_from, renamed

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from closed_form import Gaussian, affine_moments, alpha_bar, exact_normals, gamma
+from fixtures.closed_form import Gaussian, affine_moments, alpha_bar, exact_normals, gamma
 
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.samplers import sample as proximal_sample

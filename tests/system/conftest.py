@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlproxi.run import main
+from rlproxi.cli.run import main
 from rlproxi.telemetry.runlog import read, series
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
@@ -35,7 +35,7 @@ def ray_session():
 
     import ray
 
-    # Workers import tests/reward_functions.py by name.
+    # Workers import tests/fixtures/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     for name, value in (("RAY_worker_niceness", "0"), ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"),
                         ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")):

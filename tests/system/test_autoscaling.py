@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from fixtures.own_ray import ROOT, SMALL, OwnRay
 
-from own_ray import ROOT, SMALL, OwnRay
 from rlproxi.telemetry.runlog import read
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes on a Ray of its own

@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import curation_fixtures as fixtures
-import curation_models
 import pytest
-from run_processes import kill_when, launch
+from fixtures import curation as fixtures
+from fixtures import curation_models
+from fixtures.run_processes import kill_when, launch
 
+from rlproxi.cli.run import main
 from rlproxi.data.shards import read_shard
-from rlproxi.run import main
 from rlproxi.telemetry.runlog import read
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -58,7 +58,7 @@ def many(tmp_path_factory) -> tuple[Path, list[str]]:
         fixtures.write_tar(base / "raw" / f"{number:05d}.tar", samples)
     blip = curation_models.save_blip(base / "blip")
     return base / "raw", [
-        "curate.filters=[{name: bright, scorer: python, params: {function: 'curation_functions:slow'}, min: 80}]",
+        "curate.filters=[{name: bright, scorer: python, params: {function: 'fixtures.curation_functions:slow'}, min: 80}]",
         f"curate.caption={{model: {blip}, max_tokens: 6, precision: float32}}",
         "curate.samples_per_shard=1", "curate.workers=1"]
 
@@ -109,7 +109,7 @@ def test_a_worker_that_dies_repeats_its_shard(ray_session, many, tmp_path):
         samples = [(f"{n}{i:04d}", fixtures.encoded(fixtures.real_face(4 * n + i)), caption, None)
                    for i, caption in enumerate(captions)]
         fixtures.write_tar(raw / f"{n}.tar", samples)
-    scorer = "curate.filters=[{name: bright, scorer: python, params: {function: 'curation_functions:die_once'}}]"
+    scorer = "curate.filters=[{name: bright, scorer: python, params: {function: 'fixtures.curation_functions:die_once'}}]"
     first = _run(tmp_path / "first", raw, scorer)
     assert marker.exists(), "the worker was killed"
     second = _run(tmp_path / "second", raw, scorer)

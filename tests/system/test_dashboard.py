@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from run_processes import kill_when, launch
+from fixtures.run_processes import kill_when, launch
 
 from rlproxi.telemetry.runlog import read
 

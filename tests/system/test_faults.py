@@ -11,19 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures import faults
+from fixtures.faults import MATRIX, SETTINGS, Fault
+from fixtures.run_processes import has_step, launch
 from ray.cluster_utils import Cluster
 
-import faults
-from faults import MATRIX, SETTINGS, Fault
-from actors.driver import Driver
-from actors.scribe import Scribe
-from actors.stops import LOST
-from actors.training import LearnerSetup, RanksFailed, _bearers, _placement_groups, train_on_ray
-from actors.watch import Leaving, Watch
-from rlproxi.config import load_config
-from rlproxi.schema import RunStopped
+from actors.rl.stops import LOST
+from actors.run.driver import Driver
+from actors.run.log_writer import Scribe
+from actors.run.supervisor import Leaving, Watch
+from actors.train.jobs import LearnerSetup, RanksFailed, _bearers, _placement_groups, train_on_ray
+from rlproxi.config.loading import load_config
+from rlproxi.errors import RunStopped
 from rlproxi.telemetry.runlog import last_step, read
-from run_processes import has_step, launch
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import made_up_algorithm
 import numpy as np
 import pytest
-from run_processes import has_step, kill_when, launch
+from fixtures import made_up_algorithm
+from fixtures.run_processes import has_step, kill_when, launch
 from safetensors.torch import load_file
 
 from rlproxi.models.pipeline import TextToImage
@@ -84,7 +84,7 @@ def test_didr_killed_and_resumed_is_the_unbroken_run_for_both_networks(didr, fro
 def test_an_algorithm_of_ones_own_is_a_class_and_a_key(start, rl_alone):
     source = Path(made_up_algorithm.__file__).read_text().partition("class ")[2]
     assert len(source.splitlines()) < 40
-    run = start(*rl_alone, "run.algorithm=made_up_algorithm:RewardWeighted", "custom.steps=2",
+    run = start(*rl_alone, "run.algorithm=fixtures.made_up_algorithm:RewardWeighted", "custom.steps=2",
                 "custom.prompts_per_step=4", "custom.group_size=4", "custom.groups_per_micro_batch=2",
                 "custom.params={temperature: 0.1}", "custom.lr=1.0e-4", "custom.warmup_steps=0")
     steps, losses = run.series("rl", "loss")

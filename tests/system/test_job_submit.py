@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from fixtures.own_ray import RAY, ROOT, SMALL, OwnRay, clean_environment
+from fixtures.run_processes import has_step
 
-from own_ray import RAY, ROOT, SMALL, OwnRay, clean_environment
 from rlproxi.telemetry.runlog import last_step, read
-from run_processes import has_step
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes on a Ray of its own
 
@@ -149,7 +149,7 @@ def test_a_run_that_is_placed_where_no_node_is_meant_for_it_is_refused(own, tmp_
 
 
 def test_the_doctor_asks_the_nodes_of_a_running_cluster(own, tmp_path):
-    doctor = ("from rlproxi import doctor; from actors.survey import survey; "
+    doctor = ("from rlproxi.cli import doctor; from actors.cluster.survey import survey; "
               f"doctor.command(['configs/smoke.yaml', 'run.dir={tmp_path}/shared', '--address', '{own.address}'], survey)")
     answer = own.python(doctor, timeout=200)
     assert answer.returncode == 0, answer.stderr[-2000:]

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from fixtures import tiny_checkpoints
+from fixtures.shards import jpeg, sample, write_tar
 
-import tiny_checkpoints
 from rlproxi.models import lora
 from rlproxi.models.loading import load_denoiser
 from rlproxi.models.pipeline import TextToImage
-from shard_fixtures import jpeg, sample, write_tar
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 

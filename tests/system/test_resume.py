@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fixtures.run_processes import has_step, kill_when, launch
 from safetensors.torch import load_file
-from run_processes import has_step, kill_when, launch
 
 from rlproxi.telemetry.runlog import read, series
 

@@ -7,9 +7,9 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 @pytest.fixture
 def rl(start, from_smoke):
-    """rl(function, *overrides, code) -> a finished RL stage with that function of tests/reward_functions.py."""
+    """rl(function, *overrides, code) -> a finished RL stage with that function of tests/fixtures/reward_functions.py."""
     def run(function: str, *overrides: str, code: int = 0):
-        reward = f"rewards.train=[{{name: python, params: {{function: 'reward_functions:{function}'}}}}]"
+        reward = f"rewards.train=[{{name: python, params: {{function: 'fixtures.reward_functions:{function}'}}}}]"
         return start("run.stages=[rl]", "evaluate.every=0", "grpo.prompts_per_step=8", "rewards.retries=1",
                      from_smoke[0], reward, "rewards.heldout=[]", *overrides, code=code)
     return run
@@ -38,7 +38,7 @@ def test_a_reward_that_cannot_start_says_so_in_its_own_words(start, from_smoke, 
 def undisturbed(start, from_smoke):
     """Two iterations with a reward of one's own that always answers."""
     run = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], "rewards.heldout=[]",
-                "rewards.train=[{name: mine, scorer: python, params: {function: 'reward_functions:brightness'}}]")
+                "rewards.train=[{name: mine, scorer: python, params: {function: 'fixtures.reward_functions:brightness'}}]")
     rewards = run.series("rl", "reward/mean")[1]
     assert len(rewards) == 2 and all(0 < r < 1 for r in rewards)
     return run
@@ -48,7 +48,7 @@ def undisturbed(start, from_smoke):
 @pytest.mark.parametrize("function, timeout", [("dies_once", 60), ("hangs_once", 3)])
 def test_a_replica_that_dies_or_hangs_is_replaced_and_no_group_is_lost(start, from_smoke, undisturbed, tmp_path,
                                                                        function, timeout):
-    reward = (f"rewards.train=[{{name: mine, scorer: python, params: {{function: 'reward_functions:{function}'}}, "
+    reward = (f"rewards.train=[{{name: mine, scorer: python, params: {{function: 'fixtures.reward_functions:{function}'}}, "
               f"runtime_env: {{env_vars: {{MARKER: '{tmp_path / 'marker'}'}}}}}}]")
     run = start("run.stages=[rl]", "evaluate.every=0", "grpo.steps=2", from_smoke[0], reward, "rewards.heldout=[]",
                 f"rewards.timeout_s={timeout}", "rewards.retries=6")
@@ -69,7 +69,7 @@ def test_single_samples_are_masked_by_policy(rl):
 def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_smoke, rl_alone):
     path = from_smoke[1].split("path: ")[1].rstrip("}]")
     run = start(*rl_alone, "grpo.steps=2", "rewards.normalize=group", "model.precision=bfloat16",
-                "rewards.train=[{name: loud, scorer: python, params: {function: 'reward_functions:loud_brightness'}}, "
+                "rewards.train=[{name: loud, scorer: python, params: {function: 'fixtures.reward_functions:loud_brightness'}}, "
                 f"{{name: attributes, tune_micro_batch: true, params: {{path: {path}}}}}]")
     loud, attributes = (run.series("rl", f"reward/{name}")[1] for name in ("loud", "attributes"))
     assert min(loud) > 10 and max(attributes) < 1
@@ -84,7 +84,7 @@ def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_s
 
 
 def test_over_optimisation_raises_the_alarm_keeps_the_best_and_ends_early_asynchronous_as_well(start, from_smoke, capsys):
-    function = "{{name: {0}, scorer: python, params: {{function: 'reward_functions:{0}'}}}}".format
+    function = "{{name: {0}, scorer: python, params: {{function: 'fixtures.reward_functions:{0}'}}}}".format
     run = start("run.stages=[before, rl, after]", "evaluate.every=1", "grpo.steps=12", "grpo.lr=3.0e-3",
                 "grpo.max_staleness=1",
                 from_smoke[0], f"rewards.train=[{function('brightness')}]", f"rewards.heldout=[{function('darkness')}]",

@@ -19,12 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from actors import image_service
-from actors.image_request import Limits
+from actors.serve import image_service
+from actors.serve.image_request import Limits
+from rlproxi.config.sections import Sampler, Schedule
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.unet import ProximalUNet
-from rlproxi.schema import Sampler, Schedule
 
 pytestmark = pytest.mark.system
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from rlproxi.cli import main as cli
-from rlproxi.run import main
+from rlproxi.cli.main import main as cli
+from rlproxi.cli.run import main
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 pytestmark = [pytest.mark.system, pytest.mark.slow]

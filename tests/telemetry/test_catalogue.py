@@ -124,5 +124,5 @@ def test_the_catalogue_knows_every_name_in_the_code():
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "lr"])
 def test_a_second_network_has_its_own_metrics(key):
-    # actors/rank.py: the metrics of all networks but the first have the network's name before theirs.
+    # actors/train/rank.py: the metrics of all networks but the first have the network's name before theirs.
     assert lookup(f"fake/{key}").name == f"<network>/{key}"

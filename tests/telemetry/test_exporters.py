@@ -5,10 +5,10 @@ import time
 
 import pytest
 import yaml
-from local_actors import local_scribe
+from fixtures.local_actors import local_scribe
 
-from actors.exporters import Exporters, RayMetrics
-from rlproxi.schema import Telemetry
+from actors.run.metric_exporters import Exporters, RayMetrics
+from rlproxi.config.sections import Telemetry
 from rlproxi.telemetry import exporters
 from rlproxi.telemetry.catalogue import prometheus_name
 from rlproxi.telemetry.exporters import TensorBoard, check_packages

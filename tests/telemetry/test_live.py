@@ -15,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rlproxi.telemetry import gallery, live_files, runlog, timeline
-from rlproxi.telemetry.live import LiveRun, totals
-from rlproxi.telemetry.live_digest import KEPT_EVENTS, KEPT_GALLERIES, MAX_SERIES
-from rlproxi.telemetry.live_files import NotThere, Timeline
-from rlproxi.telemetry.live_hub import Hub
-from rlproxi.telemetry.live_lines import Lines, spread
-from rlproxi.telemetry.live_series import BUCKETS, TAIL, Series
+from rlproxi.telemetry import gallery, runlog, timeline
+from rlproxi.telemetry.live import files as live_files
+from rlproxi.telemetry.live.digest import KEPT_EVENTS, KEPT_GALLERIES, MAX_SERIES
+from rlproxi.telemetry.live.files import NotThere, Timeline
+from rlproxi.telemetry.live.hub import Hub
+from rlproxi.telemetry.live.lines import Lines, spread
+from rlproxi.telemetry.live.run import LiveRun, totals
+from rlproxi.telemetry.live.series import BUCKETS, TAIL, Series
 from rlproxi.telemetry.runlog import RunLog
 
 ROOT = Path(__file__).parents[2]

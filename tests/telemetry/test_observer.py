@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from local_actors import Local, local_scribe
+from fixtures.local_actors import Local, local_scribe
 from ray.exceptions import ActorDiedError
 
-from actors.scored import Scored
-from actors.observer import Observer, over_the_wire
-from actors.pool import RolloutPool
-from actors.reward_service import RewardClient
+from actors.rewards.service import RewardClient
+from actors.rl.observer import Observer, over_the_wire
+from actors.rl.pool import RolloutPool
+from actors.rl.scored import Scored
 from rlproxi.algorithms.requests import SampleRequest
-from rlproxi.config import build_config
+from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
 from rlproxi.telemetry import timeline
 from rlproxi.telemetry.runlog import read

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...config.curation import Caption
 from ...models.precision import compute_dtype
 from . import models
-from .settings import Caption
 
 KEY = "curate.caption.model"
 

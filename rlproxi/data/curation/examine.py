@@ -9,15 +9,15 @@ from typing import Iterator
 import numpy as np
 from PIL import Image
 
+from ...config.curation import Curate, Filter
 from ...rewards import build, parameters
 from ...rewards.base import RewardError, Scorer
 from ..images import FORMATS, BadImage, decode
-from ..shards import Sample, read_shard
 from ..shards import UNREADABLE as UNREADABLE_FILE
+from ..shards import Sample, read_shard
 from . import faces
 from .phash import phash
 from .records import FACES, SIZE, UNREADABLE, Record, filter_stage
-from .settings import Curate, Filter
 
 
 class ShardUnreadable(OSError):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .settings import Faces
+from ...config.curation import Faces
 
 #: A Haar cascade's window: smaller faces cannot be found.
 _WINDOW = 24

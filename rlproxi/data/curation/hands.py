@@ -9,8 +9,8 @@ from typing import Any, Sequence
 import numpy as np
 import torch
 
+from ...config.curation import HandDetector
 from . import models
-from .settings import HandDetector
 
 KEY = "curate.hands.detector.model"
 

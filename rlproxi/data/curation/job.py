@@ -7,15 +7,15 @@ import re
 from pathlib import Path
 from typing import Sequence
 
+from ...config.curation import Curate
+from ...errors import ConfigError
 from ...rewards import checked_params
-from ...schema import ConfigError
 from ..shards import list_shards
 from . import faces, models
-from .hands import KEY as HANDS_KEY
 from .captions import KEY as CAPTION_KEY
+from .hands import KEY as HANDS_KEY
 from .plan import Output
 from .records import Place
-from .settings import Curate
 
 
 def check(settings: Curate, out: str | os.PathLike) -> list[str]:

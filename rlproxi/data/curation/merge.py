@@ -13,11 +13,11 @@ from typing import Iterator, Sequence
 
 import numpy as np
 
+from ...config.curation import Curate
 from . import faces
 from .phash import distance
 from .plan import Output, Survivors
 from .records import DUPLICATES, UNREADABLE, Place, Record, load_records, read_lines, stages
-from .settings import Curate
 
 KEPT, HANDS = "kept", "hands"
 

@@ -8,9 +8,9 @@ from typing import Sequence
 
 import numpy as np
 
+from ...config.curation import Curate
 from .duplicates import duplicate_of
 from .records import Place, examine_fingerprint, fingerprint, load_records
-from .settings import Curate
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
-from .settings import Curate
+from ...config.curation import Curate
 
 #: Raised when records of an older version would mean something else.
 FORMAT = 1

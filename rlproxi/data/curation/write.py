@@ -7,6 +7,7 @@ from typing import Iterator
 
 import numpy as np
 
+from ...config.curation import Curate
 from ..images import decode
 from ..shards import Sample, read_shard, write_shard
 from .captions import Captioner
@@ -14,7 +15,6 @@ from .examine import ShardUnreadable
 from .hands import Detector, hand_words
 from .plan import Output
 from .records import Place, Record, load_records, write_lines
-from .settings import Curate
 
 
 @dataclass

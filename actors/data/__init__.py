@@ -1,0 +1,1 @@
+"""Encoding and curation of data on the cluster."""

@@ -1,0 +1,1 @@
+"""The stage rl: rollouts, rewards and weights around the learner."""

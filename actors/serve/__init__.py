@@ -1,0 +1,1 @@
+"""The image service: prompt in, PNG out, over HTTP."""

@@ -1,0 +1,1 @@
+"""Ray Train ranks: pre-training and the learner, their engine and checkpoints."""

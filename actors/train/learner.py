@@ -1,0 +1,192 @@
+"""The learner: Ray Train around DeepSpeed around whatever algorithm the config names."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlproxi.algorithms import registry
+from rlproxi.algorithms.base import Batch, Parts
+from rlproxi.algorithms.ema import EMA
+from rlproxi.algorithms.guards import sampler_limit as limit
+from rlproxi.algorithms.guards.training import Watch
+from rlproxi.algorithms.rollout import flatten
+from rlproxi.models.loading import load_autoencoder
+from rlproxi.models.lora import adapters_off, without_adapters
+from rlproxi.models.precision import autocast
+from rlproxi.rewards.gradients import RewardGradients
+
+from ..rl.observer import over_the_wire
+from ..rl.stops import RoleLost
+from .engine import Engine
+from .jobs import LearnerSetup
+from .rank import Rank
+
+
+class Learner(Rank):
+    """One rank of the stage rl. Asks the conductor for batches, and hands on the weights that come of them."""
+
+    def __init__(self, setup: LearnerSetup, conductor: Any, store: Any):
+        config = setup.config
+        super().__init__(config, setup.run_dir, setup.model_folder, "rl", setup.scribe)
+        self.conductor, self.store = conductor, store
+        self.checkpoint_every = config.rl.checkpoint_every
+        self.checked = False
+        self.life: int | None = None  # what the conductor calls this learner; rank 0 knows it
+        self.watch = Watch(config.guards, getattr(config.rl, "first_ratio_tolerance", None))
+        self.build()
+
+    def build(self) -> None:
+        config = self.config
+        self.algorithm = registry.build(config)
+        denoiser = self.load_denoiser()
+        networks = self.algorithm.networks(denoiser)
+        copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None
+        self.ema = EMA(denoiser, config.rl.ema) if config.rl.ema else None
+        self.engines = {name: self._engine(network, count) for (name, network), count in
+                        zip(networks.items(), self.algorithm.losses_per_update(self.world).values(), strict=True)}
+        wrapped = {name: engine.module for name, engine in self.engines.items()}
+        reference = None
+        if self.algorithm.needs_reference:
+            # Without the engine, whose hooks would take a gradient to the input for a backward of its own.
+            reference = copied or without_adapters(denoiser, denoiser)
+        scope = partial(adapters_off, denoiser) if config.model.lora else nullcontext
+        self.parts = Parts(wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape, self.device,
+                           scope)
+        self.algorithm.connect(self.parts)
+
+    def _engine(self, network: nn.Module, losses: int) -> Engine:
+        s = self.config.rl
+        return Engine(network, self.device, self.config.learner.zero_stage, s.groups_per_micro_batch * s.group_size, losses,
+                      lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, grad_clip=s.grad_clip, dtype=self.dtype,
+                      anchor=s.anchor)
+
+    def _copies_reference(self) -> bool:
+        return self.algorithm.needs_reference and not self.config.model.lora
+
+    def _gradients(self) -> RewardGradients | None:
+        if not self.algorithm.needs_gradients:
+            return None
+        vae = load_autoencoder(self.origin)
+        return RewardGradients.build(self.config.rewards.train, vae and vae.to(self.device),
+                                     self.algorithm.normalize_gradients, self.device)
+
+    # -- the loop's ends (see Rank.run) ----------------------------------------------------
+
+    def begin(self, start: int) -> None:
+        self._publish(start)
+        if self.rank == 0:
+            self.life = ray.get(self.conductor.begin.remote(start))
+        dist.barrier()
+
+    def next_batch(self, iteration: int) -> Batch | None:
+        """None: RL ends here. Every rank gets the same answer."""
+        found = ray.get(self.conductor.next_batch.remote(iteration, self.rank, self.world))
+        if found is None:
+            self.stopped = True  # the run was stopped: nothing is saved as its result
+            return None
+        if found.get("lost"):
+            raise RoleLost(found["lost"])
+        if found.get("leave"):
+            self.stopped = self.leaving = True
+            return None
+        if not found:
+            return None  # finished before its time
+        # Averaged weights sample what the learner's own would not.
+        fresh = all(version == iteration for version in found.get("versions", ())) and (self.ema is None or iteration == 0)
+        batch = Batch(iteration, pickle.loads(found["requests"]), self.rank, self.world, found["rewards"],
+                      lambda j: self._chain(found["chains"][j]), fresh, found.get("refused"))
+        return batch if self._accepted(batch) else None
+
+    def refused(self, batch: Batch) -> str | None:
+        return batch.refused
+
+    def _accepted(self, batch: Batch) -> bool:
+        """Whether sampler and algorithm, before this process's first update, are as they should be."""
+        if self.checked or batch.refused:
+            return True
+        with torch.no_grad(), autocast(self.dtype, self.device):
+            found = {limit.METRIC: limit.check(self.config, self.parts, batch.requests[0].prompts[0]), **self.algorithm.check(batch)}
+            found = {name: self._largest(value) for name, value in found.items()}
+        self.log(batch.iteration, found)
+        self.checked = True
+
+        def accept() -> None:
+            limit.accept(found[limit.METRIC], self.config)
+            if batch.fresh:
+                self.algorithm.accept(found)
+
+        return self.or_stop(accept)
+
+    def _largest(self, value: float) -> float:
+        worst = torch.tensor(value, device=self.device)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        return float(worst)
+
+    def _chain(self, reference: ray.ObjectRef) -> dict[str, Tensor]:
+        # Copied, because arrays arrive read-only.
+        return {key: torch.from_numpy(np.array(value)).to(self.device) for key, value in ray.get(reference).items()}
+
+    def stop(self, error: Exception) -> None:
+        ray.get(self.conductor.stop.remote(str(error)))
+
+    def updated(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
+        """After the updates of an iteration: averages, and hands on what the rollout actors will need."""
+        begun = time.time()
+        with self._span("sync"):
+            if self.ema is not None:
+                with self.engine.gathered() as weights:
+                    self.ema.update(weights)
+            metrics.update(self.algorithm.metrics(batch))
+            self._notice(batch, metrics)
+            if self.algorithm.needs_rollouts or self._evaluation_follows(iteration + 1):
+                with self.diary.span("weights", 0, "sync"):
+                    metrics["bytes/weights"] = self._publish(iteration + 1)
+        metrics["seconds/sync"] = time.time() - begun
+
+    def _notice(self, batch: Batch, metrics: dict[str, float]) -> None:
+        """Warns of what looks wrong in the iteration; AlgorithmStopped where the config says so."""
+        groups = sum(len(request.prompts) for request in batch.requests)
+        for words in self.watch.see(batch.iteration, metrics, groups, batch.fresh):
+            self.warn(words)
+
+    def _evaluation_follows(self, version: int) -> bool:
+        every = self.config.evaluate.every
+        return bool(every) and version % every == 0
+
+    def done(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
+        spans = over_the_wire(self.diary.take(), time.time())
+        if self.rank == 0:
+            ray.get(self.conductor.commit.remote(iteration, metrics, spans, self.life))
+
+    def finish(self) -> None:
+        with self.engine.gathered() as weights:
+            if self.rank == 0:
+                self.save_model("final", self.ema.values if self.ema is not None else weights)
+
+    def _publish(self, version: int) -> int:
+        """Hands on what is trained, averaged where there is an average; returns its bytes (0 on every rank but the first,
+        which sends them)."""
+        with self.engine.gathered() as weights:
+            flat = flatten(self.ema.values if self.ema is not None else weights) if self.rank == 0 else None
+        return 0 if flat is None else ray.get(self.store.publish.remote(version, flat))
+
+    def save_own(self, folder: Path) -> None:
+        if self.ema is not None:
+            save_file(self.ema.state_dict(), folder / "ema.safetensors")
+
+    def load_own(self, folder: Path) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(folder / "ema.safetensors"))

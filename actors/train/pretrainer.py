@@ -1,0 +1,108 @@
+"""Pre-training: Ray Data draws and captions portraits, Ray Train and DeepSpeed fit the prox to them."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from rlproxi.algorithms.ema import EMA
+from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, drop_captions
+from rlproxi.models.autoencoder import latent_facts
+from rlproxi.models.loading import load_autoencoder
+from rlproxi.proximal.matching import TimeTable
+from rlproxi.rewards.combine import mean_present
+
+from .datasets import batches
+from .engine import Engine
+from .jobs import PretrainSetup
+from .rank import Rank
+
+
+class Pretrainer(Rank):
+    """One rank."""
+
+    def __init__(self, setup: PretrainSetup):
+        config = setup.config
+        super().__init__(config, setup.run_dir, setup.model_folder, "pretrain", setup.scribe)
+        self.earliest = setup.data_start
+        # Pixels that a published autoencoder turns into latents here: the embedded portraits, which need no cache.
+        self.vae = None if setup.cache else load_autoencoder(self.origin)
+        if self.vae is not None:
+            self.vae.to(self.device)
+        self.factor = latent_facts(self.origin)[1] if (self.origin / "vae").is_dir() else 1
+        self.checkpoint_every = config.pretrain.checkpoint_every
+        self.since, self.window = time.time(), []
+        self.build()
+
+    def build(self) -> None:
+        config, p, s = self.config, self.config.pretrain, self.config.sampler
+        denoiser, schedule = self.load_denoiser(), config.schedule.build()
+        self.algorithm = Matching(p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid),
+                                  config.run.seed)
+        share = p.batch_size // self.world
+        micro = p.micro_batch_size or share
+        self.ema = EMA(denoiser, p.ema)
+        self.engines = {"policy": Engine(denoiser, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
+                                         (0.9, 0.99), 0.0, p.grad_clip, self.dtype)}
+
+    def begin(self, start: int) -> None:
+        if start < self.earliest:
+            raise RuntimeError(f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
+                               f"{self.earliest}: resume the run (--resume {self.run_dir})")
+        # After a rollback: what was not logged yet did not happen, but was skipped all the same.
+        self.unlogged += int(sum(m["skipped_updates"] for m in self.window))
+        self.since, self.window = time.time(), []
+        if self.rank == 0:
+            self.scribe.append.remote("resume", {"stage": self.stage, "step": start})
+        data = batches(ray.train.get_dataset_shard(f"rank{self.rank}"), self.config.pretrain.batch_size // self.world)
+        # The dataset begins at the step that the driver knew of; a restart within the job may be further on.
+        self.data = islice(data, start - self.earliest, None)
+
+    def next_batch(self, step: int) -> MatchingBatch | None:
+        found = None if self.stopped else next(self.data, None)
+        if found is None:
+            return None
+        config, x0 = self.config, self._samples(found)
+        captions = drop_captions(list(found["caption"]), config.data.caption_dropout, config.run.seed, step, self.rank)
+        pixels = tuple(side * self.factor for side in x0.shape[-2:])
+        return MatchingBatch(step, x0, conditioning(self.encoder, found, captions, pixels, self.device), self.rank,
+                             self.engine.module)
+
+    def updated(self, step: int, batch: MatchingBatch, metrics: dict[str, float]) -> None:
+        with self.engine.gathered() as weights:
+            self.ema.update(weights)
+        p = self.config.pretrain
+        self.window.append(metrics)
+        if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
+            means = {key: mean_present([m.get(key, np.nan) for m in self.window])
+                     for key in metrics if key != "seconds/train"}
+            counts = {"skipped_updates": sum(m["skipped_updates"] for m in self.window), "rollbacks": metrics["rollbacks"]}
+            speed = len(self.window) * p.batch_size / (time.time() - self.since)
+            self.log(step + 1, {**means, **counts, "images_per_second": speed})
+            self.since, self.window = time.time(), []
+
+    def finish(self) -> None:
+        if self.rank == 0:
+            self.save_model("pretrained", self.ema.values)
+        dist.barrier()
+
+    def _samples(self, batch: dict) -> torch.Tensor:
+        """x_0 [B, C, H, W] float32: latents, or pixels in [-1, 1]."""
+        if "latents" in batch:
+            return torch.from_numpy(np.array(batch["latents"])).to(self.device).float()
+        pixels = torch.from_numpy(np.array(batch["image"])).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return pixels if self.vae is None else self.vae.encode(pixels)
+
+    def save_own(self, folder: Path) -> None:
+        save_file(self.ema.state_dict(), folder / "ema.safetensors")
+
+    def load_own(self, folder: Path) -> None:
+        self.ema.load_state_dict(load_file(folder / "ema.safetensors"))

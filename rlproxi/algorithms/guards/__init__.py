@@ -1,0 +1,1 @@
+"""What watches a run of any algorithm: updates, rewards, evaluations and the sampler."""

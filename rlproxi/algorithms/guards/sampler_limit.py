@@ -1,0 +1,112 @@
+"""The sampler that training uses against its noise-free limit, at the start: the same step by two ways.
+
+With its noise turned down to nothing a sampler is the deterministic one of its kind: ``hybrid`` becomes ``ode``, ``ddim``,
+``euler`` or ``matched`` with eta > 0 becomes that with eta 0 (``backward`` has a limit of its own, which is ``ode`` to first
+order in gamma). The coefficients are compared for every step; the network is asked once by either way: as training asks it,
+and as sampling does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import astuple, replace
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ...config.loading import Config
+from ...models.text import operator
+from ...proximal.samplers import AFTER, Step
+from ...seeds import NamedNoise
+from ..base import AlgorithmStopped, Parts
+
+#: prox(z, t, lam), [B, ...] -> [B, ...]
+Ask = Callable[[Tensor, float, float], Tensor]
+METRIC = "sampler/limit_deviation"
+
+
+class LimitError(AlgorithmStopped):
+    """The sampler without its noise is not the deterministic one."""
+
+
+def noise_free(step: Step, sampler: str) -> Step:
+    """The step with its noise taken away, from its own coefficients.
+
+    The proximal samplers are z = a x + zeta s n with lam (1 + zeta^2)/2 at a share zeta of the noise: half their lam is left. What
+    ``ddim`` draws anew is taken from the noise that it predicts: d' = sqrt(d^2 + (e/sigma)^2), with sigma = sqrt(lam)/a.
+    ``euler`` keeps half of the drift that a full share has: b' = gamma/2 alpha/sigma^2 = gamma a/(2 lam). For ``matched`` two of b, d, e
+    and lam tell v = sigma'^2, from which its step without noise follows.
+    """
+    if sampler == "euler":
+        b = step.gamma * step.a / (2 * step.lam)
+        return replace(step, b=b, d=1 + step.gamma / 2 - b * step.a, e=0.0)
+    if sampler == "matched":
+        v = (step.lam * (1 - step.b) ** 2 + step.e**2) / (2 * step.b - 1 - step.e**2 / step.lam)
+        c = math.sqrt(v * (v + step.lam)) / step.lam
+        return replace(step, b=1 + v / step.lam - c, d=step.a * (c - v / step.lam), e=0.0)
+    if sampler != "ddim":
+        return replace(step, s=0.0, lam=step.lam / 2 if step.s else step.lam)
+    d = math.hypot(step.d, step.e * step.a / math.sqrt(step.lam))
+    return replace(step, b=step.b + (step.d - d) / step.a, d=d, e=0.0)
+
+
+def check(config: Config, parts: Parts, prompt: str) -> float:
+    """``deviation`` of the first network as it stands, on two samples of a prompt: two forwards, without gradients."""
+    network = next(iter(parts.networks.values()))
+    text = parts.encoder.groups((prompt,), 2)
+    x = NamedNoise([(config.run.seed, 0x11A17, i) for i in range(2)]).start(parts.sample_shape, parts.device)
+    prox = operator(network, parts.encoder, config.sampler.guidance_scale)
+
+    def sampled(z: Tensor, t: float, lam: float) -> Tensor:
+        with _evaluating(network):
+            return prox(z, t, lam, text)
+
+    with torch.no_grad():
+        return deviation(config, x, lambda z, t, lam: prox(z, t, lam, text), sampled)
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """The network as a pipeline has it; each of its modules is as before afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
+    """Largest difference of x_{k-1} by the two ways, over the deterministic one's RMS; Inf where the coefficients differ.
+
+    x [B, ...]: where the step begins. The step asked is the middle one.
+    """
+    s, schedule = config.sampler, config.schedule.build()
+    limit = [noise_free(step, s.name) for step in s.plan(schedule)]
+    known = {"hybrid": {"name": "ode"}, **{name: {"eta": 0.0} for name in AFTER}}.get(s.name, {})
+    plan = s.model_copy(update=known).plan(schedule) if s.name != "backward" else limit
+    if any(abs(a - b) > 1e-6 * max(1.0, abs(b)) for one, two in zip(limit, plan, strict=True)
+           for a, b in zip(astuple(one), astuple(two))):
+        return math.inf
+    ours, theirs = (_taken(steps[len(steps) // 2], x, ask) for steps, ask in ((limit, trained), (plan, sampled)))
+    found = float((ours - theirs).abs().max() / theirs.square().mean().sqrt().clamp_min(1e-12))
+    return found if math.isfinite(found) else math.inf
+
+
+def _taken(step: Step, x: Tensor, ask: Ask) -> Tensor:
+    none = lambda k, like: torch.zeros_like(like)  # noqa: E731
+    return step.after(ask(step.before(x, none), step.t, step.lam).float(), x, none)
+
+
+def accept(found: float, config: Config) -> None:
+    """Raises LimitError where ``deviation`` found more than guards.sampler_tolerance."""
+    if not found <= config.guards.sampler_tolerance:
+        raise LimitError(
+            f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic sampler's "
+            f"by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): the network that is "
+            "trained does not compute what samplers ask of it. Take dropout and whatever else differs between training and "
+            "evaluation out of the network (model.init), check that its weights are finite, set model.compile=false and "
+            "model.precision=float32 to rule out rounding, or raise the tolerance")

@@ -1,0 +1,285 @@
+"""``rlproxi bench``: speed as ratios measured in one run, each against a bar.
+
+Every figure compares what the system does with the bare network calls that the work cannot do
+without, on the same machine: calls in turn, whole iterations minutes apart. Medians keep a busy machine
+from deciding the outcome, unless it stays busy for minutes: then bare work before and after differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from ..config.loading import Config, build_config, config_folder, dump_config, load_config
+from ..data import faces
+from ..data.preparation import collection
+from ..models.loading import build_denoiser
+from ..models.precision import autocast, compute_dtype, has_fast_bfloat16
+from ..models.text import TextEncoder, TextStates, build_text_encoder, operator
+from ..models.unet import ProximalUNet
+from ..proximal.samplers import generator_noise, sample
+
+
+def _median_ratio(ours: Callable[[], None], bare: Callable[[], None], repeats: int) -> float:
+    """Median of the ratios of rounds in which both are called, so that each ratio's two halves see the same machine."""
+    def seconds(function: Callable[[], None]) -> float:
+        begun = time.perf_counter()
+        function()
+        return time.perf_counter() - begun
+
+    for function in (ours, bare):
+        function()
+    return statistics.median([seconds(ours) / seconds(bare) for _ in range(repeats)])
+
+
+def _encoder(config: Config) -> TextEncoder:
+    source = collection(config.run.seed, "text")
+    captions = [faces.portrait(source, i, 0.5).caption for i in range(512)]
+    return build_text_encoder(captions, config.model.text_dim, config.model.text_layers, config.model.text_length)
+
+
+class _Shapes:
+    """The quickstart's network on one micro-batch of its shape, with random weights."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        g = config.rl
+        source = collection(config.run.seed, "train_prompts")
+        self.prompts = tuple(faces.portrait(source, i).caption for i in range(g.groups_per_micro_batch))
+        self.batch = g.groups_per_micro_batch * g.group_size
+        self.unet = build_denoiser(config).eval()
+        self.encoder = _encoder(config)
+        self.text: TextStates = self.encoder.groups(self.prompts, g.group_size)
+        self.y = torch.randn(self.batch, 3, config.data.size, config.data.size)
+        self.t, self.lam = torch.full((self.batch,), 0.4), torch.full((self.batch,), 0.7)
+        self.dtype = compute_dtype(config.model.precision, "cpu")
+
+    @torch.inference_mode()
+    def forward(self, times: int = 1) -> None:
+        with autocast(self.dtype, "cpu"):
+            for _ in range(times):
+                self.unet(self.y, self.t, self.lam, self.text)
+
+    def forward_backward(self) -> None:
+        with autocast(self.dtype, "cpu"):
+            loss = self.unet(self.y, self.t, self.lam, self.text).square().mean()
+        loss.backward()
+
+    def to_the_input(self) -> None:
+        """A forward, and a backward that ends at the sample: the weights are frozen."""
+        self.unet.requires_grad_(False)
+        y = self.y.clone().requires_grad_(True)
+        with autocast(self.dtype, "cpu"):
+            loss = self.unet(y, self.t, self.lam, self.text).square().mean()
+        torch.autograd.grad(loss, y)
+        self.unet.requires_grad_(True)
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        steps = self.config.sampler.plan(self.config.schedule.build())
+        with autocast(self.dtype, "cpu"):
+            sample(operator(self.unet, self.encoder, 1.0), steps, self.y, self.text, generator_noise())
+
+
+def sampler_ratio(config: Config, repeats: int = 25) -> float:
+    """An N-step sampler call over N bare forwards of the network."""
+    shapes = _Shapes(config)
+    n = config.sampler.num_inference_steps
+    return _median_ratio(shapes.sample, lambda: shapes.forward(n), repeats)
+
+
+def bfloat16_speedup(config: Config, repeats: int = 15) -> float:
+    """float32 contiguous time over bfloat16 channels_last time of one forward and backward."""
+    shapes = _Shapes(config)
+    low = ProximalUNet.from_config(shapes.unet.config)
+
+    def run(unet: ProximalUNet, dtype: torch.dtype) -> None:
+        with autocast(dtype, "cpu"):
+            loss = unet(shapes.y, shapes.t, shapes.lam, shapes.text).square().mean()
+        loss.backward()
+
+    return _median_ratio(lambda: run(shapes.unet, torch.float32), lambda: run(low, torch.bfloat16), repeats)
+
+
+def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, str]:
+    """(ratio, what it was made of), of the config's algorithm: seconds of a real iteration over those of its bare work.
+
+    The real one runs on Ray: rollout actors and Serve reward where the algorithm has them, DeepSpeed learner, synchronous.
+    The bare work is the same number of network forwards and backwards and of reward calls with nothing around them
+    (``_bare_micro_batch``), split over as many processes as the learner has ranks, which exchange nothing and have the
+    machine to themselves. It is measured before the real one and after it, and both are told: shared machines drift by more
+    than the bar, and where the two differ by so much the ratio says nothing.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        reward_file = _random_classifier(config, Path(folder))
+        before = _bare_seconds(config, reward_file)
+        real = _real_iterations(config, Path(folder), reward_file, iterations)
+        after = _bare_seconds(config, reward_file)
+    told = f"real iteration {real:.2f} s / bare work {statistics.median(before):.2f} s before, {statistics.median(after):.2f} s after"
+    return real / statistics.median([*before, *after]), told
+
+
+def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
+    """Seconds of each repetition of the bare work, by as many processes as the learner has ranks."""
+    workers = config.resources.learner_workers
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(workers)
+    with ProcessPoolExecutor(workers, spawn, initializer=_keep_barrier, initargs=(barrier,)) as pool:
+        jobs = [pool.submit(_bare_iterations, config, reward_file) for _ in range(workers)]
+        # An iteration is done when its slowest process is.
+        return [max(times) for times in zip(*(job.result() for job in jobs))]
+
+
+def _one_rank(config: Config) -> Config:
+    return build_config({**config.model_dump(mode="json"), "resources": {**config.resources.model_dump(), "learner_workers": 1}})
+
+
+def _keep_barrier(barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _bare_iterations(config: Config, reward_file: Path, repeats: int = 7) -> list[float]:
+    """Seconds of each repetition of one process's share of an iteration, all processes beginning together."""
+    from ..rewards import build
+
+    torch.set_num_threads(config.resources.threads)
+    scorer = build("attributes", {"path": str(reward_file)})
+    shapes, micro_batches = _Shapes(config), config.rl.micro_batches // config.resources.learner_workers
+    seconds = []
+    for _ in range(repeats + 1):
+        _barrier.wait()
+        begun = time.perf_counter()
+        for _ in range(micro_batches):
+            _bare_micro_batch(config, shapes, scorer)
+        seconds.append(time.perf_counter() - begun)
+    return seconds[1:]
+
+
+def _bare_micro_batch(config: Config, shapes: _Shapes, scorer) -> None:
+    """The calls that a micro-batch of the config's algorithm cannot do without."""
+    g, n = config.rl, config.sampler.num_inference_steps
+    rows = [prompt for prompt in shapes.prompts for _ in range(g.group_size)]
+    pixels = torch.rand(shapes.y.shape)
+    if config.run.algorithm == "grpo":
+        shapes.forward(n)
+        images = (pixels[: g.group_size] * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+        for prompt in shapes.prompts:
+            scorer.score(images, [prompt] * g.group_size)
+        for _ in range(g.trained_steps or n - 1):
+            if g.kl_coef:
+                shapes.forward()
+            shapes.forward_backward()
+    elif config.run.algorithm == "r0":  # step by step: all steps but the last are computed twice
+        if g.distribution_weight:  # samples for the fake score and its step, then fake score and reference at the samples
+            for _ in range(g.fake_updates):
+                shapes.forward(n)
+                shapes.forward_backward()
+            shapes.forward(2)
+        shapes.forward(n - 1)
+        for _ in range(n):
+            shapes.forward_backward()
+        _reward_gradient(scorer, pixels, rows)
+    else:  # didr: the fake score follows, then generator, fake score, reference, and the reward through the reference
+        for _ in range(g.fake_updates):
+            shapes.forward()
+            shapes.forward_backward()
+        shapes.forward_backward()
+        shapes.forward(2)
+        shapes.to_the_input()
+        _reward_gradient(scorer, pixels, rows)
+        for _ in range(1 + g.damped):  # at the samples, and where the pull leads
+            with torch.no_grad():
+                scorer.rewards(pixels, rows)
+
+
+def _reward_gradient(scorer, pixels: torch.Tensor, prompts: list[str]) -> None:
+    pixels = pixels.clone().requires_grad_(True)
+    torch.autograd.grad(scorer.rewards(pixels, prompts).sum(), pixels)
+
+
+def _random_classifier(config: Config, folder: Path) -> Path:
+    from ..rewards.attributes import AttributeClassifier
+
+    file = folder / "reward.safetensors"
+    AttributeClassifier(config.data.size, 32).save(file)
+    return file
+
+
+def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations: int) -> float:
+    """Median ``seconds/step`` of a real run from random weights, the first two iterations left out."""
+    from ..models.pipeline import TextToImage
+    from ..telemetry.runlog import read, series
+    from .run import main as run
+
+    model = folder / "model"
+    TextToImage(build_denoiser(config), _encoder(config), config.schedule, config.sampler).save_pretrained(model)
+    values = config.model_dump(mode="json")
+    values["run"].update(stages=["rl"], dir=str(folder), name="bench")
+    values["model"]["init"] = str(model)
+    values["rewards"].update(train=[{"name": "attributes", "params": {"path": str(reward_file)}}], heldout=[])
+    values[config.section].update(steps=iterations, checkpoint_every=10**6)
+    values["evaluate"]["every"] = 0
+    real = build_config(values)
+    run_dir = folder / "run"
+    run_dir.mkdir()
+    dump_config(real, run_dir / "config.yaml")
+    if run(["--resume", str(run_dir)]):
+        raise SystemExit("the run that was to be timed ended with the error above")
+    _, seconds = series(read(run_dir), "rl", "seconds/step")
+    return statistics.median(seconds[2:])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a table and, with ``--json``, writes {name: {value, bar, ok, unit}}. Returns 1 where a bar is missed."""
+    parser = argparse.ArgumentParser("rlproxi bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--config", default=str(config_folder() / "quickstart.yaml"))
+    options = parser.parse_args(argv)
+    config = load_config(options.config)
+    torch.set_num_threads(config.resources.threads)
+    results: dict[str, dict] = {}
+
+    def add(name: str, value: float, bar: float, unit: str, at_most: bool = True) -> None:
+        ok = value <= bar if at_most else value >= bar
+        results[name] = {"value": round(value, 4), "bar": bar, "ok": bool(ok), "unit": unit}
+        print(f"{name:<28} {value:8.3f}  bar {'<=' if at_most else '>='} {bar:<6} {'ok' if ok else 'MISSED'}  {unit}",
+              flush=True)
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    add("sampler_vs_forwards", sampler_ratio(config), 1.05, "time of a sampler call / N bare forwards")
+    if has_fast_bfloat16("cpu"):
+        add("bfloat16_vs_float32", bfloat16_speedup(config), 1.5, "float32 time / bfloat16 time", at_most=False)
+    else:
+        # Here precision=auto keeps float32; the figure shows that it is right to.
+        add("bfloat16_vs_float32", bfloat16_speedup(config), 1.0,
+            "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1")
+    others = [] if options.config != parser.get_default("config") else [
+        load_config(config_folder() / f"{name}.yaml") for name in ("quick-r0", "quick-didr")]
+    for one in [config, *others]:
+        ratio, told = iteration_ratio(one)
+        if one is config:
+            add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, told)
+            continue
+        # Its ranks compute all the time. As many as the machine has cores share them with Ray's own processes, which no rank with
+        # a device of its own does: so the bar is for a rank with a core to itself.
+        print(f"{one.run.algorithm}_{one.resources.learner_workers}_ranks_vs_bare{'':<6} {ratio:8.3f}  {told}", flush=True)
+        ratio, told = iteration_ratio(_one_rank(one))
+        add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, f"one rank: {told}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1))
+    return 0 if all(r["ok"] for r in results.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

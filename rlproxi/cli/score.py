@@ -1,0 +1,156 @@
+"""What ``rlproxi score`` does; its arguments are in rlproxi/cli/main.py."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from ..rewards import base
+from ..rewards.api import batches, find_images, read_prompts, score_batches
+
+
+def score(arguments: argparse.Namespace) -> int:
+    """Prints a score for each image, and their mean; returns 0.
+
+    Whatever can be wrong without the scorer is found before it is loaded. Raises ValueError and the like for all that
+    the user can mend.
+    """
+    parameters = scorer_parameters(arguments.reward, arguments.param, arguments.checkpoint)
+    files = find_images(arguments.images)
+    prompts, groups = prompts_for(files, arguments.prompt, arguments.prompts)
+    plan = batches(files, arguments.batch)
+    for out in filter(None, (arguments.json, arguments.csv)):
+        if out.is_dir():
+            raise IsADirectoryError(f"{out} is a folder, expected a file to write")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.reward == "python" and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the rlproxi script, unlike python -m, does not look there
+    scorer = base.build(arguments.reward, parameters)
+    try:
+        scores = score_batches(scorer, arguments.reward, files, prompts, plan, progress=True)
+    except base.RewardError as error:
+        raise ValueError(str(error)) from None
+    print_table(files, scores, groups)
+    if arguments.json:
+        write_json(arguments.json, arguments.reward, base.provenance(scorer), files, prompts, scores, groups)
+    if arguments.csv:
+        write_csv(arguments.csv, files, prompts, scores)
+    return 0
+
+
+#: The parameter that ``--checkpoint`` means: the first of these that a scorer takes.
+CHECKPOINTS = ("checkpoint", "path", "predictor", "clip")
+
+
+def scorer_parameters(name: str, given: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
+    """``--param key=value`` as a mapping, with ``--checkpoint`` as one of ``CHECKPOINTS``."""
+    from ..config.loading import apply_override
+
+    if name not in base.names():
+        base.build(name)  # raises, with what was perhaps meant
+    parameters: dict[str, Any] = {}
+    for text in given:
+        apply_override(parameters, text)
+    if checkpoint is not None:
+        takes = base.parameters(name)
+        key = next((key for key in CHECKPOINTS if key in takes), None)
+        if key is None:
+            raise ValueError(f"reward {name!r} takes no checkpoint; it takes {', '.join(takes) or 'no parameters'}")
+        if key in parameters:
+            raise ValueError(f"--checkpoint and --param {key}= are the same parameter of reward {name!r}")
+        parameters[key] = checkpoint
+    return base.checked_params(name, parameters)
+
+
+def prompts_for(files: Sequence[Path], text: str | None, source: str | None) -> tuple[list[str], list[str] | None]:
+    """(the prompt of each image, the benchmark style of each image or None).
+
+    ``text`` for all; or from ``source``, by order; or, where that is a folder with the HPSv2 benchmark, by
+    STYLE/NUMBER.jpg; or, given neither, from the .txt file beside each image (img2dataset's layout).
+    """
+    if text is not None:
+        return [text] * len(files), None
+    if source is None:
+        return [_sidecar(file) for file in files], None
+    prompts = read_prompts(source)
+    if isinstance(prompts, dict):
+        return [_of_benchmark(file, prompts) for file in files], [_style(file) for file in files]
+    if len(prompts) != len(files):
+        raise ValueError(f"{source} has {len(prompts)} prompts and there are {len(files)} images")
+    return prompts, None
+
+
+def _sidecar(file: Path) -> str:
+    beside = file.with_suffix(".txt")
+    if not beside.is_file():
+        raise FileNotFoundError(f"{file} has no prompt: give --prompt (\"\" for a reward that reads none), --prompts, "
+                                f"or a {beside.name} beside it")
+    try:
+        return beside.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt {beside} is not UTF-8: {error}") from None
+
+
+def _style(file: Path) -> str:
+    return file.absolute().parent.name
+
+
+def _of_benchmark(file: Path, prompts: dict[str, list[str]]) -> str:
+    style = _style(file)
+    if style not in prompts:
+        raise ValueError(f"{file} lies in no folder of a style: expected {', '.join(prompts)}")
+    if not (file.stem.isascii() and file.stem.isdigit() and int(file.stem) < len(prompts[style])):
+        raise ValueError(f"{file} is not named by the number of a prompt: expected 0 to {len(prompts[style]) - 1}")
+    return prompts[style][int(file.stem)]
+
+
+def summary(scores: np.ndarray) -> dict[str, Any]:
+    """Mean, standard error of the mean (None for a single image) and count."""
+    exact = scores.astype(np.float64)
+    error = float(exact.std(ddof=1) / np.sqrt(len(exact))) if len(exact) > 1 else None
+    return {"mean": float(exact.mean()), "standard_error": error, "count": len(exact)}
+
+
+def by_group(scores: np.ndarray, groups: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """The summary of each benchmark style."""
+    return {name: summary(scores[[g == name for g in groups]]) for name in dict.fromkeys(groups or ())}
+
+
+def print_table(files: Sequence[Path], scores: np.ndarray, groups: Sequence[str] | None) -> None:
+    """``score  file`` for each image, then a line for each style and one for all."""
+    shown = [f"{score:.4f}" for score in scores]
+    width = max(len("score"), *map(len, shown))
+    print(f"{'score':>{width}}  file")
+    for text, file in zip(shown, files):
+        print(f"{text:>{width}}  {file}")
+    for name, facts in {**by_group(scores, groups), "all": summary(scores)}.items():
+        error = "" if facts["standard_error"] is None else f", standard error {facts['standard_error']:.4f}"
+        label = "" if name == "all" else f"{name}: "
+        print(f"{label}mean {facts['mean']:.4f}{error}, {facts['count']} image{'s' * (facts['count'] != 1)}")
+
+
+def write_json(out: Path, reward: str, made_by: dict[str, str], files: Sequence[Path], prompts: Sequence[str],
+               scores: np.ndarray, groups: Sequence[str] | None) -> None:
+    """Everything in one object; the scorer's class and its checkpoints' SHA-256 come along, its parameters do not
+    (they may hold secrets)."""
+    rows = [{"file": str(file), "prompt": prompt, "score": float(str(score))}
+            for file, prompt, score in zip(files, prompts, scores)]
+    value = {"reward": reward, "scorer": made_by, **summary(scores)}
+    if groups:
+        value["styles"] = by_group(scores, groups)
+    out.write_text(json.dumps({**value, "scores": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_csv(out: Path, files: Sequence[Path], prompts: Sequence[str], scores: np.ndarray) -> None:
+    """Columns file, prompt, score."""
+    with open(out, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["file", "prompt", "score"])
+        writer.writerows((str(file), prompt, str(score)) for file, prompt, score in zip(files, prompts, scores))

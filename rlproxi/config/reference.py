@@ -1,0 +1,120 @@
+"""docs/configuration.md from the schema: ``python -m rlproxi.config.reference > docs/configuration.md``."""
+
+from __future__ import annotations
+
+import json
+import typing
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from .loading import Config, model_of
+from .sections import Section
+
+_HEAD = """\
+# Configuration
+
+Generated from `rlproxi/config/` by `python -m rlproxi.config.reference > docs/configuration.md`; do not edit.
+
+A config is a YAML file of the sections below. Every key has a default, so a file holds only what differs, and every key
+can be given on the command line: `python -m rlproxi.run configs/quickstart.yaml grpo.lr=1e-5 run.seed=3`. Unknown keys
+and combinations that cannot be run are refused before anything starts. The config as resolved, every key, is written to
+`config.yaml` in the run directory.
+"""
+
+
+def describe() -> str:
+    """The whole page, Markdown, ending in a newline."""
+    parts = [_HEAD]
+    for name, field in Config.model_fields.items():
+        parts += _sections(name, field.annotation, f"`{name}`", f"{name}.", 2)
+    return "\n".join(parts)
+
+
+def _sections(path: str, section: type[Section], title: str, prefix: str, level: int) -> list[str]:
+    """A section's table, and those of the sections inside it."""
+    parts = [_section(title, section, prefix, level)]
+    inside: dict[type[Section], list[str]] = {}
+    for name, field in section.model_fields.items():
+        inner = model_of(field.annotation)
+        if inner:
+            inside.setdefault(inner, []).append(name)
+    for inner, names in inside.items():
+        keys = " and ".join(f"`{path}.{name}`" for name in names)
+        field = section.model_fields[names[0]]
+        if typing.get_origin(field.annotation) is list:
+            parts += _sections("", inner, f"Each entry of {keys}", "", level + 1)
+        else:
+            optional = ", where it is not null" if _nullable(field) else ""
+            parts += _sections(f"{path}.{names[0]}", inner, f"{keys}{optional}", f"{path}.{names[0]}.", level + 1)
+    return parts
+
+
+def _section(title: str, section: type[Section], prefix: str, level: int = 2) -> str:
+    lines = [f"{'#' * level} {title}", ""]
+    # A section without a docstring inherits none of ours; pydantic's own must not appear here.
+    own = section.__dict__.get("__doc__")
+    if own:
+        lines += [" ".join(own.split()), ""]
+    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        cells = (f"`{prefix}{name}`", _type(field), _default(field), field.description or "")
+        lines.append("| " + " | ".join(_escape(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(cell: str) -> str:
+    """Markdown eats <words> as tags, outside of `code`, and ends a cell at a bar."""
+    pieces = cell.replace("|", "\\|").split("`")
+    return "`".join(p if i % 2 else p.replace("<", "&lt;") for i, p in enumerate(pieces))
+
+
+def _type(field: FieldInfo) -> str:
+    """The annotation in words, with its bounds: 'int, >= 1', '`hybrid`, `backward` or `ode`', 'list of int or null'."""
+    parts = [a for a in typing.get_args(field.annotation) if a is not type(None)] if _nullable(field) else []
+    text = _words(parts[0] if parts else field.annotation) + _bounds(field)
+    return f"{text}, or null" if parts else text
+
+
+def _bounds(field: FieldInfo) -> str:
+    """', >= 1, <= 9'; '' without any."""
+    return "".join(f", {sign} {getattr(item, bound)}" for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+                   for item in field.metadata if hasattr(item, bound))
+
+
+def _nullable(field: FieldInfo) -> bool:
+    return type(None) in typing.get_args(field.annotation)
+
+
+def _words(annotation: typing.Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _words(arguments[0]) + _bounds(arguments[1])
+    if origin is typing.Literal:
+        options = [f"`{option}`" for option in arguments]
+        return options[0] if len(options) == 1 else ", ".join(options[:-1]) + f" or {options[-1]}"
+    if origin is list:
+        return f"list of {_words(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} x {_words(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "sections" if annotation.model_fields.get("name") else "a section"
+    return {str: "text", bool: "true or false"}.get(annotation, annotation.__name__)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    value = field.default
+    if isinstance(value, Section):
+        return "its defaults"
+    if isinstance(value, list) and value and isinstance(value[0], Section):
+        value = [entry.model_dump(exclude_defaults=True) for entry in value]
+    # JSON is YAML, so a default can be pasted into a config as it stands.
+    return f"`{json.dumps(value)}`"
+
+
+if __name__ == "__main__":
+    print(describe(), end="")

@@ -1,0 +1,105 @@
+"""What the embedded default has to build because nothing is downloaded: a text encoder, a reward
+classifier and a held-out judge, each by a minute of plain supervised training on one core or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config.loading import Config
+from ..models.text import TextEncoder, build_text_encoder
+from ..rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
+from ..seeds import generator, rng, seed_of
+from . import faces
+
+#: Collections of portraits never overlap: (run seed, purpose) names one.
+PURPOSES = {"text": 1, "reward": 2, "judge": 3, "pretrain": 4, "train_prompts": 5, "heldout_prompts": 6}
+
+
+def collection(seed: int, purpose: str) -> int:
+    """The seed of the endless collection of portraits for one purpose of one run."""
+    return seed_of(seed, PURPOSES[purpose])
+
+
+def _decay(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
+
+
+def train_text_encoder(config: Config, progress: Callable[[int, float], None] = lambda s, x: None) -> TextEncoder:
+    """A text encoder whose pooled vector tells every attribute of a caption apart; then frozen.
+
+    It is trained with linear heads on its pooled output, which are thrown away.
+    """
+    p, seed = config.prepare, config.run.seed
+    source = collection(seed, "text")
+    captions = [faces.portrait(source, i, 0.5) for i in range(4096)]
+    encoder = build_text_encoder([c.caption for c in captions] + [""], config.model.text_dim,
+                                 config.model.text_layers, config.model.text_length, seed)
+    model = encoder.model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = nn.Linear(config.model.text_dim, sum(HEADS))
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=p.lr)
+    for step in range(p.text_steps):
+        _decay(optimizer, p.lr, step, p.text_steps)
+        chosen = [captions[i] for i in rng(seed, 1, step).integers(len(captions), size=64)]
+        ids, mask = encoder.tokenize([c.caption for c in chosen])
+        targets = torch.from_numpy(np.stack([faces.labels(c.attributes) for c in chosen]))
+        pooled = model(input_ids=ids, attention_mask=mask).pooler_output
+        loss = classification_loss(heads(pooled), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress(step + 1, loss.item())
+    model.eval().requires_grad_(False)
+    return encoder
+
+
+def train_classifier(config: Config, purpose: str, file: Path,
+                     progress: Callable[[int, float], None] = lambda s, x: None) -> float:
+    """Trains the ``reward`` or the ``judge`` classifier and saves it; returns its accuracy on fresh portraits.
+
+    The two differ in data (other seeds) and initial weights. Noise, blur and shifts keep
+    both from leaning on single pixels.
+    """
+    p, seed, size = config.prepare, config.run.seed, config.data.size
+    source = collection(seed, purpose)
+    images, _, labels = faces.batch(source, np.arange(p.samples), size, 0.5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source)
+        model = AttributeClassifier(size).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, weight_decay=1e-2)
+    for step in range(p.classifier_steps):
+        _decay(optimizer, p.lr, step, p.classifier_steps)
+        draw = rng(source, step)
+        index = draw.integers(p.samples, size=p.batch_size)
+        pixels = _pixels(images[index])
+        blurred = torch.from_numpy(draw.random(len(index)) < 0.3)[:, None, None, None]
+        pixels = torch.where(blurred, blur(pixels), pixels)
+        strength = torch.from_numpy(draw.random(len(index)).astype(np.float32))[:, None, None, None]
+        pixels = pixels + 0.15 * strength * torch.randn(pixels.shape, generator=generator(source, step))
+        pixels = pixels.roll(tuple(int(d) for d in draw.integers(-2, 3, size=2)), (2, 3))
+        loss = classification_loss(model(pixels), torch.from_numpy(labels[index]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress(step + 1, loss.item())
+    model.eval()
+    model.save(file)
+    return _accuracy(model, source, p.samples, size)
+
+
+def _pixels(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def _accuracy(model: AttributeClassifier, source: int, after: int, size: int) -> float:
+    images, _, labels = faces.batch(source, np.arange(after, after + 1024), size, 0.5)
+    parts = model(_pixels(images)).split(HEADS, 1)
+    return float(np.mean([(part.argmax(1).numpy() == labels[:, i]).mean() for i, part in enumerate(parts)]))

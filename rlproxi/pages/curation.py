@@ -1,0 +1,143 @@
+"""``curation.html``: what was kept and why the rest was not, on one page that fetches nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+
+from ..data.curation import pictures
+from ..data.curation.merge import HANDS, KEPT, Series, Statistics
+from ..data.curation.records import Place, stages
+from . import figures
+from .html import STYLE, card, figure, missing, table
+
+_PICTURES = """
+.shots { display: flex; flex-wrap: wrap; gap: .7rem; } .shots div { width: 11rem; font-size: .75rem; line-height: 1.3;
+  overflow-wrap: anywhere; } .shots img { display: block; max-width: 100%; border-radius: .25rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+"""
+
+#: From so many values on a histogram ends at their 99.5th percentile: one odd image would flatten it.
+_CLIPPED = 1000
+
+#: What a stage is about.
+_MEANING = {"unreadable": "no image, no caption, damaged", "size": "too small or too narrow", "faces": "no face, too "
+                                                                                                       "small, "
+            "too uncertain or too many", "duplicates": "copies of a kept picture", KEPT: "in the curated shards",
+            HANDS: "kept and tagged as hand-focused"}
+
+
+def shown(statistics: Statistics) -> list[str]:
+    """The groups of pictures, in the page's order."""
+    return [KEPT, HANDS, *stages(statistics.settings)]
+
+
+def write_page(place: Place, statistics: Statistics, found: dict[str, dict[int, str]]) -> Path:
+    """Writes curation.html in one move; ``found`` as ``pictures.peek`` gives it for each shard."""
+    path = place.out / "curation.html"
+    draft = path.with_name(f".curation.html.{os.getpid()}")
+    draft.write_text(render(statistics, found, place.out.resolve().name), encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def render(statistics: Statistics, found: dict[str, dict[int, str]], name: str) -> str:
+    """The page."""
+    settings = yaml.safe_dump(statistics.settings.model_dump(mode="json"), sort_keys=False)
+    sections = [
+        ("How many were kept", _cards(statistics)),
+        ("What each stage dropped", _funnel(statistics)),
+        ("Distributions, kept and dropped", _histograms(statistics)),
+        ("Pictures", _pictures(statistics, found)),
+        ("Settings", f"<details><summary>curate</summary><pre>{escape(settings)}</pre></details>\n"),
+    ]
+    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
+    return ("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(name)} - rlproxi curation</title>\n<style>{STYLE}{_PICTURES}</style></head><body>\n"
+            f'<h1>{escape(name)}</h1><p class="faint">rlproxi curation, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
+            f"{body}\n</body></html>\n")
+
+
+def _cards(statistics: Statistics) -> str:
+    summary = statistics.summary()
+    share = f"{summary['kept'] / summary['samples']:.1%} of them" if summary["samples"] else ""
+    hands = statistics.tags[HANDS]
+    cards = [card("Raw samples", f"{summary['samples']:,}", f"in {summary['raw_shards']:,} shards"),
+             card("Kept", f"{summary['kept']:,}", share),
+             card("Curated shards", f"{summary['shards']:,}", f"of {statistics.settings.samples_per_shard:,} samples")]
+    if statistics.settings.hands:
+        part = f"{hands / summary['kept']:.1%} of the kept" if summary["kept"] else ""
+        cards.append(card("Tagged 'hands'", f"{hands:,}", part))
+    return f'<div class="cards">{"".join(cards)}</div>\n'
+
+
+def _funnel(statistics: Statistics) -> str:
+    rows = statistics.funnel()
+    bars = [("raw", statistics.total), *((row["stage"], row["out"]) for row in rows)]
+
+    def draw(figure: Figure) -> None:
+        axes, at = figure.subplots(), np.arange(len(bars))[::-1]
+        axes.barh(at, [count for _, count in bars], 0.66, color=figures.AFTER)
+        for y, (_, count) in zip(at, bars):
+            axes.annotate(f"{count:,}", (count, y), (4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(at, [name if name == "raw" else f"after {name}" for name, _ in bars])
+        axes.set_xlabel("samples left")
+        axes.margins(x=0.12)
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", visible=False)
+
+    svg = figures.svg(draw, "funnel", "Samples left after each stage", (7.2, 0.8 + 0.34 * len(bars)))
+    rows = [[row["stage"], f"{row['in']:,}", f"{row['dropped']:,}",
+              f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-", f"{row['out']:,}"] for row in rows]
+    out = figure(svg, "manifest.jsonl tells of each sample where it is, or why it was dropped.")
+    out += table(["stage", "samples in", "dropped", "share", "left"], rows)
+    if statistics.unreadable:
+        kinds = sorted(statistics.unreadable.items(), key=lambda kind: (-kind[1], kind[0]))
+        out += table(["unreadable, because", "samples"], [[kind, f"{count:,}"] for kind, count in kinds])
+    return out
+
+
+def _histograms(statistics: Statistics) -> str:
+    if not statistics.series:
+        return missing("No sample could be read.")
+    note = "The last bar holds the 0.5 % beyond it as well."
+    return "".join(figure(_histogram(name, series), note if len(series.values) > _CLIPPED else "")
+                   for name, series in statistics.series.items())
+
+
+def _histogram(name: str, series: Series) -> str:
+    values, kept = np.frombuffer(series.values, np.float32), np.frombuffer(series.kept, np.int8).astype(bool)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        low, high = np.percentile(values, [0, 99.5]) if len(values) > _CLIPPED else (values.min(), values.max())
+        edges = np.linspace(low, high if high > low else low + 1, 41)
+        inside = np.clip(values, edges[0], edges[-1])
+        axes.hist([inside[kept], inside[~kept]], edges, stacked=True, color=[figures.AFTER, figures.BEFORE],
+                  label=["kept", "dropped"])
+        axes.set_axisbelow(True)
+        axes.set_xlabel(name)
+        axes.set_ylabel("samples")
+        axes.legend()
+
+    return figures.svg(draw, name, f"Histogram of {name}", (7.2, 2.3))
+
+
+def _pictures(statistics: Statistics, found: dict[str, dict[int, str]]) -> str:
+    out = '<p class="faint">Chosen by a hash of their names. Frames are the faces that were found.</p>\n'
+    for group in shown(statistics):
+        shots = [(picture, example.words) for example in statistics.examples(group)
+                 if (picture := pictures.picture_of(found, example))]
+        title = group if group in (KEPT, HANDS) else f"dropped: {group}"
+        if shots:
+            cells = "".join(f'<div><img alt="" src="{picture}">{escape(words)}</div>' for picture, words in shots)
+            out += f"<h3>{escape(title)}</h3><p class=\"faint\">{_MEANING.get(group, 'score out of bounds')}</p>\n"
+            out += f'<div class="shots">{cells}</div>\n'
+    return out

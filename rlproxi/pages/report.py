@@ -1,0 +1,298 @@
+"""``report.html``: one page that holds everything, made from the run directory alone.
+
+Images and figures are inside the file, nothing is fetched; it reads on a phone and in the dark.
+A part of the run that is not there yet is named, not an error.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from ..data.faces import parse_caption
+from ..evaluation.images import data_uri, score_colour
+from ..run_directory import RunDirectory, Samples, dig, load
+from ..telemetry import runlog
+from ..telemetry.catalogue import lookup
+from . import figures
+from .html import STYLE, card, figure, missing, table
+
+#: The gallery shows the first prompts of the held-out list; nobody picks them.
+GALLERY_PROMPTS, GALLERY_SAMPLES = 12, 4
+
+
+def write_report(run_dir: str | os.PathLike) -> Path:
+    """Writes ``run_dir``/report.html, replacing an older one in one move, and returns its path.
+
+    Raises FileNotFoundError for a folder that is no run directory. A run that is not finished is reported as
+    far as it went.
+    """
+    run = load(run_dir)
+    path = run.path / "report.html"
+    draft = path.with_name(f".report-{os.getpid()}.html")
+    draft.write_text(render(run), encoding="utf-8")
+    os.replace(draft, path)
+    return path
+
+
+def render(run: RunDirectory) -> str:
+    """The page."""
+    sections = [
+        ("Headline", _headline(run)),
+        ("The same prompts and seeds, before and after", _gallery(run)),
+        ("Reward over RL steps", _reward(run)),
+        ("Is the policy update sound?", _policy(run)),
+        ("Reward against number of steps", _frontier(run)),
+        ("Accuracy by attribute", _attributes(run)),
+        ("Pre-training", _pretraining(run)),
+        ("Where the time goes", _roles(run)),
+        ("What happened on the way", _events(run)),
+        ("Config as resolved", _config(run)),
+    ]
+    name = escape(run.path.resolve().name)
+    gaps = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.missing)
+    top = f'<div class="missing">Not in this run directory:<ul>{gaps}</ul></div>' if gaps else ""
+    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
+    return ("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{name} - rlproxi report</title>\n<style>{STYLE}</style></head><body>\n"
+            f'<h1>{name}</h1><p class="faint">rlproxi run report, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
+            f"{top}\n{body}\n</body></html>\n")
+
+
+def _number(value, digits: int = 3) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, (int, float)) and math.isfinite(value) else "-"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+def _headline(run: RunDirectory) -> str:
+    cards, judge = [], run.judge
+    steps = run.headline_steps
+    values = {}
+    for tag in ("before", "after"):
+        score = run.score(tag, judge) if judge else None
+        recorded = dig(run.summary, "heldout", tag)
+        values[tag] = score or ((float(recorded), 0.0) if isinstance(recorded, (int, float)) else None)
+    shown = [f"{v[0]:.3f}" + (f" ± {v[1]:.3f}" if v[1] else "") if v else "missing" for v in values.values()]
+    cards.append(card(f"Held-out {judge or 'reward'}, {steps or '?'} steps", " → ".join(shown),
+                       "before → after (± standard error over prompts); never optimised, fixed prompts and seeds"))
+    _, rewards = runlog.series(run.records, "rl", "reward/mean")
+    first, last = (dig(run.summary, "reward", key) for key in ("first", "last"))
+    if first is None and rewards:
+        first, last = rewards[0], rewards[-1]
+    cards.append(card("Training reward", f"{_number(first)} → {_number(last)}" if first is not None else "missing",
+                       "first → last RL step"))
+    cards += _looks(run)
+    speed = run.summary.get("images_per_second")
+    if speed is not None:
+        cards.append(card("Throughput", f"{_number(speed)} images/s", "sampled, scored and trained on"))
+    seconds = dig(run.summary, "seconds") or runlog.stage_seconds(run.records)
+    total = seconds.get("total") or sum(seconds.values())
+    if seconds:
+        cards.append(card("Wall clock", _duration(total), "all stages together"))
+    out = f'<div class="cards">{"".join(cards)}</div>\n'
+    stages = [[name, _duration(value)] for name, value in seconds.items() if name != "total"]
+    out += table(["stage", "time"], stages) if stages else missing("No stage has finished yet.")
+    facts = [f"seed {dig(run.config, 'run', 'seed')}"] if run.config else []
+    if run.summary.get("git"):
+        facts.append(f"git {run.summary['git']}")
+    facts += [f"{name} {version}" for name, version in (dig(run.summary, "versions") or {}).items()]
+    return out + (f'<p class="faint">{escape(", ".join(facts))}</p>\n' if facts else "")
+
+
+#: What is measured beside scores: title -> (its place in an evaluation's entry, how to read it).
+_LOOKS = {"Distance to data": (("distance", "total"), "colours, composition and texture; lower is closer"),
+          "Diversity": (("diversity",), "between samples of one prompt; 0: always the same picture")}
+
+
+def _looks(run: RunDirectory) -> list[str]:
+    """Cards of distance and diversity, before and after; none where neither evaluation has them."""
+    def change(*key: str) -> str:
+        return " → ".join(_number(dig(run.entry(tag), *key)) for tag in ("before", "after"))
+
+    cards = []
+    for title, (key, note) in _LOOKS.items():
+        if change(*key) == "- → -":
+            continue
+        if key[0] == "distance":
+            note += f"; layout {change('distance', 'layout')}, texture {change('distance', 'texture')}"
+        level = _real(run, *key)
+        note += f"; real images {_number(level)}" if level is not None else ""
+        cards.append(card(f"{title}, {run.headline_steps} steps", change(*key), note))
+    return cards
+
+
+def _real(run: RunDirectory, *key: str) -> float | None:
+    """A figure of as many real images as were evaluated."""
+    return next((v for tag in ("before", "after") if (v := dig(run.evaluations, tag, "data", *key)) is not None), None)
+
+
+def _gallery(run: RunDirectory) -> str:
+    tags = [tag for tag in ("before", "after") if tag in run.evaluations]
+    samples = {tag: found for tag in tags if (found := run.samples(tag)) is not None}
+    if not samples:
+        return missing("No sample images: the evaluations 'before' and 'after' have not stored any.")
+    evaluation = run.evaluations[next(iter(samples))]
+    prompts, count = evaluation.get("prompts") or [], int(evaluation.get("samples") or 1)
+    out = (f'<p class="faint">The first {min(len(prompts), GALLERY_PROMPTS)} of {len(prompts)} held-out prompts, not '
+           f"chosen; {run.headline_steps} proximal steps. The number is the held-out score"
+           + (", ✗ what the judge found wrong" if any(s.correct is not None for s in samples.values()) else "")
+           + ".</p>\n")
+    for p, prompt in enumerate(prompts[:GALLERY_PROMPTS]):
+        sides = "".join(f'<div class="side"><div class="faint">{tag}</div>{_strip(found, prompt, p, count)}</div>'
+                        for tag, found in samples.items())
+        out += f'<div class="prompt"><p>{escape(prompt) or "(no caption)"}</p><div class="pair">{sides}</div></div>\n'
+    lost = [tag for tag in ("before", "after") if tag not in samples]
+    return out + (missing(f"No images of evaluation '{lost[0]}'.") if lost else "")
+
+
+def _strip(samples: Samples, prompt: str, p: int, count: int) -> str:
+    shots = []
+    for i in range(p * count, min(p * count + min(count, GALLERY_SAMPLES), len(samples.images))):
+        score = float(samples.heldout[i])
+        colour = "#{:02x}{:02x}{:02x}".format(*score_colour(score))
+        text = f"{score:.2f}" if math.isfinite(score) else "no score"
+        wrong = _wrong(samples, i, prompt)
+        mark = f' <span class="wrong">✗ {escape(", ".join(wrong))}</span>' if wrong else ""
+        shots.append(f'<div class="shot"><img alt="{escape(prompt)}" src="{data_uri(samples.images[i])}">'
+                     f'<span style="color:{colour}">■</span> {text}{mark}</div>')
+    return f'<div class="strip">{"".join(shots)}</div>'
+
+
+def _wrong(samples: Samples, index: int, prompt: str) -> list[str]:
+    """The attributes judged wrong, with the caption's word: 'hat (red)'."""
+    if samples.correct is None:
+        return []
+    claims = parse_caption(prompt)
+    return [name.replace("_", " ") + (f" ({claims[name]})" if name in claims else "")
+            for name, value in zip(samples.attributes, samples.correct[index]) if value < 0.5]
+
+
+def _reward(run: RunDirectory) -> str:
+    steps, values = runlog.series(run.records, "rl", "reward/mean")
+    train = {"mean": (steps, values)} if steps else {}
+    parts = [k for k in runlog.keys(run.records, "rl", "reward/") if k not in ("reward/mean", "reward/std")]
+    if train and len(parts) > 1:
+        train.update({k.removeprefix("reward/"): runlog.series(run.records, "rl", k) for k in parts})
+    judge = run.judge
+    points = run.heldout_curve(judge) if judge else ([], [], [])
+    heldout = {judge: points} if points[0] else {}
+    if not train and not heldout:
+        return missing("No RL step and no evaluation has been logged yet.")
+    out = figure(figures.reward_curve(train, heldout), "Progress is what both show. A training reward that climbs "
+                  "while the held-out one falls is reward hacking.")
+    if not train:
+        out += missing("No RL step has been logged yet.")
+    return out
+
+
+def _policy(run: RunDirectory) -> str:
+    names = ("kl", "clip_fraction", "ratio/mean")
+    curves = {k: s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
+    out = ""
+    if curves:
+        reading = " ".join(f"{k}: {lookup(k).reading}" for k in curves)
+        out += figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
+    else:
+        out += missing("No KL, clip fraction or ratio has been logged yet.")
+    _, deviations = runlog.series(run.records, "rl", "ratio/first_max_deviation")
+    finite = [d for d in deviations if math.isfinite(d)]
+    if finite:
+        bound = dig(run.config, "grpo", "first_ratio_tolerance")
+        limit = f" (tolerance {_number(bound)})" if bound is not None else ""
+        checks = "one check" if len(finite) == 1 else f"{len(finite)} checks"
+        out += (f"<p>Ratio check: on fresh samples, before any update, the ratio was off 1 by at most "
+                f"<b>{_number(max(finite))}</b> in {checks}{limit}.</p>\n")
+    else:
+        out += missing("No ratio check (ratio/first_max_deviation) has been logged.")
+    return out
+
+
+def _frontier(run: RunDirectory) -> str:
+    judge, curves = run.judge, {}
+    for tag in ("before", "after"):
+        counts = sorted((int(n) for n in dig(run.evaluations, tag, "by_steps") or {}))
+        points = [(n, *score) for n in counts if judge and (score := run.score(tag, judge, n)) is not None]
+        if points:
+            curves[tag] = tuple(list(column) for column in zip(*points))
+    if not curves:
+        return missing("No evaluation at any number of steps yet.")
+    distances = {tag: tuple(map(list, zip(*points))) for tag in curves if (points := [
+        (n, d) for n in curves[tag][0] if (d := dig(run.entry(tag, n), "distance", "total")) is not None])}
+    level = _real(run, "distance", "total")
+    out = figure(figures.against_steps(curves, f"held-out {judge}", distances, level),
+                  "Bars are standard errors over prompts." + (" Dashed: as many real images." if level else ""))
+    counts = sorted({n for curve in curves.values() for n in curve[0]})
+    looks = [key for key, _ in _LOOKS.values()
+             if any(dig(run.entry(tag, n), *key) is not None for tag in curves for n in counts)]
+    rows = []
+    for n in counts:
+        scores = [run.score(tag, judge, n) for tag in ("before", "after")]
+        rows.append([str(n), *(f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores),
+                     *(_number(dig(run.entry(tag, n), *key)) for key in looks for tag in ("before", "after"))])
+    if level is not None:
+        rows.append(["real images", "-", "-", *(_number(_real(run, *key)) for key in looks for _ in range(2))])
+    head = [f"{name} {tag}" for name in ("held-out", *(key[0] for key in looks)) for tag in ("before", "after")]
+    return out + table(["steps", *head], rows)
+
+
+def _attributes(run: RunDirectory) -> str:
+    judge = run.judge
+    found = {tag: {k: v for k, v in (dig(run.entry(tag), "details", judge) or {}).items() if v is not None}
+             for tag in ("before", "after")}
+    if not any(found.values()):
+        return missing("No judge has told attributes apart yet.")
+    return figure(figures.paired_bars(found["before"], found["after"], f"share judged right by {judge}", "attributes"),
+                   "Only images whose caption claims the attribute count.")
+
+
+def _pretraining(run: RunDirectory) -> str:
+    steps, values = runlog.series(run.records, "pretrain", "loss")
+    if not steps:
+        return missing("No pre-training loss in the log: the run started from a model, or has not got there yet.")
+    return figure(figures.loss_curve(steps, values), "Proximal matching.")
+
+
+def _roles(run: RunDirectory) -> str:
+    names = [f"seconds/{role}" for role in ("rollout", "reward", "train", "sync", "step")]
+    curves = {k.removeprefix("seconds/"): s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
+    if not curves:
+        return missing("No times of roles have been logged yet.")
+    rows = []
+    for role, (_, values) in curves.items():
+        finite = [v for v in values if math.isfinite(v)] or [math.nan]
+        rows.append([role, _number(sum(finite) / len(finite)), _number(max(finite)), f"{sum(finite):.0f}"])
+    return (figure(figures.roles(curves), "'step' is an iteration's wall clock; roles that overlap add up to more.")
+            + table(["role", "mean, s", "longest, s", "sum, s"], rows))
+
+
+def _events(run: RunDirectory) -> str:
+    lines, begun = [], set()
+    for record in run.records:
+        if record["event"] in ("alarm", "warning", "note"):
+            lines.append((record, f"{record['event']}: {record.get('message', '')}"))
+        elif record["event"] == "metrics":
+            begun.add(record.get("stage"))
+        elif record["event"] == "resume" and (record.get("stage") in begun or record.get("step")):
+            # A stage that starts says so too, with step 0 and nothing before it: no restart.
+            lines.append((record, f"resume: {record.get('stage')} went on from step {record.get('step')}"))
+    if not lines:
+        return "<p>No warnings, no restarts.</p>\n"
+    shown = "".join(f"<li>{time.strftime('%H:%M:%S', time.localtime(record.get('time', 0)))} {escape(text)}</li>"
+                    for record, text in lines[-50:])
+    return f"<p>{len(lines)} in all{', the last 50' if len(lines) > 50 else ''}:</p><ul>{shown}</ul>\n"
+
+
+def _config(run: RunDirectory) -> str:
+    if not run.config:
+        return missing("config.yaml is missing or not readable.")
+    text = yaml.safe_dump(run.config, sort_keys=False)
+    return f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>\n"

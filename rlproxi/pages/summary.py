@@ -1,0 +1,51 @@
+"""summary.json: what a script needs of a run, from its directory alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from ..config.loading import Config
+from ..telemetry.runlog import read, series, stage_seconds
+
+
+def summary(run_dir: Path, config: Config) -> dict:
+    """summary.json from the run directory alone: what a script needs."""
+    records = read(run_dir)
+    seconds = stage_seconds(records)
+    rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]
+    rates = [r for r in series(records, "rl", "images_per_second")[1] if not math.isnan(r)]
+
+    def entry(tag: str) -> dict:
+        file = run_dir / "evaluation" / f"{tag}.json"
+        found = json.loads(file.read_text())["by_steps"] if file.is_file() else {}
+        return found.get(str(config.sampler.num_inference_steps), {})
+
+    def heldout(tag: str) -> float | None:
+        seen = entry(tag).get("heldout", {})
+        return seen[config.rewards.heldout[0].name]["mean"] if seen and config.rewards.heldout else None
+
+    return {
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
+        "heldout": {"before": heldout("before"), "after": heldout("after"),
+                    "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None)},
+        "distance": {tag: entry(tag).get("distance", {}).get("total") for tag in ("before", "after")},
+        "diversity": {tag: entry(tag).get("diversity") for tag in ("before", "after")},
+        "images_per_second": sum(rates) / len(rates) if rates else None,
+        "seed": config.run.seed,
+        "git": _git(),
+        "versions": {name: metadata.version(name) for name in
+                     ("ray", "torch", "deepspeed", "transformers", "diffusers", "numpy")},
+    }
+
+
+def _git() -> str | None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    answer = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return answer.stdout.strip() or None

@@ -1,0 +1,190 @@
+"""What ``rlproxi doctor`` finds on this machine: packages, GPUs, tokens, room, clock, ports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import time
+from pathlib import Path
+from typing import Iterator
+
+from actors.cluster.resources import of_run, totals
+
+from ..cli.doctor import Finding, fail, ok, warn
+from ..config.loading import Config
+
+NEEDED = ("ray", "torch", "deepspeed", "transformers", "diffusers", "peft", "safetensors", "numpy", "pydantic",
+          "matplotlib", "pillow", "sentencepiece", "tqdm")
+#: Ports of a Ray head, and what is there.
+RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard and job server"}
+_GIB = 1024**3
+
+
+def packages() -> Iterator[Finding]:
+    """Versions, against what the installed package asks for where it is installed."""
+    bounds = _bounds()
+    versions, wrong = [f"python {platform.python_version()}"], []
+    for name in NEEDED:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield fail("packages", f"{name} is not installed",
+                       "pip install rlproxi, or `pip install .` in a checkout")
+            continue
+        versions.append(f"{name} {version}")
+        bound = bounds.get(name)
+        if bound is not None and not bound.contains(version, prereleases=True):
+            wrong.append(fail("packages", f"{name} {version} is outside of {bound}",
+                              f"pip install '{name}{bound}'"))
+    yield ok("packages", ", ".join(versions))
+    yield from wrong
+
+
+def _bounds() -> dict:
+    """{package: versions that rlproxi asks for}; {} where it is used from a checkout."""
+    try:
+        from packaging.requirements import Requirement
+
+        wanted = [Requirement(text) for text in importlib.metadata.requires("rlproxi") or []]
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return {}
+    return {r.name: r.specifier for r in wanted
+            if str(r.specifier) and (r.marker is None or r.marker.evaluate({"extra": ""}))}
+
+
+def accelerators(config: Config, elsewhere: bool) -> Iterator[Finding]:
+    """GPUs that torch sees, against what the config asks for; NCCL where the learner has several ranks."""
+    import torch
+
+    asked = totals(of_run(config))["GPU"] if of_run(config) else 0.0
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(count):
+        about = torch.cuda.get_device_properties(i)
+        yield ok("gpu", f"{i}: {about.name}, {about.total_memory / _GIB:.0f} GiB")
+    if not count:
+        driver = _driver()
+        if driver:
+            yield fail("gpu", f"the driver is there ({driver}), but torch {torch.__version__} sees no GPU",
+                          "install a CUDA build of torch that this driver takes (the table is on pytorch.org)")
+        else:
+            yield ok("gpu", "none on this machine; everything runs on CPUs")
+    if asked > count:
+        text = f"this run asks for {asked:g} GPUs and this machine has {count}"
+        if elsewhere:
+            yield ok("gpu", f"{text}; the cluster is looked at below")
+        else:
+            yield fail("gpu", text, "name the cluster it is for (--cluster FILE or --address), or set "
+                       "resources.*_gpus and rewards.num_gpus to 0")
+    several = config.resources.learner_gpus > 0 and config.resources.learner_workers > 1
+    if several and count:
+        if torch.distributed.is_available() and torch.distributed.is_nccl_available():
+            yield ok("nccl", ".".join(map(str, torch.cuda.nccl.version())))
+        else:
+            yield fail("nccl", "this build of torch has no NCCL, and the learner has several ranks on GPUs",
+                          "install torch's CUDA build for Linux")
+
+
+def _driver() -> str | None:
+    try:
+        told = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip().splitlines()[0] if told.returncode == 0 and told.stdout.strip() else None
+
+
+def token() -> Iterator[Finding]:
+    """What this shell would show to a cluster, and what `ray start` would do (Ray 2.60)."""
+    mode, spelt = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    there = bool(spelt) or file.is_file()
+    if mode == "token" and not there:
+        yield fail("token", f"RAY_AUTH_MODE=token, and there is no token in RAY_AUTH_TOKEN or {file}",
+                      "`ray get-auth-token --generate`, or copy the cluster's token there")
+    elif mode == "token":
+        yield ok("token", "RAY_AUTH_MODE=token, and a token is there")
+    elif mode is None and there:
+        yield warn("token", f"a token is there ({'RAY_AUTH_TOKEN' if spelt else file}), but RAY_AUTH_MODE is not "
+                   "set: `ray start --head` turns tokens on, and clients of this shell show none",
+                   "export RAY_AUTH_MODE=token (docs/cluster.md, Tokens)")
+    else:
+        yield ok("token", f"RAY_AUTH_MODE is {mode or 'not set, and there is no token'}: a cluster started here is "
+                 "open to whoever reaches it")
+    if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        yield warn("token", f"{file} can be read by others on this machine", f"chmod 600 {file}")
+
+
+def space(config: Config) -> Iterator[Finding]:
+    """Room where run directories are made, and for Ray's objects."""
+    folder = Path(config.run.dir).absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        free = shutil.disk_usage(there).free / _GIB
+        writable = os.access(there, os.W_OK)
+    except OSError as error:
+        yield fail("disk", f"run.dir {config.run.dir}: {error}")
+        return
+    if not writable:
+        yield fail("disk", f"run.dir {config.run.dir}: {there} cannot be written",
+                   "give run.dir a folder of yours")
+    else:
+        level = "fail" if free < 1 else "warn" if free < 20 else "ok"
+        yield Finding(level, "disk", f"run.dir {config.run.dir}: {free:.0f} GiB free", "" if level == "ok" else
+                      "checkpoints of a model of 1 B parameters take about 16 GB each; two are kept")
+    shm, memory = Path("/dev/shm"), _memory()
+    if shm.is_dir() and memory:
+        size = shutil.disk_usage(shm).total
+        text = f"{memory / _GIB:.0f} GiB, /dev/shm {size / _GIB:.0f} GiB"
+        yield ok("memory", text) if size >= 0.25 * memory else warn(
+            "memory", text, "Ray keeps objects in /dev/shm: start the container with --shm-size of a third of its memory")
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def clock() -> Iterator[Finding]:
+    """Certificates, tokens of clouds and timelines need the time. Whether it is kept is asked of systemd, if it is there."""
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    if time.gmtime().tm_year < 2025:
+        yield fail("clock", f"it is {now} here, which cannot be", "set the clock: sudo timedatectl set-ntp true")
+        return
+    try:
+        told = subprocess.run(["timedatectl", "show", "-p", "NTPSynchronized", "--value"], capture_output=True,
+                              text=True, timeout=10)
+        kept = told.stdout.strip() if told.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        kept = ""
+    if kept == "no":
+        yield warn("clock", f"{now}, and nothing keeps it right", "sudo timedatectl set-ntp true")
+    else:
+        yield ok("clock", now + (", kept by NTP" if kept == "yes" else ""))
+
+
+def ports(config: Config) -> Iterator[Finding]:
+    """Who listens where a head or the live page would."""
+    for port, what in RAY_PORTS.items():
+        taken = _taken("127.0.0.1", port)
+        yield ok("ports", f"{port} ({what}): " + (
+            "in use; a run here joins the cluster, if it is Ray's" if taken else "free"))
+    t = config.telemetry
+    if t.dashboard and t.dashboard_port and _taken(t.dashboard_host, t.dashboard_port):
+        yield ok("ports", f"{t.dashboard_port} (the live page): in use; the next free one is taken")
+
+
+def _taken(host: str, port: int) -> bool:
+    with socket.socket() as one:
+        one.settimeout(1)
+        try:
+            return one.connect_ex(("127.0.0.1" if re.fullmatch(r"0\.0\.0\.0|::", host) else host, port)) == 0
+        except OSError:
+            return False

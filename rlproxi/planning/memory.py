@@ -1,0 +1,278 @@
+"""What a run will hold in memory, role by role, from its config and its folders' config.json files, without weights.
+
+Weights, optimizer and averages are counted from the shapes of the very networks that would run. Activations are
+counted by running the very losses and samplers on tensors without data (``memory_trace``).
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..algorithms import registry
+from ..algorithms.base import Algorithm
+from ..algorithms.pretrain import Matching
+from ..config.loading import Config
+from ..errors import ConfigError
+from ..models.backbone import NoiseLevels, adapter_of
+from ..models.folders import OWN, latent_space, network_config, parts_folder
+from ..models.loading import empty_form, trainable
+from ..models.lora import adapters_off, without_adapters
+from ..models.precision import compute_dtype
+from ..models.text_loading import text_widths
+from ..proximal.matching import TimeTable
+from ..rewards.gradients import RewardGradients
+from .memory_parts import count, empty_vae, held, scorer_bytes, text_encoder_bytes, text_shape, with_engines
+from .memory_scorers import empty_gradients, scorer_held
+from .memory_steps import decoding_peak, encoding_peak, first_updates, forward_peak, inputs, one_loss, training_peak
+from .memory_trace import no_memory, without_data
+
+
+@dataclass(frozen=True)
+class Role:
+    """One process: ``parts`` are bytes by name, all of them held at its peak."""
+
+    name: str
+    gpus: float
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """parameters and trained: counts of the network's. notes: what could not be counted."""
+
+    parameters: int
+    trained: int
+    roles: list[Role]
+    notes: list[str]
+
+    @property
+    def update_bytes(self) -> int:
+        """Of one version of the weights on its way."""
+        return 4 * self.trained
+
+
+def estimate(config: Config) -> Estimate:
+    """Peak memory of each role of the run's stages.
+
+    Raises ConfigError naming the key, the folder and the remedy where ``model.init`` or ``model.encoders`` is no usable
+    folder, and where the config does not fit it.
+    """
+    check_folders(config)
+    try:
+        return _Estimator(config).estimate()
+    except (FileNotFoundError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
+
+
+def check_folders(config: Config) -> None:
+    """Reads every config.json that a run will need, and none of the weights. Raises ConfigError as ``estimate``."""
+    key = "init" if config.model.init else "encoders"
+    named = config.model.init or config.model.encoders
+    if named is None:
+        return
+    try:
+        folder = parts_folder(config)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
+        if config.model.init:
+            _, values = network_config(folder)
+            if values.get("_class_name") not in OWN:
+                adapter_of(values)
+                NoiseLevels(folder)
+        latent_space(config)
+        text_widths(folder)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        said = error if isinstance(error, (OSError, ValueError)) else f"an encoder's config.json lacks {error}"
+        raise ConfigError(f"model.{key} = {named!r}: {said}; give a complete model folder, such as `hf download` of a "
+                          "diffusers repository or a run of ours leaves it") from None
+
+
+class _Estimator:
+    """The parts that roles share, each worked out once."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.folder = parts_folder(config)
+        self.shape = (latent_space(config)[0], *(latent_space(config)[1],) * 2)
+        self.text_shape = text_shape(config, self.folder)
+        self.networks: dict[tuple, nn.Module] = {}
+        self.counts: tuple[int, int] | None = None
+        self.vae = empty_vae(self.folder)
+        self.notes: list[str] = []
+
+    def estimate(self) -> Estimate:
+        c, r, stages = self.config, self.config.resources, set(self.config.run.stages)
+        roles = []
+        if "pretrain" in stages:
+            roles.append(self._pretrainer(_device(r.learner_gpus)))
+        if "rl" in stages:
+            roles.append(self._learner(_device(r.learner_gpus)))
+        if stages & {"before", "rl", "after"}:
+            roles.append(self._rollout(_device(r.rollout_gpus)))
+            for x in [*c.rewards.train, *c.rewards.heldout]:
+                size = scorer_bytes(x)
+                if size is not None:
+                    gpus = c.rewards.num_gpus if x.num_gpus is None else x.num_gpus
+                    roles.append(Role(f"reward {x.name}", gpus, {"weights": size}))
+        if not self.counts:
+            self._network("rl", torch.float32)
+        return Estimate(*self.counts, roles, self.notes)
+
+    # -- roles ------------------------------------------------------------------------------
+
+    def _learner(self, device: str) -> Role:
+        c, g = self.config, self.config.rl
+        short, left_out = self._shortened()
+        algorithm = registry.build(short)
+        dtype = self._dtype(device)
+        networks, copied = self._learner_networks(algorithm, dtype)
+        parts = {"network" if i == 0 else f"{name} network": held(x) for i, (name, x) in enumerate(networks.items())}
+        parts |= self._text(dtype) | {"batch": self._batch_bytes()}
+        if copied is not None:
+            parts["reference copy"] = held(copied)
+        first = next(iter(networks.values()))
+        if g.ema:
+            parts["EMA"] = 4 * count(trainable(first).values())
+        gradients = self._gradients(algorithm, parts, device) if algorithm.needs_gradients else None
+        reference = (copied or without_adapters(first, first)) if algorithm.needs_reference else None
+        with no_memory():
+            if c.section == "custom":
+                self.notes.append(f"what {c.run.algorithm} does beyond one forward and backward of each of its networks")
+                losses = {name: one_loss(c, network) for name, network in networks.items()}
+            else:
+                scope = partial(adapters_off, first) if c.model.lora else nullcontext
+                found = first_updates(short, algorithm, networks, reference, gradients, scope)
+                losses = {name: update.losses for name, update in found.items()}
+            peaks = {name: left_out + training_peak(losses[name], trainable(x).values(), dtype, device)
+                     for name, x in networks.items()}
+        trained = {name: count(trainable(x).values()) for name, x in networks.items()}
+        return Role("learner rank", c.resources.learner_gpus, with_engines(parts, c, trained, peaks, g.anchor))
+
+    def _shortened(self) -> tuple[Config, int]:
+        """A config whose updates peak as this one's and are traced sooner, and the bytes that its peak lacks."""
+        c = self.config
+        if c.section == "grpo":
+            return c.with_rl(trained_steps=1), 0  # one loss of the window is as large as another
+        steps = c.sampler.num_inference_steps
+        if c.section != "r0" or steps <= 2 or not (c.r0.plus or c.r0.checkpoint_steps):
+            return c, 0
+        rows = c.r0.groups_per_micro_batch * c.r0.group_size
+        # Step by step: each further step keeps its input and that one's gradient.
+        kept = 0 if c.r0.plus else (steps - 2) * 2 * 4 * rows * self._numel()
+        return c.model_copy(update={"sampler": c.sampler.model_copy(update={"num_inference_steps": 2})}), kept
+
+    def _learner_networks(self, algorithm: Algorithm,
+                          dtype: torch.dtype) -> tuple[dict[str, nn.Module], nn.Module | None]:
+        """What the algorithm trains, and the reference where it is a copy."""
+        denoiser = empty_form(self.config, "rl", dtype)
+        networks = algorithm.networks(denoiser)
+        copied = None
+        if algorithm.needs_reference and not self.config.model.lora:
+            copied = without_data(copy.deepcopy(denoiser).requires_grad_(False))
+        for network in networks.values():
+            without_data(network)
+        self._keep("rl", dtype, denoiser)
+        return networks, copied
+
+    def _gradients(self, algorithm: Algorithm, parts: dict[str, int], device: str) -> RewardGradients:
+        """The training rewards on this rank, and in ``parts`` what they hold."""
+        normalize = getattr(algorithm, "normalize_gradients", False)
+        gradients, unknown = empty_gradients(self.config, self.vae, normalize, device)
+        if self.vae is not None:
+            parts["autoencoder"] = held(self.vae)
+        parts |= {f"reward {name}": scorer_held(scorer) for name, (scorer, _) in gradients.scorers.items()
+                  if name not in unknown}
+        if unknown:
+            self.notes.append(f"the network of {', '.join(unknown)} on the learner, not known before it is loaded")
+        return gradients
+
+    def _pretrainer(self, device: str) -> Role:
+        c, p = self.config, self.config.pretrain
+        network, parts, dtype = self._start("pretrain", device)
+        share = p.batch_size // c.resources.learner_workers
+        micro = p.micro_batch_size or share
+        trained = trainable(network)
+        parts["EMA"] = 4 * count(trained.values())
+        parts["batch"] = share * (4 * self._numel() + self._text_bytes())
+        schedule, s = c.schedule.build(), c.sampler
+        table = TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid)
+        with no_memory():
+            losses = Matching(p, schedule, table, c.run.seed).losses(network, *inputs(c, network, micro)[1:], 0)
+            peak = training_peak(losses, trained.values(), dtype, device)
+            if self.vae is not None and c.data.source == "faces":  # shards are encoded before
+                parts["autoencoder"] = held(self.vae)
+                peak = max(peak, encoding_peak(self.vae, self.shape, share, device))
+        parts = with_engines(parts, c, {"policy": count(trained.values())}, {"policy": peak})
+        return Role("pretrainer rank", c.resources.learner_gpus, parts)
+
+    def _rollout(self, device: str) -> Role:
+        c, g = self.config, self.config.rl
+        network, parts, dtype = self._start("rl", device)
+        rows = g.groups_per_micro_batch * g.group_size
+        if self.vae is not None:
+            parts["autoencoder"] = held(self.vae)
+        parts["chain and text"] = rows * (8 * c.sampler.num_inference_steps * self._numel() + self._text_bytes())
+        with no_memory():
+            network.requires_grad_(False)
+            sampling = forward_peak(c, network, rows, dtype, device)
+            decoding = decoding_peak(self.vae, self.shape, rows, device)
+        parts["sampling" if sampling >= decoding else "decoding"] = max(sampling, decoding)
+        return Role("rollout actor", c.resources.rollout_gpus, parts)
+
+    # -- parts ------------------------------------------------------------------------------
+
+    def _dtype(self, device: str) -> torch.dtype:
+        precision = self.config.model.precision
+        if device == "cuda" and precision == "auto":
+            precision = "bfloat16"  # of every GPU that this is likely to run on, asked for on a machine without one
+        return compute_dtype(precision, "cpu")
+
+    def _start(self, stage: str, device: str) -> tuple[nn.Module, dict[str, int], torch.dtype]:
+        dtype = self._dtype(device)
+        network = self._network(stage, dtype)
+        return network, {"network": held(network), **self._text(dtype)}, dtype
+
+    def _text(self, dtype: torch.dtype) -> dict[str, int]:
+        return {"text encoders": text_encoder_bytes(self.config, self.folder, dtype)}
+
+    def _network(self, stage: str, dtype: torch.dtype) -> nn.Module:
+        """In the form in which ``stage`` trains it; the rollout takes the learner's, so the learner comes first."""
+        if (stage, dtype) not in self.networks:
+            self._keep(stage, dtype, without_data(empty_form(self.config, stage, dtype)))
+        return self.networks[stage, dtype]
+
+    def _keep(self, stage: str, dtype: torch.dtype, network: nn.Module) -> None:
+        self.networks = {(stage, dtype): network}
+        self.counts = count(network.parameters()), count(trainable(network).values())
+
+    def _batch_bytes(self) -> int:
+        """What a rank holds of an iteration: text states, and GRPO's chain with its weights."""
+        c, g = self.config, self.config.rl
+        each = self._text_bytes()
+        if c.section == "grpo":
+            steps = g.trained_steps or c.sampler.num_inference_steps - 1
+            each += 4 * (3 * steps + (g.last_step_weight > 0)) * self._numel() + 8
+        mine = g.micro_batches // g.updates_per_step // c.resources.learner_workers
+        return mine * g.groups_per_micro_batch * g.group_size * each
+
+    def _text_bytes(self) -> int:
+        length, width, pooled = self.text_shape
+        return 4 * (length * (width + 1) + pooled)
+
+    def _numel(self) -> int:
+        channels, height, width = self.shape
+        return channels * height * width
+
+
+def _device(gpus: float) -> str:
+    return "cuda" if gpus else "cpu"

@@ -1,0 +1,214 @@
+"""What can be known of a run before it starts, beyond the config itself: files, folders, scorers and their parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator
+
+from ..algorithms import registry
+from ..algorithms.base import Algorithm
+from ..algorithms.grpo import bytes_per_micro_batch
+from ..config.loading import Config
+from ..config.sections import Reward
+from ..data.cache import prompts_path
+from ..data.curation import job
+from ..data.prompts import heldout_prompts, training_prompts
+from ..data.shards import list_shards
+from ..models.backbone import NoiseLevels, adapter_of
+from ..models.folders import OWN, find_model, latent_space, network_config
+from ..models.loading import build_denoiser
+from ..models.text_loading import text_widths
+from ..rewards import build, checked_params, names, parameters
+from ..rewards.base import is_differentiable
+from ..telemetry.exporters import check_packages
+
+#: Scorers of the embedded default -> what the stage ``prepare`` makes for them.
+EMBEDDED = {"attributes": "reward", "judge": "judge"}
+#: A scorer's parameters that name a file, where they are not null.
+FILES = ("checkpoint", "path")
+
+
+def cache_folder(config: Config, run_dir: Path) -> Path | None:
+    """Where the encoded shards lie; None for the embedded portraits."""
+    return None if config.data.source == "faces" else Path(config.data.cache or run_dir / "cache")
+
+
+def with_paths(config: Config, run_dir: Path) -> Config:
+    """What a run makes for itself, where nothing else is named: the embedded scorers read what ``prepare`` made, and the
+    prompts are the captions that ``encode`` found."""
+    def resolve(reward: Reward) -> Reward:
+        if reward.kind in EMBEDDED and "path" not in reward.params:
+            path = str(run_dir / "models" / f"{EMBEDDED[reward.kind]}.safetensors")
+            return reward.model_copy(update={"params": {"path": path, **reward.params}})
+        return reward
+
+    rewards = config.rewards.model_copy(update={
+        "train": [resolve(r) for r in config.rewards.train],
+        "heldout": [resolve(r) for r in config.rewards.heldout]})
+    cache, data = cache_folder(config, run_dir), config.data
+    if cache is not None and data.prompts is None:
+        data = data.model_copy(update={"prompts": str(prompts_path(config, cache))})
+    return config.model_copy(update={"rewards": rewards, "data": data})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sentence that begins with its key. ``missing``: a file or folder may yet come, and a plan can be made without."""
+
+    text: str
+    missing: bool
+
+
+def problems(config: Config) -> list[Problem]:
+    """Everything that would stop the run later; [] when it can start."""
+    found = [*_rewards(with_paths(config, Path(config.run.dir)))]
+    found += _told("telemetry", lambda: check_packages(config.telemetry))
+    if "rl" in config.run.stages:
+        found += _algorithm(config)
+    if set(config.run.stages) - {"curate", "report"}:
+        model = [*_model(config)]
+        found += [*model, *_data(config)]
+        if "rl" in config.run.stages and not model:  # what a micro-batch weighs follows from the model
+            found += _told(config.section, lambda: _bytes_in_flight(config))
+    if "curate" in config.run.stages:
+        found += _told("curate", lambda: job.check(config.curate, config.curate.out or "curated"),
+                       missing=not config.curate.urls)
+    return found
+
+
+def _told(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
+    """[] where ``check`` passes, else what it says."""
+    try:
+        check()
+        return []
+    except (ValueError, OSError, ImportError) as error:
+        text = " ".join(str(error).split())
+        return [Problem(text if text.startswith(key) else f"{key}: {text}", missing or isinstance(error, FileNotFoundError))]
+
+
+def _rewards(config: Config) -> Iterator[Problem]:
+    """A scorer that does not exist, parameters that it does not take, and files and functions that are not there."""
+    for section, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
+        for i, reward in enumerate(rewards):
+            yield from _told(f"rewards.{section}.{i}", lambda: _reward(reward))
+
+
+def _reward(reward: Reward) -> None:
+    params = checked_params(reward.kind, reward.params)
+    if reward.tune_micro_batch and "micro_batch" not in parameters(reward.kind):
+        raise ValueError(f"reward {reward.name!r} scores without micro-batches; leave tune_micro_batch out")
+    if reward.runtime_env:
+        return  # its packages and files are those of another environment
+    if reward.kind == "python":
+        build(reward.kind, params)
+    for key in FILES if reward.kind not in EMBEDDED else ():
+        if reward.params.get(key) is not None and not Path(reward.params[key]).exists():
+            raise FileNotFoundError(f"reward {reward.name!r}: {key} {reward.params[key]!r} does not exist: name its file "
+                                    "(docs/rewards/ says where it comes from)")
+
+
+def _algorithm(config: Config) -> list[Problem]:
+    """A class that is not there or cannot be made, and rewards without the gradients that it climbs."""
+    made: list[Algorithm] = []
+    problems = _told("run.algorithm", lambda: made.append(_built(config)))
+    if made:
+        problems += _told(config.section, lambda: _staleness(config, made[0]))
+    if not (made and made[0].needs_gradients):
+        return problems
+    known = ", ".join(name for name in names() if is_differentiable(name))
+    lacking = [(i, reward.name) for i, reward in enumerate(config.rewards.train)
+               if reward.kind in names() and not is_differentiable(reward.kind)]
+    problems += [Problem(f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs "
+                         f"one from every training reward: use one of {known}, or a scorer of your own that is a "
+                         "TorchScorer (docs/rewards/)", False) for i, name in lacking]
+    return problems
+
+
+def _staleness(config: Config, algorithm: Algorithm) -> None:
+    """A bound that has no effect."""
+    name, g = config.section, config.rl
+    if g.max_staleness and not algorithm.needs_rollouts:
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, "
+                         "with the weights it has, so nothing can be stale: set it to 0")
+    if g.max_staleness >= max(1, g.steps):
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be "
+                         f"more than {g.steps - 1} versions behind: set it to at most that")
+
+
+def _bytes_in_flight(config: Config) -> None:
+    """A bound on bytes that one iteration passes, or with which the bound on staleness is never reached."""
+    name, g = config.section, config.rl
+    whole, limit = g.micro_batches * bytes_per_micro_batch(config), g.max_bytes_in_flight
+    if whole > limit:
+        raise ValueError(f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
+                         f"and is trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or "
+                         "trained_steps")
+    if (g.max_staleness + 1) * whole > limit:
+        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} "
+                         f"bytes are in flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
+                         f"least {(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}")
+
+
+def _what_needs_gradients(config: Config) -> str:
+    told = {"grpo": f"grpo.last_step_weight = {config.grpo.last_step_weight:g}",
+            "didr": f"didr.reward = {config.didr.reward!r}"}
+    return told.get(config.section, f"run.algorithm = {config.run.algorithm!r}")
+
+
+def _built(config: Config) -> Algorithm:
+    name = config.run.algorithm
+    kind = registry.algorithm_class(name)
+    try:
+        return kind(config)
+    except Exception as error:  # whatever the user's class raises
+        raise ValueError(f"run.algorithm {name!r} cannot be set up: {type(error).__name__}: {error}") from None
+
+
+def _model(config: Config) -> Iterator[Problem]:
+    """Folders that are missing or of a kind that is not known, and sizes that do not fit."""
+    m = config.model
+    if not m.init and "pretrain" not in config.run.stages and {"before", "rl", "after"} & set(config.run.stages):
+        yield Problem("model.init is not set and 'pretrain' is not among run.stages, so there is no starting policy: name a "
+                      "model folder, a run directory or a diffusers folder with model.init, or add the stage", False)
+    if m.init:
+        found = _told("model.init", lambda: _published(m.init))
+    elif m.encoders:
+        found = _told("model.encoders", lambda: text_widths(m.encoders))
+    else:
+        found = []
+    yield from found or _told("model", lambda: latent_space(config))
+    if config.data.buckets and (m.init is None or not found and network_config(m.init)[1].get("_class_name") in OWN):
+        yield Problem("data.buckets is true, but networks of our own have one size: set it false, or start from a "
+                      "diffusers folder with model.init", False)
+    if not found and not m.init:
+        yield from _told("model", lambda: _fits(config))
+
+
+def _published(folder: str) -> None:
+    folder = find_model(folder)
+    _, values = network_config(folder)
+    if values.get("_class_name") not in OWN:
+        adapter_of(values)
+        NoiseLevels(folder)
+    text_widths(folder)
+
+
+def _fits(config: Config) -> None:
+    import torch
+
+    with torch.device("meta"):
+        build_denoiser(config)
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    d = config.data
+    if d.source == "shards" and set(config.run.stages) & {"encode", "pretrain"}:
+        yield from _told("data.urls", lambda: list_shards(d.urls), missing=True)
+    known = d.prompts is not None or d.source == "faces"  # else the captions of the data, after they are encoded
+    found: list[Problem] = []
+    if known and set(config.run.stages) & {"before", "rl", "after"}:
+        found = _told("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
+    if known and "rl" in config.run.stages and not found:
+        found = _told("data.prompts", lambda: training_prompts(config, 0))
+    yield from found

@@ -1,0 +1,201 @@
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from actors.rl.staleness import ByteBudget, Ledger, StalenessPolicy, Stamp
+
+
+@dataclass
+class Pending:
+    iteration: int
+    version: int
+    scored: bool = False
+
+
+def simulate(pick, bound: int, iterations: int, micro_batches: int, size: int,
+             limit: int) -> tuple[list[str], list[int]]:
+    """A dispatcher, rollouts that answer in any order, and a learner; ``pick(n)`` chooses what happens next.
+
+    Bytes are taken for each micro-batch and given back for an iteration at once, as the conductor does.
+    Returns (what happened, the staleness of every micro-batch trained on).
+    """
+    policy, budget = StalenessPolicy(bound), ByteBudget(limit)
+    version, at, part = 0, 0, 0  # the learner's version; the next iteration and micro-batch to dispatch
+    flying: list[Pending] = []
+    happened, stale = [], []
+    while version < iterations:
+        moves = []
+        if at < iterations and policy.may_dispatch(at, version) and budget.admits(size):
+            moves.append("dispatch")
+        waiting = [p for p in flying if not p.scored]
+        moves += ["score"] * len(waiting)
+        mine = [p for p in flying if p.iteration == version]
+        if len(mine) == micro_batches and all(p.scored for p in mine):
+            moves.append("train")
+        assert moves, f"deadlock at version {version} with {len(flying)} micro-batches of {micro_batches} in flight"
+        choice = pick(len(moves))
+        move = moves[choice]
+        if move == "dispatch":
+            budget.take(size)
+            flying.append(Pending(at, version))
+            at, part = (at + 1, 0) if part + 1 == micro_batches else (at, part + 1)
+        elif move == "score":
+            waiting[choice - moves.index("score")].scored = True
+        else:
+            assert all(policy.may_train(version, p.version) for p in mine)
+            stale += [version - p.version for p in mine]
+            flying = [p for p in flying if p.iteration != version]
+            budget.give_back(micro_batches * size)
+            version += 1
+        happened.append(move)
+        assert budget.used == len(flying) * size
+        assert budget.used <= limit or len(flying) == 1  # one oversized item is let through, alone
+    assert budget.used == 0 and not flying
+    return happened, stale
+
+
+@settings(max_examples=120)
+@given(data=st.data(), bound=st.integers(0, 4), iterations=st.integers(1, 7), micro_batches=st.integers(1, 3),
+       size=st.integers(1, 10), room=st.integers(0, 40))
+def test_no_schedule_exceeds_the_bound_or_the_budget_or_stops(data, bound, iterations, micro_batches, size, room):
+    limit = micro_batches * size + room
+    pick = lambda n: data.draw(st.integers(0, n - 1))  # noqa: E731
+    happened, stale = simulate(pick, bound, iterations, micro_batches, size, limit)
+    assert len(stale) == iterations * micro_batches and 0 <= min(stale) and max(stale) <= bound
+    count = Counter(happened)
+    assert count == {"dispatch": len(stale), "score": len(stale), "train": iterations}
+
+
+@given(data=st.data(), iterations=st.integers(1, 6), limit=st.integers(1, 9))
+def test_one_oversized_micro_batch_at_a_time_is_let_through(data, iterations, limit):
+    happened, _ = simulate(lambda n: data.draw(st.integers(0, n - 1)), 3, iterations, 1, 10, limit)
+    assert happened == ["dispatch", "score", "train"] * iterations
+
+
+@given(data=st.data(), iterations=st.integers(1, 6), micro_batches=st.integers(1, 3))
+def test_bound_zero_is_strict_alternation(data, iterations, micro_batches):
+    happened, stale = simulate(lambda n: data.draw(st.integers(0, n - 1)), 0, iterations, micro_batches, 1, 10**9)
+    assert set(stale) == {0}
+    trained = [i for i, move in enumerate(happened) if move == "train"]
+    assert trained == [2 * micro_batches * (i + 1) + i for i in range(iterations)]
+
+
+@pytest.mark.parametrize("bound", [1, 2, 3])
+def test_an_eager_dispatcher_reaches_the_bound_and_stays_there(bound):
+    """Dispatch whenever it is allowed: the bound is used, not only kept."""
+    _, stale = simulate(lambda n: 0, bound, 9, 1, 1, 10**9)
+    assert stale == [*range(bound), *[bound] * (9 - bound)]
+
+
+def test_the_budget_limits_how_far_ahead_the_dispatcher_gets():
+    _, stale = simulate(lambda n: 0, 4, 9, 2, 5, limit=20)  # two iterations of two
+    assert max(stale) == 1
+
+
+@given(bound=st.integers(0, 10), iteration=st.integers(0, 50), version=st.integers(0, 50))
+def test_the_rule(bound, iteration, version):
+    policy = StalenessPolicy(bound)
+    allowed = version <= iteration <= version + bound
+    assert policy.may_dispatch(iteration, version) == policy.may_train(iteration, version) == allowed
+
+
+def test_a_negative_bound_is_refused():
+    with pytest.raises(ValueError, match="the staleness bound is -1; it counts versions and cannot be negative"):
+        StalenessPolicy(-1)
+
+
+def test_giving_back_more_than_was_taken_is_an_error():
+    budget = ByteBudget(100)
+    budget.take(30)
+    with pytest.raises(ValueError, match="31 bytes given back where 30 were taken"):
+        budget.give_back(31)
+    assert budget.used == 30 and budget.admits(70) and not budget.admits(71)
+    budget.give_back(30)
+    assert budget.used == 0 and budget.admits(10**12)
+
+
+def test_an_iteration_larger_than_the_budget_still_reaches_the_learner():
+    ledger = Ledger(StalenessPolicy(2), limit=10, size=11)
+    ledger.begin(0)
+    for iteration in range(3):
+        stamp = ledger.dispatch()
+        assert ledger.within_bound() and not ledger.has_room()
+        words = f"iteration {iteration + 1} dispatched at version {iteration} with 11 bytes"
+        with pytest.raises(RuntimeError, match=words):
+            ledger.dispatch()
+        ledger.check(iteration, [stamp])
+        ledger.commit(iteration)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Any order of dispatches, arrivals, commits, losses and restarts, those of earlier lives among them."""
+
+    @initialize(bound=st.integers(0, 3), limit=st.integers(1, 40), start=st.integers(0, 3))
+    def begins(self, bound, limit, start):
+        self.bound, self.limit = bound, limit
+        self.ledger = Ledger(StalenessPolicy(bound), limit, 10)
+        self.flying: list[Stamp] = []  # of all lives
+        self.arrived: list[Stamp] = []
+        self.trained: list[int] = []
+        self.life, self.start = self.ledger.begin(start), start
+
+    @rule(back=st.integers(0, 3))
+    def learner_restarts(self, back):
+        self.start = max(0, self.ledger.version - back)
+        life = self.ledger.begin(self.start)
+        assert life > self.life and self.ledger.budget.used == 0
+        self.life, self.trained, self.arrived = life, [], []
+
+    @precondition(lambda self: self.ledger.within_bound() and self.ledger.has_room())
+    @rule()
+    def dispatches(self):
+        stamp = self.ledger.dispatch()
+        assert (stamp.life, stamp.version) == (self.life, self.ledger.version)
+        assert stamp.iteration - stamp.version <= self.bound
+        self.flying.append(stamp)
+
+    @precondition(lambda self: self.flying)
+    @rule(pick=st.integers(0, 10**6), twice=st.booleans())
+    def answers(self, pick, twice):
+        """One arrives; or is lost on its way and made again, so that its answer comes twice."""
+        stamp = self.flying[pick % len(self.flying)]
+        if not twice:
+            self.flying.remove(stamp)
+        if self.ledger.in_flight(stamp):
+            assert stamp.life == self.life and stamp.iteration not in self.trained
+            self.arrived.append(stamp)
+
+    @precondition(lambda self: any(s.iteration == self.ledger.version for s in self.arrived))
+    @rule()
+    def commits(self):
+        now = self.ledger.version
+        mine = [s for s in self.arrived if s.iteration == now]
+        self.ledger.check(now, mine)
+        assert all(0 <= now - s.version <= self.bound and s.life == self.life for s in mine)
+        self.ledger.commit(now, self.life)
+        self.trained.append(now)
+        self.arrived = [s for s in self.arrived if s.iteration > now]
+
+    @rule(iteration=st.integers(0, 12), life=st.integers(0, 5))
+    def a_stranger_commits(self, iteration, life):
+        if (iteration, life) != (self.ledger.version, self.life) or self.ledger.next == self.ledger.version:
+            before = vars(self.ledger).copy(), self.ledger.budget.used
+            with pytest.raises(RuntimeError, match=f"iteration {iteration} is committed"):
+                self.ledger.commit(iteration, life)
+            assert (vars(self.ledger), self.ledger.budget.used) == before
+
+    @invariant()
+    def nothing_leaks(self):
+        ledger = self.ledger
+        assert self.trained == list(range(self.start, ledger.version)), "each once, in order"
+        assert ledger.budget.used == 10 * (ledger.next - ledger.version) <= max(10, self.limit)
+        assert ledger.next - ledger.version <= self.bound + 1
+        assert ledger.next > ledger.version or ledger.within_bound() and ledger.has_room(), "something can happen"
+
+
+TestLedger = LedgerMachine.TestCase
+TestLedger.settings = settings(max_examples=60, stateful_step_count=30)
