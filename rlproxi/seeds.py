@@ -38,7 +38,9 @@ class NamedNoise:
     the first step's noise come from those names: rows that share one share z_N, all that the policy does not choose.
     """
 
-    def __init__(self, names: list[tuple[int, ...]], start_names: list[tuple[int, ...]] | None = None, first: bool = True):
+    def __init__(
+        self, names: list[tuple[int, ...]], start_names: list[tuple[int, ...]] | None = None, first: bool = True
+    ):
         self.steps = [generator(*name, 1) for name in names]
         self.starts = [generator(*name, 0) for name in (start_names or names)]
         self.shared_first = first and start_names is not None

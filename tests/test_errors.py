@@ -25,18 +25,27 @@ def cpu_error() -> Exception:
         return error
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), torch.cuda.OutOfMemoryError("no words"),
-    MemoryError(), cpu_error(), RuntimeError("not enough memory: you tried to allocate 8 bytes."),
-    RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.cuda.OutOfMemoryError("no words"),
+        MemoryError(),
+        cpu_error(),
+        RuntimeError("not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+)
 def test_a_lack_of_memory_is_known_however_it_arrives(error):
     wrapped = RayTaskError("f", "Traceback", error, "actor", 1, "127.0.0.1")
     for each in (error, wrapped, from_an_actor(error), caused_by(error), caused_by(wrapped), from_an_actor(wrapped)):
         assert is_out_of_memory(each), repr(each)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not match"), ValueError("out of memory"),
-                                   KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes do not match"), ValueError("out of memory"), KeyboardInterrupt()]
+)
 def test_other_faults_are_not(error):
     assert not is_out_of_memory(error)
     if isinstance(error, Exception):

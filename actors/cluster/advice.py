@@ -98,11 +98,17 @@ def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measur
     # Waiting for a place counts as scoring in the log; more than all replicas for all of the step it cannot be.
     scoring = min(found["reward"], replicas * found["step"])
     return Measured(
-        micro_batches=m, rollout=min(found["rollout"], r.rollout_actors * found["step"]) / m, reward=scoring / m,
-        learner=found["train"] * r.learner_workers, sync=found["sync"], step=found["step"],
+        micro_batches=m,
+        rollout=min(found["rollout"], r.rollout_actors * found["step"]) / m,
+        reward=scoring / m,
+        learner=found["train"] * r.learner_workers,
+        sync=found["sync"],
+        step=found["step"],
         split=Split(r.rollout_actors, replicas, r.learner_workers),
         gpus=(r.rollout_gpus, sum(w.num_gpus if x.num_gpus is None else x.num_gpus for x in scorers), r.learner_gpus),
-        overlapped=config.rl.max_staleness > 0, updates=config.rl.updates_per_step)
+        overlapped=config.rl.max_staleness > 0,
+        updates=config.rl.updates_per_step,
+    )
 
 
 def best(what: Measured, places: float, overlapped: bool | None = None) -> Split | None:
@@ -122,17 +128,22 @@ def best(what: Measured, places: float, overlapped: bool | None = None) -> Split
     tried = product(counts(0, what.split.rollout, m), counts(1, what.split.reward, m), learner)
     splits = (Split(*each) for each in tried)
     fitting = [split for split in splits if what.used(split) <= places + 1e-9]
-    return min(fitting, key=lambda split: (round(what.seconds(split, overlapped), 9), what.used(split), tuple(split)),
-               default=None)
+    return min(
+        fitting,
+        key=lambda split: (round(what.seconds(split, overlapped), 9), what.used(split), tuple(split)),
+        default=None,
+    )
 
 
 def describe(what: Measured, places: float | None = None) -> list[str]:
     """Lines for the user: what was measured, and the best splits of as many GPUs as the run had, and twice as many."""
     unit = "GPUs" if any(what.gpus) else "processes"
     had = what.used(what.split)
-    told = [f"scaling    an iteration took {what.step:.2f} s on {_told(what.split)} ({had:g} {unit}): rollouts "
-            f"{what.micro_batches} x {what.rollout:.2f} s, rewards {what.micro_batches} x {what.reward:.2f} s, learner "
-            f"{what.learner:.2f} s in all, sync {what.sync:.2f} s"]
+    told = [
+        f"scaling    an iteration took {what.step:.2f} s on {_told(what.split)} ({had:g} {unit}): rollouts "
+        f"{what.micro_batches} x {what.rollout:.2f} s, rewards {what.micro_batches} x {what.reward:.2f} s, learner "
+        f"{what.learner:.2f} s in all, sync {what.sync:.2f} s"
+    ]
     for number in [places] if places is not None else [had, 2 * had]:
         for overlapped in (False, True):
             split = best(what, number, overlapped)
@@ -142,15 +153,19 @@ def describe(what: Measured, places: float | None = None) -> list[str]:
             now = what.seconds(what.split, what.overlapped)
             then = what.seconds(split, overlapped)
             how = "max_staleness 1 or more" if overlapped else "max_staleness 0"
-            told.append(f"scaling    {number:g} {unit}, {how}: {_told(split)}, {then:.2f} s an iteration "
-                        f"({now / then:.2f} x as fast as this split's {now:.2f} s)" if then else
-                        f"scaling    {number:g} {unit}, {how}: {_told(split)}")
+            told.append(
+                f"scaling    {number:g} {unit}, {how}: {_told(split)}, {then:.2f} s an iteration "
+                f"({now / then:.2f} x as fast as this split's {now:.2f} s)"
+                if then
+                else f"scaling    {number:g} {unit}, {how}: {_told(split)}"
+            )
     return told
 
 
 def _told(split: Split) -> str:
     def several(count: int, word: str) -> str:
         return f"{count} {word}{'s' * (count != 1)}"
+
     words = ("rollout actor", "reward replica", "learner rank")
     return ", ".join(several(count, word) for count, word in zip(split, words))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 from rlproxi.cli.doctor import Finding, fail, fit, ok
 from rlproxi.config.loading import Config
@@ -19,8 +19,12 @@ def on_cluster(config: Config, address: str, survey: Callable[[str, str], dict])
         return
     yield from nodes(report["nodes"], config.run.dir)
     largest = report["largest"]
-    yield ok("cluster", "an autoscaler is there; below, the cluster is as large as it may become" if largest else
-             "no autoscaler tells of itself: the cluster stays as it is")
+    yield ok(
+        "cluster",
+        "an autoscaler is there; below, the cluster is as large as it may become"
+        if largest
+        else "no autoscaler tells of itself: the cluster stays as it is",
+    )
     yield from fit(config, largest or report["now"])
 
 
@@ -31,8 +35,11 @@ def nodes(found: list[dict], folder: str) -> Iterator[Finding]:
         yield fail("node", f"{n['address']} does not answer: {n['error']}", "`ray status` and the node's logs")
     spoke = [n for n in found if not n.get("error")]
     for n in spoke:
-        yield ok("node", f"{n['address']}{' (head)' if n['head'] else ''}: {n['offers']}"
-                      + (f"; {', '.join(n['gpus'])}" if n["gpus"] else ""))
+        yield ok(
+            "node",
+            f"{n['address']}{' (head)' if n['head'] else ''}: {n['offers']}"
+            + (f"; {', '.join(n['gpus'])}" if n["gpus"] else ""),
+        )
     for package in ("torch", "rlproxi", "deepspeed"):
         versions = Counter(n["versions"].get(package) for n in spoke)
         if len(versions) > 1:
@@ -41,12 +48,19 @@ def nodes(found: list[dict], folder: str) -> Iterator[Finding]:
     if len(spoke) > 1:
         blind = [n["address"] for n in spoke if not n["sees_folder"]]
         if blind:
-            yield fail("storage", f"run.dir {folder} is not one folder on all nodes: {', '.join(blind)} do not see what "
-                       "this machine writes there",
-                       "mount shared storage under the same path on all nodes, and name it by run.dir")
+            yield fail(
+                "storage",
+                f"run.dir {folder} is not one folder on all nodes: {', '.join(blind)} do not see what "
+                "this machine writes there",
+                "mount shared storage under the same path on all nodes, and name it by run.dir",
+            )
         else:
             yield ok("storage", f"run.dir {folder} is the same folder on all {len(spoke)} nodes")
     skew = max((abs(n["skew"]) for n in spoke), default=0.0)
     level = "ok" if skew < 1 else "warn" if skew < 10 else "fail"
-    yield Finding(level, "clock", f"nodes' clocks are {skew:.1f} s apart at most", "" if level == "ok" else
-                  "run an NTP client on every node: timelines and durations mix the clocks")
+    yield Finding(
+        level,
+        "clock",
+        f"nodes' clocks are {skew:.1f} s apart at most",
+        "" if level == "ok" else "run an NTP client on every node: timelines and durations mix the clocks",
+    )

@@ -58,13 +58,18 @@ def _unreachable(error: Exception) -> str:
     """Ray's own words say nothing of tokens where the cluster wants one and this side sends none."""
     address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE")
     named = f"RAY_ADDRESS={address}" if address else "the cluster that Ray found"
-    remedy = ("RAY_AUTH_MODE is not set: if the cluster was started with a token (Ray 2.60's `ray start` does so where "
-              "~/.ray/auth_token exists), set RAY_AUTH_MODE=token" if mode is None else
-              f"RAY_AUTH_MODE is {mode!r} here: it has to be what the cluster was started with, and the token the same")
+    remedy = (
+        "RAY_AUTH_MODE is not set: if the cluster was started with a token (Ray 2.60's `ray start` does so where "
+        "~/.ray/auth_token exists), set RAY_AUTH_MODE=token"
+        if mode is None
+        else f"RAY_AUTH_MODE is {mode!r} here: it has to be what the cluster was started with, and the token the same"
+    )
     said = " ".join(str(error).split())[:200]
-    return (f"cannot join {named} ({type(error).__name__}: {said}): is its head running and reachable? {remedy} "
-            "(docs/cluster.md, Tokens). To start Ray on this machine instead, unset RAY_ADDRESS and end what `ray start` "
-            "began with `ray stop`")
+    return (
+        f"cannot join {named} ({type(error).__name__}: {said}): is its head running and reachable? {remedy} "
+        "(docs/cluster.md, Tokens). To start Ray on this machine instead, unset RAY_ADDRESS and end what `ray start` "
+        "began with `ray stop`"
+    )
 
 
 # -- placement ----------------------------------------------------------------------------
@@ -84,8 +89,10 @@ def beside_driver() -> dict[str, Any]:
     own = ray.get_runtime_context().get_node_id()
     address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own)
     # Ray puts an actor that asks for nothing on any node, whatever its strategy says: so it asks for a grain of this one.
-    return {"resources": {f"node:{address}": 0.001},
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(own, soft=True)}
+    return {
+        "resources": {f"node:{address}": 0.001},
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(own, soft=True),
+    }
 
 
 # -- size ---------------------------------------------------------------------------------
@@ -93,8 +100,11 @@ def beside_driver() -> dict[str, Any]:
 
 def nodes() -> Cluster:
     """The cluster as it is now: every live node a group of one."""
-    groups = tuple(Group(node["NodeID"][:8], dict(node["Resources"]), 1, 1, dict(node.get("Labels") or {}), head=True)
-                   for node in ray.nodes() if node["Alive"])
+    groups = tuple(
+        Group(node["NodeID"][:8], dict(node["Resources"]), 1, 1, dict(node.get("Labels") or {}), head=True)
+        for node in ray.nodes()
+        if node["Alive"]
+    )
     return Cluster("the cluster", groups, 0)
 
 
@@ -105,8 +115,11 @@ def ceiling() -> Cluster | None:
 
         told_of = state.get_cluster_config()
         groups = [] if told_of is None else list(told_of.node_group_configs)
-        found = [Group(g.name, dict(g.resources), g.min_count, 10**6 if g.max_count < 0 else g.max_count)
-                 for g in groups if g.max_count]
+        found = [
+            Group(g.name, dict(g.resources), g.min_count, 10**6 if g.max_count < 0 else g.max_count)
+            for g in groups
+            if g.max_count
+        ]
     except Exception:  # half private, and only a better message: without it the run waits until its timeout
         return None
     now = tuple(Group(g.name, g.resources, 1, 1, g.labels, True) for g in nodes().groups if not _of_a_group(g, found))
@@ -115,8 +128,10 @@ def ceiling() -> Cluster | None:
 
 def _of_a_group(node: Group, groups: list[Group]) -> bool:
     """Whether a live node is one of those that the autoscaler may start, and so counted already."""
-    return any(all(node.resources.get(kind) == amount for kind, amount in g.resources.items() if kind != "memory")
-               for g in groups)
+    return any(
+        all(node.resources.get(kind) == amount for kind, amount in g.resources.items() if kind != "memory")
+        for g in groups
+    )
 
 
 def check_size(config: Config) -> None:
@@ -140,12 +155,16 @@ def _beyond(wanted: list[demand.Ask]) -> list[str]:
     remedy = "add nodes, or set resources.autoscaling=true if the cluster grows on demand"
     for kind, amount in demand.totals(wanted).items():
         if amount > have.get(kind, 0) + 1e-9 and kind in ("CPU", "GPU"):
-            return [f"this run asks for {amount:g} {kind}s (rollout actors, learner ranks and reward replicas together) "
-                    f"and the cluster has {have.get(kind, 0):g}: lower resources.* or rewards.num_{kind.lower()}s, "
-                    f"{remedy}"]
+            return [
+                f"this run asks for {amount:g} {kind}s (rollout actors, learner ranks and reward replicas together) "
+                f"and the cluster has {have.get(kind, 0):g}: lower resources.* or rewards.num_{kind.lower()}s, "
+                f"{remedy}"
+            ]
         if amount and not have.get(kind):
-            return [f"this run places roles by the custom resource {kind!r}, and no node of the cluster offers it: start "
-                    f"nodes with it (ray start --resources='{{\"{kind}\": 1}}'), set resources.placement=any, or {remedy}"]
+            return [
+                f"this run places roles by the custom resource {kind!r}, and no node of the cluster offers it: start "
+                f"nodes with it (ray start --resources='{{\"{kind}\": 1}}'), set resources.placement=any, or {remedy}"
+            ]
     return [f"{problem}; {remedy}" for problem in problems(wanted, nodes())]
 
 
@@ -183,7 +202,8 @@ class Capacity:
                 raise ConfigError(
                     f"after {timeout:g} s (resources.autoscaling_timeout_s) the cluster still has no place for "
                     f"{_missing(short)}: look at `ray status` on the head (quota, spot capacity, a group's maximum), or "
-                    "check the cluster file with `rlproxi doctor CONFIG --cluster FILE`")
+                    "check the cluster file with `rlproxi doctor CONFIG --cluster FILE`"
+                )
             if time.monotonic() - last_told > 60:
                 last_told = time.monotonic()
                 print(f"cluster        waiting for {_missing(short)} ({waited:.0f} s of {timeout:g})", flush=True)

@@ -19,15 +19,37 @@ from .resources import Ask
 
 #: Provider keys that Ray 2.60 reads. Ray's own validation lets every other key pass, and then ignores it.
 PROVIDER_KEYS = {
-    "aws": {"type", "region", "availability_zone", "cache_stopped_nodes", "use_internal_ips", "key_pair",
-            "security_group", "aws_credentials", "cloudwatch"},
-    "gcp": {"type", "region", "availability_zone", "project_id", "cache_stopped_nodes", "use_internal_ips",
-            "gcp_credentials"},
+    "aws": {
+        "type",
+        "region",
+        "availability_zone",
+        "cache_stopped_nodes",
+        "use_internal_ips",
+        "key_pair",
+        "security_group",
+        "aws_credentials",
+        "cloudwatch",
+    },
+    "gcp": {
+        "type",
+        "region",
+        "availability_zone",
+        "project_id",
+        "cache_stopped_nodes",
+        "use_internal_ips",
+        "gcp_credentials",
+    },
     "local": {"type", "head_ip", "worker_ips", "coordinator_address", "use_external_head_ip", "external_head_ip"},
     "fake_multinode": {"type", "gcs_address", "head_node_id", "launch_multiple", "use_node_id_as_ip"},
 }
-_ANY_PROVIDER = {"module", "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch",
-                 "worker_liveness_check", "worker_rpc_drain"}
+_ANY_PROVIDER = {
+    "module",
+    "disable_node_updaters",
+    "disable_launch_config_check",
+    "foreground_node_launch",
+    "worker_liveness_check",
+    "worker_rpc_drain",
+}
 _TINY = 1e-9
 
 
@@ -71,8 +93,10 @@ def read_cluster(path: str | Path) -> Cluster:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a cluster file is one that `ray up` takes, or a KubeRay "
-                                "RayCluster or RayJob (cluster/ has one of each)")
+        raise FileNotFoundError(
+            f"{path}: no such file; a cluster file is one that `ray up` takes, or a KubeRay "
+            "RayCluster or RayJob (cluster/ has one of each)"
+        )
     try:
         documents = [d for d in yaml.safe_load_all(path.read_text()) if isinstance(d, dict)]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -84,10 +108,12 @@ def read_cluster(path: str | Path) -> Cluster:
             if "available_node_types" in document or "provider" in document:
                 return _ray_up(path, document)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: {type(error).__name__} {error} while reading its groups; compare it with the files "
-                         "in cluster/") from None
-    raise ValueError(f"{path} is neither a `ray up` file (provider, available_node_types) nor a KubeRay RayCluster or "
-                     "RayJob")
+        raise ValueError(
+            f"{path}: {type(error).__name__} {error} while reading its groups; compare it with the files in cluster/"
+        ) from None
+    raise ValueError(
+        f"{path} is neither a `ray up` file (provider, available_node_types) nor a KubeRay RayCluster or RayJob"
+    )
 
 
 def placeholders(path: str | Path) -> list[int]:
@@ -102,8 +128,10 @@ def _ray_up(path: Path, document: dict) -> Cluster:
     known = PROVIDER_KEYS.get(provider.get("type"))
     unknown = sorted(set(provider) - known - _ANY_PROVIDER) if known else []
     if unknown:
-        warnings.append(f"provider of type {provider['type']} has no key {', '.join(unknown)}: Ray ignores it; known "
-                        f"are {', '.join(sorted(known - {'type'}))}")
+        warnings.append(
+            f"provider of type {provider['type']} has no key {', '.join(unknown)}: Ray ignores it; known "
+            f"are {', '.join(sorted(known - {'type'}))}"
+        )
     most = document.get("max_workers")
     if provider.get("type") == "local":
         return _by_address(path, document, warnings)
@@ -125,8 +153,10 @@ def _ray_up(path: Path, document: dict) -> Cluster:
 def _by_address(path: Path, document: dict, warnings: list[str]) -> Cluster:
     """Machines that one already has. What each offers stands in its start command, or is counted when it starts."""
     workers = document["provider"].get("worker_ips") or []
-    counted = ("what its machines offer is known once they run: `rlproxi doctor CONFIG --address auto` checks the "
-               "cluster itself")
+    counted = (
+        "what its machines offer is known once they run: `rlproxi doctor CONFIG --address auto` checks the "
+        "cluster itself"
+    )
     groups = (Group("head", {}, 1, 1, head=True), Group("workers", {}, len(workers), len(workers)))
     return Cluster(str(path), groups, len(workers), (*warnings, counted))
 
@@ -152,14 +182,19 @@ def _pod_resources(group: dict) -> dict[str, float]:
     asked = group["template"]["spec"]["containers"][0].get("resources") or {}
     limits = {**(asked.get("requests") or {}), **(asked.get("limits") or {})}
     gpus = next((amount for kind, amount in limits.items() if kind.endswith("gpu")), None)
-    found = {"CPU": own.get("CPU", start.get("num-cpus", limits.get("cpu"))),
-             "GPU": own.get("GPU", start.get("num-gpus", gpus))}
+    found = {
+        "CPU": own.get("CPU", start.get("num-cpus", limits.get("cpu"))),
+        "GPU": own.get("GPU", start.get("num-gpus", gpus)),
+    }
     custom = {kind: amount for kind, amount in own.items() if kind not in ("CPU", "GPU", "memory")}
     if not own and start.get("resources"):
         # A shell quotes it once more: '"{\"rollout\": 1}"'.
         custom = json.loads(str(start["resources"]).strip("'\"").replace("\\", ""))
-    return {kind: math.ceil(_quantity(amount) - _TINY) * 1.0
-            for kind, amount in {**found, **custom}.items() if amount is not None}
+    return {
+        kind: math.ceil(_quantity(amount) - _TINY) * 1.0
+        for kind, amount in {**found, **custom}.items()
+        if amount is not None
+    }
 
 
 def _quantity(value: Any) -> float:
@@ -167,8 +202,18 @@ def _quantity(value: Any) -> float:
     match = re.fullmatch(r"([0-9.]+)(m|k|M|G|T|Ki|Mi|Gi|Ti)?", str(value).strip())
     if not match:
         raise ValueError(f"{value!r} is not a quantity such as 2, 500m or 64Gi")
-    scale = {None: 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30,
-             "Ti": 2**40}
+    scale = {
+        None: 1,
+        "m": 1e-3,
+        "k": 1e3,
+        "M": 1e6,
+        "G": 1e9,
+        "T": 1e12,
+        "Ki": 2**10,
+        "Mi": 2**20,
+        "Gi": 2**30,
+        "Ti": 2**40,
+    }
     return float(match[1]) * scale[match[2]]
 
 
@@ -204,8 +249,12 @@ def _fits(ask: Ask, room: dict[str, float]) -> bool:
 
 def _waste(ask: Ask, resources: dict[str, float]) -> tuple:
     """Sorts nodes for an ask: first those with few kinds, GPUs above all, that it does not use."""
-    return ("GPU" in resources and "GPU" not in ask.resources, sum(kind not in ask.resources for kind in resources),
-            resources.get("GPU", 0.0), resources.get("CPU", 0.0))
+    return (
+        "GPU" in resources and "GPU" not in ask.resources,
+        sum(kind not in ask.resources for kind in resources),
+        resources.get("GPU", 0.0),
+        resources.get("CPU", 0.0),
+    )
 
 
 def _node_for(ask: Ask, nodes: list[tuple[Group, dict[str, float]]]) -> dict[str, float] | None:
@@ -239,23 +288,38 @@ def _explain(role: str, mine: list[Ask], cluster: Cluster) -> str:
     homeless = [ask for ask in mine if not any(_fits(ask, g.resources) for g in cluster.groups)]
     if homeless:
         offers = "; ".join(f"{g.name}: {told(g.resources)}" for g in cluster.groups)
-        return (f"{wanted}, and no node of the cluster offers {told(homeless[0].resources)}, which each of the "
-                f"{homeless[0].name} takes ({offers}): change {_KEYS[role]}, resources.placement, or the groups")
+        return (
+            f"{wanted}, and no node of the cluster offers {told(homeless[0].resources)}, which each of the "
+            f"{homeless[0].name} takes ({offers}): change {_KEYS[role]}, resources.placement, or the groups"
+        )
     alone = place(mine, cluster)[1]
     if not alone:
-        return (f"{wanted}: they fit alone, but not beside the other roles: raise max_workers (now "
-                f"{cluster.max_workers} for all groups together) or the maximum of a group")
+        return (
+            f"{wanted}: they fit alone, but not beside the other roles: raise max_workers (now "
+            f"{cluster.max_workers} for all groups together) or the maximum of a group"
+        )
     top = asked - sum(short.missing * (short.ask.resources.get(kind, 0.0) if kind else 1) for short in alone)
     groups = ", ".join(g.name for g in cluster.groups if not g.head and any(_fits(ask, g.resources) for ask in mine))
-    return (f"{wanted}, the cluster tops out at {top:g}: raise the maximum of {groups or 'a group'} "
-            f"(max_workers is {cluster.max_workers}), or lower {_KEYS[role]}")
+    return (
+        f"{wanted}, the cluster tops out at {top:g}: raise the maximum of {groups or 'a group'} "
+        f"(max_workers is {cluster.max_workers}), or lower {_KEYS[role]}"
+    )
 
 
 def told(resources: dict[str, float]) -> str:
     """'1 GPU, 0.001 rollout'; without what every node has of its own (its address, its memory)."""
-    return ", ".join(f"{amount:g} {kind}" for kind, amount in resources.items()
-                     if ":" not in kind and "memory" not in kind) or "nothing"
+    return (
+        ", ".join(
+            f"{amount:g} {kind}" for kind, amount in resources.items() if ":" not in kind and "memory" not in kind
+        )
+        or "nothing"
+    )
 
 
-_KEYS = {"rollout": "resources.rollout_actors", "learner": "resources.learner_workers", "reward": "rewards.replicas",
-         "prepare": "run.stages", "curate": "curate.workers"}
+_KEYS = {
+    "rollout": "resources.rollout_actors",
+    "learner": "resources.learner_workers",
+    "reward": "rewards.replicas",
+    "prepare": "run.stages",
+    "curate": "curate.workers",
+}

@@ -19,8 +19,12 @@ ROLES = ("rollout", "learner", "reward")
 SHARE = 0.001
 #: Roles that a stage keeps busy. ``before`` is followed by ``rl`` within minutes: the learner's nodes may come already.
 _BUSY = {"encode": ("learner",), "pretrain": ("learner",), "before": ROLES, "rl": ROLES, "after": ("rollout", "reward")}
-_OWN_KEYS = {"CPU": "num_cpus, rollout_cpus or learner_cpus", "GPU": "num_gpus, rollout_gpus or learner_gpus",
-             "memory": "the node", "object_store_memory": "the node"}
+_OWN_KEYS = {
+    "CPU": "num_cpus, rollout_cpus or learner_cpus",
+    "GPU": "num_gpus, rollout_gpus or learner_gpus",
+    "memory": "the node",
+    "object_store_memory": "the node",
+}
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,11 @@ def replica_options(rewards: Rewards, reward: Reward, placement: str = "any") ->
     if reward.resources is not None:
         key, own = f"resources of reward {reward.name!r}", reward.resources
     custom = _custom(key, own, "reward", placement)
-    return {"num_cpus": rewards.num_cpus if reward.num_cpus is None else reward.num_cpus,
-            "num_gpus": rewards.num_gpus if reward.num_gpus is None else reward.num_gpus,
-            **({"resources": custom} if custom else {})}
+    return {
+        "num_cpus": rewards.num_cpus if reward.num_cpus is None else reward.num_cpus,
+        "num_gpus": rewards.num_gpus if reward.num_gpus is None else reward.num_gpus,
+        **({"resources": custom} if custom else {}),
+    }
 
 
 def _custom(key: str, own: dict[str, float] | None, role: str, placement: str) -> dict[str, float]:
@@ -63,8 +69,10 @@ def _custom(key: str, own: dict[str, float] | None, role: str, placement: str) -
         return {role: SHARE} if placement == "roles" else {}
     for name in own:
         if name in _OWN_KEYS:
-            raise ConfigError(f"{key} names {name!r}, which is set by {_OWN_KEYS[name]}: list custom resources only, "
-                              f"such as {{{role}: {SHARE}}}")
+            raise ConfigError(
+                f"{key} names {name!r}, which is set by {_OWN_KEYS[name]}: list custom resources only, "
+                f"such as {{{role}: {SHARE}}}"
+            )
     return dict(own)
 
 
@@ -88,25 +96,41 @@ def asks(config: Config, stage: str = "rl", largest: bool = False) -> list[Ask]:
     busy = [role for role in _BUSY.get(stage, ()) if role != "learner" or learns]
     found = []
     if "rollout" in busy:
-        found.append(Ask("rollout", "rollout actors", _resources(
-            r.rollout_cpus, r.rollout_gpus, role_resources(config, "rollout")), r.rollout_actors))
+        found.append(
+            Ask(
+                "rollout",
+                "rollout actors",
+                _resources(r.rollout_cpus, r.rollout_gpus, role_resources(config, "rollout")),
+                r.rollout_actors,
+            )
+        )
     if "learner" in busy:
-        found.append(Ask("learner", "learner ranks", _resources(
-            r.learner_cpus, r.learner_gpus, role_resources(config, "learner")), r.learner_workers))
+        found.append(
+            Ask(
+                "learner",
+                "learner ranks",
+                _resources(r.learner_cpus, r.learner_gpus, role_resources(config, "learner")),
+                r.learner_workers,
+            )
+        )
     if "reward" in busy:
         for x in [*w.train, *w.heldout]:
             o = replica_options(w, x, r.placement)
             least = x.replicas or w.replicas
             each = _resources(o["num_cpus"], o["num_gpus"], o.get("resources", {}))
-            found.append(Ask("reward", f"replicas of {x.name}", each,
-                             max(least, x.max_replicas or 0) if largest else least))
+            found.append(
+                Ask("reward", f"replicas of {x.name}", each, max(least, x.max_replicas or 0) if largest else least)
+            )
     return found
 
 
 def of_run(config: Config, largest: bool = False) -> list[Ask]:
     """What the most demanding of the configured stages holds at once."""
-    stages = [stage for stage in ("rl", "before", "after", "pretrain", "encode", "prepare", "curate")
-              if stage in config.run.stages]
+    stages = [
+        stage
+        for stage in ("rl", "before", "after", "pretrain", "encode", "prepare", "curate")
+        if stage in config.run.stages
+    ]
     found = [asks(config, stage, largest) for stage in stages]
     return max(found, key=lambda each: [sum(a.total(kind) for a in each) for kind in ("GPU", "CPU")], default=[])
 

@@ -33,8 +33,9 @@ def _look(mark: str) -> dict[str, Any]:
         import subprocess
 
         try:  # torch would see none here: this task has no GPU of its own
-            answer = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
-                                    text=True, timeout=20)
+            answer = subprocess.run(
+                ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            )
             gpus = answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []
         except (OSError, subprocess.TimeoutExpired):
             pass
@@ -60,8 +61,11 @@ def survey(address: str, folder: str, timeout_s: float = 60.0) -> dict[str, Any]
     except OSError as error:
         raise ConfigError(f"run.dir {folder}: {error}: give run.dir a folder that can be written") from None
     try:
-        return {"nodes": [_facts(node, str(mark), timeout_s) for node in ray.nodes() if node["Alive"]],
-                "now": cluster.nodes(), "largest": cluster.ceiling()}
+        return {
+            "nodes": [_facts(node, str(mark), timeout_s) for node in ray.nodes() if node["Alive"]],
+            "now": cluster.nodes(),
+            "largest": cluster.ceiling(),
+        }
     finally:
         mark.unlink(missing_ok=True)
         if made:
@@ -71,8 +75,11 @@ def survey(address: str, folder: str, timeout_s: float = 60.0) -> dict[str, Any]
 
 
 def _facts(node: dict[str, Any], mark: str, timeout_s: float) -> dict[str, Any]:
-    known = {"address": node["NodeManagerAddress"], "head": "node:__internal_head__" in node["Resources"],
-             "offers": told(node["Resources"])}
+    known = {
+        "address": node["NodeManagerAddress"],
+        "head": "node:__internal_head__" in node["Resources"],
+        "offers": told(node["Resources"]),
+    }
     place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     begun = time.time()
     try:

@@ -7,8 +7,9 @@ is missing. A worker that dies is started again and repeats its shard.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import ray
 
@@ -91,8 +92,11 @@ def curate(config: Config, run_dir: Path, scribe: Any) -> dict:
         found = plan.survivors(place, shards, settings)
         outputs = plan.outputs(found, shards, settings)
         job.clear_stale(place, outputs)
-        todo = [o for o in outputs if not (records.is_done(place.part(o.number), o.fingerprint)
-                                           and place.shard(o.number).is_file())]
+        todo = [
+            o
+            for o in outputs
+            if not (records.is_done(place.part(o.number), o.fingerprint) and place.shard(o.number).is_file())
+        ]
         list(pool.run("write", todo, _Progress("curate/write", len(outputs), len(todo), scribe)))
 
         statistics = merge.merge(place, shards, found, outputs, settings)
@@ -111,10 +115,12 @@ def _check_size(config: Config) -> None:
     have, c = ray.cluster_resources(), config.curate
     for kind, each in (("CPU", c.num_cpus), ("GPU", c.num_gpus)):
         if c.workers * each > have.get(kind, 0) + 1e-9:
-            raise ConfigError(f"curate.workers {c.workers} x num_{kind.lower()}s {each:g} asks for "
-                              f"{c.workers * each:g} {kind}s and "
-                              f"the cluster has {have.get(kind, 0):g}: lower one of them, add nodes, or set "
-                              "resources.autoscaling=true if the cluster grows on demand")
+            raise ConfigError(
+                f"curate.workers {c.workers} x num_{kind.lower()}s {each:g} asks for "
+                f"{c.workers * each:g} {kind}s and "
+                f"the cluster has {have.get(kind, 0):g}: lower one of them, add nodes, or set "
+                "resources.autoscaling=true if the cluster grows on demand"
+            )
 
 
 def _without(shards: list[str], lost: list[str], settings: Curate, scribe: Any) -> list[str]:
@@ -123,8 +129,10 @@ def _without(shards: list[str], lost: list[str], settings: Curate, scribe: Any) 
     named = ", ".join([*lost[:5], *(["..."] if len(lost) > 5 else [])])
     told = f"{len(lost)} of {len(shards)} shards cannot be read: {named}"
     if settings.unreadable == "stop":
-        raise ConfigError(f"curate.urls: {told}; all others are examined, so make these readable and resume the run, "
-                          "or leave them out with curate.unreadable=skip")
+        raise ConfigError(
+            f"curate.urls: {told}; all others are examined, so make these readable and resume the run, "
+            "or leave them out with curate.unreadable=skip"
+        )
     scribe.append.remote("warning", {"message": f"curate: {told}; left out"})
     return [s for s in shards if s not in set(lost)]
 
@@ -142,9 +150,17 @@ class _Progress:
         step = 100 * self.done // self.total
         if step > self.told:
             self.told = step
-            self.scribe.append.remote("metrics", {
-                "stage": self.stage, "step": step, "shards": self.done, "samples": self.samples, "passed": self.passed,
-                "images_per_second": self.samples / max(time.time() - self.begun, 1e-9)})
+            self.scribe.append.remote(
+                "metrics",
+                {
+                    "stage": self.stage,
+                    "step": step,
+                    "shards": self.done,
+                    "samples": self.samples,
+                    "passed": self.passed,
+                    "images_per_second": self.samples / max(time.time() - self.begun, 1e-9),
+                },
+            )
 
 
 class _Pool:
@@ -154,7 +170,7 @@ class _Pool:
         self.settings, self.out, self.most = settings, str(place.out.resolve()), most
         self.workers: list = []
 
-    def __enter__(self) -> "_Pool":
+    def __enter__(self) -> _Pool:
         return self
 
     def __exit__(self, *_) -> None:

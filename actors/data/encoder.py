@@ -107,9 +107,16 @@ class _Progress:
 
     def tell(self, result: Entry | Skip) -> None:
         self._count(result)
-        self.scribe.append.remote("metrics", {
-            "stage": "encode", "step": self.done, "samples": self.samples, "skipped": self.skipped,
-            "images_per_second": (self.samples - self.before) / (time.time() - self.begun)})
+        self.scribe.append.remote(
+            "metrics",
+            {
+                "stage": "encode",
+                "step": self.done,
+                "samples": self.samples,
+                "skipped": self.skipped,
+                "images_per_second": (self.samples - self.before) / (time.time() - self.begun),
+            },
+        )
 
 
 def _workers(config: Config, parts_folder: str | None, most: int) -> list[Any]:
@@ -127,8 +134,10 @@ def _run(config: Config, recipe: Recipe, parts_folder: str | None, todo: dict[st
     """(address, result) of each shard, as they are done."""
     if not todo:
         return
-    idle = [EncodeWorker.options(**options).remote(recipe, parts_folder, threads)
-            for options, threads in _workers(config, parts_folder, len(todo))]
+    idle = [
+        EncodeWorker.options(**options).remote(recipe, parts_folder, threads)
+        for options, threads in _workers(config, parts_folder, len(todo))
+    ]
     workers, waiting, running = list(idle), deque(todo.items()), {}
     try:
         while waiting or running:
@@ -141,8 +150,10 @@ def _run(config: Config, recipe: Recipe, parts_folder: str | None, todo: dict[st
             try:
                 result = ray.get(done)
             except ray.exceptions.RayActorError as error:
-                raise RuntimeError(f"every worker that was given {url} died, most likely for want of memory: a shard's "
-                                   f"rows are held until they are written; make shards smaller ({error})") from None
+                raise RuntimeError(
+                    f"every worker that was given {url} died, most likely for want of memory: a shard's "
+                    f"rows are held until they are written; make shards smaller ({error})"
+                ) from None
             idle.append(worker)
             yield url, result
     finally:
@@ -155,8 +166,15 @@ def _finish(config: Config, cache: Path, results: list[Entry | Skip], encoded: i
     entries = [Entry(r.shard, None, {}, {r.kind: 1}) if isinstance(r, Skip) else r for r in results]
     totals = write_manifest(config, cache, entries, lost)
     if not totals["samples"]:
-        raise ValueError(f"data.urls: none of {totals['shards']} shards held a usable sample; skipped: "
-                         f"{totals['reasons'] or 'nothing, they are empty'}")
+        raise ValueError(
+            f"data.urls: none of {totals['shards']} shards held a usable sample; skipped: "
+            f"{totals['reasons'] or 'nothing, they are empty'}"
+        )
     order = Order([e.rows for e in entries], config.pretrain.batch_size, config.run.seed)
-    return {**totals, "encoded": encoded, "unused": order.never_used, "prompts": write_prompts(config, cache),
-            "seconds": time.time() - begun}
+    return {
+        **totals,
+        "encoded": encoded,
+        "unused": order.never_used,
+        "prompts": write_prompts(config, cache),
+        "seconds": time.time() - begun,
+    }

@@ -30,8 +30,9 @@ class RewardReplica:
         tune: whether to measure the fastest micro-batch on the first group. threads: torch threads of the replica.
     """
 
-    def __init__(self, name: str, kind: str, params: dict[str, Any], timeout_s: float, partial: bool,
-                 tune: bool, threads: int):
+    def __init__(
+        self, name: str, kind: str, params: dict[str, Any], timeout_s: float, partial: bool, tune: bool, threads: int
+    ):
         import torch
 
         torch.set_num_threads(threads)
@@ -96,8 +97,14 @@ def deploy(rewards: Rewards, run_id: str, placement: str = "any", hang_timeout_s
     apps, targets = app_names(rewards, run_id), []
     for reward in [*rewards.train, *rewards.heldout]:
         app = _deployment(rewards, reward, placement, hang_timeout_s).bind(
-            reward.name, reward.kind, reward.params, rewards.timeout_s, rewards.on_failure == "mask_sample",
-            reward.tune_micro_batch, max(1, int(replica_options(rewards, reward)["num_cpus"])))
+            reward.name,
+            reward.kind,
+            reward.params,
+            rewards.timeout_s,
+            rewards.on_failure == "mask_sample",
+            reward.tune_micro_batch,
+            max(1, int(replica_options(rewards, reward)["num_cpus"])),
+        )
         targets.append(serve.RunTarget(app, apps[reward.name], route_prefix=None))
     serve.start(proxy_location="Disabled")
     try:
@@ -115,18 +122,30 @@ def _deployment(rewards: Rewards, reward: Reward, placement: str, hang_timeout_s
     low = reward.replicas or rewards.replicas
     count: dict[str, Any] = {"num_replicas": low}
     if reward.max_replicas:
-        count = {"autoscaling_config": {"min_replicas": low, "max_replicas": reward.max_replicas,
-                                        "target_ongoing_requests": 2}}
+        count = {
+            "autoscaling_config": {
+                "min_replicas": low,
+                "max_replicas": reward.max_replicas,
+                "target_ongoing_requests": 2,
+            }
+        }
     actor = replica_options(rewards, reward, placement)
     if reward.runtime_env:
         actor["runtime_env"] = reward.runtime_env
     # The client limits what is under way, not Serve: a replica that is full makes its router ask again and again. A
     # replica's health is asked often, because a scorer that hangs holds back a whole step; Serve gives it up at the third
     # question without an answer.
-    return serve.deployment(RewardReplica, name="RewardReplica", max_ongoing_requests=16, ray_actor_options=actor,
-                            health_check_period_s=2, health_check_timeout_s=min(30.0, hang_timeout_s / 3),
-                            graceful_shutdown_timeout_s=5,
-                            logging_config={"log_level": "WARNING", "enable_access_log": False}, **count)
+    return serve.deployment(
+        RewardReplica,
+        name="RewardReplica",
+        max_ongoing_requests=16,
+        ray_actor_options=actor,
+        health_check_period_s=2,
+        health_check_timeout_s=min(30.0, hang_timeout_s / 3),
+        graceful_shutdown_timeout_s=5,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        **count,
+    )
 
 
 def _own_words(error: BaseException) -> str:
@@ -153,8 +172,10 @@ class RewardClient:
         self.handles = {name: serve.get_app_handle(app) for name, app in apps.items()}
         # Two requests under way for each replica: while one is scored, the next arrives. More would only wait inside the
         # replica, and rewards.timeout_s would count the waiting.
-        self.places = {r.name: asyncio.Semaphore(2 * (r.max_replicas or r.replicas or rewards.replicas))
-                       for r in [*rewards.train, *rewards.heldout]}
+        self.places = {
+            r.name: asyncio.Semaphore(2 * (r.max_replicas or r.replicas or rewards.replicas))
+            for r in [*rewards.train, *rewards.heldout]
+        }
 
     async def score(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
         """float32 [G] of one scorer for one group. Raises RewardError when retries are used up."""

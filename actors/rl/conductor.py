@@ -3,8 +3,8 @@ process; which prompt goes to whom is decided in ``loop``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import ray
 
@@ -32,9 +32,16 @@ class Conductor:
         self.config, self.run_dir, self.scribe = config, Path(run_dir), scribe
         self.loop: Loop | None = None  # from ``connect`` on, where there is a stage rl
         options = actor_options(config, "rollout")
-        self.pool = RolloutPool([RolloutActor.options(**options).remote(config, model_folder)
-                                 for _ in range(config.resources.rollout_actors)], store, scribe, Diary(),
-                                config.faults.hang_timeout_s)
+        self.pool = RolloutPool(
+            [
+                RolloutActor.options(**options).remote(config, model_folder)
+                for _ in range(config.resources.rollout_actors)
+            ],
+            store,
+            scribe,
+            Diary(),
+            config.faults.hang_timeout_s,
+        )
 
     async def connect(self, apps: dict[str, str]) -> int:
         """Takes the names of the deployed rewards; once all rollout actors have loaded the model, their number."""
@@ -43,8 +50,14 @@ class Conductor:
         self.evaluator = Evaluator(config, self.run_dir, self.scribe, client, pool.sample, pool.save, pool.diary)
         if "rl" in config.run.stages:
             algorithm = registry.build(config)
-            observer = Observer(config, self.run_dir, self.scribe, pool.diary, lambda: pool.lost + len(client.lost),
-                                algorithm.needs_rollouts)
+            observer = Observer(
+                config,
+                self.run_dir,
+                self.scribe,
+                pool.diary,
+                lambda: pool.lost + len(client.lost),
+                algorithm.needs_rollouts,
+            )
             self.loop = Loop(config, algorithm, pool, client, self.scribe, self.evaluator, observer)
         await tell_provenance([*config.rewards.train, *config.rewards.heldout], client, self.scribe)
         return await pool.ready()
@@ -60,8 +73,9 @@ class Conductor:
     async def next_batch(self, iteration: int, rank: int = 0, world: int = 1) -> dict | None:
         return await self.loop.next_batch(iteration, rank, world)
 
-    async def commit(self, iteration: int, metrics: dict[str, float], spans: Sequence[Told] = (),
-                     life: int | None = None) -> None:
+    async def commit(
+        self, iteration: int, metrics: dict[str, float], spans: Sequence[Told] = (), life: int | None = None
+    ) -> None:
         await self.loop.commit(iteration, metrics, spans, life)
 
     async def alive(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Awaitable, Callable
+from typing import Any
 
 import numpy as np
 
@@ -32,9 +33,16 @@ class Evaluator:
         diary: of when evaluations were.
     """
 
-    def __init__(self, config: Config, run_dir: Path, scribe: Any, client: RewardClient,
-                 sample: Callable[[SampleRequest, int], Awaitable[tuple]], save: Callable[[int, str], Awaitable[None]],
-                 diary: Diary | None = None):
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        scribe: Any,
+        client: RewardClient,
+        sample: Callable[[SampleRequest, int], Awaitable[tuple]],
+        save: Callable[[int, str], Awaitable[None]],
+        diary: Diary | None = None,
+    ):
         self.diary = diary or Diary()
         self.config, self.run_dir, self.scribe, self.client = config, run_dir, scribe, client
         self.sample, self.save = sample, save
@@ -55,13 +63,20 @@ class Evaluator:
     async def _evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float) -> dict:
         samples = self.config.evaluate.samples
         indices, prompts = heldout_prompts(self.config)
-        result = {"tag": tag, "iteration": version, "prompts": prompts, "samples": samples,
-                  "guidance_scale": guidance_scale, "headline_steps": self.config.sampler.num_inference_steps,
-                  "by_steps": {}}
+        result = {
+            "tag": tag,
+            "iteration": version,
+            "prompts": prompts,
+            "samples": samples,
+            "guidance_scale": guidance_scale,
+            "headline_steps": self.config.sampler.num_inference_steps,
+            "by_steps": {},
+        }
         pictures, judged, correct = {}, {}, {}
         for count in step_counts:
-            whole = SampleRequest("heldout", 0, tuple(prompts), tuple(indices), samples,
-                                  num_steps=count, guidance_scale=guidance_scale)
+            whole = SampleRequest(
+                "heldout", 0, tuple(prompts), tuple(indices), samples, num_steps=count, guidance_scale=guidance_scale
+            )
             images, broken = await self._images(whole, version)
             scores, details = await self._judge(images, broken, prompts)
             # Grey in the place of what is no image would pass for diversity, and for distance.
@@ -71,8 +86,9 @@ class Evaluator:
             pictures[count] = images
             judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
             correct[count] = details[self.judges[0]] if self.judges else {}
-            self.scribe.append.remote("evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count,
-                                                     **entry})
+            self.scribe.append.remote(
+                "evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
+            )
         if self.compare.data:
             result["data"] = self.compare.data
         # The best model first: an evaluation that can be read has been acted on.
@@ -87,8 +103,10 @@ class Evaluator:
         pieces = await asyncio.gather(*(self.sample(request, version) for request in split_request(whole, groups)))
         broken = np.concatenate([no_images(piece[0]) for piece in pieces])
         if broken.any():
-            message = (f"evaluation: {int(broken.sum())} of {len(broken)} samples of {whole.num_steps} steps count as missing, because "
-                       "they are NaN or Inf")
+            message = (
+                f"evaluation: {int(broken.sum())} of {len(broken)} samples of {whole.num_steps} steps count as missing, because "
+                "they are NaN or Inf"
+            )
             self.scribe.append.remote("warning", {"message": message})
         return np.concatenate([np.asarray(piece[0]) for piece in pieces]), broken
 
@@ -96,14 +114,17 @@ class Evaluator:
         """({scorer: [P * S]}, {judge: {part: [P * S]}}); NaN is missing."""
         samples = self.config.evaluate.samples
         rows = list(zip(np.split(images, len(prompts)), prompts))
-        scores = {name: np.concatenate(await asyncio.gather(*(self._score(name, *row) for row in rows)))
-                  for name in self.scorers}
+        scores = {
+            name: np.concatenate(await asyncio.gather(*(self._score(name, *row) for row in rows)))
+            for name in self.scorers
+        }
         details = {}
         for name in self.judges:
             parts = await asyncio.gather(*(self._details(name, *row) for row in rows))
             known = next((list(part) for part in parts if part), [])
-            details[name] = {key: np.concatenate([part.get(key, np.full(samples, np.nan)) for part in parts])
-                             for key in known}
+            details[name] = {
+                key: np.concatenate([part.get(key, np.full(samples, np.nan)) for part in parts]) for key in known
+            }
 
         def present(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             return {name: np.where(broken, np.nan, column) for name, column in columns.items()}
@@ -142,8 +163,9 @@ class Evaluator:
             self.guard.see(seen)
         alarm = self.guard.see(now)
         if alarm:
-            self.scribe.append.remote("alarm", {"stage": "rl", "step": now.iteration, "message": alarm,
-                                                "best": self.guard.best.iteration})
+            self.scribe.append.remote(
+                "alarm", {"stage": "rl", "step": now.iteration, "message": alarm, "best": self.guard.best.iteration}
+            )
         if self.guard.best is now and now.iteration > 0:
             await self.save(now.iteration, str(self.run_dir / "models" / "best"))
             self.scribe.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})

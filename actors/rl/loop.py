@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import pickle
 import time
-from typing import Any, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 import numpy as np
 from ray.exceptions import RayActorError
@@ -39,14 +40,25 @@ class Loop:
             ``evaluate``, ``guard``. observer: None where nothing is told beside the numbers.
     """
 
-    def __init__(self, config: Config, algorithm: Algorithm, pool: RolloutPool, client: RewardClient, scribe: Any,
-                 evaluator: Evaluator | None = None, observer: Observer | None = None):
+    def __init__(
+        self,
+        config: Config,
+        algorithm: Algorithm,
+        pool: RolloutPool,
+        client: RewardClient,
+        scribe: Any,
+        evaluator: Evaluator | None = None,
+        observer: Observer | None = None,
+    ):
         self.config, self.algorithm, self.pool, self.client = config, algorithm, pool, client
         self.scribe, self.evaluator, self.observer = scribe, evaluator, observer
         # What the learner samples for itself is sampled with the weights it has.
         bound = config.rl.max_staleness if algorithm.needs_rollouts else 0
-        self.ledger = Ledger(StalenessPolicy(bound), config.rl.max_bytes_in_flight,
-                             config.rl.micro_batches * bytes_per_micro_batch(config))
+        self.ledger = Ledger(
+            StalenessPolicy(bound),
+            config.rl.max_bytes_in_flight,
+            config.rl.micro_batches * bytes_per_micro_batch(config),
+        )
         self.changed = asyncio.Condition()
         self.begun: int | None = None  # the iteration that the learner started from
         self.ready: dict[int, dict[int, Scored]] = {}
@@ -129,18 +141,28 @@ class Loop:
         masked, broken, refused = float((~np.isfinite(rewards)).all(1).mean()), sum(e.broken for e in entries), None
         if masked > self.config.rewards.max_masked_fraction and broken:
             # Not the scorers' fault: the learner skips it, and goes back to better weights if that goes on.
-            refused = (f"{broken} of its {rewards.size} samples are NaN or Inf, and {masked:.0%} of the groups have no score "
-                       f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction})")
+            refused = (
+                f"{broken} of its {rewards.size} samples are NaN or Inf, and {masked:.0%} of the groups have no score "
+                f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction})"
+            )
         elif masked > self.config.rewards.max_masked_fraction:
-            self._mark_stopped(f"{masked:.0%} of the groups of iteration {iteration} have no score "
-                               f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction}); "
-                               "the warnings in metrics.jsonl say what the scorers answered")
+            self._mark_stopped(
+                f"{masked:.0%} of the groups of iteration {iteration} have no score "
+                f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction}); "
+                "the warnings in metrics.jsonl say what the scorers answered"
+            )
             return None
-        return {"requests": requests, "chains": {j: e.chain for j, e in enumerate(entries)},
-                "versions": [e.version for e in entries], "rewards": rewards, "refused": refused}
+        return {
+            "requests": requests,
+            "chains": {j: e.chain for j, e in enumerate(entries)},
+            "versions": [e.version for e in entries],
+            "rewards": rewards,
+            "refused": refused,
+        }
 
-    async def commit(self, iteration: int, metrics: dict[str, float], spans: Sequence[Told] = (),
-                     life: int | None = None) -> None:
+    async def commit(
+        self, iteration: int, metrics: dict[str, float], spans: Sequence[Told] = (), life: int | None = None
+    ) -> None:
         """Iteration done, and the weights of version ``iteration + 1`` published. ``spans``: see ``Observer``.
 
         Raises RuntimeError where it is not this iteration's turn, or not this learner's: ``life`` is what ``begin``
@@ -161,13 +183,16 @@ class Loop:
             tuned = [reward for reward in self.config.rewards.train if reward.tune_micro_batch]
             await tell_provenance(tuned, self.client, self.scribe)
 
-    def _tell(self, iteration: int, entries: list[Scored], metrics: dict[str, float], spans: Sequence[Told],
-              in_flight: int) -> Awaitable[None]:
+    def _tell(
+        self, iteration: int, entries: list[Scored], metrics: dict[str, float], spans: Sequence[Told], in_flight: int
+    ) -> Awaitable[None]:
         """The iteration's record, and what the observer adds to it."""
         now = time.time()
         images = sum(e.request.images for e in entries)
         record = {
-            "stage": "rl", "step": iteration + 1, **metrics,
+            "stage": "rl",
+            "step": iteration + 1,
+            **metrics,
             **(told_of_rollouts(entries, in_flight) if self.algorithm.needs_rollouts else {}),
             "seconds/step": now - self.last_commit,
             "images_per_second": images / max(now - self.last_commit, 1e-9),
@@ -239,8 +264,9 @@ class Loop:
             if not await self._until(self.ledger.within_bound):
                 return
             if every and iteration % every == 0 and iteration > 0:
-                await self.evaluator.evaluate(f"step-{iteration:06d}", [self.config.sampler.num_inference_steps],
-                                              self.version)
+                await self.evaluator.evaluate(
+                    f"step-{iteration:06d}", [self.config.sampler.num_inference_steps], self.version
+                )
                 if self.evaluator.guard.should_stop:
                     return await self._finish(iteration)
             if not await self._until(self.ledger.has_room):
@@ -255,8 +281,13 @@ class Loop:
     async def _finish(self, end: int) -> None:
         """RL ends before iteration ``end``; what was dispatched earlier is still trained on."""
         guard = self.evaluator.guard
-        self.scribe.append.remote("note", {"message": f"RL ends early: {guard.below} evaluations in a row far below "
-                                                      f"iteration {guard.best.iteration} (evaluate.patience)"})
+        self.scribe.append.remote(
+            "note",
+            {
+                "message": f"RL ends early: {guard.below} evaluations in a row far below "
+                f"iteration {guard.best.iteration} (evaluate.patience)"
+            },
+        )
         async with self.changed:
             self.end = end
             self.changed.notify_all()
@@ -270,9 +301,19 @@ class Loop:
         if broken.any():
             rewards = self._without_broken(rewards, broken, request)
         shown = self.observer.keep(stamp.iteration, j, request, images) if self.observer is not None else None
-        await self._hand_over(j, Scored(request, stamp, chain, rewards, parts,
-                                        {"rollout": seconds, "reward": time.time() - sampled}, shown,
-                                        int(broken.sum())))
+        await self._hand_over(
+            j,
+            Scored(
+                request,
+                stamp,
+                chain,
+                rewards,
+                parts,
+                {"rollout": seconds, "reward": time.time() - sampled},
+                shown,
+                int(broken.sum()),
+            ),
+        )
 
     async def _hand_over(self, j: int, scored: Scored) -> None:
         async with self.changed:
@@ -286,18 +327,23 @@ class Loop:
     async def _score(self, images: np.ndarray, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rewards [P, G] and their parts, each [P, G]."""
         groups = np.split(images, len(request.prompts))
-        answers = await asyncio.gather(*(self._total(group, prompt, request.step)
-                                         for group, prompt in zip(groups, request.prompts)))
-        return (np.stack([total for total, _ in answers]),
-                {name: np.stack([parts[name] for _, parts in answers]) for name in answers[0][1]})
+        answers = await asyncio.gather(
+            *(self._total(group, prompt, request.step) for group, prompt in zip(groups, request.prompts))
+        )
+        return (
+            np.stack([total for total, _ in answers]),
+            {name: np.stack([parts[name] for _, parts in answers]) for name in answers[0][1]},
+        )
 
     def _without_broken(self, rewards: np.ndarray, broken: np.ndarray, request: SampleRequest) -> np.ndarray:
         """Rewards [P, G] without those of samples that are no images: NaN, as rewards.on_failure says of a missing score."""
         broken = broken.reshape(rewards.shape)
         if self.config.rewards.on_failure != "mask_sample":
             broken = np.broadcast_to(broken.any(1, keepdims=True), rewards.shape)
-        message = (f"{int(broken.sum())} samples of step {request.step} count as missing, because some of a group's are NaN "
-                   "or Inf: lower the learning rate or sampler.guidance_scale, or set model.precision=float32")
+        message = (
+            f"{int(broken.sum())} samples of step {request.step} count as missing, because some of a group's are NaN "
+            "or Inf: lower the learning rate or sampler.guidance_scale, or set model.precision=float32"
+        )
         self.scribe.append.remote("warning", {"message": message})
         return np.where(broken, np.float32("nan"), rewards)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -31,16 +32,19 @@ class Observer:
         all_roles: rollout actors and rewards are part of an iteration; else the learner alone.
     """
 
-    def __init__(self, config: Config, run_dir: Path, scribe: Any, diary: Diary, lost: Callable[[], int],
-                 all_roles: bool):
+    def __init__(
+        self, config: Config, run_dir: Path, scribe: Any, diary: Diary, lost: Callable[[], int], all_roles: bool
+    ):
         self.settings, self.run_dir, self.scribe = config.telemetry, run_dir, scribe
         self.diary, self.lost = diary, lost
         self.learners_begun = 0
         self.gpus = demand.totals(demand.asks(config, "rl"))["GPU"]
         self.lanes: dict[str, list] = {"learner": [0]}
         if all_roles:
-            self.lanes |= {"rollout": list(range(config.resources.rollout_actors)),
-                           "reward": [reward.name for reward in config.rewards.train]}
+            self.lanes |= {
+                "rollout": list(range(config.resources.rollout_actors)),
+                "reward": [reward.name for reward in config.rewards.train],
+            }
         self.one = ThreadPoolExecutor(1)  # so that lines come in order
         self.warned = False
 
@@ -56,8 +60,9 @@ class Observer:
             return None
         return images[: groups * request.group_size]
 
-    def committed(self, iteration: int, begun: float, ended: float, images: int,
-                  told: Iterable[Told]) -> dict[str, float]:
+    def committed(
+        self, iteration: int, begun: float, ended: float, images: int, told: Iterable[Told]
+    ) -> dict[str, float]:
         """Writes the iteration's line; returns its metrics. ``told``: rank 0's spans (ranks march in step)."""
         for role, phase, start, seconds in told:
             self.diary.note(role, 0, phase, ended + start, seconds)
@@ -88,7 +93,7 @@ class Observer:
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+        except Exception as error:
             if not self.warned:
                 self.warned = True
                 message = f"telemetry: timeline or gallery cannot be written: {type(error).__name__}: {error}"
@@ -103,8 +108,16 @@ def _groups(scored: Any) -> list[gallery.Group]:
     """The kept groups of a micro-batch."""
     size = scored.request.group_size
     images = scored.images.reshape(-1, size, *scored.images.shape[1:])
-    return [gallery.Group(scored.request.prompts[i], scored.request.indices[i], images[i], scored.rewards[i],
-                          {name: part[i] for name, part in scored.parts.items()}) for i in range(len(images))]
+    return [
+        gallery.Group(
+            scored.request.prompts[i],
+            scored.request.indices[i],
+            images[i],
+            scored.rewards[i],
+            {name: part[i] for name, part in scored.parts.items()},
+        )
+        for i in range(len(images))
+    ]
 
 
 def over_the_wire(spans: list[Span], now: float) -> list[Told]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import numpy as np
 import ray
@@ -34,8 +35,9 @@ class RolloutPool:
     ``lost`` counts the actors that died.
     """
 
-    def __init__(self, actors: list, store: Any, scribe: Any, diary: Diary | None = None,
-                 hang_timeout_s: float | None = None):
+    def __init__(
+        self, actors: list, store: Any, scribe: Any, diary: Diary | None = None, hang_timeout_s: float | None = None
+    ):
         self.actors, self.store, self.scribe = actors, store, scribe
         self.diary, self.lost, self.hang_timeout_s = diary or Diary(), 0, hang_timeout_s
         self.idle: asyncio.Queue = asyncio.Queue()
@@ -50,7 +52,9 @@ class RolloutPool:
         the RayActorError of one that cannot load it."""
         loaded = sum(await asyncio.gather(*(self._loaded(actor, again=False) for actor in self.actors)))
         if not loaded:
-            raise RuntimeError(f"all {len(self.actors)} rollout actors died while they loaded the model, and do not come back")
+            raise RuntimeError(
+                f"all {len(self.actors)} rollout actors died while they loaded the model, and do not come back"
+            )
         return loaded
 
     def begin(self) -> None:
@@ -59,6 +63,7 @@ class RolloutPool:
 
     async def sample(self, request: SampleRequest, version: int) -> tuple[np.ndarray, Any, float]:
         """Images, a reference to the chain, and the seconds an actor was busy with them."""
+
         async def ask(actor, weights, publication):
             begun = time.time()
             images, chain = actor.sample.remote(request, publication, weights)
@@ -68,8 +73,12 @@ class RolloutPool:
 
     async def save(self, version: int, folder: str) -> None:
         """Writes the model with the weights of ``version``, on an actor because it has the model."""
-        await self._ask(version, "saving", "checkpoint",
-                        lambda actor, weights, publication: actor.save.remote(publication, weights, folder))
+        await self._ask(
+            version,
+            "saving",
+            "checkpoint",
+            lambda actor, weights, publication: actor.save.remote(publication, weights, folder),
+        )
 
     def close(self) -> None:
         for actor in self.actors:
@@ -127,8 +136,10 @@ class RolloutPool:
 
     def _start_again(self, number: int, actor: Any) -> None:
         """Kills an actor that hangs: its call fails then as if it had died."""
-        self._tell(f"rollout actor {number} has not answered for {self.hang_timeout_s:g} s (faults.hang_timeout_s) and is "
-                   "started again")
+        self._tell(
+            f"rollout actor {number} has not answered for {self.hang_timeout_s:g} s (faults.hang_timeout_s) and is "
+            "started again"
+        )
         ray.kill(actor, no_restart=False)
 
     async def _look_after(self, number: int, actor: Any) -> None:

@@ -36,12 +36,17 @@ class Scored:
 
 def told_of_rollouts(entries: list[Scored], in_flight: int) -> dict[str, float]:
     """Metrics of an iteration's rollouts. ``in_flight``: bytes, before the iteration's are given back."""
-    rewards = {f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries]))
-               for name in entries[0].parts}
-    return {**rewards, "staleness/mean": float(np.mean([e.stamp.iteration - e.version for e in entries])),
-            "groups": sum(len(e.request.prompts) for e in entries),
-            "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
-            "seconds/reward": sum(e.seconds["reward"] for e in entries), "bytes_in_flight": in_flight}
+    rewards = {
+        f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in entries])) for name in entries[0].parts
+    }
+    return {
+        **rewards,
+        "staleness/mean": float(np.mean([e.stamp.iteration - e.version for e in entries])),
+        "groups": sum(len(e.request.prompts) for e in entries),
+        "seconds/rollout": sum(e.seconds["rollout"] for e in entries),
+        "seconds/reward": sum(e.seconds["reward"] for e in entries),
+        "bytes_in_flight": in_flight,
+    }
 
 
 async def tell_provenance(rewards: list[Reward], client: RewardClient, scribe: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ class Ledger:
     def dispatch(self) -> Stamp:
         """Takes the next iteration into flight; the stamp of all its groups. RuntimeError where that is not allowed."""
         if not (self.within_bound() and self.has_room()):
-            raise RuntimeError(f"iteration {self.next} dispatched at version {self.version} "
-                               f"with {self.budget.used} bytes in flight")
+            raise RuntimeError(
+                f"iteration {self.next} dispatched at version {self.version} with {self.budget.used} bytes in flight"
+            )
         stamp = Stamp(self.life, self.next, self.version)
         self.budget.take(self.size)
         self.next += 1
@@ -104,8 +105,11 @@ class Ledger:
     def check(self, iteration: int, stamps: Iterable[Stamp]) -> None:
         """Raises RuntimeError unless ``iteration`` may be trained on groups of these stamps."""
         for stamp in stamps:
-            if not (self.in_flight(stamp) and stamp.iteration == iteration
-                    and self.policy.may_train(iteration, stamp.version)):
+            if not (
+                self.in_flight(stamp)
+                and stamp.iteration == iteration
+                and self.policy.may_train(iteration, stamp.version)
+            ):
                 raise RuntimeError(f"iteration {iteration} of life {self.life} was given a group of {stamp}")
 
     def commit(self, iteration: int, life: int | None = None) -> None:
@@ -115,8 +119,9 @@ class Ledger:
         ``begin`` told it). Nothing is changed then.
         """
         if life is not None and life != self.life:
-            raise RuntimeError(f"iteration {iteration} is committed by the learner of life {life}, "
-                               f"which life {self.life} replaced")
+            raise RuntimeError(
+                f"iteration {iteration} is committed by the learner of life {life}, which life {self.life} replaced"
+            )
         if not (iteration == self.version < self.next):
             raise RuntimeError(f"iteration {iteration} is committed, where iteration {self.version} is trained")
         self.budget.give_back(self.size)

@@ -10,8 +10,9 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
@@ -106,8 +107,9 @@ class Driver:
     def _curate(self) -> None:
         from ..data.curator import curate
 
-        told = self._watch(lambda: curate(self.config, self.run_dir, self.scribe),
-                           [("curate/examine", 100), ("curate/write", 100)])
+        told = self._watch(
+            lambda: curate(self.config, self.run_dir, self.scribe), [("curate/examine", 100), ("curate/write", 100)]
+        )
         print(f"               {told['kept']} of {told['samples']} samples kept")
 
     def _encode(self) -> None:
@@ -117,24 +119,33 @@ class Driver:
 
         parts = parts_folder(self.config)
         latent = parts is not None and (parts / "vae").is_dir()
-        told = self._watch(lambda: encode(self.config, Path(self._cache()), str(parts) if latent else None, self.scribe),
-                           [("encode", len(list_shards(self.config.data.urls)))])
+        told = self._watch(
+            lambda: encode(self.config, Path(self._cache()), str(parts) if latent else None, self.scribe),
+            [("encode", len(list_shards(self.config.data.urls)))],
+        )
         print(f"               {told['samples']} samples, {told['skipped']} skipped {told['reasons'] or ''}")
 
     def _prepare(self) -> None:
         from .prepare import needs, prepare
 
         p = self.config.prepare
-        bars = [(f"prepare/{name}", p.text_steps if name == "text" else p.classifier_steps) for name in needs(self.config)]
+        bars = [
+            (f"prepare/{name}", p.text_steps if name == "text" else p.classifier_steps) for name in needs(self.config)
+        ]
         accuracies = self._watch(lambda: prepare(self.config, self.run_dir, self.scribe), bars)
         for name, accuracy in accuracies.items():
             print(f"               {name} classifier: {accuracy:.3f} of attributes right on fresh portraits")
 
     def _pretrain(self) -> None:
         start = str(self._pretrain_start())
-        self._until_it_stands("pretrain", lambda: self._watch(
-            lambda: pretrain(PretrainSetup(self.config, str(self.run_dir), start, self.scribe, self._cache())),
-            [("pretrain", self.config.pretrain.steps)], "loss"))
+        self._until_it_stands(
+            "pretrain",
+            lambda: self._watch(
+                lambda: pretrain(PretrainSetup(self.config, str(self.run_dir), start, self.scribe, self._cache())),
+                [("pretrain", self.config.pretrain.steps)],
+                "loss",
+            ),
+        )
 
     def _before(self) -> None:
         self._evaluate("before", self._start_model(), 0)
@@ -160,7 +171,9 @@ class Driver:
         def learn() -> None:
             self._system(model)
             setup = LearnerSetup(self.config, str(self.run_dir), str(model), self._names(), self.scribe)
-            self._watch(lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean", saves=True, replace=replace)
+            self._watch(
+                lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean", saves=True, replace=replace
+            )
             if not (self.run_dir / "models" / "final").is_dir():
                 raise RunStopped("rl ended without models/final; go on with --resume")
 
@@ -201,8 +214,10 @@ class Driver:
             return self._without_adapters(own)
         if self.config.model.init:
             return self._without_adapters(_model_folder(self.config.model.init))
-        raise ConfigError(f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to "
-                          "run.stages or name a model folder with model.init")
+        raise ConfigError(
+            f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to "
+            "run.stages or name a model folder with model.init"
+        )
 
     def _without_adapters(self, folder: Path) -> Path:
         """``folder``, or, where it holds adapters and new ones are to be trained, a merged copy: they are its base."""
@@ -223,10 +238,14 @@ class Driver:
             # Rollout actors load the model while the rewards are deployed.
             conductor, store = self._names()
             self.store = self._named(WeightStore, store, keep=self.config.rl.max_staleness + 2)
-            self.conductor = self._named(Conductor, conductor, self.config, str(self.run_dir), str(model), self.scribe, self.store)
+            self.conductor = self._named(
+                Conductor, conductor, self.config, str(self.run_dir), str(model), self.scribe, self.store
+            )
             try:
                 c = self.config
-                self.apps = self.apps or deploy(c.rewards, self.run_dir.name, c.resources.placement, c.faults.hang_timeout_s)
+                self.apps = self.apps or deploy(
+                    c.rewards, self.run_dir.name, c.resources.placement, c.faults.hang_timeout_s
+                )
             except (ValueError, FileNotFoundError, RuntimeError) as error:
                 raise ConfigError(f"rewards: {error}") from None
             ray.get(self.conductor.connect.remote(self.apps))
@@ -253,7 +272,9 @@ class Driver:
     def _well(self) -> bool:
         """Whether conductor and weight store are there and can go on."""
         try:
-            return bool(self._roles()) and all(ray.get([role.alive.remote() for role in self._roles().values()], timeout=10))
+            return bool(self._roles()) and all(
+                ray.get([role.alive.remote() for role in self._roles().values()], timeout=10)
+            )
         except (RayActorError, GetTimeoutError):
             return False
 
@@ -265,8 +286,10 @@ class Driver:
             return self._watch(lambda: ray.get(conductor.evaluate.remote(tag, steps, version)))
 
         for count, entry in self._until_it_stands(tag, work)["by_steps"].items():
-            told = ", ".join(f"{name} {x['mean']:.3f} ± {x['sem']:.3f}" if x["mean"] is not None else f"{name} no score"
-                             for name, x in [*entry["heldout"].items(), *entry["train"].items()])
+            told = ", ".join(
+                f"{name} {x['mean']:.3f} ± {x['sem']:.3f}" if x["mean"] is not None else f"{name} no score"
+                for name, x in [*entry["heldout"].items(), *entry["train"].items()]
+            )
             far = f", distance {entry['distance']['total']:.3f}" if "distance" in entry else ""
             print(f"               {tag} RL, {count:>3} steps: {told}, diversity {entry['diversity']:.3f}{far}")
 
@@ -281,8 +304,14 @@ class Driver:
 
     # -- around them ----------------------------------------------------------------------
 
-    def _watch(self, work: Callable[[], Any], bars: list[tuple[str, int]] = [], shown: str | None = None,
-               saves: bool = False, replace: Callable[[str], dict[str, Any]] | None = None) -> Any:
+    def _watch(
+        self,
+        work: Callable[[], Any],
+        bars: list[tuple[str, int]] = [],
+        shown: str | None = None,
+        saves: bool = False,
+        replace: Callable[[str], dict[str, Any]] | None = None,
+    ) -> Any:
         watch = Watch(self.scribe, self._roles(), self.config.faults.hang_timeout_s, self.leaving, saves, replace)
         return watch.over(work, bars, shown)
 
@@ -309,11 +338,15 @@ class Driver:
             elif kind == LOST:
                 self._count_lost(stage, told)
             elif failed is not None and (self._reached(stage) > before or self.replaced):
-                self._warn_aloud(f"{told}: going on from the last checkpoint, since step {self._reached(stage)} was reached meanwhile")
+                self._warn_aloud(
+                    f"{told}: going on from the last checkpoint, since step {self._reached(stage)} was reached meanwhile"
+                )
             elif failed is not None:
                 print(failed, file=sys.stderr)  # with the ranks' tracebacks
-                raise RunStopped(f"{told} in {self.config.learner.max_failures + 1} attempts without a new step after {before} "
-                                 "(learner.max_failures); once its cause is mended, go on with --resume") from None
+                raise RunStopped(
+                    f"{told} in {self.config.learner.max_failures + 1} attempts without a new step after {before} "
+                    "(learner.max_failures); once its cause is mended, go on with --resume"
+                ) from None
             else:
                 raise RunStopped(told)
             if kind == OUT_OF_MEMORY or not self._well():
@@ -328,7 +361,9 @@ class Driver:
         self.lost += 1
         if self.lost > self.config.faults.max_restarts:
             raise RunStopped(told)
-        self._warn_aloud(f"{told}: going on with new ones, from the last checkpoint ({self.lost} of faults.max_restarts)")
+        self._warn_aloud(
+            f"{told}: going on with new ones, from the last checkpoint ({self.lost} of faults.max_restarts)"
+        )
 
     def _warn_aloud(self, told: str) -> None:
         print(f"\n               {told}", flush=True)
@@ -336,14 +371,18 @@ class Driver:
 
     def _reached(self, stage: str) -> int:
         """The largest step that the stage has ever logged, dropped since or not."""
-        return max((r["step"] for r in read(self.run_dir) if r["event"] == "metrics" and r["stage"] == stage), default=0)
+        return max(
+            (r["step"] for r in read(self.run_dir) if r["event"] == "metrics" and r["stage"] == stage), default=0
+        )
 
     def _smaller(self, stage: str, told: str) -> str:
         """Takes half the micro-batch; raises RunStopped where there is none."""
         smaller = smaller_micro_batch(self.given, stage)
         if smaller is None:
-            raise RunStopped(f"{told}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
-                             "model.lora, a higher learner.zero_stage, or a smaller group_size") from None
+            raise RunStopped(
+                f"{told}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
+                "model.lora, a higher learner.zero_stage, or a smaller group_size"
+            ) from None
         words = f"going on with {_micro_batch(smaller, stage)} (was {_micro_batch(self.given, stage)})"
         self._take(smaller)
         return words
@@ -353,7 +392,9 @@ class Driver:
 
         if (self.run_dir / "report.html").is_file():
             print(f"\nreport         {self.run_dir / 'report.html'}")
-        final = json.loads((self.run_dir / "summary.json").read_text()) if (self.run_dir / "summary.json").is_file() else {}
+        final = (
+            json.loads((self.run_dir / "summary.json").read_text()) if (self.run_dir / "summary.json").is_file() else {}
+        )
         before, after = (final.get("heldout", {}).get(when) for when in ("before", "after"))
         if after is not None:
             print(f"held-out judge {'not evaluated' if before is None else f'{before:.3f}'} -> {after:.3f}")
@@ -361,7 +402,9 @@ class Driver:
         if alarms:
             best = alarms[-1]["best"]
             where = self.run_dir / "models" / ("best" if best else "pretrained")
-            print(f"ALARM          {alarms[-1]['message']}\n               the best model, of iteration {best}: {where}")
+            print(
+                f"ALARM          {alarms[-1]['message']}\n               the best model, of iteration {best}: {where}"
+            )
         advice = measured(self.run_dir, self.config)
         print("\n".join([*(describe(advice) if advice else []), f"total          {time.time() - self.start:.0f} s"]))
 

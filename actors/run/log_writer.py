@@ -28,8 +28,13 @@ class Scribe:
         waited = bool(self.log.held)
         self.log.append(event, **fields)
         if self.log.held and not waited:
-            self.said.append(("warning", f"{self.log.path} cannot be written, for lack of space on the disk as a rule: its records "
-                                         "are held back until it can"))
+            self.said.append(
+                (
+                    "warning",
+                    f"{self.log.path} cannot be written, for lack of space on the disk as a rule: its records "
+                    "are held back until it can",
+                )
+            )
         if event == "metrics":
             self.newest[fields["stage"]] = fields
         self.exporters.tell(event, fields)

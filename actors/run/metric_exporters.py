@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import yaml
 
@@ -100,6 +101,6 @@ class Exporters:
     def _guard(self, name: str, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # noqa: BLE001  whatever it is, training goes on
+        except Exception as error:
             self.active.pop(name, None)
             self.warn(f"telemetry: {name} is not told any more: {type(error).__name__}: {error}")

@@ -15,6 +15,7 @@ def _report(scribe: Any, name: str, total: int):
     def progress(step: int, loss: float) -> None:
         if step % 10 == 0 or step == total:
             scribe.append.remote("metrics", {"stage": f"prepare/{name}", "step": step, "loss": loss})
+
     return progress
 
 
@@ -31,8 +32,7 @@ def _classifier(config: Config, purpose: str, file: str, scribe: Any) -> float:
     import torch
 
     torch.set_num_threads(1)
-    return train_classifier(config, purpose, Path(file),
-                            _report(scribe, purpose, config.prepare.classifier_steps))
+    return train_classifier(config, purpose, Path(file), _report(scribe, purpose, config.prepare.classifier_steps))
 
 
 def needs(config: Config) -> list[str]:
@@ -48,8 +48,11 @@ def prepare(config: Config, run_dir: Path, scribe: Any) -> dict[str, float]:
     models = run_dir / "models"
     wanted = needs(config)
     text = [_text.remote(config, str(models / "text"), scribe)] if "text" in wanted else []
-    classifiers = {purpose: _classifier.remote(config, purpose, str(models / f"{purpose}.safetensors"), scribe)
-                   for purpose in wanted if purpose != "text"}
+    classifiers = {
+        purpose: _classifier.remote(config, purpose, str(models / f"{purpose}.safetensors"), scribe)
+        for purpose in wanted
+        if purpose != "text"
+    }
     ray.get(text)
     return {purpose: ray.get(ref) for purpose, ref in classifiers.items()}
 
@@ -66,7 +69,9 @@ def _start_model(config: Config, folder: str, text_folder: str, cache: str | Non
     parts = Path(text_folder)
     vae = load_autoencoder(parts)
     denoiser = start_denoiser(config, first_samples(config, vae, cache))
-    TextToImage(denoiser, load_encoder(parts), config.schedule, config.sampler, vae=vae, origin=parts).save_pretrained(folder)
+    TextToImage(denoiser, load_encoder(parts), config.schedule, config.sampler, vae=vae, origin=parts).save_pretrained(
+        folder
+    )
 
 
 def start_model(config: Config, run_dir: Path, cache: str | None) -> Path:

@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -37,7 +38,7 @@ class Leaving:
         self.since = 0.0
         self.watched = False  # somebody looks at ``name`` soon
 
-    def __enter__(self) -> "Leaving":
+    def __enter__(self) -> Leaving:
         main = threading.current_thread() is threading.main_thread()
         self.replaced = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
         return self
@@ -52,8 +53,10 @@ class Leaving:
         self.name, self.since = signal.Signals(number).name, time.monotonic()
         if not self.watched:
             raise RunStopped(self.reason)
-        print(f"\n{self.name}: saving a checkpoint, for at most {self.grace_s:g} s (faults.grace_s); once more ends at once",
-              flush=True)
+        print(
+            f"\n{self.name}: saving a checkpoint, for at most {self.grace_s:g} s (faults.grace_s); once more ends at once",
+            flush=True,
+        )
 
     @property
     def reason(self) -> str:
@@ -72,8 +75,15 @@ class Watch:
         replace: reason -> new roles; for a stage whose work goes on by itself once lost roles are there again.
     """
 
-    def __init__(self, scribe: Any, roles: dict[str, Any], hang_timeout_s: float, leaving: Leaving, saves: bool = False,
-                 replace: Callable[[str], dict[str, Any]] | None = None):
+    def __init__(
+        self,
+        scribe: Any,
+        roles: dict[str, Any],
+        hang_timeout_s: float,
+        leaving: Leaving,
+        saves: bool = False,
+        replace: Callable[[str], dict[str, Any]] | None = None,
+    ):
         self.scribe, self.roles, self.hang_timeout_s = scribe, roles, hang_timeout_s
         self.leaving, self.saves, self.replace = leaving, saves, replace
         self.asked: dict[str, tuple[ray.ObjectRef, float]] = {}
@@ -89,7 +99,7 @@ class Watch:
         def target() -> None:
             try:
                 outcome["value"] = work()
-            except BaseException as error:  # noqa: BLE001  (re-raised in the main thread)
+            except BaseException as error:
                 outcome["error"] = error
 
         thread = threading.Thread(target=target, daemon=True)
@@ -106,7 +116,9 @@ class Watch:
             raise outcome["error"]
         return outcome.get("value")
 
-    def _until_done(self, thread: threading.Thread, outcome: dict, bars: list[tuple[str, int]], shown: str | None) -> None:
+    def _until_done(
+        self, thread: threading.Thread, outcome: dict, bars: list[tuple[str, int]], shown: str | None
+    ) -> None:
         from tqdm import tqdm
 
         drawn = [(name, tqdm(total=total, desc=name, unit="step", mininterval=1.0)) for name, total in bars]
@@ -160,7 +172,9 @@ class Watch:
             if ray.get(answer) or ray.get(self.scribe.stop_reason.remote()) is not None:
                 self.silent.pop(name, None)
             elif time.monotonic() - self.silent.setdefault(name, time.monotonic()) > _SILENT_S:
-                ray.get(self.scribe.stop.remote(f"the {name} has stopped, and why was lost with the log's writer", LOST))
+                ray.get(
+                    self.scribe.stop.remote(f"the {name} has stopped, and why was lost with the log's writer", LOST)
+                )
 
     def _replace(self) -> None:
         if self.replace is not None and ray.get(self.scribe.stop_kind.remote()) == LOST:

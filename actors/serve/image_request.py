@@ -66,6 +66,7 @@ def parse(body: bytes, limits: Limits, sampler: Sampler, schedule: Schedule) -> 
 
     Raises Refused naming the field, its value and its bound.
     """
+
     def not_finite(word: str):
         raise ValueError(f"{word} is not a JSON number")
 

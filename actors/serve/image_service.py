@@ -31,8 +31,10 @@ from .image_request import Limits, Refused, parse
 
 #: A client has this long for sending its request.
 READ_SECONDS = 10.0
-OTHER_OPTIONS = ("Ray Serve was running on this cluster with other HTTP options, which cannot be changed; give its host "
-                 "and port, or end it first")
+OTHER_OPTIONS = (
+    "Ray Serve was running on this cluster with other HTTP options, which cannot be changed; give its host "
+    "and port, or end it first"
+)
 
 
 class Painter:
@@ -154,8 +156,11 @@ class Frontend:
         self.seconds += 0.2 * (time.monotonic() - start - self.seconds)
         self.counts["served"] += 1
         self.batches[company] += 1
-        return Response(png, media_type="image/png", headers={
-            "X-Seed": str(seed), "X-Steps": str(steps), "X-Guidance-Scale": f"{guidance:g}"})
+        return Response(
+            png,
+            media_type="image/png",
+            headers={"X-Seed": str(seed), "X-Steps": str(steps), "X-Guidance-Scale": f"{guidance:g}"},
+        )
 
     async def _body(self, request: Request) -> bytes:
         limit, body = self.limits.body_bytes, bytearray()
@@ -178,15 +183,30 @@ class Frontend:
 
     async def _info(self) -> dict[str, Any]:
         """The model's facts, the limits, and what was done; ``images_by_batch`` counts images by their batch's size."""
-        return {"model": await self.painter.facts.remote(), "sampler": self.sampler.model_dump(),
-                "schedule": self.schedule.model_dump(), "limits": asdict(self.limits), "under_way": self.under_way,
-                "served": self.counts["served"], "refused": self.counts["refused"],
-                "turned_away": self.counts["turned away"], "failed": self.counts["failed"],
-                "images_by_batch": {str(size): count for size, count in sorted(self.batches.items())}}
+        return {
+            "model": await self.painter.facts.remote(),
+            "sampler": self.sampler.model_dump(),
+            "schedule": self.schedule.model_dump(),
+            "limits": asdict(self.limits),
+            "under_way": self.under_way,
+            "served": self.counts["served"],
+            "refused": self.counts["refused"],
+            "turned_away": self.counts["turned away"],
+            "failed": self.counts["failed"],
+            "images_by_batch": {str(size): count for size, count in sorted(self.batches.items())},
+        }
 
 
-def application(model: str | os.PathLike, identity: str = "", replicas: int = 1, cpus: float = 1.0, gpus: float = 0.0,
-                precision: str = "float32", exact: bool | None = None, limits: Limits = Limits()):
+def application(
+    model: str | os.PathLike,
+    identity: str = "",
+    replicas: int = 1,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    precision: str = "float32",
+    exact: bool | None = None,
+    limits: Limits = Limits(),
+):
     """The Serve application of a model folder or run directory.
 
     Raises FileNotFoundError or ValueError, before anything is started, for a folder without a model.
@@ -199,14 +219,24 @@ def application(model: str | os.PathLike, identity: str = "", replicas: int = 1,
     sampler = Sampler.model_validate(values.get("sampler", {}))
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     painters = serve.deployment(
-        Painter, num_replicas=replicas, ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+        Painter,
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         # One batch is drawn while the next gathers; the rest waits in the frontend, for whichever replica is free.
-        max_ongoing_requests=2 * limits.batch, logging_config=quiet, graceful_shutdown_timeout_s=10,
-        max_constructor_retry_count=1)  # a model that cannot be loaded once cannot be loaded twice
+        max_ongoing_requests=2 * limits.batch,
+        logging_config=quiet,
+        graceful_shutdown_timeout_s=10,
+        max_constructor_retry_count=1,
+    )  # a model that cannot be loaded once cannot be loaded twice
     frontend = serve.deployment(
-        Frontend, num_replicas=1, ray_actor_options={"num_cpus": 0}, logging_config=quiet,
+        Frontend,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=quiet,
         # Beyond the queue there is room for those who are turned away, and for /healthz.
-        max_ongoing_requests=2 * limits.queue + 64, graceful_shutdown_timeout_s=10)
+        max_ongoing_requests=2 * limits.queue + 64,
+        graceful_shutdown_timeout_s=10,
+    )
     painter = painters.bind(str(folder), precision, exact, max(1, int(cpus)), limits)
     return frontend.bind(painter, schedule, sampler, limits, identity)
 
@@ -265,8 +295,10 @@ def check_size(replicas: int, cpus: float, gpus: float) -> None:
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus), ("GPU", gpus)):
         if replicas * each > have.get(kind, 0) + 1e-9:
-            raise ValueError(f"{replicas} replicas of {each:g} {kind}s each, and the cluster has "
-                             f"{have.get(kind, 0):g}: lower --replicas or --{kind.lower()}s")
+            raise ValueError(
+                f"{replicas} replicas of {each:g} {kind}s each, and the cluster has "
+                f"{have.get(kind, 0):g}: lower --replicas or --{kind.lower()}s"
+            )
 
 
 def _last_words(texts: list[str]) -> str:

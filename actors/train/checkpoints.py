@@ -10,9 +10,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterable
 
 from safetensors import SafetensorError, safe_open
 
@@ -138,6 +138,7 @@ def _altered(file: Path, size: int, checksum: str) -> str | None:
 
 def _foreign(folder: Path, sealed: dict[str, list]) -> list[str]:
     """The files that would be loaded and are not what this program writes, whatever their checksums say."""
+
     def wrong(name: str) -> str | None:
         if name not in sealed:
             return "not one of its files"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import ray.data
@@ -70,8 +71,11 @@ def shards(config: Config, cache: Path, start: int, rank: int) -> ray.data.Datas
     steps = max(1, min(TASK_BYTES // step_bytes, -(-count // TASKS)))
     # A task only copies from a file: a fraction of a core, so that it finds a place beside the ranks.
     blocks = max(1, -(-count // steps))
-    dataset = _in_order(ray.data.range(count, override_num_blocks=blocks).map_batches(
-        read, batch_size=steps, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(min(TASKS, blocks))))
+    dataset = _in_order(
+        ray.data.range(count, override_num_blocks=blocks).map_batches(
+            read, batch_size=steps, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(min(TASKS, blocks))
+        )
+    )
     if count * step_bytes * world <= READ_FIRST:
         return dataset.materialize()
     # Every rank runs an executor of its own, and each believes that the object store is its own.

@@ -6,9 +6,9 @@ import contextlib
 import gc
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -70,9 +70,20 @@ class Engine:
         anchor: weight of the squared distance to the first weights, see ``AnchoredAdamW``.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, stage: int, micro_batch_size: int,
-                 accumulation: int, lr: float, betas: tuple[float, float], weight_decay: float, grad_clip: float,
-                 dtype: torch.dtype = torch.float32, anchor: float = 0.0):
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        stage: int,
+        micro_batch_size: int,
+        accumulation: int,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        grad_clip: float,
+        dtype: torch.dtype = torch.float32,
+        anchor: float = 0.0,
+    ):
         _quiet_deepspeed(device)
         import deepspeed
 
@@ -80,22 +91,32 @@ class Engine:
         self.stage = stage
         self.accumulation = accumulation
         weights = list(trainable(module).values())
-        self.adamw = optimizer = AnchoredAdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, anchor=anchor)
+        self.adamw = optimizer = AnchoredAdamW(
+            weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, anchor=anchor
+        )
         _autocast_inside(module, dtype, device)
         settings = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": grad_clip,
             # Its bucket for reductions is 2 GB unless told otherwise, however little is trained.
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in weights))},
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in weights)),
+            },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
         self.module, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
 
-    def update(self, losses: Iterable[tuple[Tensor, dict[str, float]]], lr: float,
-               refuse: Callable[[dict[str, float]], str | None] = lambda metrics: None) -> Updated:
+    def update(
+        self,
+        losses: Iterable[tuple[Tensor, dict[str, float]]],
+        lr: float,
+        refuse: Callable[[dict[str, float]], str | None] = lambda metrics: None,
+    ) -> Updated:
         """One optimizer step on ``accumulation`` losses.
 
         It is not made, on any rank, where a loss or the gradient of one of them is not finite, or where ``refuse`` has a
@@ -126,8 +147,10 @@ class Engine:
         if reason is None and not math.isfinite(norm):
             # ZeRO knows the norm only inside the step, and gives a step of NaN or Inf up by itself.
             if self.module.was_step_applied():
-                raise FloatingPointError(f"{not_finite(norm, 0)}, and this version of DeepSpeed has put it into the weights: "
-                                         "upgrade deepspeed, and resume the run from its last checkpoint")
+                raise FloatingPointError(
+                    f"{not_finite(norm, 0)}, and this version of DeepSpeed has put it into the weights: "
+                    "upgrade deepspeed, and resume the run from its last checkpoint"
+                )
             reason = not_finite(norm, 0)
         return Updated({**means, "grad_norm": norm, "lr": lr}, reason)
 
@@ -139,8 +162,11 @@ class Engine:
         sums = [x for key in means for x in (sum(finite[key]), len(finite[key]))]
         total = torch.tensor([*sums, float(broken)], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        worst = torch.tensor([max(values[key]) if len(finite[key]) == len(values[key]) else math.inf for key in maxima],
-                             dtype=torch.float64, device=self.device)
+        worst = torch.tensor(
+            [max(values[key]) if len(finite[key]) == len(values[key]) else math.inf for key in maxima],
+            dtype=torch.float64,
+            device=self.device,
+        )
         if maxima:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         *sums, lost = total.tolist()

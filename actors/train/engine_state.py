@@ -8,8 +8,8 @@ knows nothing of ZeRO's flat partitions. So the whole tensors are put together b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -150,8 +150,10 @@ class EngineState:
                 wrong.append(key)
         if wrong:
             some = f"{', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''}"
-            raise ValueError(f"{folder} is the state of another network; missing, unknown or of another shape: {some}. "
-                             "Resume with the model.* settings that it was written with")
+            raise ValueError(
+                f"{folder} is the state of another network; missing, unknown or of another shape: {some}. "
+                "Resume with the model.* settings that it was written with"
+            )
 
     # -- one tensor, whatever the stage -----------------------------------------------------
 
@@ -218,8 +220,8 @@ class EngineState:
         # Not safe_set_full_*: those cannot take a parameter whose size is no multiple of the ranks.
         part = p.ds_tensor.numel()
         padded = value.new_zeros(part * self.world)
-        padded[:value.numel()] = value.flatten()
-        local = padded[part * self.rank:part * (self.rank + 1)]
+        padded[: value.numel()] = value.flatten()
+        local = padded[part * self.rank : part * (self.rank + 1)]
         if kind != WEIGHT:
             safe_set_local_optimizer_state(p, local, kind)
             return

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from rlproxi.config.loading import Config
 from rlproxi.errors import first_line, is_out_of_memory
@@ -63,6 +64,7 @@ def pretrain(setup: PretrainSetup) -> None:
     # The ranks say what they find; here it only matters where the data begin.
     found = checkpoints.latest(checkpoints.root(setup.run_dir, "pretrain"), warn=lambda message: None)
     setup.data_start = found[1]["step"] if found else 0
+
     def dataset(rank: int):
         if setup.cache is None:
             return portraits(setup.config, setup.data_start, rank)
@@ -153,8 +155,14 @@ def _run(begin: Callable[[Any], Any], setup: Any) -> None:
     rank.close()
 
 
-def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, run_dir: str, name: str,
-                 datasets: dict[str, Any] | None = None) -> None:
+def train_on_ray(
+    loop: Callable[[dict], None],
+    settings: dict,
+    config: Config,
+    run_dir: str,
+    name: str,
+    datasets: dict[str, Any] | None = None,
+) -> None:
     """Runs ``loop`` on the configured ranks and waits. A lost rank restarts the group, ``learner.max_failures`` times.
 
     Each rank reads the whole of the dataset it asks for: the loops name one dataset for each rank, which
@@ -172,18 +180,25 @@ def train_on_ray(loop: Callable[[dict], None], settings: dict, config: Config, r
     gpu = r.learner_gpus > 0
     resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {}), **role_resources(config, "learner")}
     trainer = TorchTrainer(
-        loop, train_loop_config=settings,
+        loop,
+        train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=r.learner_workers, use_gpu=gpu, resources_per_worker=resources),
         # torch.set_num_threads binds the calling thread only; a backward that runs in another one would take every
         # core, and two ranks on two cores then wait for each other's threads (4 times slower).
-        run_config=RunConfig(name=name, worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(r.threads)}},
-                             storage_path=str((Path(run_dir) / "ray_train").resolve()),
-                             failure_config=FailureConfig(max_failures=config.learner.max_failures)),
+        run_config=RunConfig(
+            name=name,
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(r.threads)}},
+            storage_path=str((Path(run_dir) / "ray_train").resolve()),
+            failure_config=FailureConfig(max_failures=config.learner.max_failures),
+        ),
         datasets=datasets,
         # Train would give the datasets its own options, and with them batches in the order their threads finish.
-        dataset_config=DataConfig(datasets_to_split=[], execution_options={
-            name: dataset.context.execution_options for name, dataset in datasets.items()}))
+        dataset_config=DataConfig(
+            datasets_to_split=[],
+            execution_options={name: dataset.context.execution_options for name, dataset in datasets.items()},
+        ),
+    )
     before = _placement_groups()
     try:
         trainer.fit()
@@ -199,7 +214,9 @@ def _placement_groups() -> set[str]:
     from ray.util import placement_group_table
 
     job = ray.get_runtime_context().get_job_id()
-    return {group for group, told in placement_group_table().items() if group.endswith(job) and told["state"] != "REMOVED"}
+    return {
+        group for group, told in placement_group_table().items() if group.endswith(job) and told["state"] != "REMOVED"
+    }
 
 
 def _free(groups: set[str]) -> None:

@@ -55,23 +55,38 @@ class Learner(Rank):
         networks = self.algorithm.networks(denoiser)
         copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None
         self.ema = EMA(denoiser, config.rl.ema) if config.rl.ema else None
-        self.engines = {name: self._engine(network, count) for (name, network), count in
-                        zip(networks.items(), self.algorithm.losses_per_update(self.world).values(), strict=True)}
+        self.engines = {
+            name: self._engine(network, count)
+            for (name, network), count in zip(
+                networks.items(), self.algorithm.losses_per_update(self.world).values(), strict=True
+            )
+        }
         wrapped = {name: engine.module for name, engine in self.engines.items()}
         reference = None
         if self.algorithm.needs_reference:
             # Without the engine, whose hooks would take a gradient to the input for a backward of its own.
             reference = copied or without_adapters(denoiser, denoiser)
         scope = partial(adapters_off, denoiser) if config.model.lora else nullcontext
-        self.parts = Parts(wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape, self.device,
-                           scope)
+        self.parts = Parts(
+            wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape, self.device, scope
+        )
         self.algorithm.connect(self.parts)
 
     def _engine(self, network: nn.Module, losses: int) -> Engine:
         s = self.config.rl
-        return Engine(network, self.device, self.config.learner.zero_stage, s.groups_per_micro_batch * s.group_size, losses,
-                      lr=s.lr, betas=s.betas, weight_decay=s.weight_decay, grad_clip=s.grad_clip, dtype=self.dtype,
-                      anchor=s.anchor)
+        return Engine(
+            network,
+            self.device,
+            self.config.learner.zero_stage,
+            s.groups_per_micro_batch * s.group_size,
+            losses,
+            lr=s.lr,
+            betas=s.betas,
+            weight_decay=s.weight_decay,
+            grad_clip=s.grad_clip,
+            dtype=self.dtype,
+            anchor=s.anchor,
+        )
 
     def _copies_reference(self) -> bool:
         return self.algorithm.needs_reference and not self.config.model.lora
@@ -80,8 +95,9 @@ class Learner(Rank):
         if not self.algorithm.needs_gradients:
             return None
         vae = load_autoencoder(self.origin)
-        return RewardGradients.build(self.config.rewards.train, vae and vae.to(self.device),
-                                     self.algorithm.normalize_gradients, self.device)
+        return RewardGradients.build(
+            self.config.rewards.train, vae and vae.to(self.device), self.algorithm.normalize_gradients, self.device
+        )
 
     # -- the loop's ends (see Rank.run) ----------------------------------------------------
 
@@ -105,9 +121,19 @@ class Learner(Rank):
         if not found:
             return None  # finished before its time
         # Averaged weights sample what the learner's own would not.
-        fresh = all(version == iteration for version in found.get("versions", ())) and (self.ema is None or iteration == 0)
-        batch = Batch(iteration, pickle.loads(found["requests"]), self.rank, self.world, found["rewards"],
-                      lambda j: self._chain(found["chains"][j]), fresh, found.get("refused"))
+        fresh = all(version == iteration for version in found.get("versions", ())) and (
+            self.ema is None or iteration == 0
+        )
+        batch = Batch(
+            iteration,
+            pickle.loads(found["requests"]),
+            self.rank,
+            self.world,
+            found["rewards"],
+            lambda j: self._chain(found["chains"][j]),
+            fresh,
+            found.get("refused"),
+        )
         return batch if self._accepted(batch) else None
 
     def refused(self, batch: Batch) -> str | None:
@@ -118,7 +144,10 @@ class Learner(Rank):
         if self.checked or batch.refused:
             return True
         with torch.no_grad(), autocast(self.dtype, self.device):
-            found = {limit.METRIC: limit.check(self.config, self.parts, batch.requests[0].prompts[0]), **self.algorithm.check(batch)}
+            found = {
+                limit.METRIC: limit.check(self.config, self.parts, batch.requests[0].prompts[0]),
+                **self.algorithm.check(batch),
+            }
             found = {name: self._largest(value) for name, value in found.items()}
         self.log(batch.iteration, found)
         self.checked = True

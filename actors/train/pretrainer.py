@@ -45,18 +45,33 @@ class Pretrainer(Rank):
     def build(self) -> None:
         config, p, s = self.config, self.config.pretrain, self.config.sampler
         denoiser, schedule = self.load_denoiser(), config.schedule.build()
-        self.algorithm = Matching(p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid),
-                                  config.run.seed)
+        self.algorithm = Matching(
+            p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid), config.run.seed
+        )
         share = p.batch_size // self.world
         micro = p.micro_batch_size or share
         self.ema = EMA(denoiser, p.ema)
-        self.engines = {"policy": Engine(denoiser, self.device, config.learner.zero_stage, micro, share // micro, p.lr,
-                                         (0.9, 0.99), 0.0, p.grad_clip, self.dtype)}
+        self.engines = {
+            "policy": Engine(
+                denoiser,
+                self.device,
+                config.learner.zero_stage,
+                micro,
+                share // micro,
+                p.lr,
+                (0.9, 0.99),
+                0.0,
+                p.grad_clip,
+                self.dtype,
+            )
+        }
 
     def begin(self, start: int) -> None:
         if start < self.earliest:
-            raise RuntimeError(f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
-                               f"{self.earliest}: resume the run (--resume {self.run_dir})")
+            raise RuntimeError(
+                f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
+                f"{self.earliest}: resume the run (--resume {self.run_dir})"
+            )
         # After a rollback: what was not logged yet did not happen, but was skipped all the same.
         self.unlogged += int(sum(m["skipped_updates"] for m in self.window))
         self.since, self.window = time.time(), []
@@ -73,8 +88,9 @@ class Pretrainer(Rank):
         config, x0 = self.config, self._samples(found)
         captions = drop_captions(list(found["caption"]), config.data.caption_dropout, config.run.seed, step, self.rank)
         pixels = tuple(side * self.factor for side in x0.shape[-2:])
-        return MatchingBatch(step, x0, conditioning(self.encoder, found, captions, pixels, self.device), self.rank,
-                             self.engine.module)
+        return MatchingBatch(
+            step, x0, conditioning(self.encoder, found, captions, pixels, self.device), self.rank, self.engine.module
+        )
 
     def updated(self, step: int, batch: MatchingBatch, metrics: dict[str, float]) -> None:
         with self.engine.gathered() as weights:
@@ -82,9 +98,15 @@ class Pretrainer(Rank):
         p = self.config.pretrain
         self.window.append(metrics)
         if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
-            means = {key: mean_present([m.get(key, np.nan) for m in self.window])
-                     for key in metrics if key != "seconds/train"}
-            counts = {"skipped_updates": sum(m["skipped_updates"] for m in self.window), "rollbacks": metrics["rollbacks"]}
+            means = {
+                key: mean_present([m.get(key, np.nan) for m in self.window])
+                for key in metrics
+                if key != "seconds/train"
+            }
+            counts = {
+                "skipped_updates": sum(m["skipped_updates"] for m in self.window),
+                "rollbacks": metrics["rollbacks"],
+            }
             speed = len(self.window) * p.batch_size / (time.time() - self.since)
             self.log(step + 1, {**means, **counts, "images_per_second": speed})
             self.since, self.window = time.time(), []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Mapping
+from typing import Any, ContextManager
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,9 @@ class Rank(Saved):
         self.origin = find_model(model_folder)
         self.encoder = load_encoder(self.origin, self.dtype).to(self.device)
         self.root = checkpoints.root(run_dir, stage)
-        self.guard = UpdateGuard(config.guards, f"{config.section if stage == 'rl' else stage}.lr", rollback.count(self.root))
+        self.guard = UpdateGuard(
+            config.guards, f"{config.section if stage == 'rl' else stage}.lr", rollback.count(self.root)
+        )
         self.unlogged = 0  # skipped updates that no metrics record has told of
 
     def build(self) -> None:
@@ -119,7 +122,7 @@ class Rank(Saved):
             self.done(step, batch, metrics)
             last = step + 1 == self.algorithm.steps
             due = due or (step + 1) % self.checkpoint_every == 0
-            if last or due and self.guard.steady:  # amid skipped updates the weights may be what is wrong
+            if last or (due and self.guard.steady):  # amid skipped updates the weights may be what is wrong
                 with self._span("checkpoint"):
                     self.checkpoint(step + 1)
                 due = False
@@ -140,7 +143,9 @@ class Rank(Saved):
             self._judge(step, first, refused)
         for update in () if refused else self.algorithm.updates(batch):
             with autocast(self.dtype, self.device):
-                done = self.engines[update.network].update(update.losses, update.lr * self.guard.lr_scale, self.guard.refuse)
+                done = self.engines[update.network].update(
+                    update.losses, update.lr * self.guard.lr_scale, self.guard.refuse
+                )
             for key, value in done.metrics.items():
                 seen.setdefault(key if update.network == first else f"{update.network}/{key}", []).append(value)
             self._judge(step, update.network, done.skipped)
@@ -169,8 +174,10 @@ class Rank(Saved):
                 rollback.set_aside(self.root, self.warn)
         dist.barrier()
         start = self.restore()
-        told = (f"{self.stage}: {error}. Going back to step {start}, with {self.guard.lr_scale:g} of "
-                f"{self.guard.lr_key} from now on (guards.lr_factor)")
+        told = (
+            f"{self.stage}: {error}. Going back to step {start}, with {self.guard.lr_scale:g} of "
+            f"{self.guard.lr_key} from now on (guards.lr_factor)"
+        )
         if start < self.earliest:
             self.stopped = True
             self.stop(AlgorithmStopped(f"{told}; its data are not at hand here: resume the run (--resume)"))
@@ -239,5 +246,11 @@ class Rank(Saved):
         with torch.no_grad():
             for key, p in trainable(denoiser).items():
                 p.copy_(weights[key])
-        TextToImage(denoiser, self.encoder, self.config.schedule, self.config.sampler, vae=load_autoencoder(self.origin),
-                    origin=self.origin).save_pretrained(self.run_dir / "models" / name)
+        TextToImage(
+            denoiser,
+            self.encoder,
+            self.config.schedule,
+            self.config.sampler,
+            vae=load_autoencoder(self.origin),
+            origin=self.origin,
+        ).save_pretrained(self.run_dir / "models" / name)

@@ -7,8 +7,16 @@ from typing import Any
 from rlproxi.config.loading import Config
 
 #: Keys that numbers do not depend on, in sections that they do.
-_BESIDE = {"checkpoint_every", "log_every", "keep_checkpoints", "max_checkpoint_failures", "max_failures", "replicas",
-           "timeout_s", "retries"}
+_BESIDE = {
+    "checkpoint_every",
+    "log_every",
+    "keep_checkpoints",
+    "max_checkpoint_failures",
+    "max_failures",
+    "replicas",
+    "timeout_s",
+    "retries",
+}
 #: What of resources reaches the arithmetic.
 _RESOURCES = {"learner_workers", "threads"}
 _ORDER = {"resources.learner_workers", "resources.threads", "learner.zero_stage", "device"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 from . import checkpoints
 
@@ -23,8 +23,10 @@ def count(root: Path) -> int:
             raise ValueError(f"rollbacks is {found!r}")
         return found
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not readable ({error}): it keeps the lowered learning rate; delete it to go on with the "
-                         "config's") from None
+        raise ValueError(
+            f"{file} is not readable ({error}): it keeps the lowered learning rate; delete it to go on with the "
+            "config's"
+        ) from None
 
 
 def remember(root: Path, rollbacks: int) -> None:
@@ -44,4 +46,6 @@ def set_aside(root: Path, warn: Callable[[str], None]) -> None:
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
         folder.rename(aside)
-        warn(f"checkpoint {folder} is set aside as {aside.name}: nothing could be learnt from there; going to the one before")
+        warn(
+            f"checkpoint {folder} is set aside as {aside.name}: nothing could be learnt from there; going to the one before"
+        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -66,8 +67,9 @@ class Saved:
         if not failed:
             facts = {"world": self.world, "made_by": self._circumstances()}
             others = {name: seal for part in sealed[1:] for name, seal in part.items()}
-            _, failed = self._together(lambda: self.rank or checkpoints.finish(
-                root, step, facts, others, self.config.learner.keep_checkpoints))
+            _, failed = self._together(
+                lambda: self.rank or checkpoints.finish(root, step, facts, others, self.config.learner.keep_checkpoints)
+            )
         self.unwritten = self.unwritten + 1 if failed else 0
         if failed:
             self._not_written(root, step, failed)
@@ -109,12 +111,18 @@ class Saved:
         told = f"{self.stage}: no checkpoint of step {step}: {failed}; {checkpoints.space(root)}"
         if self.unwritten < most:
             if self.rank == 0:
-                self.scribe.say.remote("warning", (
-                    f"{told}. Training goes on ({self.unwritten} of {most} failures in a row before it stops), the next attempt "
-                    f"is {self.checkpoint_every} steps on: {remedy}"))
+                self.scribe.say.remote(
+                    "warning",
+                    (
+                        f"{told}. Training goes on ({self.unwritten} of {most} failures in a row before it stops), the next attempt "
+                        f"is {self.checkpoint_every} steps on: {remedy}"
+                    ),
+                )
             return
         self.stopped = True
-        self.stop(AlgorithmStopped(f"{told}. {most} checkpoints in a row could not be written: {remedy}, then --resume"))
+        self.stop(
+            AlgorithmStopped(f"{told}. {most} checkpoints in a row could not be written: {remedy}, then --resume")
+        )
 
     def _circumstances(self) -> dict[str, Any]:
         import deepspeed
@@ -127,8 +135,7 @@ class Saved:
         """Loads the newest usable checkpoint; returns the steps it has behind it, 0 without one."""
         found: list[Any] = [None]
         if self.rank == 0:
-            found[0] = checkpoints.latest(self.root,
-                                          lambda message: self.scribe.say.remote("warning", message))
+            found[0] = checkpoints.latest(self.root, lambda message: self.scribe.say.remote("warning", message))
         dist.broadcast_object_list(found, src=0, device=self.device)
         if found[0] is None:
             return 0
@@ -145,6 +152,9 @@ class Saved:
 
     def _tell_resume(self, facts: dict) -> None:
         made_by = facts.get("made_by")
-        why = reasons(made_by if isinstance(made_by, dict) else {}, self._circumstances(),
-                      asynchronous=self.stage == "rl" and self.config.rl.max_staleness > 0)
+        why = reasons(
+            made_by if isinstance(made_by, dict) else {},
+            self._circumstances(),
+            asynchronous=self.stage == "rl" and self.config.rl.max_staleness > 0,
+        )
         self.scribe.say.remote("note", sentence(self.stage, facts["step"], self.algorithm.steps, why))

@@ -37,7 +37,8 @@ class AnchoredAdamW(torch.optim.AdamW):
         state = self.state[p]
         if "start" not in state:
             if not state:  # AdamW fills in its own part only where the state is empty
-                state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                             exp_avg_sq=torch.zeros_like(p))
+                state.update(
+                    step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                )
             state["start"] = p.detach().clone()
         return state["start"]

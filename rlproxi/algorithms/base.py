@@ -8,9 +8,10 @@ an iteration that is repeated after a fault is the same iteration.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Callable, ContextManager, Iterator
+from typing import ContextManager
 
 import numpy as np
 import torch

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +109,15 @@ class DIDR(Algorithm):
                 metrics |= mean_scores(self.parts.gradients.total(x0, request.rows)[1], self.parts.gradients.weights)
         return loss, metrics
 
-    def _divergence(self, x0: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
+    def _divergence(
+        self, x0: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates
+    ) -> Tensor:
         with torch.no_grad():
             y = level.diffuse(x0.detach(), noise(g, x0))
             fake, target = self.fake(y, level, text), self.target(y, level, text)
-        gap = direction(fake, target + self._pull(y, level, g, request, text) if self.settings.reward == "diffused" else target)
+        gap = direction(
+            fake, target + self._pull(y, level, g, request, text) if self.settings.reward == "diffused" else target
+        )
         return surrogate(x0, normalise(gap, x0, target)).mean()
 
     def _score_divergence(self, x0: Tensor, level: Level, g: torch.Generator, text: TextStates) -> Tensor:
@@ -124,8 +128,16 @@ class DIDR(Algorithm):
         """kappa s_r: where the diffused reward moves the reference's clean prediction."""
         s, clamped = self.settings, weight(level, self.settings.kappa_max)
         # The posterior's own noise between steps, which alone approaches the truth (see diffused_reward).
-        denoise = lambda y, k=0: denoise_steps(self.reference, y, level, self.levels.ladder, s.reward_steps, text,  # noqa: E731
-                                               lambda k, like: noise(g, like), eta=None)
+        denoise = lambda y, k=0: denoise_steps(
+            self.reference,
+            y,
+            level,
+            self.levels.ladder,
+            s.reward_steps,
+            text,
+            lambda k, like: noise(g, like),
+            eta=None,
+        )
         reward = lambda x: self.parts.gradients.total(x, request.rows)[0]  # noqa: E731
         with self.parts.reference_scope():
             if s.damped:

@@ -24,7 +24,8 @@ What the estimate costs in accuracy (derived; tests/algorithms/test_diffused_rew
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +38,9 @@ from ..proximal.samplers import Noise
 Reward = Callable[[Tensor], Tensor]
 
 
-def proxy(y: Tensor, denoise: Callable[[Tensor, int], Tensor], reward: Reward, beta: float,
-          particles: int = 1) -> tuple[Tensor, Tensor]:
+def proxy(
+    y: Tensor, denoise: Callable[[Tensor, int], Tensor], reward: Reward, beta: float, particles: int = 1
+) -> tuple[Tensor, Tensor]:
     """The diffused reward proxy: grad_y ln (1/K) sum_k exp(r(denoise(y, k)) / beta), per sample.
 
     K = 1 is grad_y r(denoise(y)) / beta. Particles are taken one after another: the memory of one, and K gradients.
@@ -80,15 +82,18 @@ def _look(y: Tensor, denoise: Callable[[Tensor], Tensor], reward: Reward) -> _Lo
         x0 = denoise(leaf)
         value = reward(x0)
     if not (x0.requires_grad and value.requires_grad):
-        raise ValueError(f"{'the reward' if x0.requires_grad else 'the denoised sample'} has no gradient: a diffused "
-                         "reward needs a differentiable reward, and a denoiser that does not run under no_grad")
-    at_x0, = torch.autograd.grad(value.sum(), x0)
-    at_y, = torch.autograd.grad(x0, leaf, at_x0)
+        raise ValueError(
+            f"{'the reward' if x0.requires_grad else 'the denoised sample'} has no gradient: a diffused "
+            "reward needs a differentiable reward, and a denoiser that does not run under no_grad"
+        )
+    (at_x0,) = torch.autograd.grad(value.sum(), x0)
+    (at_y,) = torch.autograd.grad(x0, leaf, at_x0)
     return _Look(x0.detach(), value.detach(), at_x0, at_y)
 
 
-def damped(y: Tensor, denoise: Callable[[Tensor], Tensor], reward: Reward, beta: float,
-           weight: Tensor) -> tuple[Tensor, Tensor]:
+def damped(
+    y: Tensor, denoise: Callable[[Tensor], Tensor], reward: Reward, beta: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
     """kappa s_r from one particle and one more look at the reward, instead of K particles.
 
     The plug-in's pull p = kappa grad_y r / beta at x = denoise(y) is a gradient step, in the metric of the covariance,
@@ -123,8 +128,16 @@ def damped(y: Tensor, denoise: Callable[[Tensor], Tensor], reward: Reward, beta:
     return expand(tau.clamp(0, 1), y) * pull, look.value
 
 
-def denoise_steps(clean: Clean, y: Tensor, level: Level, ladder: Ladder, m: int, cond: Any = None,
-                  noise: Noise | None = None, eta: float | None = None) -> Tensor:
+def denoise_steps(
+    clean: Clean,
+    y: Tensor,
+    level: Level,
+    ladder: Ladder,
+    m: int,
+    cond: Any = None,
+    noise: Noise | None = None,
+    eta: float | None = None,
+) -> Tensor:
     """Phi_m: x_0 from y by m differentiable denoising steps down the ladder. m = 1 is the clean prediction (Tweedie).
 
     The levels between lie k/m of the way, in ln(sigma/alpha), from ``level`` to the ladder's lowest. Between two levels

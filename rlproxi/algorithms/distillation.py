@@ -22,8 +22,9 @@ from ..proximal.clean import Clean, Level
 from ..proximal.operator import expand
 
 
-def direction(clean_fake: Tensor, clean_ref: Tensor, reward_score: Tensor | None = None,
-              kappa: Tensor | None = None) -> Tensor:
+def direction(
+    clean_fake: Tensor, clean_ref: Tensor, reward_score: Tensor | None = None, kappa: Tensor | None = None
+) -> Tensor:
     """G = D_fake - D_ref - kappa s_r: how far the generator's clean prediction is from the target's.
 
     Args:
@@ -59,8 +60,9 @@ def surrogate(x0: Tensor, gap: Tensor) -> Tensor:
     return 0.5 * (x0 - target).flatten(1).square().mean(1)
 
 
-def score_divergence(x0: Tensor, n: Tensor, level: Level, fake: Clean, ref: Clean, cond: Any = None,
-                     c: float | None = None) -> Tensor:
+def score_divergence(
+    x0: Tensor, n: Tensor, level: Level, fake: Clean, ref: Clean, cond: Any = None, c: float | None = None
+) -> Tensor:
     """DI*'s loss at one level, per sample [B]: -<d'(u), D_fake(y) - x_0>, with y = alpha x_0 + sigma n,
     u = D_fake(y) - D_ref(y), d the pseudo-Huber distance sqrt(||u||^2 + c^2) - c, d'(u) = u / sqrt(||u||^2 + c^2).
 

@@ -31,7 +31,9 @@ class EMA:
         """Raises ValueError where ``state`` is of another network."""
         wrong = [name for name, value in self.values.items() if name not in state or state[name].shape != value.shape]
         if wrong or "updates" not in state:
-            raise ValueError(f"these averaged weights are of another network; missing or of another shape: "
-                             f"{', '.join([*wrong, 'updates'][:4])}")
+            raise ValueError(
+                f"these averaged weights are of another network; missing or of another shape: "
+                f"{', '.join([*wrong, 'updates'][:4])}"
+            )
         self.updates = int(state["updates"])
         self.values = {name: state[name].to(value.device, copy=True) for name, value in self.values.items()}

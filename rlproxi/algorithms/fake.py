@@ -28,8 +28,10 @@ class NoiseLevels:
         s = config.sampler
         self.expected = config.pretrain.target == "expected"
         self.schedule, self.settings, self.seed = config.schedule.build(), settings, config.run.seed
-        self.ladder = Ladder(TimeTable(self.schedule, settings.candidates or config.pretrain.candidates, s.name, s.start_time,
-                                       s.grid), self.schedule)
+        self.ladder = Ladder(
+            TimeTable(self.schedule, settings.candidates or config.pretrain.candidates, s.name, s.start_time, s.grid),
+            self.schedule,
+        )
 
     def draw(self, request: SampleRequest, turn: int, like: Tensor) -> tuple[Level, torch.Generator]:
         """A level for each sample [B, ...], and the generator of its noise. ``turn`` tells draws of one iteration apart."""

@@ -7,8 +7,8 @@ deterministic and has no ratio; where the rewards are differentiable, ``last_ste
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -118,7 +118,9 @@ class GRPO(Algorithm):
 
     def requests(self, iteration: int) -> list[SampleRequest]:
         kept = tuple(action.index for action in self.window(iteration))
-        return [replace(request, window=kept, keep_last=self.needs_gradients) for request in super().requests(iteration)]
+        return [
+            replace(request, window=kept, keep_last=self.needs_gradients) for request in super().requests(iteration)
+        ]
 
     def losses_per_update(self, world: int) -> dict[str, int]:
         return {"policy": self.micro_batches(world) * (self.trained_steps + self.needs_gradients)}
@@ -133,8 +135,11 @@ class GRPO(Algorithm):
         found = advantages(batch.rewards, self.settings.advantage_std)
         for update in range(self.settings.updates_per_step):
             micro = self._micro_batches(batch, update, found)
-            yield Update("policy", self.lr(batch.iteration),
-                         self.losses(self.prox, self.reference, micro, self.window(batch.iteration), first=update == 0))
+            yield Update(
+                "policy",
+                self.lr(batch.iteration),
+                self.losses(self.prox, self.reference, micro, self.window(batch.iteration), first=update == 0),
+            )
 
     def metrics(self, batch: Batch) -> dict[str, float]:
         return advantages(batch.rewards, self.settings.advantage_std).stats
@@ -148,12 +153,26 @@ class GRPO(Algorithm):
         groups = len(request.prompts)
         rows = slice(j * groups, (j + 1) * groups)
         flat = lambda x: torch.from_numpy(x[rows].reshape(-1)).to(self.parts.device)  # noqa: E731
-        return MicroBatch(chain["z"], chain["z_next"], chain["prox"], flat(found.values), flat(found.weight),
-                          self.parts.encoder.groups(request.prompts, request.group_size), request.rows,
-                          chain.get("z_last"), chain.get("finite"))
+        return MicroBatch(
+            chain["z"],
+            chain["z_next"],
+            chain["prox"],
+            flat(found.values),
+            flat(found.weight),
+            self.parts.encoder.groups(request.prompts, request.group_size),
+            request.rows,
+            chain.get("z_last"),
+            chain.get("finite"),
+        )
 
-    def losses(self, prox: Prox, reference: Prox | None, batches: list[MicroBatch],
-               window: list[policy.Action], first: bool = False) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    def losses(
+        self,
+        prox: Prox,
+        reference: Prox | None,
+        batches: list[MicroBatch],
+        window: list[policy.Action],
+        first: bool = False,
+    ) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """One loss for each (micro-batch, trained step), and one for the last step where its gradient is wanted.
 
         ``first``: no update was made on these samples yet, so each step's largest |log-ratio| tells whether learner and rollout
@@ -211,8 +230,11 @@ class GRPO(Algorithm):
     def check(self, batch: Batch) -> dict[str, float]:
         """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
         micro = self._micro_batches(batch, 0, advantages(batch.rewards, self.settings.advantage_std))
-        deviations = [self._loss(self.prox, None, one, position, action)[1]["ratio/max_deviation"]
-                      for one in micro for position, action in enumerate(self.window(batch.iteration))]
+        deviations = [
+            self._loss(self.prox, None, one, position, action)[1]["ratio/max_deviation"]
+            for one in micro
+            for position, action in enumerate(self.window(batch.iteration))
+        ]
         return {"ratio/first_max_deviation": max(deviations)}
 
     def accept(self, found: dict[str, float]) -> None:
@@ -224,7 +246,8 @@ class GRPO(Algorithm):
                 f"(grpo.first_ratio_tolerance = {self.settings.first_ratio_tolerance:.0e}): the learner does not "
                 "compute what the rollout actors did, so every advantage would push in a wrong direction. Use the "
                 "same model.precision, resources.threads and kind of chip for both roles (set model.precision=float32 "
-                "to rule out rounding), and check that both loaded the same weights.")
+                "to rule out rounding), and check that both loaded the same weights."
+            )
 
 
 def bytes_per_micro_batch(config: Config) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -57,8 +57,9 @@ class Matching:
 
     def updates(self, batch: MatchingBatch) -> Iterator[Update]:
         """The step's one update."""
-        yield Update("policy", self.lr(batch.step),
-                     self.losses(batch.denoiser, batch.images, batch.text, batch.step, batch.rank))
+        yield Update(
+            "policy", self.lr(batch.step), self.losses(batch.denoiser, batch.images, batch.text, batch.step, batch.rank)
+        )
 
     def zeta(self, step: int) -> float | None:
         """None in the L1 phase, then the zetas in equally long phases; infinite where the loss is the square error."""
@@ -91,8 +92,9 @@ class Matching:
         through = max(0.0, (step - begin) / max(1.0, s.steps - begin))
         return s.lr * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, through))))
 
-    def losses(self, denoiser: Denoiser, images: Tensor, text: TextStates, step: int,
-               rank: int = 0) -> Iterator[tuple[Tensor, dict[str, float]]]:
+    def losses(
+        self, denoiser: Denoiser, images: Tensor, text: TextStates, step: int, rank: int = 0
+    ) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """One loss for each micro-batch of this rank's images [B, C, H, W] in [-1, 1].
 
         A micro-batch is named by its place in the global batch: two ranks draw what one rank would.
@@ -127,8 +129,12 @@ def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, co
     encoded shards."""
     if cache is not None:
         return torch.from_numpy(cached.first_samples(config, Path(cache), count))
-    images = faces.batch(collection(config.run.seed, "pretrain"), np.arange(count if vae is None else count // 8),
-                         config.data.size, config.data.hand_fraction)[0]
+    images = faces.batch(
+        collection(config.run.seed, "pretrain"),
+        np.arange(count if vae is None else count // 8),
+        config.data.size,
+        config.data.hand_fraction,
+    )[0]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixels if vae is None else vae.encode(pixels)
 
@@ -141,14 +147,22 @@ def drop_captions(captions: list[str], probability: float, seed: int, step: int,
     return ["" if d else c for c, d in zip(captions, dropped)]
 
 
-def conditioning(encoder: TextEncoder, batch: Mapping[str, np.ndarray], captions: list[str], pixels: tuple[int, int],
-                 device: torch.device) -> TextStates:
+def conditioning(
+    encoder: TextEncoder,
+    batch: Mapping[str, np.ndarray],
+    captions: list[str],
+    pixels: tuple[int, int],
+    device: torch.device,
+) -> TextStates:
     """What the denoiser is told of a batch: its captions (some of them dropped), encoded or from the cache's columns
     text_states, text_pooled and text_mask, and, where the data tell it (column size [B, 4]: original height and width,
     crop top and left), SDXL's six sizes. ``pixels``: height and width of the images.
     """
     if "text_states" in batch:
-        columns = (torch.from_numpy(np.array(batch[f"text_{name}"])).to(device).float() for name in ("states", "pooled", "mask"))
+        columns = (
+            torch.from_numpy(np.array(batch[f"text_{name}"])).to(device).float()
+            for name in ("states", "pooled", "mask")
+        )
         text = TextStates(*columns)
         null = encoder.null_like(text)
         dropped = torch.tensor([caption == "" for caption in captions], device=device)

@@ -10,7 +10,7 @@ step towards the reference's distribution (Diff-Instruct's, arXiv 2305.18455).
 from __future__ import annotations
 
 import copy
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,9 @@ class R0(Algorithm):
     def updates(self, batch: Batch) -> Iterator[Update]:
         s = self.settings
         if s.random_eta and self.config.sampler.name in AFTER:
-            self.plan = self.config.sampler.plan(self.schedule, eta=rng(self.seed, 0xE7A0, batch.iteration).random(len(self.plan)))
+            self.plan = self.config.sampler.plan(
+                self.schedule, eta=rng(self.seed, 0xE7A0, batch.iteration).random(len(self.plan))
+            )
         for update in range(s.updates_per_step):
             mine = share(len(batch.requests), s.updates_per_step, batch.world, update, batch.rank)
             requests = [batch.requests[j] for j in mine]
@@ -91,7 +93,11 @@ class R0(Algorithm):
         for request, text in work:
             named, x = self._start(request, turn)
             with torch.no_grad():
-                x = self._intermediate(request, text, named, x) if self.settings.plus else self._generate(text, named, x)
+                x = (
+                    self._intermediate(request, text, named, x)
+                    if self.settings.plus
+                    else self._generate(text, named, x)
+                )
             loss = fake_loss(self.parts.networks["fake"], self.levels, request, turn, x, text)
             yield loss, {"loss": loss.item()}
 
@@ -181,7 +187,9 @@ class R0(Algorithm):
         y = level.diffuse(x, noise(g, x))
         encoder = self.parts.encoder
         both = TextStates.join(text, encoder.null_like(text))
-        eps = self.parts.reference(torch.cat([y, y]), torch.cat([level.t] * 2), torch.cat([level.lam] * 2), both).float()
+        eps = self.parts.reference(
+            torch.cat([y, y]), torch.cat([level.t] * 2), torch.cat([level.lam] * 2), both
+        ).float()
         conditional, unconditional = eps.chunk(2)
         # D is y minus a multiple of eps, so the difference of two D is that multiple of the difference of eps.
         return expand(level.sigma**2 / (level.lam.sqrt() * level.alpha), x) * (unconditional - conditional)

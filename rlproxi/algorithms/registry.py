@@ -22,7 +22,9 @@ def algorithm_class(name: str) -> type[Algorithm]:
         kind = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises while it is imported
         told = f"{type(error).__name__}: {error}"
-        raise ValueError(f"run.algorithm {name!r} cannot be imported: {told}; it must be installed or on PYTHONPATH") from None
+        raise ValueError(
+            f"run.algorithm {name!r} cannot be imported: {told}; it must be installed or on PYTHONPATH"
+        ) from None
     if not (isinstance(kind, type) and issubclass(kind, Algorithm)):
         raise ValueError(f"run.algorithm {name!r} is not a subclass of rlproxi.algorithms.base.Algorithm")
     return kind

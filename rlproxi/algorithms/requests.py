@@ -40,14 +40,19 @@ class SampleRequest:
     def names(self, seed: int, turn: int = 0) -> list[tuple[int, ...]]:
         """The name of each sample's noise. ``turn`` tells the draws of one iteration apart, where it has several."""
         more = (turn,) if turn else ()
-        return [(seed, PURPOSES[self.purpose], self.step, index, j, *more)
-                for index in self.indices for j in range(self.group_size)]
+        return [
+            (seed, PURPOSES[self.purpose], self.step, index, j, *more)
+            for index in self.indices
+            for j in range(self.group_size)
+        ]
 
 
 def split_request(request: SampleRequest, groups: int) -> list[SampleRequest]:
     """Cuts a request into pieces of at most ``groups`` groups."""
-    return [replace(request, prompts=request.prompts[i : i + groups], indices=request.indices[i : i + groups])
-            for i in range(0, len(request.prompts), groups)]
+    return [
+        replace(request, prompts=request.prompts[i : i + groups], indices=request.indices[i : i + groups])
+        for i in range(0, len(request.prompts), groups)
+    ]
 
 
 def no_images(images: np.ndarray) -> np.ndarray:

@@ -6,8 +6,8 @@ prompt, sample), so which actor samples a group, and when, changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping
 
 import numpy as np
 import torch
@@ -50,21 +50,35 @@ class GroupSampler:
             change from version to version. origin: the model folder it came from.
     """
 
-    def __init__(self, config: Config, denoiser: nn.Module, text: TextEncoder, vae: Autoencoder | None = None,
-                 device: str | torch.device = "cpu", origin: Path | None = None):
+    def __init__(
+        self,
+        config: Config,
+        denoiser: nn.Module,
+        text: TextEncoder,
+        vae: Autoencoder | None = None,
+        device: str | torch.device = "cpu",
+        origin: Path | None = None,
+    ):
         self.config = config
         denoiser = denoiser.to(device)
         self.trained = trainable(denoiser)
-        self.pipeline = TextToImage(denoiser.requires_grad_(False), text, config.schedule, config.sampler,
-                                    config.model.precision, vae, origin).to(device)
+        self.pipeline = TextToImage(
+            denoiser.requires_grad_(False), text, config.schedule, config.sampler, config.model.precision, vae, origin
+        ).to(device)
 
     @classmethod
-    def from_pretrained(cls, config: Config, folder: str | Path, device: str | torch.device = "cpu") -> "GroupSampler":
+    def from_pretrained(cls, config: Config, folder: str | Path, device: str | torch.device = "cpu") -> GroupSampler:
         """Loads a model folder as the config trains it."""
         folder = find_model(folder)
         dtype = compute_dtype(config.model.precision, device)
-        return cls(config, training_form(folder, config, "rl", dtype), load_encoder(folder, dtype),
-                   load_autoencoder(folder), device, folder)
+        return cls(
+            config,
+            training_form(folder, config, "rl", dtype),
+            load_encoder(folder, dtype),
+            load_autoencoder(folder),
+            device,
+            folder,
+        )
 
     def take(self, flat: np.ndarray) -> None:
         """New weights, as ``flatten`` made them of the same parameters."""
@@ -86,12 +100,14 @@ class GroupSampler:
         text = self.pipeline.text.groups(request.prompts, request.group_size)
         # A score sampler's noise comes after the prox: it is the policy's choice, the first step's too.
         named = NamedNoise(names, starts, first=c.sampler.name not in AFTER)
-        run = self.pipeline.run(text, named, request.num_steps, request.guidance_scale,
-                                keep_chain=bool(request.window) or request.keep_last)
+        run = self.pipeline.run(
+            text, named, request.num_steps, request.guidance_scale, keep_chain=bool(request.window) or request.keep_last
+        )
         chain = {}
         if request.window:
-            pick = lambda values, shift=0: torch.stack(  # noqa: E731
-                [values[i + shift] for i in request.window]).float().cpu().numpy()
+            pick = lambda values, shift=0: (
+                torch.stack([values[i + shift] for i in request.window]).float().cpu().numpy()
+            )
             chain = {"z": pick(run.z), "z_next": pick(run.z, 1), "prox": pick(run.prox)}
         if request.keep_last:
             chain["z_last"] = run.z[-1].float().cpu().numpy()

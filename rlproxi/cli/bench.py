@@ -14,9 +14,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -32,6 +32,7 @@ from ..proximal.samplers import generator_noise, sample
 
 def _median_ratio(ours: Callable[[], None], bare: Callable[[], None], repeats: int) -> float:
     """Median of the ratios of rounds in which both are called, so that each ratio's two halves see the same machine."""
+
     def seconds(function: Callable[[], None]) -> float:
         begun = time.perf_counter()
         function()
@@ -141,7 +142,9 @@ def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
 
 
 def _one_rank(config: Config) -> Config:
-    return build_config({**config.model_dump(mode="json"), "resources": {**config.resources.model_dump(), "learner_workers": 1}})
+    return build_config(
+        {**config.model_dump(mode="json"), "resources": {**config.resources.model_dump(), "learner_workers": 1}}
+    )
 
 
 def _keep_barrier(barrier) -> None:
@@ -181,7 +184,9 @@ def _bare_micro_batch(config: Config, shapes: _Shapes, scorer) -> None:
                 shapes.forward()
             shapes.forward_backward()
     elif config.run.algorithm == "r0":  # step by step: all steps but the last are computed twice
-        if g.distribution_weight:  # samples for the fake score and its step, then fake score and reference at the samples
+        if (
+            g.distribution_weight
+        ):  # samples for the fake score and its step, then fake score and reference at the samples
             for _ in range(g.fake_updates):
                 shapes.forward(n)
                 shapes.forward_backward()
@@ -253,8 +258,10 @@ def main(argv: list[str] | None = None) -> int:
     def add(name: str, value: float, bar: float, unit: str, at_most: bool = True) -> None:
         ok = value <= bar if at_most else value >= bar
         results[name] = {"value": round(value, 4), "bar": bar, "ok": bool(ok), "unit": unit}
-        print(f"{name:<28} {value:8.3f}  bar {'<=' if at_most else '>='} {bar:<6} {'ok' if ok else 'MISSED'}  {unit}",
-              flush=True)
+        print(
+            f"{name:<28} {value:8.3f}  bar {'<=' if at_most else '>='} {bar:<6} {'ok' if ok else 'MISSED'}  {unit}",
+            flush=True,
+        )
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     add("sampler_vs_forwards", sampler_ratio(config), 1.05, "time of a sampler call / N bare forwards")
@@ -262,10 +269,17 @@ def main(argv: list[str] | None = None) -> int:
         add("bfloat16_vs_float32", bfloat16_speedup(config), 1.5, "float32 time / bfloat16 time", at_most=False)
     else:
         # Here precision=auto keeps float32; the figure shows that it is right to.
-        add("bfloat16_vs_float32", bfloat16_speedup(config), 1.0,
-            "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1")
-    others = [] if options.config != parser.get_default("config") else [
-        load_config(config_folder() / f"{name}.yaml") for name in ("quick-r0", "quick-didr")]
+        add(
+            "bfloat16_vs_float32",
+            bfloat16_speedup(config),
+            1.0,
+            "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1",
+        )
+    others = (
+        []
+        if options.config != parser.get_default("config")
+        else [load_config(config_folder() / f"{name}.yaml") for name in ("quick-r0", "quick-didr")]
+    )
     for one in [config, *others]:
         ratio, told = iteration_ratio(one)
         if one is config:
@@ -273,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
             continue
         # Its ranks compute all the time. As many as the machine has cores share them with Ray's own processes, which no rank with
         # a device of its own does: so the bar is for a rank with a core to itself.
-        print(f"{one.run.algorithm}_{one.resources.learner_workers}_ranks_vs_bare{'':<6} {ratio:8.3f}  {told}", flush=True)
+        print(
+            f"{one.run.algorithm}_{one.resources.learner_workers}_ranks_vs_bare{'':<6} {ratio:8.3f}  {told}", flush=True
+        )
         ratio, told = iteration_ratio(_one_rank(one))
         add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, f"one rank: {told}")
     if options.json:

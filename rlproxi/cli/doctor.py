@@ -7,9 +7,9 @@ downloaded; Ray is joined only where ``--address`` names a cluster.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Sequence
 
 from actors.cluster import resources as demand
 from actors.cluster.plan import Cluster, place, placeholders, problems, read_cluster, told
@@ -45,23 +45,38 @@ def fail(what: str, text: str, remedy: str = "") -> Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("arguments", nargs="*", metavar="CONFIG | key=value",
-                        help="a YAML file (default: configs/quickstart.yaml) and overrides, as for a run")
-    parser.add_argument("--cluster", metavar="FILE", 
-                        help="does the run fit on the cluster of this file? (ray up or KubeRay)")
-    parser.add_argument("--address", metavar="ADDRESS",
-                        help="does it fit on this running Ray cluster? HOST:PORT, or auto for the one on this machine")
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help="a YAML file (default: configs/quickstart.yaml) and overrides, as for a run",
+    )
+    parser.add_argument(
+        "--cluster", metavar="FILE", help="does the run fit on the cluster of this file? (ray up or KubeRay)"
+    )
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="does it fit on this running Ray cluster? HOST:PORT, or auto for the one on this machine",
+    )
     parser.add_argument("--run", metavar="RUN_DIR", help="scaling advice from what a run measured")
-    parser.add_argument("--gpus", type=float, metavar="N",
-                        help="with --run: for N GPUs (default: as many as it had, and twice)")
-    parser.add_argument("--load", action="store_true",
-                        help="load every scorer of the config, instead of only looking at its files: slow, and much memory")
+    parser.add_argument(
+        "--gpus", type=float, metavar="N", help="with --run: for N GPUs (default: as many as it had, and twice)"
+    )
+    parser.add_argument(
+        "--load",
+        action="store_true",
+        help="load every scorer of the config, instead of only looking at its files: slow, and much memory",
+    )
 
 
 def command(argv: Sequence[str], survey: Callable[[str, str], dict] | None = None) -> int:
     """``main`` with its own parser, so that options may stand between CONFIG and key=value, as for a run."""
-    parser = argparse.ArgumentParser("rlproxi doctor", description="What is installed, what a config lacks, and whether "
-                                     "it fits a cluster. Exit status 1 where something has to be mended.")
+    parser = argparse.ArgumentParser(
+        "rlproxi doctor",
+        description="What is installed, what a config lacks, and whether "
+        "it fits a cluster. Exit status 1 where something has to be mended.",
+    )
     add_arguments(parser)
     return main(parser.parse_intermixed_args(argv), survey)
 
@@ -126,8 +141,11 @@ def files(config: Config, load: bool = False) -> Iterator[Finding]:
     found = preflight_problems(config)
     for problem in found:
         key, _, text = problem.text.partition(": ")
-        yield fail("config", f"{key}: {text}" if text else key,
-                      "get the file, or name where it is (the head of each recipe says how)" if problem.missing else "")
+        yield fail(
+            "config",
+            f"{key}: {text}" if text else key,
+            "get the file, or name where it is (the head of each recipe says how)" if problem.missing else "",
+        )
     if not found:
         yield ok("config", f"{config.run.name}: stages {', '.join(config.run.stages)}; nothing is missing")
     for key in ("init", "encoders"):
@@ -173,8 +191,10 @@ def _reward(reward, load: bool) -> Iterator[Finding]:
             return
     if not load:
         if all(path.exists() for path in named):
-            yield ok("reward", f"{reward.name}: {', '.join(map(str, named)) or 'needs no file'}"
-                          + (" is there" if named else ""))
+            yield ok(
+                "reward",
+                f"{reward.name}: {', '.join(map(str, named)) or 'needs no file'}" + (" is there" if named else ""),
+            )
         return
     try:
         build(reward.kind, reward.params)
@@ -232,8 +252,12 @@ def fit(config: Config, cluster: Cluster) -> Iterator[Finding]:
     offered = {kind for group in cluster.groups for kind in group.resources} & set(demand.ROLES)
     asked = {kind for ask in asks for kind in ask.resources}
     if offered and not offered & asked:
-        yield warn("cluster", f"its groups offer {', '.join(sorted(offered))}, and the run asks for none of them, so "
-                   "roles go wherever their CPUs and GPUs fit", "add resources.placement=roles")
+        yield warn(
+            "cluster",
+            f"its groups offer {', '.join(sorted(offered))}, and the run asks for none of them, so "
+            "roles go wherever their CPUs and GPUs fit",
+            "add resources.placement=roles",
+        )
     used, short = place(asks, cluster)
     for text in problems(asks, cluster):
         yield fail("cluster", text)
@@ -255,5 +279,9 @@ def fit(config: Config, cluster: Cluster) -> Iterator[Finding]:
         for text in problems(grows, cluster):
             yield warn("cluster", f"with every scorer at its max_replicas: {text}")
     if any(not g.head and g.least < used[g.name] for g in cluster.groups) and not config.resources.autoscaling:
-        yield warn("cluster", "nodes come on demand, and resources.autoscaling is false: a run that is larger than "
-                   "the cluster is at its start is refused", "add resources.autoscaling=true")
+        yield warn(
+            "cluster",
+            "nodes come on demand, and resources.autoscaling is false: a run that is larger than "
+            "the cluster is at its start is refused",
+            "add resources.autoscaling=true",
+        )

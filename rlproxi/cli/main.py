@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 #: What a user can get wrong: a value, a file that is missing, in the way or not readable. ConfigError is a ValueError.
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -13,11 +13,13 @@ USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError
 
 def at_least(minimum: int):
     """An argparse type: an integer >= minimum."""
+
     def convert(text: str) -> int:
         value = int(text)
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is less than {minimum}")
         return value
+
     convert.__name__ = "integer"
     return convert
 
@@ -36,24 +38,37 @@ def share(text: str) -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="rlproxi", description="Reward fine-tuning of text-to-image models "
-                                  "around proximal diffusion.")
+    top = argparse.ArgumentParser(
+        prog="rlproxi", description="Reward fine-tuning of text-to-image models around proximal diffusion."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # run, bench and doctor have parsers of their own, which get everything behind the word.
     commands.add_parser("run", add_help=False, help="pre-train, fine-tune, evaluate and report: python -m rlproxi.run")
     commands.add_parser("bench", add_help=False, help="measure this machine: rlproxi bench [--json FILE]")
-    commands.add_parser("doctor", add_help=False, help="what is missing, and whether a run fits a cluster: rlproxi doctor -h")
+    commands.add_parser(
+        "doctor", add_help=False, help="what is missing, and whether a run fits a cluster: rlproxi doctor -h"
+    )
 
     draw = commands.add_parser("sample", help="draw images from a trained model")
     draw.add_argument("prompts", nargs="+", metavar="PROMPT")
     draw.add_argument("--model", required=True, metavar="DIR", help="a run directory or a model folder")
     draw.add_argument("--steps", type=at_least(1), metavar="N", help="number of proximal steps (default: the model's)")
     draw.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's)")
-    draw.add_argument("--seed", type=at_least(0), default=0, metavar="S",
-                      help="the first image's seed; the next ones count up, alike for every prompt (default 0)")
+    draw.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        metavar="S",
+        help="the first image's seed; the next ones count up, alike for every prompt (default 0)",
+    )
     draw.add_argument("--count", type=at_least(1), default=4, metavar="K", help="images of each prompt (default 4)")
-    draw.add_argument("--out", type=Path, default=Path("sample.png"), metavar="FILE.png",
-                      help="one row for each prompt (default sample.png)")
+    draw.add_argument(
+        "--out",
+        type=Path,
+        default=Path("sample.png"),
+        metavar="FILE.png",
+        help="one row for each prompt (default sample.png)",
+    )
     draw.add_argument("--scale", type=at_least(1), default=8, metavar="X", help="enlargement (default 8)")
     draw.set_defaults(action=sample)
 
@@ -61,12 +76,17 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("images", nargs="+", metavar="IMAGES", help="files, or folders with images in them and below")
     judge.add_argument("--reward", required=True, metavar="NAME", help="a registered scorer, for example hpsv2")
     judge.add_argument("--checkpoint", metavar="FILE", help="its weights: short for --param checkpoint=FILE (or path=)")
-    judge.add_argument("--param", action="append", default=[], metavar="KEY=VALUE",
-                       help="another of its parameters; the value is YAML")
+    judge.add_argument(
+        "--param", action="append", default=[], metavar="KEY=VALUE", help="another of its parameters; the value is YAML"
+    )
     words = judge.add_mutually_exclusive_group()
     words.add_argument("--prompt", metavar="TEXT", help="one prompt for all images")
-    words.add_argument("--prompts", metavar="FILE", help="a prompt for each image in order (.txt, .json, .jsonl), or a "
-                       "folder with the HPSv2 benchmark's; default: the .txt file beside each image")
+    words.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt for each image in order (.txt, .json, .jsonl), or a "
+        "folder with the HPSv2 benchmark's; default: the .txt file beside each image",
+    )
     judge.add_argument("--batch", type=at_least(1), default=32, metavar="N", help="images scored at once (default 32)")
     out = judge.add_mutually_exclusive_group()
     out.add_argument("--json", type=Path, metavar="FILE", help="also write the scores here")
@@ -74,38 +94,76 @@ def parser() -> argparse.ArgumentParser:
     judge.set_defaults(action=score)
 
     compare = commands.add_parser(
-        "eval", help="draw from models by samplers at each number of steps, judge, and plot",
+        "eval",
+        help="draw from models by samplers at each number of steps, judge, and plot",
         description="Reward, diversity, distance to data and seconds an image against the number of steps. Models that share a LABEL are "
-        "runs of one method: its intervals are over them and over --seeds.")
-    compare.add_argument("models", nargs="+", metavar="[LABEL=]MODEL[+LORA][@SAMPLER]",
-                         help="run directories, model folders, or diffusers folders (drawn from by their own pipeline)")
-    compare.add_argument("--steps", type=counts, default=[1, 2, 4, 6, 8, 10, 16, 20, 50], metavar="N,N,...",
-                         help="(default 1,2,4,6,8,10,16,20,50)")
-    compare.add_argument("--samplers", type=lambda text: text.split(","), default=[], metavar="NAME,...",
-                         help="each model by each of: hybrid, backward, ode, ddim, ddim-ancestral, euler, euler-maruyama, dpmsolver++, "
-                         "unipc, pipeline (default: the model's own)")
-    compare.add_argument("--config", metavar="RUN_DIR|FILE",
-                         help="prompts, rewards and data (default: the first model that is a run directory)")
+        "runs of one method: its intervals are over them and over --seeds.",
+    )
+    compare.add_argument(
+        "models",
+        nargs="+",
+        metavar="[LABEL=]MODEL[+LORA][@SAMPLER]",
+        help="run directories, model folders, or diffusers folders (drawn from by their own pipeline)",
+    )
+    compare.add_argument(
+        "--steps",
+        type=counts,
+        default=[1, 2, 4, 6, 8, 10, 16, 20, 50],
+        metavar="N,N,...",
+        help="(default 1,2,4,6,8,10,16,20,50)",
+    )
+    compare.add_argument(
+        "--samplers",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,...",
+        help="each model by each of: hybrid, backward, ode, ddim, ddim-ancestral, euler, euler-maruyama, dpmsolver++, "
+        "unipc, pipeline (default: the model's own)",
+    )
+    compare.add_argument(
+        "--config",
+        metavar="RUN_DIR|FILE",
+        help="prompts, rewards and data (default: the first model that is a run directory)",
+    )
     compare.add_argument("--seeds", type=at_least(1), default=1, metavar="K", help="draws of the noise (default 1)")
     compare.add_argument("--prompts", type=at_least(1), metavar="P", help="held-out prompts (default: the config's)")
-    compare.add_argument("--samples", type=at_least(2), metavar="S", help="samples of each prompt (default: the config's)")
+    compare.add_argument(
+        "--samples", type=at_least(2), metavar="S", help="samples of each prompt (default: the config's)"
+    )
     compare.add_argument("--guidance", type=float, metavar="W", help="guidance scale (default: each model's)")
-    compare.add_argument("--batch", type=at_least(1), default=64, metavar="B", help="images of one sampler call (default 64)")
+    compare.add_argument(
+        "--batch", type=at_least(1), default=64, metavar="B", help="images of one sampler call (default 64)"
+    )
     compare.add_argument("--device", metavar="D", help="(default: a GPU where there is one)")
-    compare.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="float32",
-                         help="the networks' arithmetic (default float32)")
-    compare.add_argument("--reach", metavar="LABEL@N", help="also tell at how many steps each reaches this one's reward")
-    compare.add_argument("--out", type=Path, default=Path("frontier"), metavar="DIR",
-                         help="what was measured before is kept there and not measured again (default frontier)")
+    compare.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="float32",
+        help="the networks' arithmetic (default float32)",
+    )
+    compare.add_argument(
+        "--reach", metavar="LABEL@N", help="also tell at how many steps each reaches this one's reward"
+    )
+    compare.add_argument(
+        "--out",
+        type=Path,
+        default=Path("frontier"),
+        metavar="DIR",
+        help="what was measured before is kept there and not measured again (default frontier)",
+    )
     compare.set_defaults(action=evaluate)
 
     give = commands.add_parser("export", help="write a model as a diffusers folder that stands alone")
     give.add_argument("model", metavar="MODEL", help="a run directory or a model folder")
     give.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
-    give.add_argument("--merge", action=argparse.BooleanOptionalAction,
-                      help="add adapters to the base's weights (default: where the base is a published network)")
-    give.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                      help="of the weights as stored (default: as they are)")
+    give.add_argument(
+        "--merge",
+        action=argparse.BooleanOptionalAction,
+        help="add adapters to the base's weights (default: where the base is a published network)",
+    )
+    give.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights as stored (default: as they are)"
+    )
     give.add_argument("--adapter-only", action="store_true", help="the adapters alone, in diffusers' LoRA format")
     give.set_defaults(action=export)
 
@@ -116,18 +174,36 @@ def parser() -> argparse.ArgumentParser:
     offer.add_argument("--replicas", type=at_least(1), default=1, metavar="N", help="copies of the model (default 1)")
     offer.add_argument("--gpus", type=share, default=0.0, metavar="F", help="GPUs for each, fractions too (default 0)")
     offer.add_argument("--cpus", type=share, default=1.0, metavar="F", help="CPUs for each (default 1)")
-    offer.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="float32",
-                       help="the network's arithmetic (default float32)")
-    offer.add_argument("--exact", action=argparse.BooleanOptionalAction,
-                       help="draw the images of a batch one at a time, so that none depends on its neighbours in its "
-                       "last digit (default: on a CPU)")
+    offer.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="float32",
+        help="the network's arithmetic (default float32)",
+    )
+    offer.add_argument(
+        "--exact",
+        action=argparse.BooleanOptionalAction,
+        help="draw the images of a batch one at a time, so that none depends on its neighbours in its "
+        "last digit (default: on a CPU)",
+    )
     offer.add_argument("--max-batch", type=at_least(1), default=8, metavar="N", help="images at once (default 8)")
-    offer.add_argument("--batch-wait-ms", type=at_least(0), default=20, metavar="MS",
-                       help="how long a batch waits for company (default 20)")
-    offer.add_argument("--max-queue", type=at_least(1), default=64, metavar="N",
-                       help="requests accepted and not yet answered; the next is told 503 (default 64)")
-    offer.add_argument("--max-steps", type=at_least(1), default=100, metavar="N",
-                       help="a request may ask for (default 100)")
+    offer.add_argument(
+        "--batch-wait-ms",
+        type=at_least(0),
+        default=20,
+        metavar="MS",
+        help="how long a batch waits for company (default 20)",
+    )
+    offer.add_argument(
+        "--max-queue",
+        type=at_least(1),
+        default=64,
+        metavar="N",
+        help="requests accepted and not yet answered; the next is told 503 (default 64)",
+    )
+    offer.add_argument(
+        "--max-steps", type=at_least(1), default=100, metavar="N", help="a request may ask for (default 100)"
+    )
     offer.add_argument("--max-prompt-chars", type=at_least(1), default=2000, metavar="N", help="(default 2000)")
     offer.set_defaults(action=serve)
 
@@ -174,8 +250,21 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from ..evaluation import frontier
 
     a = arguments
-    return frontier.command(a.models, a.steps, a.samplers, a.config, a.seeds, a.out, a.prompts, a.samples, a.guidance, a.batch,
-                            a.device, a.precision, a.reach)
+    return frontier.command(
+        a.models,
+        a.steps,
+        a.samplers,
+        a.config,
+        a.seeds,
+        a.out,
+        a.prompts,
+        a.samples,
+        a.guidance,
+        a.batch,
+        a.device,
+        a.precision,
+        a.reach,
+    )
 
 
 def export(arguments: argparse.Namespace) -> int:
@@ -197,16 +286,32 @@ def serve(arguments: argparse.Namespace) -> int:
     from actors.serve import image_service
 
     identity = secrets.token_hex(4)
-    limits = image_service.Limits(arguments.max_queue, arguments.max_batch, arguments.batch_wait_ms,
-                                  arguments.max_steps, arguments.max_prompt_chars)
-    app = image_service.application(arguments.model, identity, arguments.replicas, arguments.cpus, arguments.gpus,
-                                    arguments.precision, arguments.exact, limits)
+    limits = image_service.Limits(
+        arguments.max_queue,
+        arguments.max_batch,
+        arguments.batch_wait_ms,
+        arguments.max_steps,
+        arguments.max_prompt_chars,
+    )
+    app = image_service.application(
+        arguments.model,
+        identity,
+        arguments.replicas,
+        arguments.cpus,
+        arguments.gpus,
+        arguments.precision,
+        arguments.exact,
+        limits,
+    )
     started, name = connect() == "started", f"images-{identity}"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         image_service.check_size(arguments.replicas, arguments.cpus, arguments.gpus)
-        print(f"serving {arguments.model} at {image_service.up(app, identity, name, arguments.host, arguments.port)}; "
-              "Ctrl-C ends it", flush=True)
+        print(
+            f"serving {arguments.model} at {image_service.up(app, identity, name, arguments.host, arguments.port)}; "
+            "Ctrl-C ends it",
+            flush=True,
+        )
         threading.Event().wait()
     except KeyboardInterrupt:
         print("\nending", flush=True)

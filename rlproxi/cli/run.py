@@ -18,8 +18,12 @@ from ..errors import ConfigError, RunStopped
 def main(argv: list[str] | None = None) -> int:
     """Returns the process's exit code: 0 done, 1 stopped with a reason, 2 bad input."""
     parser = argparse.ArgumentParser("python -m rlproxi.run", description="Pre-train, fine-tune by reward, report.")
-    parser.add_argument("arguments", nargs="*", metavar="CONFIG | key=value",
-                        help="a YAML file (default: configs/quickstart.yaml) and overrides such as grpo.lr=1e-5")
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help="a YAML file (default: configs/quickstart.yaml) and overrides such as grpo.lr=1e-5",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run directory")
     options = parser.parse_intermixed_args(argv)

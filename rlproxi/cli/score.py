@@ -7,8 +7,9 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,8 +91,10 @@ def prompts_for(files: Sequence[Path], text: str | None, source: str | None) -> 
 def _sidecar(file: Path) -> str:
     beside = file.with_suffix(".txt")
     if not beside.is_file():
-        raise FileNotFoundError(f"{file} has no prompt: give --prompt (\"\" for a reward that reads none), --prompts, "
-                                f"or a {beside.name} beside it")
+        raise FileNotFoundError(
+            f'{file} has no prompt: give --prompt ("" for a reward that reads none), --prompts, '
+            f"or a {beside.name} beside it"
+        )
     try:
         return beside.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -136,12 +139,21 @@ def print_table(files: Sequence[Path], scores: np.ndarray, groups: Sequence[str]
         print(f"{label}mean {facts['mean']:.4f}{error}, {facts['count']} image{'s' * (facts['count'] != 1)}")
 
 
-def write_json(out: Path, reward: str, made_by: dict[str, str], files: Sequence[Path], prompts: Sequence[str],
-               scores: np.ndarray, groups: Sequence[str] | None) -> None:
+def write_json(
+    out: Path,
+    reward: str,
+    made_by: dict[str, str],
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    scores: np.ndarray,
+    groups: Sequence[str] | None,
+) -> None:
     """Everything in one object; the scorer's class and its checkpoints' SHA-256 come along, its parameters do not
     (they may hold secrets)."""
-    rows = [{"file": str(file), "prompt": prompt, "score": float(str(score))}
-            for file, prompt, score in zip(files, prompts, scores)]
+    rows = [
+        {"file": str(file), "prompt": prompt, "score": float(str(score))}
+        for file, prompt, score in zip(files, prompts, scores)
+    ]
     value = {"reward": reward, "scorer": made_by, **summary(scores)}
     if groups:
         value["styles"] = by_group(scores, groups)

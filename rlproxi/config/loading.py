@@ -66,13 +66,18 @@ class Config(Section):
     telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
-    def _across(self) -> "Config":
+    def _across(self) -> Config:
         schedule, s = self.schedule.build(), self.sampler
         s.plan(schedule)
-        candidates = [(f"{name}.{key}", getattr(getattr(self, name), key)) for name, key in
-                      (("r0", "candidates"), ("didr", "candidates"))]
-        for key, counts in (("pretrain.candidates", self.pretrain.candidates), ("evaluate.steps", self.evaluate.steps),
-                            *candidates):
+        candidates = [
+            (f"{name}.{key}", getattr(getattr(self, name), key))
+            for name, key in (("r0", "candidates"), ("didr", "candidates"))
+        ]
+        for key, counts in (
+            ("pretrain.candidates", self.pretrain.candidates),
+            ("evaluate.steps", self.evaluate.steps),
+            *candidates,
+        ):
             for n in counts or ():
                 try:
                     s.plan(schedule, n)
@@ -85,14 +90,18 @@ class Config(Section):
         share, left = divmod(self.pretrain.batch_size, workers)
         micro = self.pretrain.micro_batch_size or share
         if "pretrain" in self.run.stages and (left or share % micro):
-            raise ValueError(f"pretrain.batch_size {self.pretrain.batch_size} is not a multiple of learner_workers "
-                             f"{workers} x micro_batch_size {micro}: change one of them")
+            raise ValueError(
+                f"pretrain.batch_size {self.pretrain.batch_size} is not a multiple of learner_workers "
+                f"{workers} x micro_batch_size {micro}: change one of them"
+            )
         m = self.model
         if m.init is None and m.encoders is None:
             levels = m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
             if self.data.size % levels or self.data.size % 8:
-                raise ValueError(f"data.size {self.data.size} must be a multiple of {math.lcm(levels, 8)} "
-                                 "(model.patch x 2^(levels - 1), and 8 for the classifier)")
+                raise ValueError(
+                    f"data.size {self.data.size} must be a multiple of {math.lcm(levels, 8)} "
+                    "(model.patch x 2^(levels - 1), and 8 for the classifier)"
+                )
         self._check_rewards()
         return self
 
@@ -106,34 +115,57 @@ class Config(Section):
         """The settings of the stage rl: the section of ``run.algorithm``."""
         return getattr(self, self.section)
 
-    def with_rl(self, **values: Any) -> "Config":
+    def with_rl(self, **values: Any) -> Config:
         """The same run with other settings of the stage rl."""
         return self.model_copy(update={self.section: self.rl.model_copy(update=values)})
 
     def _check_algorithm(self) -> None:
         s, g, steps = self.sampler, self.grpo, self.sampler.num_inference_steps
         if self.run.algorithm == "grpo":
-            if s.name == "ode" or s.name in AFTER and not s.eta:
-                raise ValueError(f"sampler.name is {s.name!r}, which draws no noise and so has no policy to train; use hybrid or "
-                                 "backward, or ddim, euler or matched with sampler.eta above 0, or leave 'rl' out of run.stages")
+            if s.name == "ode" or (s.name in AFTER and not s.eta):
+                raise ValueError(
+                    f"sampler.name is {s.name!r}, which draws no noise and so has no policy to train; use hybrid or "
+                    "backward, or ddim, euler or matched with sampler.eta above 0, or leave 'rl' out of run.stages"
+                )
             if steps < 2:
-                raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2")
+                raise ValueError(
+                    "sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2"
+                )
             if g.trained_steps and g.trained_steps > steps - 1:
-                raise ValueError(f"grpo.trained_steps is {g.trained_steps}, but num_inference_steps {steps} gives only "
-                                 f"{steps - 1} actions; lower it or use null")
+                raise ValueError(
+                    f"grpo.trained_steps is {g.trained_steps}, but num_inference_steps {steps} gives only "
+                    f"{steps - 1} actions; lower it or use null"
+                )
         if self.run.algorithm == "didr" and steps != 1:
-            raise ValueError(f"sampler.num_inference_steps is {steps}, and didr trains a generator of one step: set it to 1")
-        if self.run.algorithm == "r0" and not self.r0.checkpoint_steps and not self.r0.plus and self.learner.zero_stage == 3:
-            raise ValueError("learner.zero_stage 3 gathers weights for one forward and backward at a time, and "
-                             "r0.checkpoint_steps=false has several forwards in one graph: set it to true, or use stage 2")
+            raise ValueError(
+                f"sampler.num_inference_steps is {steps}, and didr trains a generator of one step: set it to 1"
+            )
+        if (
+            self.run.algorithm == "r0"
+            and not self.r0.checkpoint_steps
+            and not self.r0.plus
+            and self.learner.zero_stage == 3
+        ):
+            raise ValueError(
+                "learner.zero_stage 3 gathers weights for one forward and backward at a time, and "
+                "r0.checkpoint_steps=false has several forwards in one graph: set it to true, or use stage 2"
+            )
         if self.run.algorithm == "didr" and self.didr.divergence == "score" and self.learner.zero_stage == 3:
-            raise ValueError("didr.divergence 'score' differentiates through the fake score's input, which learner.zero_stage 3 "
-                             "cannot: use stage 2")
+            raise ValueError(
+                "didr.divergence 'score' differentiates through the fake score's input, which learner.zero_stage 3 "
+                "cannot: use stage 2"
+            )
 
-        if (self.run.algorithm == "didr" and self.didr.divergence == "score" and self.model.lora
-                and self.model.gradient_checkpointing):
-            raise ValueError("model.gradient_checkpointing computes the reference again in the backward pass, where model.lora has its "
-                             "adapters on: with didr.divergence 'score' use one of the two")
+        if (
+            self.run.algorithm == "didr"
+            and self.didr.divergence == "score"
+            and self.model.lora
+            and self.model.gradient_checkpointing
+        ):
+            raise ValueError(
+                "model.gradient_checkpointing computes the reference again in the backward pass, where model.lora has its "
+                "adapters on: with didr.divergence 'score' use one of the two"
+            )
 
     def _share_prompts(self, workers: int) -> None:
         """Fills in ``groups_per_micro_batch`` of the stage rl and sees that ranks and updates get equal shares."""
@@ -143,29 +175,37 @@ class Config(Section):
             g = g.model_copy(update={"groups_per_micro_batch": groups})
             setattr(self, name, g)
         if g.prompts_per_step % g.groups_per_micro_batch:
-            raise ValueError(f"{name}.prompts_per_step {g.prompts_per_step} is not a multiple of groups_per_micro_batch "
-                             f"{g.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups")
+            raise ValueError(
+                f"{name}.prompts_per_step {g.prompts_per_step} is not a multiple of groups_per_micro_batch "
+                f"{g.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups"
+            )
         if g.micro_batches % (workers * g.updates_per_step):
             raise ValueError(
                 f"{name}: {g.micro_batches} micro-batches (prompts_per_step {g.prompts_per_step} / "
                 f"groups_per_micro_batch {g.groups_per_micro_batch}) cannot be shared by resources.learner_workers "
                 f"{workers} x {name}.updates_per_step {g.updates_per_step}: make prompts_per_step a multiple of "
-                f"{g.groups_per_micro_batch * workers * g.updates_per_step}")
+                f"{g.groups_per_micro_batch * workers * g.updates_per_step}"
+            )
 
     def _check_rewards(self) -> None:
         train, heldout = self.rewards.train, self.rewards.heldout
         both = [r.name for r in heldout if any((r.kind, r.params) == (t.kind, t.params) for t in train)]
         if both:
-            raise ValueError(f"rewards.heldout {both} are also optimised; a held-out judge must not be a training reward")
+            raise ValueError(
+                f"rewards.heldout {both} are also optimised; a held-out judge must not be a training reward"
+            )
         names = [r.name for r in [*train, *heldout]]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"rewards: {', '.join(twice)} appears twice; give each a name of its own and set scorer: "
-                             f"{twice[0]}")
+            raise ValueError(
+                f"rewards: {', '.join(twice)} appears twice; give each a name of its own and set scorer: {twice[0]}"
+            )
         for r in [*train, *heldout]:
             low = r.replicas or self.rewards.replicas
             if r.max_replicas is not None and r.max_replicas < low:
-                raise ValueError(f"rewards: {r.name} has max_replicas {r.max_replicas} below its {low} replicas; raise it")
+                raise ValueError(
+                    f"rewards: {r.name} has max_replicas {r.max_replicas} below its {low} replicas; raise it"
+                )
 
 
 def groups_that_fit(settings: Training, workers: int, most: int) -> int | None:
@@ -190,7 +230,11 @@ def smaller_micro_batch(config: Config, stage: str) -> Config | None:
     share = p.batch_size // workers
     now = p.micro_batch_size or share
     fitting = [size for size in range(1, now // 2 + 1) if share % size == 0]
-    return config.model_copy(update={"pretrain": p.model_copy(update={"micro_batch_size": fitting[-1]})}) if fitting else None
+    return (
+        config.model_copy(update={"pretrain": p.model_copy(update={"micro_batch_size": fitting[-1]})})
+        if fitting
+        else None
+    )
 
 
 def model_of(annotation) -> type[Section] | None:
@@ -215,8 +259,12 @@ def _suggest(path: tuple) -> str:
     if close:
         return f"did you mean {'.'.join([*(str(p) for p in path[:-1]), close[0]])}?"
     # Perhaps the key exists in another section; what all algorithms have is told of the default one.
-    homes = [f"{name}.{path[-1]}" for name, field in Config.model_fields.items() if path[-1] in field.annotation.model_fields
-             and (name == "grpo" or not issubclass(field.annotation, Training) or path[-1] not in GRPO.model_fields)]
+    homes = [
+        f"{name}.{path[-1]}"
+        for name, field in Config.model_fields.items()
+        if path[-1] in field.annotation.model_fields
+        and (name == "grpo" or not issubclass(field.annotation, Training) or path[-1] not in GRPO.model_fields)
+    ]
     if homes:
         return f"did you mean {' or '.join(homes)}?"
     return f"known keys here: {', '.join(known)}"
@@ -289,8 +337,10 @@ def load_config(path: str | os.PathLike, overrides: list[str] = ()) -> Config:
     """Reads a YAML config. Raises ConfigError for a missing or unreadable file and for any bad value."""
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"config {str(path)!r} does not exist; the ones that come along: "
-                          f"{', '.join(p.name for p in sorted(config_folder().glob('*.yaml')))}")
+        raise ConfigError(
+            f"config {str(path)!r} does not exist; the ones that come along: "
+            f"{', '.join(p.name for p in sorted(config_folder().glob('*.yaml')))}"
+        )
     try:
         values = read_yaml(path.read_text(encoding="utf-8")) or {}
     except ValueError as error:  # a UnicodeDecodeError is one

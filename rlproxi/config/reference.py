@@ -78,8 +78,12 @@ def _type(field: FieldInfo) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     """', >= 1, <= 9'; '' without any."""
-    return "".join(f", {sign} {getattr(item, bound)}" for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
-                   for item in field.metadata if hasattr(item, bound))
+    return "".join(
+        f", {sign} {getattr(item, bound)}"
+        for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        for item in field.metadata
+        if hasattr(item, bound)
+    )
 
 
 def _nullable(field: FieldInfo) -> bool:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Sequence
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -33,47 +34,73 @@ class Run(Section):
     seed: int = Field(0, ge=0, description="Every random number of the run follows from this one.")
     stages: list[Stage] = Field(list(STAGES[1:]), description="Which stages run, always in their fixed order.")
     algorithm: str = Field(
-        "grpo", description="What the stage rl trains with: grpo; r0, a generator of few steps by the rewards' gradients; didr, "
+        "grpo",
+        description="What the stage rl trains with: grpo; r0, a generator of few steps by the rewards' gradients; didr, "
         "one of one step; or one's own as package.module:Class (docs/algorithms.md). Its settings are the section of its "
-        "name, `custom` for one's own.")
+        "name, `custom` for one's own.",
+    )
 
     @field_validator("algorithm")
     @classmethod
     def _algorithm(cls, value: str) -> str:
         if value not in ALGORITHMS and not re.fullmatch(r"[\w.]+:\w+", value):
-            raise ValueError(f"choose one of {', '.join(ALGORITHMS)}, or name a class of your own as package.module:Class")
+            raise ValueError(
+                f"choose one of {', '.join(ALGORITHMS)}, or name a class of your own as package.module:Class"
+            )
         return value
 
 
 class Data(Section):
     source: Literal["faces", "shards"] = Field(
-        "faces", description="faces: the embedded portraits, drawn anew from a seed; shards: image-text files at `urls`.")
+        "faces",
+        description="faces: the embedded portraits, drawn anew from a seed; shards: image-text files at `urls`.",
+    )
     urls: list[str] = Field(
-        [], description="WebDataset tars (img2dataset's layout: jpg/png + txt + json) or parquet files: paths, folders, globs, "
-        "{00000..00099} ranges, s3:// and gs:// addresses.")
+        [],
+        description="WebDataset tars (img2dataset's layout: jpg/png + txt + json) or parquet files: paths, folders, globs, "
+        "{00000..00099} ranges, s3:// and gs:// addresses.",
+    )
     size: int = Field(32, ge=16, description="Image height and width in pixels.")
     buckets: bool = Field(
-        False, description="Aspect-ratio buckets of about size x size pixels in pre-training, instead of square crops.")
-    crop: Literal["center", "random"] = Field("center", description="Which part of an image is kept; random is named by the seed.")
+        False, description="Aspect-ratio buckets of about size x size pixels in pre-training, instead of square crops."
+    )
+    crop: Literal["center", "random"] = Field(
+        "center", description="Which part of an image is kept; random is named by the seed."
+    )
     max_pixels: int = Field(
-        64_000_000, ge=1, description="Images with more pixels are skipped and counted before they are decoded.")
+        64_000_000, ge=1, description="Images with more pixels are skipped and counted before they are decoded."
+    )
     cache: str | None = Field(
-        None, description="Folder of the cached latents and text states, one file for each shard; null: the run directory. "
-        "Runs that share it encode once.")
-    cache_text: bool = Field(False, description="Cache text states beside the latents: large, and no text encoder while training.")
+        None,
+        description="Folder of the cached latents and text states, one file for each shard; null: the run directory. "
+        "Runs that share it encode once.",
+    )
+    cache_text: bool = Field(
+        False, description="Cache text states beside the latents: large, and no text encoder while training."
+    )
     prompts: str | None = Field(
-        None, description="Prompts for RL: a file with one on each line (.txt) or a 'prompt' in each object (.jsonl); null: "
-        "the captions of the data.")
+        None,
+        description="Prompts for RL: a file with one on each line (.txt) or a 'prompt' in each object (.jsonl); null: "
+        "the captions of the data.",
+    )
     heldout_prompts: str | None = Field(
-        None, description="Prompts of the evaluations, a file of the same kinds; null: one in sixteen of the prompts, by hash, "
-        "never trained on by RL.")
-    hand_fraction: float = Field(0.25, ge=0, le=1, description="Share of the hand-focused subset among the embedded portraits.")
-    caption_dropout: float = Field(0.1, ge=0, lt=1, description="Captions replaced by '' in pre-training, for guidance.")
+        None,
+        description="Prompts of the evaluations, a file of the same kinds; null: one in sixteen of the prompts, by hash, "
+        "never trained on by RL.",
+    )
+    hand_fraction: float = Field(
+        0.25, ge=0, le=1, description="Share of the hand-focused subset among the embedded portraits."
+    )
+    caption_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Captions replaced by '' in pre-training, for guidance."
+    )
 
     @model_validator(mode="after")
-    def _sources(self) -> "Data":
+    def _sources(self) -> Data:
         if self.source == "shards" and not self.urls:
-            raise ValueError("source is 'shards' but urls is empty: name at least one tar or parquet file, folder or glob")
+            raise ValueError(
+                "source is 'shards' but urls is empty: name at least one tar or parquet file, folder or glob"
+            )
         if self.source == "faces" and self.urls:
             raise ValueError("urls are given but source is 'faces': set data.source=shards to read them")
         return self
@@ -83,17 +110,25 @@ class LoRA(Section):
     rank: int = Field(32, ge=1, description="Rank of the adapters.")
     alpha: float = Field(64.0, gt=0, description="Their scale is alpha / rank.")
     targets: list[str] | None = Field(
-        None, description="Names of the layers that get one (ends of module names); null: the attention layers of the network.")
+        None,
+        description="Names of the layers that get one (ends of module names); null: the attention layers of the network.",
+    )
 
 
 class Model(Section):
     init: str | None = Field(
-        None, description="What to start from instead of a new network: a model folder or run directory of ours, or any "
-        "diffusers folder of an eps-, v- or flow-model (SD1.x, SD2.x, SDXL, SD3, PixArt), which becomes a proximal one.")
+        None,
+        description="What to start from instead of a new network: a model folder or run directory of ours, or any "
+        "diffusers folder of an eps-, v- or flow-model (SD1.x, SD2.x, SDXL, SD3, PixArt), which becomes a proximal one.",
+    )
     encoders: str | None = Field(
-        None, description="A diffusers folder whose autoencoder and text encoders a new network uses; null: pixels, and the "
-        "built-in text encoder.")
-    kind: Literal["unet", "transformer"] = Field("unet", description="What a new network is: our U-Net or a PixArt transformer.")
+        None,
+        description="A diffusers folder whose autoencoder and text encoders a new network uses; null: pixels, and the "
+        "built-in text encoder.",
+    )
+    kind: Literal["unet", "transformer"] = Field(
+        "unet", description="What a new network is: our U-Net or a PixArt transformer."
+    )
     patch: int = Field(4, ge=1, description="Pixel-unshuffle factor of the stem; patch size of the transformer.")
     channels: list[int] = Field([128, 256], description="U-Net: width of each level; multiples of 32 are fast.")
     blocks: list[int] = Field([1, 0], description="U-Net: residual blocks at each level, down and again up.")
@@ -105,27 +140,37 @@ class Model(Section):
     text_layers: int = Field(2, ge=1, description="Layers of the built-in text encoder.")
     text_length: int = Field(40, ge=8, description="Tokens of a caption; longer ones are cut.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="The network's arithmetic (float32 masters always). auto: bfloat16 where the chip has it.")
+        "auto", description="The network's arithmetic (float32 masters always). auto: bfloat16 where the chip has it."
+    )
     lora: LoRA | None = Field(
-        None, description="Train low-rank adapters and leave the rest frozen: {rank: 32, alpha: 64}; null: train everything.")
+        None,
+        description="Train low-rank adapters and leave the rest frozen: {rank: 32, alpha: 64}; null: train everything.",
+    )
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, about a third more time.")
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
     compile: bool = Field(
-        False, description="torch.compile for the network, after a minute or two of compilation. With and without gradients it "
-        "is compiled apart and rounds apart, so the first ratio is 1 to rounding only: raise grpo.first_ratio_tolerance.")
+        False,
+        description="torch.compile for the network, after a minute or two of compilation. With and without gradients it "
+        "is compiled apart and rounds apart, so the first ratio is 1 to rounding only: raise grpo.first_ratio_tolerance.",
+    )
 
     @model_validator(mode="after")
-    def _levels(self) -> "Model":
+    def _levels(self) -> Model:
         if not len(self.channels) == len(self.blocks) == len(self.attention):
-            raise ValueError(f"channels {self.channels}, blocks {self.blocks} and attention {self.attention} "
-                             "must have one entry for each level")
+            raise ValueError(
+                f"channels {self.channels}, blocks {self.blocks} and attention {self.attention} "
+                "must have one entry for each level"
+            )
         bad = [c for c in self.channels if c % 32]
         if bad:
             raise ValueError(f"channels {bad} are not multiples of 32, which attention heads and fast kernels need")
         if self.lora and not self.init:
             raise ValueError("lora adapts a network that has learnt something: name it with init, or leave lora out")
         if self.init and self.encoders:
-            raise ValueError("init and encoders exclude each other: a model folder brings its own autoencoder and text encoders")
+            raise ValueError(
+                "init and encoders exclude each other: a model folder brings its own autoencoder and text encoders"
+            )
         return self
 
 
@@ -139,38 +184,54 @@ class Schedule(Section):
 
 class Sampler(Section):
     name: Literal[SAMPLERS] = Field(
-        "hybrid", description="Proximal samplers: hybrid, backward or ode; matched, DDIM's step asked at the (t, lam) of matching; ddim and euler "
-        "(of the reverse SDE or the probability flow), the score and flow models' own, with the same network.")
+        "hybrid",
+        description="Proximal samplers: hybrid, backward or ode; matched, DDIM's step asked at the (t, lam) of matching; ddim and euler "
+        "(of the reverse SDE or the probability flow), the score and flow models' own, with the same network.",
+    )
     num_inference_steps: StepCount = Field(6, description="N, the number of proximal steps.")
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
     grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
-    eta: float = Field(0.0, ge=0, le=1, description="ddim, euler and matched only: fresh noise in the place of the predicted one, 0: none, 1: all of it "
-                       "(R0's eta, not that of the DDIM paper).")
+    eta: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="ddim, euler and matched only: fresh noise in the place of the predicted one, 0: none, 1: all of it "
+        "(R0's eta, not that of the DDIM paper).",
+    )
 
-    def plan(self, schedule: VPSchedule, num_inference_steps: int | None = None,
-             eta: Sequence[float] | None = None) -> list[Step]:
+    def plan(
+        self, schedule: VPSchedule, num_inference_steps: int | None = None, eta: Sequence[float] | None = None
+    ) -> list[Step]:
         """The sampler's steps; None takes the section's own count and eta. Raises ValueError for a count it cannot take."""
         count = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         return plan(schedule, self.name, count, self.start_time, self.grid, self.eta if eta is None else eta)
 
 
 class Reward(Section):
-    name: str = Field(description="What logs call it: a registered scorer (docs/rewards/), or any word with `scorer` beside it.")
+    name: str = Field(
+        description="What logs call it: a registered scorer (docs/rewards/), or any word with `scorer` beside it."
+    )
     scorer: str | None = Field(None, description="The registered scorer; null: `name` is one.")
     weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum; ignored for held-out rewards.")
     params: dict[str, Any] = Field({}, description="What the scorer's constructor takes (docs/rewards/).")
     replicas: int | None = Field(None, ge=1, description="Serve replicas of this scorer; null: rewards.replicas.")
-    max_replicas: int | None = Field(None, ge=1, description="Serve adds replicas up to this many under load; null: none.")
+    max_replicas: int | None = Field(
+        None, ge=1, description="Serve adds replicas up to this many under load; null: none."
+    )
     num_cpus: float | None = Field(None, ge=0, description="CPUs of a replica; null: rewards.num_cpus.")
     num_gpus: float | None = Field(None, ge=0, description="GPUs of a replica; null: rewards.num_gpus.")
     resources: Amounts | None = Field(
-        None, description="Custom Ray resources of a replica, to place it; null: rewards.resources.")
+        None, description="Custom Ray resources of a replica, to place it; null: rewards.resources."
+    )
     runtime_env: dict[str, Any] = Field(
-        {}, description="Ray runtime environment of the replicas, for a scorer whose packages conflict.")
+        {}, description="Ray runtime environment of the replicas, for a scorer whose packages conflict."
+    )
     tune_micro_batch: bool = Field(
-        False, description="Measure on the first group which params.micro_batch is fastest; scores may then differ in "
-        "rounding from run to run.")
+        False,
+        description="Measure on the first group which params.micro_batch is fastest; scores may then differ in "
+        "rounding from run to run.",
+    )
 
     @property
     def kind(self) -> str:
@@ -185,17 +246,23 @@ class Rewards(Section):
     num_cpus: float = Field(0.25, ge=0, description="CPUs of a replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica; may be a fraction.")
     resources: Amounts | None = Field(
-        None, description="Custom Ray resources of a replica; null: what resources.placement says.")
+        None, description="Custom Ray resources of a replica; null: what resources.placement says."
+    )
     timeout_s: float = Field(120.0, gt=0, description="How long one group may take to score.")
     retries: int = Field(2, ge=0, description="How often a failed request is tried again.")
     normalize: Literal[NORMALIZE] = Field(
-        "none", description="group: each reward divided by its spread in the group before weighting, so that none drowns "
-        "the others.")
+        "none",
+        description="group: each reward divided by its spread in the group before weighting, so that none drowns "
+        "the others.",
+    )
     on_failure: Literal["drop_group", "mask_sample", "stop"] = Field(
-        "drop_group", description="Where a score is missing: the group teaches nothing (drop_group), only that sample "
-        "does not (mask_sample), or the run ends (stop).")
+        "drop_group",
+        description="Where a score is missing: the group teaches nothing (drop_group), only that sample "
+        "does not (mask_sample), or the run ends (stop).",
+    )
     max_masked_fraction: float = Field(
-        0.5, ge=0, le=1, description="The run stops when more than this share of a step's groups is masked.")
+        0.5, ge=0, le=1, description="The run stops when more than this share of a step's groups is masked."
+    )
 
 
 class Prepare(Section):
@@ -210,48 +277,68 @@ class Prepare(Section):
 
 class Pretrain(Section):
     loss: Literal["matching", "square"] = Field(
-        "square", description="square: the mean square error, which weighed by level is ahead of the L1 phase (docs/few-steps.md); with "
+        "square",
+        description="square: the mean square error, which weighed by level is ahead of the L1 phase (docs/few-steps.md); with "
         "sampler.name ddim or euler that is denoising score matching, and the network a score model. matching: ProxDM's, the L1 phase and "
-        "then the zetas.")
+        "then the zetas.",
+    )
     target: Literal["noise", "expected"] = Field(
-        "expected", description="What the network is asked for: noise: n2 as it was drawn, ProxDM's; expected: its mean given y and x_0, the "
+        "expected",
+        description="What the network is asked for: noise: n2 as it was drawn, ProxDM's; expected: its mean given y and x_0, the "
         "same on average without the part that n1 hides, which learns captions in two fifths of the steps (docs/few-steps.md). The zetas take "
-        "n2 in any case: only it has the mode that they look for. A new network is scaled by it, and fake scores are trained as it says.")
+        "n2 in any case: only it has the mode that they look for. A new network is scaled by it, and fake scores are trained as it says.",
+    )
     steps: int = Field(1500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Global batch, over all learner ranks and micro-batches.")
     micro_batch_size: int | None = Field(None, ge=1, description="Per rank and forward; None: the rank's whole share.")
     lr: float = Field(1e-3, gt=0, description="Peak learning rate; warm-up, constant, then cosine to 3 %.")
     warmup_steps: int = Field(50, ge=0, description="Linear warm-up.")
     decay_from: float = Field(0.3, ge=0, le=1, description="Share of the steps after which the cosine begins.")
-    candidates: list[StepCount] = Field([4, 6, 8, 16], min_length=1, description="Step counts N that matching draws from.")
+    candidates: list[StepCount] = Field(
+        [4, 6, 8, 16], min_length=1, description="Step counts N that matching draws from."
+    )
     l1_fraction: float = Field(1.0, ge=0, le=1, description="Share of the steps in the L1 phase.")
     zetas: list[float] = Field([2.0, 1.0], description="zeta of the equally long phases after it.")
     weight: Literal["lam", "level"] = Field(
-        "level", description="What the loss is weighed by, scaled to mean 1. lam: lam^lam_power. level: with target expected, as a score model's "
-        "loss at the noise level of all that is in y, (1 - alpha_bar + lam)/alpha_bar, to the lam_power (docs/few-steps.md); the same at t = 0.")
+        "level",
+        description="What the loss is weighed by, scaled to mean 1. lam: lam^lam_power. level: with target expected, as a score model's "
+        "loss at the noise level of all that is in y, (1 - alpha_bar + lam)/alpha_bar, to the lam_power (docs/few-steps.md); the same at t = 0.",
+    )
     lam_power: float = Field(
-        0.5, ge=0, description="Power of weight. With lam, 0: ProxDM's; 0.5: the error of the prox itself, "
-        "which learns captions sooner, since large lam is where they decide.")
+        0.5,
+        ge=0,
+        description="Power of weight. With lam, 0: ProxDM's; 0.5: the error of the prox itself, "
+        "which learns captions sooner, since large lam is where they decide.",
+    )
     ema: float = Field(0.995, ge=0, lt=1, description="Decay of the averaged weights that are handed on.")
     grad_clip: float = Field(1.0, gt=0, description="Global gradient norm.")
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric records.")
 
     @model_validator(mode="after")
-    def _phases(self) -> "Pretrain":
+    def _phases(self) -> Pretrain:
         if self.loss == "square" and self.l1_fraction < 1:
-            raise ValueError(f"l1_fraction is {self.l1_fraction:g}, and the phases of the zetas would follow, but loss is 'square', which has "
-                             "none: set pretrain.loss=matching, or leave l1_fraction out")
+            raise ValueError(
+                f"l1_fraction is {self.l1_fraction:g}, and the phases of the zetas would follow, but loss is 'square', which has "
+                "none: set pretrain.loss=matching, or leave l1_fraction out"
+            )
         return self
 
 
 class Learner(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
-    max_failures: int = Field(2, ge=0, description="So many times Ray Train starts the ranks again, from the last checkpoint; "
-                              "counted anew once a new step is reached after they have been used up.")
+    max_failures: int = Field(
+        2,
+        ge=0,
+        description="So many times Ray Train starts the ranks again, from the last checkpoint; "
+        "counted anew once a new step is reached after they have been used up.",
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints of a stage that are kept, the newest ones.")
     max_checkpoint_failures: int = Field(
-        3, ge=1, description="Checkpoints in a row that cannot be written, for lack of disk space as a rule, before the run stops.")
+        3,
+        ge=1,
+        description="Checkpoints in a row that cannot be written, for lack of disk space as a rule, before the run stops.",
+    )
 
 
 class Resources(Section):
@@ -262,31 +349,51 @@ class Resources(Section):
     learner_cpus: float = Field(0.5, ge=0, description="CPUs that Ray counts for each.")
     learner_gpus: float = Field(0.0, ge=0, description="GPUs of each; may be a fraction.")
     placement: Literal["any", "roles"] = Field(
-        "any", description="any: each role wherever its CPUs and GPUs fit; roles: only on nodes that offer the custom Ray "
-        "resource of its name, `rollout`, `learner` or `reward`, as those of the files in cluster/ do.")
+        "any",
+        description="any: each role wherever its CPUs and GPUs fit; roles: only on nodes that offer the custom Ray "
+        "resource of its name, `rollout`, `learner` or `reward`, as those of the files in cluster/ do.",
+    )
     rollout_resources: Amounts | None = Field(
-        None, description="Custom Ray resources of each rollout actor, {name: amount}, to place it; null: what placement says.")
+        None,
+        description="Custom Ray resources of each rollout actor, {name: amount}, to place it; null: what placement says.",
+    )
     learner_resources: Amounts | None = Field(
-        None, description="Custom Ray resources of each learner rank; null: what placement says.")
+        None, description="Custom Ray resources of each learner rank; null: what placement says."
+    )
     autoscaling: bool = Field(
-        False, description="The cluster can grow: ask for the nodes that each stage needs and wait for them, instead of "
-        "refusing a run that is larger than the cluster is now.")
-    autoscaling_timeout_s: float = Field(1800.0, gt=0, description="How long a stage waits for those nodes, in seconds.")
-    threads: int = Field(2, ge=1, description="torch threads of rollout actors and learner ranks; results depend on it.")
+        False,
+        description="The cluster can grow: ask for the nodes that each stage needs and wait for them, instead of "
+        "refusing a run that is larger than the cluster is now.",
+    )
+    autoscaling_timeout_s: float = Field(
+        1800.0, gt=0, description="How long a stage waits for those nodes, in seconds."
+    )
+    threads: int = Field(
+        2, ge=1, description="torch threads of rollout actors and learner ranks; results depend on it."
+    )
 
 
 class Faults(Section):
     """What a run does where a part of it is lost (docs/reliability.md)."""
 
     hang_timeout_s: float = Field(
-        900.0, gt=0, description="A rollout actor, learner rank, conductor or weight store that does not answer for so many seconds is "
+        900.0,
+        gt=0,
+        description="A rollout actor, learner rank, conductor or weight store that does not answer for so many seconds is "
         "killed and started again; longer than an iteration's longest call, the loading of a model included. A reward replica after "
-        "90 s at most.")
+        "90 s at most.",
+    )
     max_restarts: int = Field(
-        3, ge=0, description="So many times in a row, without a new step between them, a lost conductor or weight store is replaced, "
-        "from the last checkpoint.")
+        3,
+        ge=0,
+        description="So many times in a row, without a new step between them, a lost conductor or weight store is replaced, "
+        "from the last checkpoint.",
+    )
     grace_s: float = Field(
-        120.0, ge=0, description="After SIGTERM or Ctrl-C, how long the iteration under way and its checkpoint may take.")
+        120.0,
+        ge=0,
+        description="After SIGTERM or Ctrl-C, how long the iteration under way and its checkpoint may take.",
+    )
 
 
 class Evaluate(Section):
@@ -295,15 +402,26 @@ class Evaluate(Section):
     steps: list[StepCount] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")
     every: int = Field(25, ge=0, description="RL iterations between held-out evaluations; 0: only before and after.")
     alarm_sigmas: float = Field(
-        2.0, gt=0, description="Over-optimisation alarm: the first held-out reward is so many standard errors below its best.")
+        2.0,
+        gt=0,
+        description="Over-optimisation alarm: the first held-out reward is so many standard errors below its best.",
+    )
     alarm_drift: float | None = Field(
-        1.4, gt=1, description="Alarm as well where the distance to the data has grown to so many times its smallest value: a "
-        "held-out reward does not see textures and shifted colours. null: never.")
+        1.4,
+        gt=1,
+        description="Alarm as well where the distance to the data has grown to so many times its smallest value: a "
+        "held-out reward does not see textures and shifted colours. null: never.",
+    )
     alarm_sameness: float | None = Field(
-        0.65, gt=0, lt=1, description="Alarm as well where the diversity of a prompt's samples has fallen to this share of its largest "
-        "value. null: never.")
+        0.65,
+        gt=0,
+        lt=1,
+        description="Alarm as well where the diversity of a prompt's samples has fallen to this share of its largest "
+        "value. null: never.",
+    )
     patience: int | None = Field(
-        None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never.")
+        None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never."
+    )
 
 
 class Telemetry(Section):
@@ -313,8 +431,12 @@ class Telemetry(Section):
     dashboard_host: str = Field("127.0.0.1", description="The address it listens on; the default is this machine only.")
     dashboard_port: int = Field(8270, ge=0, le=65535, description="Its port, or the next free one; 0: any.")
     samples_every: int = Field(10, ge=0, description="Iterations between saved galleries of training samples; 0: none.")
-    samples_groups: int = Field(4, ge=1, le=64, description="Groups in a gallery, each with its best and its worst sample.")
+    samples_groups: int = Field(
+        4, ge=1, le=64, description="Groups in a gallery, each with its best and its worst sample."
+    )
     timeline: bool = Field(True, description="Keep what each role did when, in timeline.jsonl.")
     prometheus: bool = Field(True, description="Export the catalogue's metrics through Ray (docs/monitoring.md).")
     tensorboard: bool = Field(False, description="Write TensorBoard event files to <run>/tensorboard.")
-    wandb: str | None = Field(None, description="Weights & Biases project to log to; needs the package wandb. null: none.")
+    wandb: str | None = Field(
+        None, description="Weights & Biases project to log to; needs the package wandb. null: none."
+    )

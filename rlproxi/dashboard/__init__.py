@@ -4,9 +4,13 @@ from pathlib import Path
 
 #: What is served, and as what.
 ASSETS = {
-    "index.html": "text/html; charset=utf-8", "style.css": "text/css; charset=utf-8", "icon.svg": "image/svg+xml",
-    **{f"{name}.js": "text/javascript; charset=utf-8"
-       for name in ("app", "chart", "config", "dom", "gallery", "sections", "status", "store", "timeline")},
+    "index.html": "text/html; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+    **{
+        f"{name}.js": "text/javascript; charset=utf-8"
+        for name in ("app", "chart", "config", "dom", "gallery", "sections", "status", "store", "timeline")
+    },
 }
 
 

@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 #: Ports tried behind one that is taken, and how often a server that ended is started anew.
 MORE_PORTS, STARTS = 50, 3
@@ -87,17 +87,35 @@ class Beside:
 
     def _give_up(self, reason: str) -> None:
         self.listener.close()
-        self.warn(f"no live page at {self.url}: {reason}; the run goes on, and rlproxi dashboard {self.run_dir} "
-                  "shows it")
+        self.warn(
+            f"no live page at {self.url}: {reason}; the run goes on, and rlproxi dashboard {self.run_dir} shows it"
+        )
 
     def _start(self) -> subprocess.Popen:
         root = str(Path(__file__).parents[2])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        command = [sys.executable, "-m", "rlproxi.dashboard.server", str(self.run_dir), "--host", self.host,
-                   "--fd", str(self.listener.fileno()), "--until-stdin-ends", "--nice", "10"]
+        command = [
+            sys.executable,
+            "-m",
+            "rlproxi.dashboard.server",
+            str(self.run_dir),
+            "--host",
+            self.host,
+            "--fd",
+            str(self.listener.fileno()),
+            "--until-stdin-ends",
+            "--nice",
+            "10",
+        ]
         # A session of its own: Ctrl-C is for the run, whose last records should still be seen.
-        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                                pass_fds=[self.listener.fileno()], start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[self.listener.fileno()],
+            start_new_session=True,
+        )
 
     def close(self) -> None:
         """Ends the server, where there is one."""

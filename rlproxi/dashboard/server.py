@@ -13,8 +13,8 @@ import socket
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -36,9 +36,11 @@ DEFAULT_PORT = 8270
 QUERY_LIMIT, STREAMS, PICTURE_CACHE = 2048, 32, 16 << 20
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
-                               "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin", "Cross-Origin-Opener-Policy": "same-origin",
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
 }
 
 
@@ -83,9 +85,12 @@ def _is_here(host: str) -> bool:
 def _with_headers(send):
     async def sending(message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"],
-                                  *((name.encode(), value.encode()) for name, value in _HEADERS.items())]
+            message["headers"] = [
+                *message["headers"],
+                *((name.encode(), value.encode()) for name, value in _HEADERS.items()),
+            ]
         await send(message)
+
     return sending
 
 
@@ -105,10 +110,14 @@ class Page:
     def routes(self) -> list[Route]:
         one = "/api/runs/{run}"
         return [
-            Route("/", self.file), Route("/{name:str}", self.file),
-            Route("/api/catalogue", _json(self.catalogue)), Route("/api/runs", _json(self.runs)),
-            Route(one, _json(self.run)), Route(f"{one}/config", _json(self.config)),
-            Route(f"{one}/timeline", _json(self.timeline)), Route(f"{one}/galleries/{{step:int}}", _json(self.gallery)),
+            Route("/", self.file),
+            Route("/{name:str}", self.file),
+            Route("/api/catalogue", _json(self.catalogue)),
+            Route("/api/runs", _json(self.runs)),
+            Route(one, _json(self.run)),
+            Route(f"{one}/config", _json(self.config)),
+            Route(f"{one}/timeline", _json(self.timeline)),
+            Route(f"{one}/galleries/{{step:int}}", _json(self.gallery)),
             Route(f"{one}/galleries/{{step:int}}/{{group:int}}.png", self.gallery_picture),
             Route(f"{one}/evaluations", _json(self.evaluations)),
             Route(f"{one}/evaluations/{{tag:str}}/{{steps:int}}/{{prompt:int}}.png", self.evaluation_picture),
@@ -170,8 +179,9 @@ class Page:
             changed = 0
         key = (str(folder), at["tag"], at["steps"], at["prompt"], changed)
         with self._drawing:  # one at a time: each may hold many megabytes while it is drawn
-            found = self._pictures.get(key) or live_files.evaluation_picture(folder, at["tag"], at["steps"],
-                                                                             at["prompt"])
+            found = self._pictures.get(key) or live_files.evaluation_picture(
+                folder, at["tag"], at["steps"], at["prompt"]
+            )
             self._pictures[key] = found
             while sum(len(picture) for picture, _ in self._pictures.values()) > PICTURE_CACHE:
                 self._pictures.popitem(last=False)
@@ -185,8 +195,9 @@ class Page:
         names = set(request.query_params.getlist("run"))
         known = await run_in_threadpool(self.hub.folders)
         if not names or names - set(known):
-            raise HTTPException(404,
-                                f"ask for ?run=ID of /api/runs; unknown: {', '.join(sorted(names - set(known)))[:200]}")
+            raise HTTPException(
+                404, f"ask for ?run=ID of /api/runs; unknown: {', '.join(sorted(names - set(known)))[:200]}"
+            )
         if self.streams >= STREAMS:
             raise HTTPException(503, f"{STREAMS} pages are listening already; close one")
         cursor = request.headers.get("last-event-id") or request.query_params.get("after") or ""
@@ -220,12 +231,14 @@ class Page:
 
 def _json(answer: Callable[[Request], object]):
     """An endpoint that sends what ``answer`` returns. NaN cannot be in it: it is no JSON."""
+
     def endpoint(request: Request) -> Response:
         try:
             body = json.dumps(answer(request), allow_nan=False, separators=(",", ":"))
         except KeyError as error:
             raise HTTPException(404, f"there is no run {str(error)[:100]}; /api/runs lists them") from None
         return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
+
     return endpoint
 
 
@@ -247,13 +260,25 @@ def application(hub: Hub, loopback: bool = True) -> tuple[Guard, Page]:
 
 def serve(hub: Hub, listener: socket.socket, host: str, until: Callable[[], object] | None = None) -> None:
     """Serves until Ctrl-C or SIGTERM, or until ``until`` returns, which is called in a thread."""
+
     async def main() -> None:
         app, page = application(hub, is_loopback(host))
         # h11: its bound on a request's head is ours to set. The other implementation has none for a path.
-        server = uvicorn.Server(uvicorn.Config(
-            app, http="h11", loop="asyncio", ws="none", lifespan="off", access_log=False, log_level="error",
-            h11_max_incomplete_event_size=16384, server_header=False, limit_concurrency=256,
-            timeout_graceful_shutdown=2))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                http="h11",
+                loop="asyncio",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_level="error",
+                h11_max_incomplete_event_size=16384,
+                server_header=False,
+                limit_concurrency=256,
+                timeout_graceful_shutdown=2,
+            )
+        )
         loop = asyncio.get_running_loop()
 
         def stop() -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 #: Endings of the files that are shards.
 TARS, PARQUETS = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 
 #: The package that a kind of storage needs beside fsspec.
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
-            "hf": "huggingface_hub", "abfs": "adlfs", "az": "adlfs"}
+PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "hf": "huggingface_hub",
+    "abfs": "adlfs",
+    "az": "adlfs",
+}
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -57,8 +67,10 @@ def _expand(url: str) -> list[str]:
         else:
             (shards if path in kinds else missing).append(_address(fs, path, part))
     if not shards:
-        raise ValueError(f"data.urls: {url!r} matches no file: name a {', '.join((*TARS, *PARQUETS))} file, a folder "
-                         "that holds some, a glob or a {00000..00099} range")
+        raise ValueError(
+            f"data.urls: {url!r} matches no file: name a {', '.join((*TARS, *PARQUETS))} file, a folder "
+            "that holds some, a glob or a {00000..00099} range"
+        )
     return shards + missing
 
 
@@ -70,8 +82,12 @@ def _kinds(fs: Any, paths: Sequence[str]) -> dict[str, str]:
     if "http" in fs.protocol:  # has no lists
         return dict.fromkeys(paths, "file")
     folders = {path.rpartition("/")[0] for path in paths}
-    return {entry["name"].rstrip("/"): entry["type"] for folder in folders if fs.isdir(folder)
-            for entry in fs.ls(folder, detail=True)}
+    return {
+        entry["name"].rstrip("/"): entry["type"]
+        for folder in folders
+        if fs.isdir(folder)
+        for entry in fs.ls(folder, detail=True)
+    }
 
 
 def _ranges(url: str) -> list[str]:
@@ -81,8 +97,11 @@ def _ranges(url: str) -> list[str]:
     first, last = found.groups()
     if int(last) < int(first):
         raise ValueError(f"data.urls: the range {found.group()} of {url!r} ends before it begins")
-    return [rest for number in range(int(first), int(last) + 1)
-            for rest in _ranges(f"{url[:found.start()]}{number:0{len(first)}d}{url[found.end():]}")]
+    return [
+        rest
+        for number in range(int(first), int(last) + 1)
+        for rest in _ranges(f"{url[: found.start()]}{number:0{len(first)}d}{url[found.end() :]}")
+    ]
 
 
 def _shards_among(fs: Any, paths: Sequence[str]) -> list[str]:

@@ -34,8 +34,9 @@ def bucket_sizes(size: int, step: int) -> list[Size]:
     even one step fits.
     """
     if step < 1 or size < step:
-        raise ValueError(f"data.size {size} is smaller than {step}, the step of its buckets: raise it, or set "
-                         "data.buckets=false")
+        raise ValueError(
+            f"data.size {size} is smaller than {step}, the step of its buckets: raise it, or set data.buckets=false"
+        )
     best: dict[float, Size] = {}
     for short in range(step, size + 1, step):
         long = min(size**2 // short, LONGEST * short) // step * step
@@ -76,7 +77,7 @@ class Fit:
         covering = [max(s, round(f * scale)) for s, f in zip(size, full)]
         resized = Image.fromarray(image).resize((covering[1], covering[0]), Image.Resampling.LANCZOS)
         top, left = self._corner([c - s for c, s in zip(covering, size)], key)
-        pixels = np.asarray(resized)[top:top + size[0], left:left + size[1]]
+        pixels = np.asarray(resized)[top : top + size[0], left : left + size[1]]
         return pixels.copy(), (*full, top, left)
 
     def _corner(self, spare: list[int], key: str) -> list[int]:

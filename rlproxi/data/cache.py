@@ -21,9 +21,10 @@ import json
 import os
 import uuid
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -140,8 +141,10 @@ class CachedShard:
     def counts(self) -> dict[Size, int]:
         """Rows in each bucket."""
         with _naming(self.path):
-            return {bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0]
-                    for bucket in sorted(self.columns)}
+            return {
+                bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0]
+                for bucket in sorted(self.columns)
+            }
 
     def row(self, bucket: Size, row: int) -> dict[str, Any]:
         """Arrays, and strings for caption and key, of one row."""
@@ -151,7 +154,7 @@ class CachedShard:
                 if name in STRINGS:
                     found[name] = self._string(bucket, name, row)
                 elif not name.endswith("_end"):
-                    found[name] = self._file.get_slice(f"{name_of(bucket)}/{name}")[row:row + 1][0]
+                    found[name] = self._file.get_slice(f"{name_of(bucket)}/{name}")[row : row + 1][0]
         return found
 
     def captions(self) -> Iterator[str]:
@@ -170,7 +173,7 @@ class CachedShard:
     def _string(self, bucket: Size, name: str, row: int) -> str:
         ends = self._end(bucket, name)
         start = int(ends[row - 1]) if row else 0
-        return self._file.get_slice(f"{name_of(bucket)}/{name}")[start:int(ends[row])].tobytes().decode()
+        return self._file.get_slice(f"{name_of(bucket)}/{name}")[start : int(ends[row])].tobytes().decode()
 
     def _end(self, bucket: Size, name: str) -> np.ndarray:
         at = f"{name_of(bucket)}/{name}_end"
@@ -205,8 +208,20 @@ def run_name(config: Config) -> str:
     """A hash of the keys that say which data a run reads: runs that share a cache keep their lists apart by it."""
     d, m = config.data, config.model
     urls = [url if "://" in url else os.path.abspath(url) for url in d.urls]
-    return digest(urls, d.size, d.buckets, d.crop, d.crop == "random" and config.run.seed, d.max_pixels, d.cache_text,
-                  m.init, m.encoders, m.patch, m.channels, m.kind)
+    return digest(
+        urls,
+        d.size,
+        d.buckets,
+        d.crop,
+        d.crop == "random" and config.run.seed,
+        d.max_pixels,
+        d.cache_text,
+        m.init,
+        m.encoders,
+        m.patch,
+        m.channels,
+        m.kind,
+    )
 
 
 def manifest_path(config: Config, cache: Path) -> Path:
@@ -223,13 +238,19 @@ def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list
     skipped = Counter()
     for entry in entries:
         skipped.update(entry.skipped)
-    totals = {"shards": len(entries), "samples": sum(sum(e.rows.values()) for e in entries),
-              "skipped": sum(skipped.values()), "reasons": dict(skipped.most_common())}
+    totals = {
+        "shards": len(entries),
+        "samples": sum(sum(e.rows.values()) for e in entries),
+        "skipped": sum(skipped.values()),
+        "reasons": dict(skipped.most_common()),
+    }
 
     def write(scratch: Path) -> None:
         with open(scratch, "w", encoding="utf-8") as file:
+
             def line(**facts: Any) -> None:
                 file.write(json.dumps(facts, ensure_ascii=False) + "\n")
+
             line(**totals)
             for e in entries:
                 line(shard=e.shard, file=e.file, rows={name_of(b): n for b, n in e.rows.items()}, skipped=e.skipped)
@@ -238,6 +259,7 @@ def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list
                     line(shard=entry.shard, key=key, reason=reason)
             for skip in lost:
                 line(shard=skip.shard, key=skip.key, reason=skip.reason)
+
     atomically(manifest_path(config, cache), write)
     return totals
 
@@ -247,19 +269,30 @@ def read_index(config: Config, cache: Path) -> list[Entry]:
     ValueError naming a damaged file."""
     path = manifest_path(config, cache)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: nothing was encoded into {cache} for this config's data and "
-                                "model keys; run the stage encode first")
+        raise FileNotFoundError(
+            f"{path} does not exist: nothing was encoded into {cache} for this config's data and "
+            "model keys; run the stage encode first"
+        )
     entries = []
     with _naming(path), open(path, encoding="utf-8") as file:
         next(file)
         for facts in map(json.loads, file):
             if "rows" not in facts:
                 break  # the skips follow
-            entries.append(Entry(facts["shard"], facts["file"], {parse_size(b): n for b, n in facts["rows"].items()},
-                                 facts["skipped"]))
+            entries.append(
+                Entry(
+                    facts["shard"],
+                    facts["file"],
+                    {parse_size(b): n for b, n in facts["rows"].items()},
+                    facts["skipped"],
+                )
+            )
             numbers = [*facts["rows"].values(), *facts["skipped"].values()]
-            if not (isinstance(facts["shard"], str) and isinstance(facts["file"], (str, type(None)))
-                    and all(type(n) is int and n >= 0 for n in numbers)):
+            if not (
+                isinstance(facts["shard"], str)
+                and isinstance(facts["file"], (str, type(None)))
+                and all(type(n) is int and n >= 0 for n in numbers)
+            ):
                 raise ValueError(f"line {len(entries) + 1} is of no shard")
     return entries
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -57,18 +57,28 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
 
     d, m = config.data, config.model
     if parts_folder is None and d.cache_text:
-        raise ValueError("data.cache_text is true, but the model works on pixels with the built-in text encoder: set "
-                         "it to false, or name a checkpoint in model.init or model.encoders")
+        raise ValueError(
+            "data.cache_text is true, but the model works on pixels with the built-in text encoder: set "
+            "it to false, or name a checkpoint in model.init or model.encoders"
+        )
     factor = latent_facts(parts_folder)[1] if parts_folder else 1
     # A published network comes with sizes of its own, which the bucket's step covers.
     levels = 1 if m.init else m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
     fit = build_fit(d.size, d.buckets, d.crop, config.run.seed if d.crop == "random" else 0, factor, factor * levels)
     odd = [size for size in fit.sizes if math.gcd(*size) % factor]
     if odd:
-        raise ValueError(f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder in "
-                         f"{parts_folder}: change it")
-    return Recipe(fit.sizes, fit.crop, fit.seed, d.max_pixels, d.cache_text,
-                  identity(parts_folder, d.cache_text) if parts_folder else "")
+        raise ValueError(
+            f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder in "
+            f"{parts_folder}: change it"
+        )
+    return Recipe(
+        fit.sizes,
+        fit.crop,
+        fit.seed,
+        d.max_pixels,
+        d.cache_text,
+        identity(parts_folder, d.cache_text) if parts_folder else "",
+    )
 
 
 def identity(folder: str, text: bool) -> str:

@@ -25,14 +25,24 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 SKIN = {"pale": (250, 214, 190), "tan": (208, 150, 104), "dark": (112, 68, 46)}
-HAIR = {"black": (28, 24, 30), "brown": (110, 66, 30), "blond": (240, 208, 96),
-        "red": (196, 62, 20), "white": (238, 238, 242)}
+HAIR = {
+    "black": (28, 24, 30),
+    "brown": (110, 66, 30),
+    "blond": (240, 208, 96),
+    "red": (196, 62, 20),
+    "white": (238, 238, 242),
+}
 HAT = {"red": (214, 24, 40), "green": (20, 130, 50), "blue": (24, 60, 190)}
-BACKGROUND = {"gray": (150, 150, 154), "yellow": (244, 226, 120), "green": (120, 206, 130),
-              "blue": (116, 176, 240), "purple": (176, 120, 214), "orange": (246, 160, 80)}
+BACKGROUND = {
+    "gray": (150, 150, 154),
+    "yellow": (244, 226, 120),
+    "green": (120, 206, 130),
+    "blue": (116, 176, 240),
+    "purple": (176, 120, 214),
+    "orange": (246, 160, 80),
+}
 
-_MOUTH_WORD = {"smiling": "a smiling person", "frowning": "a frowning person",
-               "surprised": "a surprised person"}
+_MOUTH_WORD = {"smiling": "a smiling person", "frowning": "a frowning person", "surprised": "a surprised person"}
 _GLASSES_WORD = {"none": "no glasses", "glasses": "glasses", "sunglasses": "sunglasses"}
 
 
@@ -49,9 +59,11 @@ def caption_of(attributes: dict[str, str]) -> str:
     """The caption of a full attribute set: one clause for each attribute."""
     a = attributes
     hat = "no hat" if a["hat"] == "none" else f"a {a['hat']} hat"
-    text = (f"{_MOUTH_WORD[a['mouth']]} with {a['skin']} skin, {a['hair_style']} {a['hair_color']} hair, "
-            f"{_GLASSES_WORD[a['glasses']]} and {hat}, "
-            f"on {'an' if a['background'] == 'orange' else 'a'} {a['background']} background")
+    text = (
+        f"{_MOUTH_WORD[a['mouth']]} with {a['skin']} skin, {a['hair_style']} {a['hair_color']} hair, "
+        f"{_GLASSES_WORD[a['glasses']]} and {hat}, "
+        f"on {'an' if a['background'] == 'orange' else 'a'} {a['background']} background"
+    )
     if a["hand"] == "one":
         text += ", raising a hand with one finger"
     elif a["hand"] != "none":
@@ -87,8 +99,7 @@ def parse_caption(caption: str) -> dict[str, str]:
 
 def draw_attributes(rng: np.random.Generator, hand_fraction: float = 0.25) -> dict[str, str]:
     """Every attribute uniform over its values; a hand with probability ``hand_fraction``."""
-    attributes = {name: values[int(rng.integers(len(values)))] for name, values in ATTRIBUTES.items()
-                  if name != "hand"}
+    attributes = {name: values[int(rng.integers(len(values)))] for name, values in ATTRIBUTES.items() if name != "hand"}
     fingers = ATTRIBUTES["hand"][1 + int(rng.integers(5))]
     attributes["hand"] = fingers if rng.random() < hand_fraction else "none"
     return attributes
@@ -103,8 +114,10 @@ def portrait(seed: int, index: int, hand_fraction: float = 0.25) -> Portrait:
 
 def labels(attributes: dict[str, str]) -> np.ndarray:
     """[8] int64 class indices in the order of ATTRIBUTES; -1 for an attribute not mentioned."""
-    return np.array([values.index(attributes[name]) if name in attributes else -1
-                     for name, values in ATTRIBUTES.items()], dtype=np.int64)
+    return np.array(
+        [values.index(attributes[name]) if name in attributes else -1 for name, values in ATTRIBUTES.items()],
+        dtype=np.int64,
+    )
 
 
 class _Canvas:
@@ -126,8 +139,10 @@ class _Canvas:
         shift_x, shift_y, scale = (frame[chosen, i, None, None] for i in range(3))
         columns = rows = slice(None)
         if box is not None:
-            columns, rows = (self._span(shift + scale * low, shift + scale * high)
-                             for shift, low, high in ((shift_x, box[0], box[2]), (shift_y, box[1], box[3])))
+            columns, rows = (
+                self._span(shift + scale * low, shift + scale * high)
+                for shift, low, high in ((shift_x, box[0], box[2]), (shift_y, box[1], box[3]))
+            )
         distance = shape((self.x[:, :, columns] - shift_x) / scale, (self.y[:, rows] - shift_y) / scale)
         cover = np.clip(0.5 - distance / self.pixel, 0.0, 1.0)[..., None]
         under = self.rgb[chosen, rows, columns]
@@ -190,8 +205,11 @@ def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
 
     # Hair behind the head; every style leaves colour beside the face, also under a hat.
     paint(lambda x, y: _box(x, y - 0.17, 0.60, 0.66, 0.30), hair, value["hair_style"] == "long")
-    paint(lambda x, y: np.minimum.reduce([np.hypot(x - cx, y - cy) - 0.21 for cx, cy in _CURLS]), hair,
-          value["hair_style"] == "curly")
+    paint(
+        lambda x, y: np.minimum.reduce([np.hypot(x - cx, y - cy) - 0.21 for cx, cy in _CURLS]),
+        hair,
+        value["hair_style"] == "curly",
+    )
     paint(lambda x, y: _ellipse(x, y + 0.16, 0.53, 0.55), hair, box=(-0.53, -0.71, 0.53, 0.39))
 
     # Shoulders, neck, face; the fringe, then the hat over it.
@@ -201,38 +219,82 @@ def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
     paint(lambda x, y: _ellipse(x, y, 0.43, 0.56), skin, box=(-0.43, -0.56, 0.43, 0.56))
     paint(lambda x, y: np.maximum(_ellipse(x, y, 0.45, 0.58), y + 0.30), hair, box=(-0.45, -0.58, 0.45, -0.30))
     hatted = value["hat"] != "none"
-    paint(lambda x, y: np.maximum(_ellipse(x, y + 0.36, 0.52, 0.50), y + 0.34), hat, hatted,
-          (-0.52, -0.86, 0.52, -0.34))
+    paint(
+        lambda x, y: np.maximum(_ellipse(x, y + 0.36, 0.52, 0.50), y + 0.34), hat, hatted, (-0.52, -0.86, 0.52, -0.34)
+    )
     paint(lambda x, y: _box(x, y + 0.34, 0.66, 0.085, 0.06), hat * 0.8, hatted, (-0.66, -0.43, 0.66, -0.25))
 
     # Mouth, eyes, glasses.
     lips, mouth = fixed((160, 20, 40)), value["mouth"]
-    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.20) - 0.27, 0.20 - y), lips, mouth == "smiling",
-          (-0.27, 0.20, 0.27, 0.47))
-    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.22) - 0.17, 0.24 - y), fixed((255, 255, 255)), mouth == "smiling",
-          (-0.17, 0.24, 0.17, 0.39))
-    paint(lambda x, y: np.maximum(np.abs(np.hypot(x, y - 0.52) - 0.22) - 0.055, y - 0.43), lips,
-          mouth == "frowning", (-0.28, 0.24, 0.28, 0.44))
-    paint(lambda x, y: _ellipse(x, y - 0.32, 0.115, 0.145), lips * 0.45, mouth == "surprised", (-0.12, 0.17, 0.12, 0.47))
+    paint(
+        lambda x, y: np.maximum(np.hypot(x, y - 0.20) - 0.27, 0.20 - y),
+        lips,
+        mouth == "smiling",
+        (-0.27, 0.20, 0.27, 0.47),
+    )
+    paint(
+        lambda x, y: np.maximum(np.hypot(x, y - 0.22) - 0.17, 0.24 - y),
+        fixed((255, 255, 255)),
+        mouth == "smiling",
+        (-0.17, 0.24, 0.17, 0.39),
+    )
+    paint(
+        lambda x, y: np.maximum(np.abs(np.hypot(x, y - 0.52) - 0.22) - 0.055, y - 0.43),
+        lips,
+        mouth == "frowning",
+        (-0.28, 0.24, 0.28, 0.44),
+    )
+    paint(
+        lambda x, y: _ellipse(x, y - 0.32, 0.115, 0.145), lips * 0.45, mouth == "surprised", (-0.12, 0.17, 0.12, 0.47)
+    )
     for side in (-1, 1):
-        paint(lambda x, y: _ellipse(x - side * 0.185, y + 0.06, 0.105, 0.085), fixed((250, 250, 250)), every,
-              (side * 0.185 - 0.11, -0.15, side * 0.185 + 0.11, 0.03))
-        paint(lambda x, y: np.hypot(x - side * 0.185, y + 0.06) - 0.062, fixed((30, 22, 26)), every,
-              (side * 0.185 - 0.07, -0.13, side * 0.185 + 0.07, 0.01))
+        paint(
+            lambda x, y: _ellipse(x - side * 0.185, y + 0.06, 0.105, 0.085),
+            fixed((250, 250, 250)),
+            every,
+            (side * 0.185 - 0.11, -0.15, side * 0.185 + 0.11, 0.03),
+        )
+        paint(
+            lambda x, y: np.hypot(x - side * 0.185, y + 0.06) - 0.062,
+            fixed((30, 22, 26)),
+            every,
+            (side * 0.185 - 0.07, -0.13, side * 0.185 + 0.07, 0.01),
+        )
     for side in (-1, 1):
-        paint(lambda x, y: np.abs(np.hypot(x - side * 0.20, y + 0.05) - 0.175) - 0.032, fixed((20, 20, 24)),
-              value["glasses"] == "glasses", (side * 0.20 - 0.21, -0.26, side * 0.20 + 0.21, 0.16))
-        paint(lambda x, y: _box(x - side * 0.20, y + 0.05, 0.195, 0.145, 0.08), fixed((12, 12, 16)),
-              value["glasses"] == "sunglasses", (side * 0.20 - 0.20, -0.20, side * 0.20 + 0.20, 0.10))
-    paint(lambda x, y: _box(x, y + 0.06, 0.10, 0.028), fixed((16, 16, 20)), value["glasses"] != "none",
-          (-0.10, -0.09, 0.10, -0.03))
+        paint(
+            lambda x, y: np.abs(np.hypot(x - side * 0.20, y + 0.05) - 0.175) - 0.032,
+            fixed((20, 20, 24)),
+            value["glasses"] == "glasses",
+            (side * 0.20 - 0.21, -0.26, side * 0.20 + 0.21, 0.16),
+        )
+        paint(
+            lambda x, y: _box(x - side * 0.20, y + 0.05, 0.195, 0.145, 0.08),
+            fixed((12, 12, 16)),
+            value["glasses"] == "sunglasses",
+            (side * 0.20 - 0.20, -0.20, side * 0.20 + 0.20, 0.10),
+        )
+    paint(
+        lambda x, y: _box(x, y + 0.06, 0.10, 0.028),
+        fixed((16, 16, 20)),
+        value["glasses"] != "none",
+        (-0.10, -0.09, 0.10, -0.03),
+    )
 
     _paint_hand(canvas, pose, skin, value["hand"])
     return np.clip(canvas.rgb + 0.5, 0, 255).astype(np.uint8)
 
 
-_CURLS = ((-0.50, 0.15), (-0.58, -0.12), (-0.50, -0.40), (-0.27, -0.62), (0.0, -0.70),
-          (0.27, -0.62), (0.50, -0.40), (0.58, -0.12), (0.50, 0.15))
+_CURLS = (
+    (-0.50, 0.15),
+    (-0.58, -0.12),
+    (-0.50, -0.40),
+    (-0.27, -0.62),
+    (0.0, -0.70),
+    (0.27, -0.62),
+    (0.50, -0.40),
+    (0.58, -0.12),
+    (0.50, 0.15),
+)
 
 
 def _paint_hand(canvas: _Canvas, pose: np.ndarray, skin: np.ndarray, hand: np.ndarray) -> None:

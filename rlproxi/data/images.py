@@ -12,9 +12,15 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 _ORIENTATION = 0x0112
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_90}
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImage(ValueError):
@@ -38,8 +44,9 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise BadImage(f"image too large: {width} x {height} pixels are more than data.max_pixels = "
-                                   f"{max_pixels}")
+                    raise BadImage(
+                        f"image too large: {width} x {height} pixels are more than data.max_pixels = {max_pixels}"
+                    )
                 turn = _UPRIGHT.get(_orientation(image))
                 image = _rgb(image)
                 return np.array(image if turn is None else image.transpose(turn))

@@ -8,8 +8,8 @@ random order. What is left of a bucket at the end of an epoch is not used in it;
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Batch:
     def share(self, rank: int, world: int) -> list[tuple[int, int]]:
         """The rows of one of ``world`` ranks: equal parts in order, together what one rank would read."""
         count = len(self.rows) // world
-        return self.rows[rank * count:(rank + 1) * count]
+        return self.rows[rank * count : (rank + 1) * count]
 
 
 class Order:
@@ -51,16 +51,19 @@ class Order:
         self.batch_size, self.seed, self.window = batch_size, seed, window
         self.buckets = sorted({bucket for shard in index for bucket in shard})
         #: [shard, bucket] rows
-        self.rows = np.array([[shard.get(bucket, 0) for bucket in self.buckets] for shard in index],
-                             dtype=np.int64).reshape(len(index), len(self.buckets))
+        self.rows = np.array(
+            [[shard.get(bucket, 0) for bucket in self.buckets] for shard in index], dtype=np.int64
+        ).reshape(len(index), len(self.buckets))
         totals = self.rows.sum(0)
         self.batches_per_epoch = int((totals // batch_size).sum())
         #: Rows of buckets with fewer rows than a batch, which no epoch uses.
         self.never_used = int(totals[totals < batch_size].sum())
         if not self.batches_per_epoch:
             filled = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.buckets, totals)) or "none"
-            raise ValueError(f"no bucket fills a batch of {batch_size} (rows in each: {filled}): add data, lower "
-                             "pretrain.batch_size, or set data.buckets=false")
+            raise ValueError(
+                f"no bucket fills a batch of {batch_size} (rows in each: {filled}): add data, lower "
+                "pretrain.batch_size, or set data.buckets=false"
+            )
         # The newest of each; plain dictionaries, so that an order can be sent to other processes.
         self._epochs: dict[int, _Epoch] = {}
         self._shuffles: dict[tuple[int, int, int], np.ndarray] = {}
@@ -76,14 +79,14 @@ class Order:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         return (self.batch(number) for number in range(start, stop))
 
-    def _epoch(self, epoch: int) -> "_Epoch":
+    def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             self._epochs = {epoch: self._plan(epoch)}
         return self._epochs[epoch]
 
-    def _plan(self, epoch: int) -> "_Epoch":
+    def _plan(self, epoch: int) -> _Epoch:
         shards = rng(self.seed, _SHARDS, epoch).permutation(len(self.rows))
-        windows = [shards[i:i + self.window] for i in range(0, len(shards), self.window)]
+        windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         rows_before = np.zeros((len(windows) + 1, len(self.buckets)), np.int64)
         rows_before[1:] = np.cumsum([self.rows[window].sum(0) for window in windows], 0)
         return _Epoch(self.seed, epoch, windows, rows_before, rows_before // self.batch_size)
@@ -95,7 +98,7 @@ class Order:
         while at < end:
             window = int(np.searchsorted(before, at, "right")) - 1
             stop = min(end, int(before[window + 1]))
-            rows += self._shuffled(epoch, window, bucket)[at - before[window]:stop - before[window]].tolist()
+            rows += self._shuffled(epoch, window, bucket)[at - before[window] : stop - before[window]].tolist()
             at = stop
         return [(shard, row) for shard, row in rows]
 
@@ -133,6 +136,9 @@ class _Epoch:
 
     def list_of(self, window: int) -> list[tuple[int, int]]:
         """(bucket, chunk) of the batches that end in a window, in their order."""
-        pairs = [(bucket, chunk) for bucket in range(self.chunks_before.shape[1])
-                 for chunk in range(self.chunks_before[window, bucket], self.chunks_before[window + 1, bucket])]
+        pairs = [
+            (bucket, chunk)
+            for bucket in range(self.chunks_before.shape[1])
+            for chunk in range(self.chunks_before[window, bucket], self.chunks_before[window + 1, bucket])
+        ]
         return [pairs[i] for i in rng(self.seed, _BATCHES, self.number, window).permutation(len(pairs))]

@@ -3,8 +3,8 @@ classifier and a held-out judge, each by a minute of plain supervised training o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 import torch
@@ -38,8 +38,13 @@ def train_text_encoder(config: Config, progress: Callable[[int, float], None] = 
     p, seed = config.prepare, config.run.seed
     source = collection(seed, "text")
     captions = [faces.portrait(source, i, 0.5) for i in range(4096)]
-    encoder = build_text_encoder([c.caption for c in captions] + [""], config.model.text_dim,
-                                 config.model.text_layers, config.model.text_length, seed)
+    encoder = build_text_encoder(
+        [c.caption for c in captions] + [""],
+        config.model.text_dim,
+        config.model.text_layers,
+        config.model.text_length,
+        seed,
+    )
     model = encoder.model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -60,8 +65,9 @@ def train_text_encoder(config: Config, progress: Callable[[int, float], None] = 
     return encoder
 
 
-def train_classifier(config: Config, purpose: str, file: Path,
-                     progress: Callable[[int, float], None] = lambda s, x: None) -> float:
+def train_classifier(
+    config: Config, purpose: str, file: Path, progress: Callable[[int, float], None] = lambda s, x: None
+) -> float:
     """Trains the ``reward`` or the ``judge`` classifier and saves it; returns its accuracy on fresh portraits.
 
     The two differ in data (other seeds) and initial weights. Noise, blur and shifts keep

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 
@@ -39,8 +39,9 @@ def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
     indices = list(range(step * count, (step + 1) * count))
     if _from_file(config):
         prompts = _training_list(config)
-        return indices, [prompts[_shuffled(config.run.seed, i // len(prompts), len(prompts))[i % len(prompts)]]
-                         for i in indices]
+        return indices, [
+            prompts[_shuffled(config.run.seed, i // len(prompts), len(prompts))[i % len(prompts)]] for i in indices
+        ]
     source, held = collection(config.run.seed, "train_prompts"), frozenset(_heldout_file(config) or ())
     return indices, [_unreserved(config, source, i, held) for i in indices]
 
@@ -57,10 +58,15 @@ def heldout_prompts(config: Config) -> tuple[list[int], list[str]]:
     else:
         captions = _heldout_file(config) or [p for p in load_prompts("data.prompts", d.prompts) if reserved(p)]
     if len(captions) < wanted:
-        where = (f"data.heldout_prompts = {d.heldout_prompts!r} has" if d.heldout_prompts is not None else
-                 f"the sixteenth of data.prompts = {d.prompts!r} that is reserved for evaluation has")
-        raise ValueError(f"{where} {len(captions)} distinct prompts, and evaluate.prompts asks for {wanted}: lower "
-                         "evaluate.prompts, or name a longer file in data.heldout_prompts")
+        where = (
+            f"data.heldout_prompts = {d.heldout_prompts!r} has"
+            if d.heldout_prompts is not None
+            else f"the sixteenth of data.prompts = {d.prompts!r} that is reserved for evaluation has"
+        )
+        raise ValueError(
+            f"{where} {len(captions)} distinct prompts, and evaluate.prompts asks for {wanted}: lower "
+            "evaluate.prompts, or name a longer file in data.heldout_prompts"
+        )
     return list(range(wanted)), list(captions[:wanted])
 
 
@@ -111,8 +117,10 @@ def _prompt(value: object) -> str:
 
 def _from_file(config: Config) -> bool:
     if config.data.prompts is None and config.data.source == "shards":
-        raise ValueError("data.prompts is not set, and the captions of data.urls are known only after they are "
-                         "encoded: run the stage encode, or name a file of prompts")
+        raise ValueError(
+            "data.prompts is not set, and the captions of data.urls are known only after they are "
+            "encoded: run the stage encode, or name a file of prompts"
+        )
     return config.data.prompts is not None
 
 
@@ -131,8 +139,9 @@ def _without(prompts: tuple[str, ...], held: tuple[str, ...] | None, path: str) 
     out = {p for p in prompts if reserved(p)} if held is None else set(held)
     left = tuple(p for p in prompts if p not in out)
     if not left:
-        raise ValueError(f"data.prompts = {path!r} has {len(prompts)} prompts, and all of them are held out: add "
-                         "others")
+        raise ValueError(
+            f"data.prompts = {path!r} has {len(prompts)} prompts, and all of them are held out: add others"
+        )
     return left
 
 

@@ -15,9 +15,10 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 from .addresses import PARQUETS, filesystem, list_shards
 from .tars import Header, Source
@@ -200,8 +201,9 @@ def _read_parquet(source: Source, url: str) -> Iterator[Sample | Skip]:
     try:
         table = pyarrow.parquet.ParquetFile(source)
         names = table.schema_arrow.names
-        image, caption, key = (next((c for c in wanted if c in names), None)
-                               for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS, KEY_COLUMNS))
+        image, caption, key = (
+            next((c for c in wanted if c in names), None) for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS, KEY_COLUMNS)
+        )
         for column, wanted in ((image, IMAGE_COLUMNS), (caption, CAPTION_COLUMNS)):
             if column is None:
                 yield Skip(url, "", f"no such column: none of {', '.join(wanted)} among {', '.join(names[:20])}")

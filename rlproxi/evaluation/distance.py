@@ -21,8 +21,8 @@ So compare only equal numbers of images, and with what real images have at that 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -51,10 +51,11 @@ def texture(images: np.ndarray) -> np.ndarray:
     """
     images = check(images)
     if min(images.shape[1:3]) < PATCH:
-        raise ValueError(f"texture needs images of at least {PATCH} x {PATCH} pixels, got "
-                         f"{images.shape[1]} x {images.shape[2]}")
+        raise ValueError(
+            f"texture needs images of at least {PATCH} x {PATCH} pixels, got {images.shape[1]} x {images.shape[2]}"
+        )
     steps = [-(-(side - PATCH + 1) // POSITIONS) | 1 for side in images.shape[1:3]]
-    windows = np.lib.stride_tricks.sliding_window_view(images, (PATCH, PATCH), (1, 2))[:, ::steps[0], ::steps[1]]
+    windows = np.lib.stride_tricks.sliding_window_view(images, (PATCH, PATCH), (1, 2))[:, :: steps[0], :: steps[1]]
     patches = windows.reshape(-1, 3, PATCH**2).astype(np.float32) / 255
     return (patches - patches.mean(2, keepdims=True)).reshape(len(patches), -1)
 
@@ -154,8 +155,10 @@ class Reference:
         size = check(images).shape[1:3]
         self.size = self.size or size
         if size != self.size:
-            raise ValueError(f"images of {size[0]} x {size[1]} pixels cannot be compared with a reference of "
-                             f"{self.size[0]} x {self.size[1]}: textures differ in scale")
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels cannot be compared with a reference of "
+                f"{self.size[0]} x {self.size[1]}: textures differ in scale"
+            )
 
     def distance(self, images: np.ndarray) -> dict[str, float]:
         """uint8 [B, H, W, 3] -> {"total": the sum, and one entry for each space}, divided by the data's variance there.
@@ -163,6 +166,6 @@ class Reference:
         Raises ValueError for images of another size than the reference's.
         """
         self._same_size(images)
-        found = gaussians((images[i:i + _CHUNK] for i in range(0, len(images), _CHUNK)), self.spaces)
+        found = gaussians((images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)), self.spaces)
         parts = {name: frechet(found[name], self.gaussians[name]) / self.variance[name] for name in self.spaces}
         return {"total": sum(parts.values()), **parts}

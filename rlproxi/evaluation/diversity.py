@@ -19,7 +19,7 @@ def area_average(images: np.ndarray, cells: int) -> np.ndarray:
     """
     images = check(images)
     rows, columns = (_shares(size, min(cells, size)) for size in images.shape[1:3])
-    return np.concatenate([_averaged(images[i:i + _CHUNK], rows, columns) for i in range(0, len(images), _CHUNK)])
+    return np.concatenate([_averaged(images[i : i + _CHUNK], rows, columns) for i in range(0, len(images), _CHUNK)])
 
 
 def _averaged(images: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

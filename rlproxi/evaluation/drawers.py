@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,12 +21,15 @@ from ..seeds import NamedNoise, seed_of
 
 #: Name -> what it changes of the model's section ``sampler``.
 OWN: dict[str, dict[str, Any]] = {
-    **{name: {"name": name, "eta": 0.0} for name in SAMPLERS}, "ddim-ancestral": {"name": "ddim", "eta": 1.0},
-    "euler-maruyama": {"name": "euler", "eta": 1.0}}
+    **{name: {"name": name, "eta": 0.0} for name in SAMPLERS},
+    "ddim-ancestral": {"name": "ddim", "eta": 1.0},
+    "euler-maruyama": {"name": "euler", "eta": 1.0},
+}
 #: Name -> diffusers' scheduler class, with its arguments: solvers that remember earlier steps.
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2})}
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+}
 #: A diffusers folder by its own pipeline and scheduler.
 PIPELINE = "pipeline"
 NAMES = (*OWN, *SOLVERS, PIPELINE)
@@ -51,7 +55,9 @@ def split_name(model: str) -> tuple[str, str, str | None, str]:
     return label or Path(path).resolve().name, path, lora, sampler
 
 
-def open_model(model: str, sampler: str, device: str | None, precision: str) -> tuple[tuple[str, str, str], Callable[[], Drawer]]:
+def open_model(
+    model: str, sampler: str, device: str | None, precision: str
+) -> tuple[tuple[str, str, str], Callable[[], Drawer]]:
     """((label, path, sampler), a function that loads it). ``sampler`` "": the one that the name says, else the model's own.
 
     Raises FileNotFoundError or ValueError for what is not there or does not go together; nothing is loaded yet.
@@ -65,7 +71,9 @@ def open_model(model: str, sampler: str, device: str | None, precision: str) -> 
     if not chosen and not ours:
         chosen = PIPELINE
     if lora and chosen != PIPELINE:
-        raise ValueError(f"{model}: +LORA goes with a diffusers folder and its own pipeline; a run's adapters are in its model folder")
+        raise ValueError(
+            f"{model}: +LORA goes with a diffusers folder and its own pipeline; a run's adapters are in its model folder"
+        )
     if ours and chosen == PIPELINE:
         raise ValueError(f"{model}: a model folder of ours has no scheduler of diffusers; choose another sampler")
     if lora and not Path(lora).exists():
@@ -151,5 +159,7 @@ class Pipeline:
         guidance = {} if request.guidance_scale is None else {"guidance_scale": request.guidance_scale}
         steps = {} if request.num_steps is None else {"num_inference_steps": request.num_steps}
         generators = [torch.Generator().manual_seed(seed_of(*name)) for name in request.names(seed)]
-        images = self.pipe(prompt=list(request.rows), generator=generators, output_type="pt", **steps, **guidance).images
+        images = self.pipe(
+            prompt=list(request.rows), generator=generators, output_type="pt", **steps, **guidance
+        ).images
         return to_uint8(images.float() * 2 - 1)

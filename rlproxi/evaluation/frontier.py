@@ -12,9 +12,10 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,8 +32,38 @@ from .reference import Comparison
 
 LINES, CSV, TABLE, PLOT, IMAGES = "frontier.jsonl", "frontier.csv", "frontier.md", "frontier.png", "images"
 #: Two-sided 95 % points of Student's t for 1 .. 30 degrees of freedom; 1.96 beyond.
-_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101,
-      2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T = (
+    12.71,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +84,9 @@ class Measured:
     diversity: float | None
     distance: float | None
     seconds: float
-    setting: str = ""  # prompts, samples, guidance, arithmetic and whose judges: what was measured otherwise is another thing
+    setting: str = (
+        ""  # prompts, samples, guidance, arithmetic and whose judges: what was measured otherwise is another thing
+    )
 
     @property
     def key(self) -> tuple:
@@ -89,9 +122,12 @@ def settings(path: str | None, models: Sequence[str]) -> Config:
             return with_paths(load_config(folder / "config.yaml"), folder)
     if path and Path(path).is_file():
         return load_config(path)
-    raise ConfigError(f"{path} is neither a config nor a run directory" if path else
-                      "none of the models is a run directory, so nothing says which prompts and rewards: add --config RUN_DIR "
-                      "or --config FILE.yaml with its sections data, rewards and evaluate")
+    raise ConfigError(
+        f"{path} is neither a config nor a run directory"
+        if path
+        else "none of the models is a run directory, so nothing says which prompts and rewards: add --config RUN_DIR "
+        "or --config FILE.yaml with its sections data, rewards and evaluate"
+    )
 
 
 class Frontier:
@@ -101,15 +137,35 @@ class Frontier:
         config: prompts, rewards and data. scorers: name -> scorer, held-out ones among them. batch: images of one sampler call.
     """
 
-    def __init__(self, config: Config, scorers: dict[str, Any], out: Path, batch: int = 64,
-                 tell: Callable[[str], None] = print, setting: str = ""):
-        self.config, self.scorers, self.out, self.batch, self.tell, self.setting = config, scorers, out, batch, tell, setting
+    def __init__(
+        self,
+        config: Config,
+        scorers: dict[str, Any],
+        out: Path,
+        batch: int = 64,
+        tell: Callable[[str], None] = print,
+        setting: str = "",
+    ):
+        self.config, self.scorers, self.out, self.batch, self.tell, self.setting = (
+            config,
+            scorers,
+            out,
+            batch,
+            tell,
+            setting,
+        )
         self.indices, self.prompts = heldout_prompts(config)
         self.compare = Comparison(config)
         self.measured = {m.key: m for m in read(out)}
 
-    def measure(self, drawers: Iterable[Callable[[], Drawer]], names: Sequence[tuple[str, str, str]], steps: Sequence[int],
-                seeds: Sequence[int], guidance: float | None = None) -> list[Measured]:
+    def measure(
+        self,
+        drawers: Iterable[Callable[[], Drawer]],
+        names: Sequence[tuple[str, str, str]],
+        steps: Sequence[int],
+        seeds: Sequence[int],
+        guidance: float | None = None,
+    ) -> list[Measured]:
         """Every (drawer, step count, seed); ``names`` are each drawer's (label, model, sampler). Counts that a sampler cannot take
         are told and left out."""
         for make, name in zip(drawers, names):
@@ -123,15 +179,23 @@ class Frontier:
                     self.tell(f"{name[0]}, {n} steps: left out: {' '.join(str(error).split())}")
         return list(self.measured.values())
 
-    def _one(self, drawer: Drawer, name: tuple[str, str, str], steps: int, seed: int, guidance: float | None,
-             cold: bool) -> None:
+    def _one(
+        self, drawer: Drawer, name: tuple[str, str, str], steps: int, seed: int, guidance: float | None, cold: bool
+    ) -> None:
         samples = self.config.evaluate.samples
         images, seconds = [], 0.0
         groups = max(1, self.batch // samples)
         for i in range(0, len(self.prompts), groups):
             part = slice(i, i + groups)
-            request = SampleRequest("heldout", seed, tuple(self.prompts[part]), tuple(self.indices[part]), samples,
-                                    num_steps=steps, guidance_scale=guidance)
+            request = SampleRequest(
+                "heldout",
+                seed,
+                tuple(self.prompts[part]),
+                tuple(self.indices[part]),
+                samples,
+                num_steps=steps,
+                guidance_scale=guidance,
+            )
             if cold and not images:
                 drawer.draw(request, self.config.run.seed)  # the first call pays for what later ones find ready
             begun = time.perf_counter()
@@ -141,17 +205,29 @@ class Frontier:
         rows = [prompt for prompt in self.prompts for _ in range(samples)]
         found = {kind: mean_and_error(scorer.score(drawn, rows), samples) for kind, scorer in self.scorers.items()}
         seen = self.compare(drawn)
-        measured = Measured(*name, steps, seed, {kind: f["mean"] for kind, f in found.items()},
-                            {kind: f["sem"] for kind, f in found.items()}, seen.get("diversity"),
-                            seen.get("distance", {}).get("total"), seconds / len(drawn), self.setting)
+        measured = Measured(
+            *name,
+            steps,
+            seed,
+            {kind: f["mean"] for kind, f in found.items()},
+            {kind: f["sem"] for kind, f in found.items()},
+            seen.get("diversity"),
+            seen.get("distance", {}).get("total"),
+            seconds / len(drawn),
+            self.setting,
+        )
         self.measured[measured.key] = measured
         if seed == 0:
-            picture(drawn[::samples], self.out / IMAGES / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name[0])}-{steps:03d}.png")
+            picture(
+                drawn[::samples], self.out / IMAGES / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name[0])}-{steps:03d}.png"
+            )
         append(self.out, measured)
         judge = judge_of(self.config)
         far = f", distance {measured.distance:.3f}" if measured.distance is not None else ""
-        self.tell(f"{name[0]:<24} {steps:>3} steps, seed {seed}: {judge} {_number(measured.reward[judge])}{far}, "
-                  f"{1000 * measured.seconds:.1f} ms an image")
+        self.tell(
+            f"{name[0]:<24} {steps:>3} steps, seed {seed}: {judge} {_number(measured.reward[judge])}{far}, "
+            f"{1000 * measured.seconds:.1f} ms an image"
+        )
 
 
 def read(out: Path) -> list[Measured]:
@@ -183,8 +259,10 @@ def rows(measured: Iterable[Measured]) -> list[Row]:
     for m in measured:
         order.setdefault(m.label, len(order))
         groups.setdefault((m.label, m.steps), []).append(m)
-    return [Row(label, steps, len(group), _figures(group))
-            for (label, steps), group in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))]
+    return [
+        Row(label, steps, len(group), _figures(group))
+        for (label, steps), group in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))
+    ]
 
 
 def _figures(group: list[Measured]) -> dict[str, tuple[float, float]]:
@@ -209,8 +287,10 @@ def interval(values: Sequence[float | None], error: float | None = None) -> tupl
 def reached(found: Sequence[Row], figure: str, level: float) -> dict[str, int | None]:
     """label -> the smallest number of steps at which ``figure`` is at or above ``level``; None: at none."""
     labels = dict.fromkeys(row.label for row in found)
-    return {label: min((row.steps for row in found if row.label == label and row.figures[figure][0] >= level), default=None)
-            for label in labels}
+    return {
+        label: min((row.steps for row in found if row.label == label and row.figures[figure][0] >= level), default=None)
+        for label in labels
+    }
 
 
 def table(found: Sequence[Row], figures: Sequence[str]) -> str:
@@ -237,7 +317,9 @@ def _number(value: float | None) -> str:
 def write_csv(found: Sequence[Row], figures: Sequence[str], file: Path) -> None:
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["model", "steps", "measurements", *(f"{name}{end}" for name in figures for end in ("", "_interval95"))])
+        writer.writerow(
+            ["model", "steps", "measurements", *(f"{name}{end}" for name in figures for end in ("", "_interval95"))]
+        )
         for row in found:
             writer.writerow([row.label, row.steps, row.count, *(x for name in figures for x in row.figures[name])])
 
@@ -259,14 +341,27 @@ def plot(found: Sequence[Row], figures: Sequence[str], levels: dict[str, float] 
             points = [(row.steps, *row.figures[name]) for row in found if row.label == label]
             xs, ys, halves = (np.array(column, float) for column in zip(*points))
             family, tuned = families.index(base[label]), label != base[label]
-            axes.errorbar(xs * 1.012 ** (place - (len(labels) - 1) / 2), ys, yerr=np.nan_to_num(halves), color=f"C{family % 10}", label=label,
-                          marker="osD^v<>P*X"[family % 10], linestyle="--" if tuned else "-", markerfacecolor="white" if tuned else None,
-                          markersize=4, capsize=2, elinewidth=0.8, linewidth=1.2)
+            axes.errorbar(
+                xs * 1.012 ** (place - (len(labels) - 1) / 2),
+                ys,
+                yerr=np.nan_to_num(halves),
+                color=f"C{family % 10}",
+                label=label,
+                marker="osD^v<>P*X"[family % 10],
+                linestyle="--" if tuned else "-",
+                markerfacecolor="white" if tuned else None,
+                markersize=4,
+                capsize=2,
+                elinewidth=0.8,
+                linewidth=1.2,
+            )
         if name in levels:
             axes.axhline(levels[name], color="gray", linewidth=1, linestyle=":")
         axes.set(xscale="log", xlabel="sampling steps", title=name, xticks=ticks)
         least = min(row.figures[name][0] for row in found)
-        if name == "distance" and least > 0:  # few steps of a bad sampler are a hundred times as far as many of a good one
+        if (
+            name == "distance" and least > 0
+        ):  # few steps of a bad sampler are a hundred times as far as many of a good one
             axes.set(yscale="log", ylim=(least / 1.5, None))  # an interval may reach 0, which is nowhere on it
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -285,9 +380,21 @@ def picture(images: np.ndarray, file: Path, prompts: int = 12) -> None:
 # -- the command --------------------------------------------------------------------------
 
 
-def command(models: Sequence[str], steps: Sequence[int], samplers: Sequence[str], config: str | None, seeds: int, out: Path,
-            prompts: int | None, samples: int | None, guidance: float | None, batch: int, device: str | None, precision: str,
-            reach: str | None) -> int:
+def command(
+    models: Sequence[str],
+    steps: Sequence[int],
+    samplers: Sequence[str],
+    config: str | None,
+    seeds: int,
+    out: Path,
+    prompts: int | None,
+    samples: int | None,
+    guidance: float | None,
+    batch: int,
+    device: str | None,
+    precision: str,
+    reach: str | None,
+) -> int:
     """What ``rlproxi eval`` does; returns 0. Raises ValueError and the like for what the user can mend."""
     from ..rewards import build
 
@@ -296,25 +403,44 @@ def command(models: Sequence[str], steps: Sequence[int], samplers: Sequence[str]
     more = {key: value for key, value in (("prompts", prompts), ("samples", samples)) if value is not None}
     settled = settled.model_copy(update={"evaluate": settled.evaluate.model_copy(update=more)})
     out.mkdir(parents=True, exist_ok=True)
-    scorers = {reward.name: build(reward.kind, reward.params) for reward in [*settled.rewards.heldout, *settled.rewards.train]}
-    e, judges = settled.evaluate, ", ".join(f"{r.name} {r.params}" for r in [*settled.rewards.heldout, *settled.rewards.train])
-    setting = f"{e.prompts} prompts x {e.samples}, run seed {settled.run.seed}, guidance {guidance}, {precision}, {judges}"
+    scorers = {
+        reward.name: build(reward.kind, reward.params) for reward in [*settled.rewards.heldout, *settled.rewards.train]
+    }
+    e, judges = (
+        settled.evaluate,
+        ", ".join(f"{r.name} {r.params}" for r in [*settled.rewards.heldout, *settled.rewards.train]),
+    )
+    setting = (
+        f"{e.prompts} prompts x {e.samples}, run seed {settled.run.seed}, guidance {guidance}, {precision}, {judges}"
+    )
     frontier = Frontier(settled, scorers, out, batch, lambda line: print(line, flush=True), setting)
-    measured = frontier.measure([make for _, make in opened], [name for name, _ in opened], steps, range(seeds), guidance)
+    measured = frontier.measure(
+        [make for _, make in opened], [name for name, _ in opened], steps, range(seeds), guidance
+    )
     asked = list(dict.fromkeys(name for name, _ in opened))
-    found = rows(m for name in asked for m in measured
-                 if (m.label, m.model, m.sampler) == name and m.setting == setting and m.steps in steps and m.seed < seeds)
+    found = rows(
+        m
+        for name in asked
+        for m in measured
+        if (m.label, m.model, m.sampler) == name and m.setting == setting and m.steps in steps and m.seed < seeds
+    )
     figures = [*scorers, "diversity", "distance", "seconds"]
     told, levels = table(found, figures), {}
     if reach:
         label, _, count = reach.rpartition("@")
-        level = next((row.figures[judge_of(settled)][0] for row in found if row.label == label and str(row.steps) == count), None)
+        level = next(
+            (row.figures[judge_of(settled)][0] for row in found if row.label == label and str(row.steps) == count), None
+        )
         if level is None:
-            raise ValueError(f"--reach {reach}: nothing was measured there; it is LABEL@STEPS, with labels "
-                             f"{', '.join(dict.fromkeys(row.label for row in found))}")
+            raise ValueError(
+                f"--reach {reach}: nothing was measured there; it is LABEL@STEPS, with labels "
+                f"{', '.join(dict.fromkeys(row.label for row in found))}"
+            )
         levels[judge_of(settled)] = level
         told += f"\n\nSteps until {judge_of(settled)} reaches the {level:.3f} of {label} at {count}:\n\n" + "\n".join(
-            f"- {name}: {'not reached' if at is None else at}" for name, at in reached(found, judge_of(settled), level).items())
+            f"- {name}: {'not reached' if at is None else at}"
+            for name, at in reached(found, judge_of(settled), level).items()
+        )
     print(f"\n{told}\n")
     if frontier.compare.note:
         print(frontier.compare.note)

@@ -28,8 +28,13 @@ def mean_and_error(scores: np.ndarray, samples: int) -> dict[str, float | None]:
     return {"mean": float(by_prompt.mean()), "sem": float(sem), **({"missing": missing} if missing else {})}
 
 
-def summarise(scores: dict[str, np.ndarray], details: dict[str, dict[str, np.ndarray]], heldout: list[str],
-              samples: int, seen: dict | None = None) -> dict:
+def summarise(
+    scores: dict[str, np.ndarray],
+    details: dict[str, dict[str, np.ndarray]],
+    heldout: list[str],
+    samples: int,
+    seen: dict | None = None,
+) -> dict:
     """One step count's entry of an evaluation file.
 
     ``seen``: what ``reference.Comparison`` found: "diversity", a number, and "distance", {"total", "layout",
@@ -39,8 +44,11 @@ def summarise(scores: dict[str, np.ndarray], details: dict[str, dict[str, np.nda
     for name, values in scores.items():
         entry["heldout" if name in heldout else "train"][name] = mean_and_error(values, samples)
     for name, columns in details.items():
-        entry["details"][name] = {key: float(np.nanmean(column)) for key, column in columns.items()
-                                  if key != "all" and not np.isnan(column).all()}
+        entry["details"][name] = {
+            key: float(np.nanmean(column))
+            for key, column in columns.items()
+            if key != "all" and not np.isnan(column).all()
+        }
     return entry
 
 
@@ -55,8 +63,14 @@ def headline(evaluation: dict, config: Config) -> Evaluated | None:
     if judge["mean"] is None or None in train:
         return None
     total = sum(r.weight * mean for r, mean in zip(config.rewards.train, train))
-    return Evaluated(evaluation["iteration"], total, judge["mean"], judge["sem"], entry.get("distance", {}).get("total"),
-                     entry.get("diversity"))
+    return Evaluated(
+        evaluation["iteration"],
+        total,
+        judge["mean"],
+        judge["sem"],
+        entry.get("distance", {}).get("total"),
+        entry.get("diversity"),
+    )
 
 
 def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:
@@ -69,8 +83,14 @@ def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:
     return sorted(found, key=lambda seen: seen.iteration)
 
 
-def write(run_dir: Path, tag: str, evaluation: dict, images: dict[int, np.ndarray], judged: dict[int, np.ndarray],
-          correct: dict[int, dict[str, np.ndarray]]) -> None:
+def write(
+    run_dir: Path,
+    tag: str,
+    evaluation: dict,
+    images: dict[int, np.ndarray],
+    judged: dict[int, np.ndarray],
+    correct: dict[int, dict[str, np.ndarray]],
+) -> None:
     """``evaluation/<tag>.json`` and, for each step count, ``samples/<tag>-N<steps>.npz``.
 
     ``correct``: step count -> what the judge found of each attribute, [P * S] (1 right, 0 wrong, NaN not claimed).
@@ -79,9 +99,14 @@ def write(run_dir: Path, tag: str, evaluation: dict, images: dict[int, np.ndarra
     (run_dir / "samples").mkdir(exist_ok=True)
     for steps, pictures in images.items():
         names = [name for name in correct[steps] if name != "all"]
-        words = {"attributes": np.array(names),
-                 "correct": np.stack([correct[steps][name] for name in names], 1)} if names else {}
-        np.savez_compressed(run_dir / "samples" / f"{tag}-N{steps}.npz", images=pictures, heldout=judged[steps], **words)
+        words = (
+            {"attributes": np.array(names), "correct": np.stack([correct[steps][name] for name in names], 1)}
+            if names
+            else {}
+        )
+        np.savez_compressed(
+            run_dir / "samples" / f"{tag}-N{steps}.npz", images=pictures, heldout=judged[steps], **words
+        )
     write_json(run_dir / "evaluation" / f"{tag}.json", evaluation)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
 from itertools import islice
-from typing import Iterator
 
 import numpy as np
 
@@ -46,9 +46,11 @@ def _real(config: Config) -> Iterator[np.ndarray]:
 def _portraits(config: Config) -> Iterator[np.ndarray]:
     prompts = heldout_prompts(config)[1]
     source = seed_of(config.run.seed, _COLLECTION)
-    drawn = (_portrait(caption, rng(source, turn, place))
-             for turn in itertools.count()
-             for place, caption in enumerate(prompts))
+    drawn = (
+        _portrait(caption, rng(source, turn, place))
+        for turn in itertools.count()
+        for place, caption in enumerate(prompts)
+    )
     while True:
         yield from faces.render(list(islice(drawn, _BATCH)), config.data.size)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ class Autoencoder:
         self._scale = config.scaling_factor / _per_channel(config.latents_std if each else [1.0])
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
-                        batch_size: int = 8) -> "Autoencoder":
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, batch_size: int = 8) -> Autoencoder:
         """Loads ``folder``/vae.
 
         Args:
@@ -54,8 +53,10 @@ class Autoencoder:
         folder = Path(folder) / "vae"
         config = read_json(folder / "config.json")
         if config.get("_class_name") != AutoencoderKL.__name__:
-            raise ValueError(f"{folder} holds a {config.get('_class_name')}; the autoencoder known here is an "
-                             f"{AutoencoderKL.__name__}")
+            raise ValueError(
+                f"{folder} holds a {config.get('_class_name')}; the autoencoder known here is an "
+                f"{AutoencoderKL.__name__}"
+            )
         if dtype is None or (dtype is torch.float16 and config.get("force_upcast", True)):
             dtype = torch.float32
         return cls(load_network(AutoencoderKL, folder, "diffusion_pytorch_model", torch_dtype=dtype), batch_size)
@@ -64,7 +65,7 @@ class Autoencoder:
         """Writes ``folder``/vae."""
         self.vae.save_pretrained(Path(folder) / "vae")
 
-    def to(self, device: str | torch.device) -> "Autoencoder":
+    def to(self, device: str | torch.device) -> Autoencoder:
         self.vae.to(device)
         return self
 
@@ -81,8 +82,10 @@ class Autoencoder:
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(x.shape)}: expected [B, 3, H, W]")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(f"images of {x.shape[2]}x{x.shape[3]} pixels: both sides must be multiples of "
-                             f"{self.factor}, the autoencoder's factor; crop or resize them")
+            raise ValueError(
+                f"images of {x.shape[2]}x{x.shape[3]} pixels: both sides must be multiples of "
+                f"{self.factor}, the autoencoder's factor; crop or resize them"
+            )
         moments = self._sliced(lambda part: self.vae.encode(part).latent_dist.parameters, x)
         posterior = DiagonalGaussianDistribution(moments)
         z = posterior.mode() if generator is None else posterior.sample(generator)

@@ -43,8 +43,12 @@ class SDXLAdapter(Adapter):
         if sizes is None:  # what a sampler asks for: an image that was that large and not cropped
             height, width = (8.0 * side for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=x.device).expand(len(x), -1)
-        return net(x, time, encoder_hidden_states=text.states,
-                   added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes}).sample
+        return net(
+            x,
+            time,
+            encoder_hidden_states=text.states,
+            added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
+        ).sample
 
 
 class SD3Adapter(Adapter):
@@ -71,11 +75,18 @@ class PixArtAdapter(Adapter):
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if net.use_additional_conditions:
             height, width = (8.0 * side for side in x.shape[-2:])
-            added = {"resolution": torch.tensor([[height, width]], device=x.device).expand(len(x), -1),
-                     "aspect_ratio": torch.tensor([[height / width]], device=x.device).expand(len(x), -1)}
+            added = {
+                "resolution": torch.tensor([[height, width]], device=x.device).expand(len(x), -1),
+                "aspect_ratio": torch.tensor([[height / width]], device=x.device).expand(len(x), -1),
+            }
         # Beside the prediction it has the variance's channels, which a prox does not need.
-        return net(x, encoder_hidden_states=text.states, timestep=time, encoder_attention_mask=text.mask,
-                   added_cond_kwargs=added).sample[:, : x.shape[1]]
+        return net(
+            x,
+            encoder_hidden_states=text.states,
+            timestep=time,
+            encoder_attention_mask=text.mask,
+            added_cond_kwargs=added,
+        ).sample[:, : x.shape[1]]
 
 
 def adapter_of(net_config: dict) -> Adapter:
@@ -83,15 +94,18 @@ def adapter_of(net_config: dict) -> Adapter:
     kind = net_config.get("_class_name")
     if kind == "UNet2DConditionModel":
         if net_config.get("class_embed_type") or net_config.get("in_channels") != net_config.get("out_channels"):
-            raise ValueError("this UNet2DConditionModel takes more than a latent, a time and a text (an inpainting, "
-                             "upscaling or image-conditioned checkpoint); use a plain text-to-image one")
+            raise ValueError(
+                "this UNet2DConditionModel takes more than a latent, a time and a text (an inpainting, "
+                "upscaling or image-conditioned checkpoint); use a plain text-to-image one"
+            )
         if net_config.get("addition_embed_type") not in (None, "text_time"):
             raise ValueError(f"addition_embed_type {net_config['addition_embed_type']!r} is not known here")
         return SDXLAdapter() if net_config.get("addition_embed_type") == "text_time" else Adapter()
     known = {"SD3Transformer2DModel": SD3Adapter, "PixArtTransformer2DModel": PixArtAdapter}
     if kind not in known:
-        raise ValueError(f"a {kind} cannot be made a proximal network here; known: UNet2DConditionModel, "
-                         f"{', '.join(known)}")
+        raise ValueError(
+            f"a {kind} cannot be made a proximal network here; known: UNet2DConditionModel, {', '.join(known)}"
+        )
     return known[kind]()
 
 
@@ -116,7 +130,9 @@ class NoiseLevels:
         scheduler = DDIMScheduler.from_config({key: value for key, value in values.items() if key != "_class_name"})
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"{file}: prediction_type {self.prediction!r} is not known here; epsilon, v_prediction and flow are")
+            raise ValueError(
+                f"{file}: prediction_type {self.prediction!r} is not known here; epsilon, v_prediction and flow are"
+            )
         self.steps = scheduler.config.num_train_timesteps
         levels = scheduler.alphas_cumprod.double().clamp_min(1e-8)  # 0 at the end with a zero terminal SNR
         self.log_snr = (levels / (1 - levels)).log()
@@ -145,8 +161,14 @@ class ProximalBackbone(nn.Module):
     #: The adapters' settings, where there are any (``models.lora``).
     lora = None
 
-    def __init__(self, net: nn.Module, lam_embedding: LamEmbedding, levels: NoiseLevels, schedule: VPSchedule,
-                 size: int | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        lam_embedding: LamEmbedding,
+        levels: NoiseLevels,
+        schedule: VPSchedule,
+        size: int | None = None,
+    ):
         super().__init__()
         self.net, self.lam_embedding = net, lam_embedding
         self.adapter = adapter_of(dict(net.config))

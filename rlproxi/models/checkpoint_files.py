@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from torch import nn
@@ -56,14 +56,17 @@ def load_network(kind: type, folder: Path, stem: str, **options) -> nn.Module:
     if hasattr(kind, "load_config"):  # diffusers' and ours; transformers looks first by itself
         _size_fits(kind, folder, stem, variant)
     try:
-        network, info = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, variant=variant,
-                                             output_loading_info=True, **options)
+        network, info = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True, **options
+        )
     except Exception as error:  # the libraries' own, and what values that they did not expect lead to
         raise ValueError(f"{folder}: the weights are damaged or do not fit config.json ({error})") from None
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"{folder}: the weights do not fit config.json; missing: {', '.join(missing[:4])}"
-                         f"{', ...' if len(missing) > 4 else ''}")
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json; missing: {', '.join(missing[:4])}"
+            f"{', ...' if len(missing) > 4 else ''}"
+        )
     return network
 
 
@@ -103,8 +106,10 @@ def _integers(value: object) -> list[int]:
 
 def _variant(folder: Path, stem: str) -> str | None:
     """None, or fp16 where only weights in half precision were downloaded."""
-    for variant, names in ((None, (f"{stem}.safetensors", f"{stem}.safetensors.index.json")),
-                           ("fp16", (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"))):
+    for variant, names in (
+        (None, (f"{stem}.safetensors", f"{stem}.safetensors.index.json")),
+        ("fp16", (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")),
+    ):
         if any((folder / name).is_file() for name in names):
             return variant
     raise FileNotFoundError(f"{folder} holds no {stem}.safetensors, the only kind of weights that is loaded")

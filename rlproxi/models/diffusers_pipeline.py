@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -52,20 +53,32 @@ class ProximalSampler(SchedulerMixin):
         adapters: whether the network is still to get the folder's adapters.
     """
 
-    def __init__(self, schedule: Schedule, sampler: Sampler, size: int | None = None,
-                 text: TextSettings | None = None, folder: Path | None = None, adapters: bool = False):
+    def __init__(
+        self,
+        schedule: Schedule,
+        sampler: Sampler,
+        size: int | None = None,
+        text: TextSettings | None = None,
+        folder: Path | None = None,
+        adapters: bool = False,
+    ):
         self.schedule, self.sampler, self.size, self.text = schedule, sampler, size, text
         self.folder, self.adapters = folder, adapters
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> "ProximalSampler":
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> ProximalSampler:
         """Reads a model folder's sampler.json and text.json. Raises ValueError or FileNotFoundError naming the file."""
         folder = Path(folder)
         values, file = read_settings(folder), folder / TEXT_SETTINGS
         text = TextSettings(**read_json(file)) if file.is_file() else None
-        return cls(Schedule.model_validate(values.get("schedule", {})),
-                   Sampler.model_validate(values.get("sampler", {})), values.get("size"), text, folder,
-                   (folder / lora.FOLDER).is_dir())
+        return cls(
+            Schedule.model_validate(values.get("schedule", {})),
+            Sampler.model_validate(values.get("sampler", {})),
+            values.get("size"),
+            text,
+            folder,
+            (folder / lora.FOLDER).is_dir(),
+        )
 
 
 class ProxT2IPipeline(DiffusionPipeline):
@@ -82,16 +95,41 @@ class ProxT2IPipeline(DiffusionPipeline):
     _optional_components = list(COMPONENTS)
 
     # Every component is required in the signature's sense: diffusers then lets a caller of from_pretrained replace it.
-    def __init__(self, unet, transformer, lam_embedding, vae, tokenizer, text_encoder, tokenizer_2, text_encoder_2,
-                 tokenizer_3, text_encoder_3, scheduler, sampler):
+    def __init__(
+        self,
+        unet,
+        transformer,
+        lam_embedding,
+        vae,
+        tokenizer,
+        text_encoder,
+        tokenizer_2,
+        text_encoder_2,
+        tokenizer_3,
+        text_encoder_3,
+        scheduler,
+        sampler,
+    ):
         super().__init__()
         if sampler is None:
-            raise ValueError("this model_index.json names no sampler: the folder is a plain diffusers one, or older "
-                             "than this version; ProxT2IPipeline.from_pretrained(folder) loads it")
-        self.register_modules(unet=unet, transformer=transformer, lam_embedding=lam_embedding, vae=vae,
-                              tokenizer=tokenizer, text_encoder=text_encoder, tokenizer_2=tokenizer_2,
-                              text_encoder_2=text_encoder_2, tokenizer_3=tokenizer_3, text_encoder_3=text_encoder_3,
-                              scheduler=scheduler, sampler=sampler)
+            raise ValueError(
+                "this model_index.json names no sampler: the folder is a plain diffusers one, or older "
+                "than this version; ProxT2IPipeline.from_pretrained(folder) loads it"
+            )
+        self.register_modules(
+            unet=unet,
+            transformer=transformer,
+            lam_embedding=lam_embedding,
+            vae=vae,
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=text_encoder_2,
+            tokenizer_3=tokenizer_3,
+            text_encoder_3=text_encoder_3,
+            scheduler=scheduler,
+            sampler=sampler,
+        )
         self.precision = "float32"
         self._assembled: TextToImage | None = None
         self._assembled_from: tuple[int, ...] = ()
@@ -101,7 +139,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         self._loaded = self._identities()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> "ProxT2IPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> ProxT2IPipeline:
         """Loads a model folder, a run directory's models/final, else its models/pretrained, or a plain diffusers folder
         (a published checkpoint as the warm-start formula makes it, with the default schedule and sampler).
 
@@ -114,12 +152,13 @@ class ProxT2IPipeline(DiffusionPipeline):
         if (folder / INDEX).is_file() and "sampler" in read_json(folder / INDEX):
             return super().from_pretrained(folder, **options)
         if options:
-            raise ValueError(f"{folder} is a plain diffusers folder, loaded in float32 without options; given: "
-                             f"{', '.join(options)}")
+            raise ValueError(
+                f"{folder} is a plain diffusers folder, loaded in float32 without options; given: {', '.join(options)}"
+            )
         return cls.from_model(TextToImage.from_pretrained(folder))
 
     @classmethod
-    def from_model(cls, model: TextToImage) -> "ProxT2IPipeline":
+    def from_model(cls, model: TextToImage) -> ProxT2IPipeline:
         """A pipeline around the networks of ``model``, which it shares."""
         denoiser = model.denoiser
         parts: dict[str, Any] = dict.fromkeys(COMPONENTS)
@@ -129,8 +168,9 @@ class ProxT2IPipeline(DiffusionPipeline):
             denoiser.net.lora = denoiser.lora
             parts[LAM], parts["scheduler"] = denoiser.lam_embedding, _scheduler(model.origin)
         parts["vae"] = model.vae.vae if model.vae is not None else None
-        parts["sampler"] = ProximalSampler(model.schedule, model.sampler, model.size,
-                                           getattr(model.text, "settings", None), model.origin)
+        parts["sampler"] = ProximalSampler(
+            model.schedule, model.sampler, model.size, getattr(model.text, "settings", None), model.origin
+        )
         pipeline = cls(**parts)
         pipeline.precision = model.precision
         return pipeline
@@ -147,11 +187,13 @@ class ProxT2IPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("safe_serialization=False: a model folder holds safetensors alone")
         if self._identities() != self._loaded:
-            raise ValueError("components were replaced since loading, and the parts of a model folder belong together: "
-                             "save the new component with its own save_pretrained")
+            raise ValueError(
+                "components were replaced since loading, and the parts of a model folder belong together: "
+                "save the new component with its own save_pretrained"
+            )
         self.model.save_pretrained(save_directory)
 
-    def to(self, *args: Any, **kwargs: Any) -> "ProxT2IPipeline":
+    def to(self, *args: Any, **kwargs: Any) -> ProxT2IPipeline:
         """Moves the networks; a dtype (float32 or bfloat16) sets the network's arithmetic and leaves the weights alone.
 
         Raises ValueError for another dtype.
@@ -200,11 +242,19 @@ class ProxT2IPipeline(DiffusionPipeline):
         return _precision(dtype)
 
     @torch.no_grad()
-    def __call__(self, prompt: str | Sequence[str], num_inference_steps: int | None = None,
-                 guidance_scale: float | None = None, num_images_per_prompt: int = 1,
-                 generator: torch.Generator | Sequence[torch.Generator] | None = None, output_type: str = "pil",
-                 return_dict: bool = True, height: int | None = None, width: int | None = None,
-                 batch_size: int = 64) -> ImagePipelineOutput | tuple:
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 64,
+    ) -> ImagePipelineOutput | tuple:
         """Prompts -> images, ``num_images_per_prompt`` for each prompt, side by side.
 
         Args:
@@ -235,6 +285,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
         parts = []
         with self.progress_bar(total=steps * -(-len(prompts) // batch_size)) as bar:
+
             def count(*_) -> None:  # a hook that returned something would replace the network's output
                 bar.update()
 
@@ -269,8 +320,10 @@ def _as(output_type: str, images: Tensor) -> list[Image.Image] | np.ndarray | Te
 def _precision(dtype: torch.dtype) -> str:
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
     if dtype not in names:
-        raise ValueError(f"{dtype} is not an arithmetic of this model: load it without dtype, then use "
-                         "to(torch.bfloat16) or leave it in float32")
+        raise ValueError(
+            f"{dtype} is not an arithmetic of this model: load it without dtype, then use "
+            "to(torch.bfloat16) or leave it in float32"
+        )
     return names[dtype]
 
 

@@ -15,8 +15,10 @@ INDEX, SETTINGS = "model_index.json", "sampler.json"
 NETWORKS = ("unet", "transformer")
 #: The classes of our own networks.
 OWN = ("ProximalUNet", "ProximalTransformer")
-EXPECTED = ("expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as diffusers lays them out) "
-            "or a run directory that holds one as models/final or models/pretrained")
+EXPECTED = (
+    "expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as diffusers lays them out) "
+    "or a run directory that holds one as models/final or models/pretrained"
+)
 
 
 def find_model(path: str | os.PathLike) -> Path:
@@ -97,13 +99,16 @@ def latent_space(config: Config) -> tuple[int, int]:
         return 3, config.data.size
     channels, factor = latent_facts(folder)
     if config.data.size % factor:
-        raise ValueError(f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})")
+        raise ValueError(
+            f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})"
+        )
     return channels, config.data.size // factor
 
 
 def link(source: Path, target: Path) -> None:
     """Hard links for the files of a folder (or one file), copies where the file system cannot: models are never
     written in place, so a link costs no space and stays what it was."""
+
     def one(a: str, b: str) -> None:
         try:
             os.link(a, b)

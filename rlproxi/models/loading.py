@@ -41,7 +41,9 @@ def load_part(kind: type, folder: Path) -> nn.Module:
     """A diffusers-style module in float32. Raises ValueError or FileNotFoundError naming the folder."""
     check_weights(folder)
     # Cast here too: diffusers goes by the first tensor's dtype, and a file may hold several.
-    return load_network(kind, folder, "diffusion_pytorch_model", torch_dtype=torch.float32, low_cpu_mem_usage=False).float()
+    return load_network(
+        kind, folder, "diffusion_pytorch_model", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    ).float()
 
 
 def load_denoiser(folder: str | os.PathLike, schedule: VPSchedule | None = None, size: int | None = None) -> nn.Module:
@@ -108,8 +110,10 @@ def save_denoiser(denoiser: nn.Module, folder: Path, origin: Path | None) -> Non
         denoiser.save_pretrained(folder if isinstance(denoiser, ProximalBackbone) else folder / part)
         return
     if origin is None:
-        raise ValueError("adapters are saved beside the base they belong to, and this base was never saved: save the model "
-                         "before model.lora is attached")
+        raise ValueError(
+            "adapters are saved beside the base they belong to, and this base was never saved: save the model "
+            "before model.lora is attached"
+        )
     link(origin / part, folder / part)
     lora.save(denoiser, folder)
     if isinstance(denoiser, ProximalBackbone):
@@ -134,7 +138,9 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncode
         return load_text(folder, dtype)
 
 
-def training_form(folder: str | os.PathLike, config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def training_form(
+    folder: str | os.PathLike, config: Config, stage: str, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """A model folder's denoiser as ``config`` trains it in ``stage`` (pretrain or rl): the same in learner and rollout.
 
     Without LoRA everything is trained, adapters of the folder merged into it. With it the folder's adapters go on, or
@@ -176,18 +182,33 @@ def build_denoiser(config: Config) -> nn.Module:
     m, s = config.model, config.schedule
     channels, size = latent_space(config)
     if size % (2 ** (len(m.channels) - 1) * m.patch if m.kind == "unet" else m.patch):
-        raise ValueError(f"a sample is {size} wide (data.size {config.data.size}), which model.patch {m.patch} and the "
-                         "levels do not divide")
+        raise ValueError(
+            f"a sample is {size} wide (data.size {config.data.size}), which model.patch {m.patch} and the "
+            "levels do not divide"
+        )
     folder = parts_folder(config)
     text_dim, pooled_dim = (m.text_dim, m.text_dim) if folder is None else text_widths(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.run.seed, 0x0DE7))
-        common = dict(sample_size=size, in_channels=channels, patch=m.patch, data_std=m.data_std, beta_min=s.beta_min,
-                      beta_max=s.beta_max, text_dim=text_dim, target=config.pretrain.target)
+        common = dict(
+            sample_size=size,
+            in_channels=channels,
+            patch=m.patch,
+            data_std=m.data_std,
+            beta_min=s.beta_min,
+            beta_max=s.beta_max,
+            text_dim=text_dim,
+            target=config.pretrain.target,
+        )
         if m.kind == "transformer":
             return own_network("ProximalTransformer")(layers=m.layers, heads=m.heads, **common)
-        return own_network("ProximalUNet")(channels=tuple(m.channels), blocks=tuple(m.blocks),
-                                           attention=tuple(m.attention), pooled_dim=pooled_dim, **common)
+        return own_network("ProximalUNet")(
+            channels=tuple(m.channels),
+            blocks=tuple(m.blocks),
+            attention=tuple(m.attention),
+            pooled_dim=pooled_dim,
+            **common,
+        )
 
 
 def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,8 +22,20 @@ from ..seeds import seed_of
 FOLDER, WEIGHTS, SETTINGS = "lora", "adapter_model.safetensors", "adapter_config.json"
 
 #: Ends of the names of attention's linear layers: diffusers' networks, then our U-Net.
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "qkv", "text_kv",
-             "middle.1.out", "attend.out")
+ATTENTION = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "qkv",
+    "text_kv",
+    "middle.1.out",
+    "attend.out",
+)
 
 
 def network_of(denoiser: nn.Module) -> nn.Module:
@@ -43,8 +55,10 @@ def attach(denoiser: nn.Module, lora: LoRA, seed: int = 0) -> None:
     found = _targets(net, lora.targets or ATTENTION)
     if not found:
         names = sorted({name.rsplit(".", 1)[-1] for name, m in net.named_modules() if isinstance(m, nn.Linear)})
-        raise ValueError(f"model.lora.targets {lora.targets} name no layer of {type(net).__name__}; its linear layers end "
-                         f"in {', '.join(names)}")
+        raise ValueError(
+            f"model.lora.targets {lora.targets} name no layer of {type(net).__name__}; its linear layers end "
+            f"in {', '.join(names)}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, 0x10A))
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=found), net)
@@ -56,8 +70,11 @@ def attach(denoiser: nn.Module, lora: LoRA, seed: int = 0) -> None:
 
 
 def _targets(net: nn.Module, ends: tuple[str, ...] | list[str]) -> list[str]:
-    return [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-            and any(name == end or name.endswith("." + end) for end in ends)]
+    return [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(name == end or name.endswith("." + end) for end in ends)
+    ]
 
 
 def _layers(denoiser: nn.Module) -> list[nn.Module]:
@@ -84,9 +101,11 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
 
 def without_adapters(prox: Prox, denoiser: nn.Module) -> Prox:
     """``prox``, whose network is ``denoiser``, as the base computes it: the reference policy."""
+
     def reference(*args):
         with adapters_off(denoiser):
             return prox(*args)
+
     return reference
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -55,8 +55,16 @@ class TextToImage:
         origin: the model folder it came from; what was not trained is linked from there, not written again.
     """
 
-    def __init__(self, denoiser: nn.Module, text: TextEncoder, schedule: Schedule, sampler: Sampler,
-                 precision: str = "float32", vae: Autoencoder | None = None, origin: Path | None = None):
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        text: TextEncoder,
+        schedule: Schedule,
+        sampler: Sampler,
+        precision: str = "float32",
+        vae: Autoencoder | None = None,
+        origin: Path | None = None,
+    ):
         self.denoiser = denoiser.eval()
         self.text = text
         self.schedule = schedule
@@ -66,8 +74,14 @@ class TextToImage:
         self.origin = origin
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, precision: str = "float32", size: int | None = None,
-                        schedule: Schedule | None = None, sampler: Sampler | None = None) -> "TextToImage":
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        precision: str = "float32",
+        size: int | None = None,
+        schedule: Schedule | None = None,
+        sampler: Sampler | None = None,
+    ) -> TextToImage:
         """Loads a model folder, a run directory's models/final, else its models/pretrained, or a diffusers folder.
 
         ``size`` (pixels), ``schedule`` and ``sampler`` are for a diffusers folder, which has none of them; None takes
@@ -130,12 +144,22 @@ class TextToImage:
                 self.text.save_settings(folder)  # the pipeline's class, which told them, is another one now
         denoiser = _denoiser_classes(self.denoiser)
         kept = {name: entry for name, entry in index.items() if not name.startswith("_") and (folder / name).is_dir()}
-        _write_json(folder / SETTINGS, {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump(),
-                                        "size": self.size})
-        _write_json(folder / INDEX, {"_class_name": PIPELINE, "_rlproxi_version": __version__, **kept, **denoiser,
-                                     "sampler": ["rlproxi.models.diffusers_pipeline", "ProximalSampler"]})
+        _write_json(
+            folder / SETTINGS,
+            {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump(), "size": self.size},
+        )
+        _write_json(
+            folder / INDEX,
+            {
+                "_class_name": PIPELINE,
+                "_rlproxi_version": __version__,
+                **kept,
+                **denoiser,
+                "sampler": ["rlproxi.models.diffusers_pipeline", "ProximalSampler"],
+            },
+        )
 
-    def merged(self) -> "TextToImage":
+    def merged(self) -> TextToImage:
         """This model with its adapters added to the base, in float32; itself where it has none."""
         if self.denoiser.lora is not None:
             lora.merge(self.denoiser)
@@ -146,7 +170,7 @@ class TextToImage:
         """H = W of the images in pixels."""
         return self.denoiser.sample_shape[-1] * (1 if self.vae is None else self.vae.factor)
 
-    def to(self, device: str | torch.device) -> "TextToImage":
+    def to(self, device: str | torch.device) -> TextToImage:
         """Moves all networks."""
         for part in (self.denoiser, self.text, self.vae):
             if part is not None:
@@ -157,9 +181,14 @@ class TextToImage:
         """The words the tokenizer has no token for: the model cannot tell them from each other."""
         return self.text.unknown_words(prompt)
 
-    def __call__(self, prompts: str | Sequence[str], num_inference_steps: int | None = None,
-                 guidance_scale: float | None = None, seeds: Sequence[int] | None = None,
-                 batch_size: int = 64) -> np.ndarray:
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 64,
+    ) -> np.ndarray:
         """Prompts -> images, uint8 [B, H, W, 3].
 
         An image's noise depends on its own seed alone, not on its neighbours or their number; rounding in
@@ -181,8 +210,10 @@ class TextToImage:
         if len(seeds) != len(prompts) or min(seeds) < 0:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one non-negative integer for each")
         self.steps(num_inference_steps)
-        parts = [self._images(prompts[i : i + batch_size], seeds[i : i + batch_size], num_inference_steps, guidance_scale)
-                 for i in range(0, len(prompts), batch_size)]
+        parts = [
+            self._images(prompts[i : i + batch_size], seeds[i : i + batch_size], num_inference_steps, guidance_scale)
+            for i in range(0, len(prompts), batch_size)
+        ]
         return np.concatenate(parts)
 
     @torch.no_grad()
@@ -205,8 +236,14 @@ class TextToImage:
         """The sampler's plan; None takes the model's own number of steps. Raises ValueError for one it cannot take."""
         return self.sampler.plan(self.schedule.build(), num_inference_steps)
 
-    def run(self, text: TextStates, noise: NamedNoise, num_inference_steps: int | None = None,
-            guidance_scale: float | None = None, keep_chain: bool = False) -> Trajectory:
+    def run(
+        self,
+        text: TextStates,
+        noise: NamedNoise,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        keep_chain: bool = False,
+    ) -> Trajectory:
         """One sampler call from named noise: the one forward path of rollout, evaluation and ``rlproxi sample``.
 
         ``text`` and ``noise`` have a row for each sample; see ``__call__`` for the rest.
@@ -215,15 +252,22 @@ class TextToImage:
         x = noise.start(self.denoiser.sample_shape, device)
         guidance = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
         with autocast(compute_dtype(self.precision, device), device):
-            return sample(operator(self.denoiser, self.text, guidance), self.steps(num_inference_steps), x, text, noise,
-                          keep_chain)
+            return sample(
+                operator(self.denoiser, self.text, guidance),
+                self.steps(num_inference_steps),
+                x,
+                text,
+                noise,
+                keep_chain,
+            )
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """[B, C, H, W] in about [-1, 1] -> uint8 [B, H, W, C]. Raises ValueError for NaN or Inf: no image is that."""
     if not torch.isfinite(x).all():
-        raise ValueError("the sampler returned NaN or infinite pixels: the weights are unusable, or guidance_scale is "
-                         "far too high")
+        raise ValueError(
+            "the sampler returned NaN or infinite pixels: the weights are unusable, or guidance_scale is far too high"
+        )
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 

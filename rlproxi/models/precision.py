@@ -41,4 +41,6 @@ _CACHES = _cache_keeps_gradients()
 def autocast(dtype: torch.dtype, device: str | torch.device) -> torch.autocast:
     """The context a forward runs in: autocast to bfloat16, or nothing for float32. Rounded weights are kept for its later forwards,
     where this torch does so without loss."""
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=_CACHES)
+    return torch.autocast(
+        torch.device(device).type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=_CACHES
+    )

@@ -117,8 +117,17 @@ class Preconditioned(ModelMixin, ConfigMixin):
         open_part = noise / (1 - alpha_bar + noise).clamp(min=1e-8) * data if self.target == "expected" else signal
         return self.estimate_noise(y, alpha_bar, signal, noise, t, lam, text, open_part)
 
-    def estimate_noise(self, y: Tensor, alpha_bar: Tensor, signal: Tensor, noise: Tensor, t: Tensor, lam: Tensor,
-                       text: TextStates, open_part: Tensor | None = None) -> Tensor:
+    def estimate_noise(
+        self,
+        y: Tensor,
+        alpha_bar: Tensor,
+        signal: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        lam: Tensor,
+        text: TextStates,
+        open_part: Tensor | None = None,
+    ) -> Tensor:
         """The unit noise n in y = sqrt(alpha_bar) m + a signal of variance ``signal`` [B, C, H, W] (in the
         Gaussian's basis) + sqrt(noise) n; ``alpha_bar``, ``noise`` [B, 1, 1, 1].
 
@@ -133,7 +142,9 @@ class Preconditioned(ModelMixin, ConfigMixin):
             x = torch.cat([scaled, y - noise.sqrt() * linear], 1)
         residual = self.network(x, t, lam, text).float()
         with torch.autocast(y.device.type, enabled=False):
-            return linear + g.from_basis(((signal if open_part is None else open_part) / total).sqrt() * g.to_basis(residual))
+            return linear + g.from_basis(
+                ((signal if open_part is None else open_part) / total).sqrt() * g.to_basis(residual)
+            )
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""

@@ -8,9 +8,9 @@ tokenizer and text model. The built-in one is a two-layer CLIP text model with a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,27 +35,32 @@ class TextStates:
     def __len__(self) -> int:
         return self.states.shape[0]
 
-    def __getitem__(self, index) -> "TextStates":
+    def __getitem__(self, index) -> TextStates:
         return self._each(lambda x: x[index])
 
-    def repeat(self, count: int) -> "TextStates":
+    def repeat(self, count: int) -> TextStates:
         """Each row ``count`` times in a row: [B] -> [B * count]."""
         return self._each(lambda x: x.repeat_interleave(count, 0))
 
-    def to(self, device) -> "TextStates":
+    def to(self, device) -> TextStates:
         return self._each(lambda x: x.to(device))
 
     @staticmethod
-    def join(*parts: "TextStates") -> "TextStates":
+    def join(*parts: TextStates) -> TextStates:
         """Concatenates along the batch. Raises ValueError where only some parts have time_ids."""
         if len({part.time_ids is None for part in parts}) > 1:
             raise ValueError("text states with and without time_ids cannot be joined: give all of them, or none")
-        return TextStates(*(None if rows[0] is None else torch.cat(rows)
-                            for rows in zip(*((p.states, p.pooled, p.mask, p.time_ids) for p in parts))))
+        return TextStates(
+            *(
+                None if rows[0] is None else torch.cat(rows)
+                for rows in zip(*((p.states, p.pooled, p.mask, p.time_ids) for p in parts))
+            )
+        )
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "TextStates":
-        return TextStates(*(None if x is None else change(x)
-                            for x in (self.states, self.pooled, self.mask, self.time_ids)))
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextStates:
+        return TextStates(
+            *(None if x is None else change(x) for x in (self.states, self.pooled, self.mask, self.time_ids))
+        )
 
 
 class TextEncoder:
@@ -77,12 +82,12 @@ class TextEncoder:
         """The parts by the names of their folders, for model_index.json."""
         return {"text_encoder": self.model, "tokenizer": self.tokenizer}
 
-    def to(self, device: str | torch.device) -> "TextEncoder":
+    def to(self, device: str | torch.device) -> TextEncoder:
         self.model.to(device)
         return self
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "TextEncoder":
+    def from_pretrained(cls, folder: str | Path) -> TextEncoder:
         """Loads ``folder``/tokenizer and ``folder``/text_encoder, diffusers' layout."""
         import transformers
 
@@ -90,15 +95,22 @@ class TextEncoder:
         for part in ("tokenizer", "text_encoder"):
             if not (folder / part).is_dir():
                 raise FileNotFoundError(f"{folder / part} is missing: not a diffusers-shaped model folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True,
-                                                               trust_remote_code=False)
-        kind = (transformers.AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True,
-                                                        trust_remote_code=False).architectures or ["?"])[0]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder / "tokenizer", local_files_only=True, trust_remote_code=False
+        )
+        kind = (
+            transformers.AutoConfig.from_pretrained(
+                folder / "text_encoder", local_files_only=True, trust_remote_code=False
+            ).architectures
+            or ["?"]
+        )[0]
         if kind not in cls.KINDS:
-            raise ValueError(f"{folder / 'text_encoder'} holds a {kind}; text encoders known here: "
-                             f"{', '.join(cls.KINDS)}")
-        model = getattr(transformers, kind).from_pretrained(folder / "text_encoder", use_safetensors=True,
-                                                            local_files_only=True)
+            raise ValueError(
+                f"{folder / 'text_encoder'} holds a {kind}; text encoders known here: {', '.join(cls.KINDS)}"
+            )
+        model = getattr(transformers, kind).from_pretrained(
+            folder / "text_encoder", use_safetensors=True, local_files_only=True
+        )
         # Some tokenizers say 1e30 where they know no limit.
         return cls(tokenizer, model, min(tokenizer.model_max_length, 512))
 
@@ -112,8 +124,9 @@ class TextEncoder:
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """(ids, mask), each [B, L] int64, L = max_length."""
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True,
-                                max_length=self.max_length, return_tensors="pt")
+        tokens = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
         return tokens["input_ids"], tokens["attention_mask"]
 
     def encode(self, captions: list[str]) -> TextStates:
@@ -164,21 +177,37 @@ def word_tokenizer(captions: list[str], max_length: int):
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
     core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>", special_tokens=[("<bos>", vocab["<bos>"]), ("<eos>", vocab["<eos>"])])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>",
-                                   eos_token="<eos>", unk_token="<unk>", model_max_length=max_length)
+        single="<bos> $A <eos>", special_tokens=[("<bos>", vocab["<bos>"]), ("<eos>", vocab["<eos>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
 
 
-def build_text_encoder(captions: list[str], dim: int = 64, layers: int = 2, max_length: int = 40,
-                       seed: int = 0) -> TextEncoder:
+def build_text_encoder(
+    captions: list[str], dim: int = 64, layers: int = 2, max_length: int = 40, seed: int = 0
+) -> TextEncoder:
     """A new, untrained CLIP-shaped text encoder whose words are those of ``captions``."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = word_tokenizer(captions, max_length)
-    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=dim, intermediate_size=4 * dim,
-                            projection_dim=dim, num_hidden_layers=layers, num_attention_heads=max(1, dim // 32),
-                            max_position_embeddings=max_length, pad_token_id=tokenizer.pad_token_id,
-                            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        intermediate_size=4 * dim,
+        projection_dim=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, dim // 32),
+        max_position_embeddings=max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPTextModel(config)

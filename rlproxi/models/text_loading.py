@@ -14,8 +14,9 @@ from .text_stacks import CACHE_BYTES, KINDS, SETTINGS, CheckpointText, TextSetti
 ENDS = ("", "_2", "_3")
 
 
-def load_text(folder: str | Path, dtype: torch.dtype | None = None,
-              cache_bytes: int = CACHE_BYTES) -> TextEncoder | CheckpointText:
+def load_text(
+    folder: str | Path, dtype: torch.dtype | None = None, cache_bytes: int = CACHE_BYTES
+) -> TextEncoder | CheckpointText:
     """The text side of a model folder: a published checkpoint's stack, one saved from it, or the built-in encoder.
 
     Args:
@@ -74,12 +75,16 @@ def _settings(folder: Path, found: list[str], index: dict) -> TextSettings | Non
     if (folder / SETTINGS).is_file():
         values = read_json(folder / SETTINGS)
         if set(values) != {x.name for x in fields(TextSettings)} or values["kind"] not in KINDS:
-            raise ValueError(f"{folder / SETTINGS} is not of this version: its kind must be one of {', '.join(KINDS)}, "
-                             f"its other keys {', '.join(x.name for x in fields(TextSettings)[1:])}")
+            raise ValueError(
+                f"{folder / SETTINGS} is not of this version: its kind must be one of {', '.join(KINDS)}, "
+                f"its other keys {', '.join(x.name for x in fields(TextSettings)[1:])}"
+            )
         settings = TextSettings(**values)
         if classes not in _allowed(settings.kind) or found != list(ENDS[: len(found)]):
-            raise ValueError(f"{folder} holds {_names(found, classes)}, which is not the text side of the kind "
-                             f"{settings.kind} that {SETTINGS} names")
+            raise ValueError(
+                f"{folder} holds {_names(found, classes)}, which is not the text side of the kind "
+                f"{settings.kind} that {SETTINGS} names"
+            )
         return settings
     pipeline = str(index.get("_class_name", ""))
     if not pipeline.endswith("Pipeline") or pipeline == "ProxT2IPipeline":
@@ -87,8 +92,10 @@ def _settings(folder: Path, found: list[str], index: dict) -> TextSettings | Non
     kinds = [kind for kind in KINDS if classes in _allowed(kind) and found == list(ENDS[: len(found)])]
     # Other pipelines too have one T5, but with lengths and captions of their own.
     if not kinds or (kinds == ["pixart"] and not pipeline.startswith("PixArt")):
-        raise ValueError(f"{folder} is a {pipeline} with {_names(found, classes)}: its text side is not known here; "
-                         "known are those of Stable Diffusion 1 and 2, SDXL, Stable Diffusion 3 and PixArt")
+        raise ValueError(
+            f"{folder} is a {pipeline} with {_names(found, classes)}: its text side is not known here; "
+            "known are those of Stable Diffusion 1 and 2, SDXL, Stable Diffusion 3 and PixArt"
+        )
     if kinds == ["sd3"]:  # diffusers' lengths, defaults of its pipelines
         return TextSettings("sd3", t5_length=256, t5_width=_t5_width(folder, found))
     if kinds == ["pixart"]:
@@ -125,8 +132,10 @@ def _tokenizer(folder: Path):
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers' Rust has an error without a class, and converters raise anything
-        raise ValueError(f"{folder} is not a tokenizer that can be loaded here ({error}); one that is a spiece.model "
-                         "alone needs the package sentencepiece") from None
+        raise ValueError(
+            f"{folder} is not a tokenizer that can be loaded here ({error}); one that is a spiece.model "
+            "alone needs the package sentencepiece"
+        ) from None
 
 
 def _encoder(folder: Path, kind: str, dtype: torch.dtype):

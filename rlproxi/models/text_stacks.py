@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,8 +97,9 @@ class CheckpointText:
             model.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
-                        cache_bytes: int = CACHE_BYTES) -> "CheckpointText":
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | None = None, cache_bytes: int = CACHE_BYTES
+    ) -> CheckpointText:
         """``load_text`` for a folder that must hold this kind. Raises ValueError for another."""
         from .text_loading import load_text  # it knows the kinds, which are declared below
 
@@ -125,7 +126,7 @@ class CheckpointText:
         """The parts by the names of their folders, for model_index.json; None for one left out."""
         return dict(self.parts)
 
-    def to(self, device: str | torch.device) -> "CheckpointText":
+    def to(self, device: str | torch.device) -> CheckpointText:
         for model in self._models():
             model.to(device)
         return self
@@ -136,8 +137,11 @@ class CheckpointText:
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words no tokenizer can spell. CLIP's spell every word, by its bytes."""
-        unknown = [unknown_words(part, prompt) for name, part in self.parts.items()
-                   if name.startswith("tokenizer") and part is not None]
+        unknown = [
+            unknown_words(part, prompt)
+            for name, part in self.parts.items()
+            if name.startswith("tokenizer") and part is not None
+        ]
         return [word for word in unknown[0] if all(word in words for words in unknown)]
 
     def encode(self, captions: Sequence[str]) -> TextStates:
@@ -180,8 +184,9 @@ class CheckpointText:
 
     def _tokens(self, tokenizer: str, caption: str, length: int) -> tuple[Tensor, Tensor]:
         """(ids, mask), each int64 [1, length]."""
-        tokens = self.parts[tokenizer]([caption], padding="max_length", truncation=True, max_length=length,
-                                       return_tensors="pt")
+        tokens = self.parts[tokenizer](
+            [caption], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
         return tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
 
     def _clip(self, end: str, caption: str):

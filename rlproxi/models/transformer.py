@@ -25,15 +25,34 @@ class ProximalTransformer(Preconditioned):
     part = "transformer"
 
     @register_to_config
-    def __init__(self, sample_size: int = 32, in_channels: int = 4, patch: int = 2, layers: int = 12, heads: int = 6,
-                 head_dim: int = 64, text_dim: int = 64, data_std: float = 1.0, beta_min: float = 0.1,
-                 beta_max: float = 20.0, target: str = "noise"):
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 4,
+        patch: int = 2,
+        layers: int = 12,
+        heads: int = 6,
+        head_dim: int = 64,
+        text_dim: int = 64,
+        data_std: float = 1.0,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        target: str = "noise",
+    ):
         super().__init__()
         self.precondition(in_channels, sample_size, data_std, VPSchedule(beta_min, beta_max), target)
         self.net = PixArtTransformer2DModel(
-            num_attention_heads=heads, attention_head_dim=head_dim, in_channels=2 * in_channels, out_channels=in_channels,
-            num_layers=layers, cross_attention_dim=heads * head_dim, caption_channels=text_dim, sample_size=sample_size,
-            patch_size=patch, use_additional_conditions=False)
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            in_channels=2 * in_channels,
+            out_channels=in_channels,
+            num_layers=layers,
+            cross_attention_dim=heads * head_dim,
+            caption_channels=text_dim,
+            sample_size=sample_size,
+            patch_size=patch,
+            use_additional_conditions=False,
+        )
         self.lam_embedding = LamEmbedding(heads * head_dim)
         # F = 0 at the start: the fitted Gaussian's exact prox.
         nn.init.zeros_(self.net.proj_out.weight)
@@ -41,8 +60,13 @@ class ProximalTransformer(Preconditioned):
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         with told_of_lam(self.net.adaln_single.emb.timestep_embedder, self.lam_embedding(t, lam)):
-            return self.net(x, encoder_hidden_states=text.states, timestep=1000 * t, encoder_attention_mask=text.mask,
-                            added_cond_kwargs={"resolution": None, "aspect_ratio": None}).sample
+            return self.net(
+                x,
+                encoder_hidden_states=text.states,
+                timestep=1000 * t,
+                encoder_attention_mask=text.mask,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            ).sample
 
     def enable_gradient_checkpointing(self, *args) -> None:
         self.net.enable_gradient_checkpointing(*args)

@@ -82,10 +82,21 @@ class ProximalUNet(Preconditioned):
     """
 
     @register_to_config
-    def __init__(self, sample_size: int = 32, in_channels: int = 3, patch: int = 4,
-                 channels: tuple[int, ...] = (128, 256), blocks: tuple[int, ...] = (1, 0),
-                 attention: tuple[bool, ...] = (True, False), text_dim: int = 64, pooled_dim: int = 64,
-                 data_std: float = 0.6, beta_min: float = 0.1, beta_max: float = 20.0, target: str = "noise"):
+    def __init__(
+        self,
+        sample_size: int = 32,
+        in_channels: int = 3,
+        patch: int = 4,
+        channels: tuple[int, ...] = (128, 256),
+        blocks: tuple[int, ...] = (1, 0),
+        attention: tuple[bool, ...] = (True, False),
+        text_dim: int = 64,
+        pooled_dim: int = 64,
+        data_std: float = 0.6,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        target: str = "noise",
+    ):
         super().__init__()
         self.precondition(in_channels, sample_size, data_std, VPSchedule(beta_min, beta_max), target)
         stem = in_channels * patch * patch

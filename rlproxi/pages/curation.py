@@ -27,10 +27,14 @@ h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 _CLIPPED = 1000
 
 #: What a stage is about.
-_MEANING = {"unreadable": "no image, no caption, damaged", "size": "too small or too narrow", "faces": "no face, too "
-                                                                                                       "small, "
-            "too uncertain or too many", "duplicates": "copies of a kept picture", KEPT: "in the curated shards",
-            HANDS: "kept and tagged as hand-focused"}
+_MEANING = {
+    "unreadable": "no image, no caption, damaged",
+    "size": "too small or too narrow",
+    "faces": "no face, too small, too uncertain or too many",
+    "duplicates": "copies of a kept picture",
+    KEPT: "in the curated shards",
+    HANDS: "kept and tagged as hand-focused",
+}
 
 
 def shown(statistics: Statistics) -> list[str]:
@@ -58,20 +62,24 @@ def render(statistics: Statistics, found: dict[str, dict[int, str]], name: str) 
         ("Settings", f"<details><summary>curate</summary><pre>{escape(settings)}</pre></details>\n"),
     ]
     body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
-    return ("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(name)} - rlproxi curation</title>\n<style>{STYLE}{_PICTURES}</style></head><body>\n"
-            f'<h1>{escape(name)}</h1><p class="faint">rlproxi curation, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
-            f"{body}\n</body></html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)} - rlproxi curation</title>\n<style>{STYLE}{_PICTURES}</style></head><body>\n"
+        f'<h1>{escape(name)}</h1><p class="faint">rlproxi curation, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
+        f"{body}\n</body></html>\n"
+    )
 
 
 def _cards(statistics: Statistics) -> str:
     summary = statistics.summary()
     share = f"{summary['kept'] / summary['samples']:.1%} of them" if summary["samples"] else ""
     hands = statistics.tags[HANDS]
-    cards = [card("Raw samples", f"{summary['samples']:,}", f"in {summary['raw_shards']:,} shards"),
-             card("Kept", f"{summary['kept']:,}", share),
-             card("Curated shards", f"{summary['shards']:,}", f"of {statistics.settings.samples_per_shard:,} samples")]
+    cards = [
+        card("Raw samples", f"{summary['samples']:,}", f"in {summary['raw_shards']:,} shards"),
+        card("Kept", f"{summary['kept']:,}", share),
+        card("Curated shards", f"{summary['shards']:,}", f"of {statistics.settings.samples_per_shard:,} samples"),
+    ]
     if statistics.settings.hands:
         part = f"{hands / summary['kept']:.1%} of the kept" if summary["kept"] else ""
         cards.append(card("Tagged 'hands'", f"{hands:,}", part))
@@ -94,8 +102,16 @@ def _funnel(statistics: Statistics) -> str:
         axes.grid(axis="y", visible=False)
 
     svg = figures.svg(draw, "funnel", "Samples left after each stage", (7.2, 0.8 + 0.34 * len(bars)))
-    rows = [[row["stage"], f"{row['in']:,}", f"{row['dropped']:,}",
-              f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-", f"{row['out']:,}"] for row in rows]
+    rows = [
+        [
+            row["stage"],
+            f"{row['in']:,}",
+            f"{row['dropped']:,}",
+            f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-",
+            f"{row['out']:,}",
+        ]
+        for row in rows
+    ]
     out = figure(svg, "manifest.jsonl tells of each sample where it is, or why it was dropped.")
     out += table(["stage", "samples in", "dropped", "share", "left"], rows)
     if statistics.unreadable:
@@ -108,8 +124,10 @@ def _histograms(statistics: Statistics) -> str:
     if not statistics.series:
         return missing("No sample could be read.")
     note = "The last bar holds the 0.5 % beyond it as well."
-    return "".join(figure(_histogram(name, series), note if len(series.values) > _CLIPPED else "")
-                   for name, series in statistics.series.items())
+    return "".join(
+        figure(_histogram(name, series), note if len(series.values) > _CLIPPED else "")
+        for name, series in statistics.series.items()
+    )
 
 
 def _histogram(name: str, series: Series) -> str:
@@ -120,8 +138,13 @@ def _histogram(name: str, series: Series) -> str:
         low, high = np.percentile(values, [0, 99.5]) if len(values) > _CLIPPED else (values.min(), values.max())
         edges = np.linspace(low, high if high > low else low + 1, 41)
         inside = np.clip(values, edges[0], edges[-1])
-        axes.hist([inside[kept], inside[~kept]], edges, stacked=True, color=[figures.AFTER, figures.BEFORE],
-                  label=["kept", "dropped"])
+        axes.hist(
+            [inside[kept], inside[~kept]],
+            edges,
+            stacked=True,
+            color=[figures.AFTER, figures.BEFORE],
+            label=["kept", "dropped"],
+        )
         axes.set_axisbelow(True)
         axes.set_xlabel(name)
         axes.set_ylabel("samples")
@@ -133,11 +156,14 @@ def _histogram(name: str, series: Series) -> str:
 def _pictures(statistics: Statistics, found: dict[str, dict[int, str]]) -> str:
     out = '<p class="faint">Chosen by a hash of their names. Frames are the faces that were found.</p>\n'
     for group in shown(statistics):
-        shots = [(picture, example.words) for example in statistics.examples(group)
-                 if (picture := pictures.picture_of(found, example))]
+        shots = [
+            (picture, example.words)
+            for example in statistics.examples(group)
+            if (picture := pictures.picture_of(found, example))
+        ]
         title = group if group in (KEPT, HANDS) else f"dropped: {group}"
         if shots:
             cells = "".join(f'<div><img alt="" src="{picture}">{escape(words)}</div>' for picture, words in shots)
-            out += f"<h3>{escape(title)}</h3><p class=\"faint\">{_MEANING.get(group, 'score out of bounds')}</p>\n"
+            out += f'<h3>{escape(title)}</h3><p class="faint">{_MEANING.get(group, "score out of bounds")}</p>\n'
             out += f'<div class="shots">{cells}</div>\n'
     return out

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Sequence
 from html import escape
-from typing import Callable, Sequence
 
 import matplotlib
 import numpy as np
@@ -26,19 +26,37 @@ def svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float
 
     ``name`` seeds the ids; ``label`` is what a screen reader says.
     """
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "font.family": "sans-serif",
-                "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK,
-                "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                "grid.alpha": 0.2, "grid.color": _INK, "legend.frameon": False, "lines.linewidth": 1.8}
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "font.size": 10,
+        "font.family": "sans-serif",
+        "text.color": _INK,
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.2,
+        "grid.color": _INK,
+        "legend.frameon": False,
+        "lines.linewidth": 1.8,
+    }
     with matplotlib.rc_context(settings):
         # A bare Figure draws on Agg's path without pyplot: no display, no global state.
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True,
-                       metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     text = buffer.getvalue()
-    text = text[text.index("<svg"):].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
     head, rest = text.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return f'{head} role="img" aria-label="{escape(label)}">{rest}'
@@ -61,30 +79,42 @@ def lines(axes, curves: Curves, colours: Sequence[str], xlabel: str, ylabel: str
 
 def reward_curve(train: Curves, heldout: Curves) -> str:
     """Training reward and held-out evaluations over RL steps, each on an axis of its own."""
+
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2, squeeze=False)[0] if train and heldout else [figure.subplots()]
-        parts = [(curves, colour, word) for curves, colour, word in
-                 ((train, TRAIN, "training reward"), (heldout, HELDOUT, "held-out, never optimised")) if curves]
+        parts = [
+            (curves, colour, word)
+            for curves, colour, word in (
+                (train, TRAIN, "training reward"),
+                (heldout, HELDOUT, "held-out, never optimised"),
+            )
+            if curves
+        ]
         for axes, (curves, colour, word) in zip(panels, parts):
             lines(axes, curves, (colour, *_ROLES[2:], BEFORE), "RL step", word, markers=word != "training reward")
+
     return svg(draw, "reward", "Reward over RL steps", (8.0, 3.2))
 
 
 def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: str, xlabel: str = "RL step") -> str:
     """One small axis for each curve, side by side."""
+
     def draw(figure: Figure) -> None:
         for axes, (title, curve) in zip(np.ravel(figure.subplots(1, len(curves), squeeze=False)), curves.items()):
             lines(axes, {title: curve}, (AFTER,), xlabel, title)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+
     return svg(draw, name, label, (2.9 * len(curves) + 0.6, 2.6))
 
 
-def against_steps(curves: Curves, ylabel: str, distances: Curves | None = None, level: float | None = None,
-                  name: str = "frontier") -> str:
+def against_steps(
+    curves: Curves, ylabel: str, distances: Curves | None = None, level: float | None = None, name: str = "frontier"
+) -> str:
     """Reward against the number of sampling steps, before and after; beside it the distance to data.
 
     ``level``: the distance of as many real images, a dashed line.
     """
+
     def draw(figure: Figure) -> None:
         left, *right = figure.subplots(1, 2 if distances else 1, squeeze=False)[0]
         lines(left, curves, (BEFORE, AFTER), "number of proximal steps N", ylabel, markers=True)
@@ -99,6 +129,7 @@ def against_steps(curves: Curves, ylabel: str, distances: Curves | None = None, 
             if level:
                 axes.axhline(level, color=HELDOUT, linestyle="--", linewidth=1.2, label="real images")
                 axes.legend()
+
     beside = " and distance to data" if distances else ""
     return svg(draw, name, f"{ylabel}{beside} against the number of steps", (8.0, 3.2) if distances else (6.4, 3.2))
 
@@ -125,26 +156,31 @@ def paired_bars(before: dict[str, float], after: dict[str, float], xlabel: str, 
         axes.set_xlabel(xlabel)
         axes.grid(axis="y", visible=False)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
     return svg(draw, name, xlabel, (6.4, 0.8 + 0.42 * len(keys)))
 
 
 def loss_curve(steps: list[int], values: list[float]) -> str:
     """A loss over optimizer steps, with its moving average where it is long enough to need one."""
+
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         width = len(values) // 20
         axes.plot(steps, values, color=BEFORE if width > 1 else AFTER, linewidth=1.0, label="each record")
         if width > 1:
             smooth = np.convolve(values, np.ones(width) / width, "valid")
-            axes.plot(steps[width - 1:], smooth, color=AFTER, label=f"mean of {width} records")
+            axes.plot(steps[width - 1 :], smooth, color=AFTER, label=f"mean of {width} records")
             axes.legend()
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
+
     return svg(draw, "loss", "Pre-training loss")
 
 
 def roles(seconds: dict[str, tuple[list[int], list[float]]]) -> str:
     """Seconds of each role over RL steps."""
+
     def draw(figure: Figure) -> None:
         lines(figure.subplots(), dict(seconds), (*_ROLES, BEFORE), "RL step", "seconds")
+
     return svg(draw, "roles", "Seconds of each role over RL steps")

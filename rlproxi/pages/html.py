@@ -42,6 +42,10 @@ def card(label: str, value: str, note: str = "") -> str:
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag}{" class=number" if i else ""}>{escape(c)}</{tag}>'
-                                for i, c in enumerate(cells)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{' class=number' if i else ''}>{escape(c)}</{tag}>" for i, c in enumerate(cells))
+            + "</tr>"
+        )
+
     return f'<div class="scroll"><table>{row(head, "th")}{"".join(row(r, "td") for r in rows)}</table></div>\n'

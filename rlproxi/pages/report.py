@@ -58,11 +58,13 @@ def render(run: RunDirectory) -> str:
     gaps = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.missing)
     top = f'<div class="missing">Not in this run directory:<ul>{gaps}</ul></div>' if gaps else ""
     body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
-    return ("<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n"
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{name} - rlproxi report</title>\n<style>{STYLE}</style></head><body>\n"
-            f'<h1>{name}</h1><p class="faint">rlproxi run report, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
-            f"{top}\n{body}\n</body></html>\n")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{name} - rlproxi report</title>\n<style>{STYLE}</style></head><body>\n"
+        f'<h1>{name}</h1><p class="faint">rlproxi run report, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
+        f"{top}\n{body}\n</body></html>\n"
+    )
 
 
 def _number(value, digits: int = 3) -> str:
@@ -82,14 +84,24 @@ def _headline(run: RunDirectory) -> str:
         recorded = dig(run.summary, "heldout", tag)
         values[tag] = score or ((float(recorded), 0.0) if isinstance(recorded, (int, float)) else None)
     shown = [f"{v[0]:.3f}" + (f" ± {v[1]:.3f}" if v[1] else "") if v else "missing" for v in values.values()]
-    cards.append(card(f"Held-out {judge or 'reward'}, {steps or '?'} steps", " → ".join(shown),
-                       "before → after (± standard error over prompts); never optimised, fixed prompts and seeds"))
+    cards.append(
+        card(
+            f"Held-out {judge or 'reward'}, {steps or '?'} steps",
+            " → ".join(shown),
+            "before → after (± standard error over prompts); never optimised, fixed prompts and seeds",
+        )
+    )
     _, rewards = runlog.series(run.records, "rl", "reward/mean")
     first, last = (dig(run.summary, "reward", key) for key in ("first", "last"))
     if first is None and rewards:
         first, last = rewards[0], rewards[-1]
-    cards.append(card("Training reward", f"{_number(first)} → {_number(last)}" if first is not None else "missing",
-                       "first → last RL step"))
+    cards.append(
+        card(
+            "Training reward",
+            f"{_number(first)} → {_number(last)}" if first is not None else "missing",
+            "first → last RL step",
+        )
+    )
     cards += _looks(run)
     speed = run.summary.get("images_per_second")
     if speed is not None:
@@ -109,12 +121,15 @@ def _headline(run: RunDirectory) -> str:
 
 
 #: What is measured beside scores: title -> (its place in an evaluation's entry, how to read it).
-_LOOKS = {"Distance to data": (("distance", "total"), "colours, composition and texture; lower is closer"),
-          "Diversity": (("diversity",), "between samples of one prompt; 0: always the same picture")}
+_LOOKS = {
+    "Distance to data": (("distance", "total"), "colours, composition and texture; lower is closer"),
+    "Diversity": (("diversity",), "between samples of one prompt; 0: always the same picture"),
+}
 
 
 def _looks(run: RunDirectory) -> list[str]:
     """Cards of distance and diversity, before and after; none where neither evaluation has them."""
+
     def change(*key: str) -> str:
         return " → ".join(_number(dig(run.entry(tag), *key)) for tag in ("before", "after"))
 
@@ -142,13 +157,17 @@ def _gallery(run: RunDirectory) -> str:
         return missing("No sample images: the evaluations 'before' and 'after' have not stored any.")
     evaluation = run.evaluations[next(iter(samples))]
     prompts, count = evaluation.get("prompts") or [], int(evaluation.get("samples") or 1)
-    out = (f'<p class="faint">The first {min(len(prompts), GALLERY_PROMPTS)} of {len(prompts)} held-out prompts, not '
-           f"chosen; {run.headline_steps} proximal steps. The number is the held-out score"
-           + (", ✗ what the judge found wrong" if any(s.correct is not None for s in samples.values()) else "")
-           + ".</p>\n")
+    out = (
+        f'<p class="faint">The first {min(len(prompts), GALLERY_PROMPTS)} of {len(prompts)} held-out prompts, not '
+        f"chosen; {run.headline_steps} proximal steps. The number is the held-out score"
+        + (", ✗ what the judge found wrong" if any(s.correct is not None for s in samples.values()) else "")
+        + ".</p>\n"
+    )
     for p, prompt in enumerate(prompts[:GALLERY_PROMPTS]):
-        sides = "".join(f'<div class="side"><div class="faint">{tag}</div>{_strip(found, prompt, p, count)}</div>'
-                        for tag, found in samples.items())
+        sides = "".join(
+            f'<div class="side"><div class="faint">{tag}</div>{_strip(found, prompt, p, count)}</div>'
+            for tag, found in samples.items()
+        )
         out += f'<div class="prompt"><p>{escape(prompt) or "(no caption)"}</p><div class="pair">{sides}</div></div>\n'
     lost = [tag for tag in ("before", "after") if tag not in samples]
     return out + (missing(f"No images of evaluation '{lost[0]}'.") if lost else "")
@@ -162,8 +181,10 @@ def _strip(samples: Samples, prompt: str, p: int, count: int) -> str:
         text = f"{score:.2f}" if math.isfinite(score) else "no score"
         wrong = _wrong(samples, i, prompt)
         mark = f' <span class="wrong">✗ {escape(", ".join(wrong))}</span>' if wrong else ""
-        shots.append(f'<div class="shot"><img alt="{escape(prompt)}" src="{data_uri(samples.images[i])}">'
-                     f'<span style="color:{colour}">■</span> {text}{mark}</div>')
+        shots.append(
+            f'<div class="shot"><img alt="{escape(prompt)}" src="{data_uri(samples.images[i])}">'
+            f'<span style="color:{colour}">■</span> {text}{mark}</div>'
+        )
     return f'<div class="strip">{"".join(shots)}</div>'
 
 
@@ -172,8 +193,11 @@ def _wrong(samples: Samples, index: int, prompt: str) -> list[str]:
     if samples.correct is None:
         return []
     claims = parse_caption(prompt)
-    return [name.replace("_", " ") + (f" ({claims[name]})" if name in claims else "")
-            for name, value in zip(samples.attributes, samples.correct[index]) if value < 0.5]
+    return [
+        name.replace("_", " ") + (f" ({claims[name]})" if name in claims else "")
+        for name, value in zip(samples.attributes, samples.correct[index])
+        if value < 0.5
+    ]
 
 
 def _reward(run: RunDirectory) -> str:
@@ -187,8 +211,10 @@ def _reward(run: RunDirectory) -> str:
     heldout = {judge: points} if points[0] else {}
     if not train and not heldout:
         return missing("No RL step and no evaluation has been logged yet.")
-    out = figure(figures.reward_curve(train, heldout), "Progress is what both show. A training reward that climbs "
-                  "while the held-out one falls is reward hacking.")
+    out = figure(
+        figures.reward_curve(train, heldout),
+        "Progress is what both show. A training reward that climbs while the held-out one falls is reward hacking.",
+    )
     if not train:
         out += missing("No RL step has been logged yet.")
     return out
@@ -209,8 +235,10 @@ def _policy(run: RunDirectory) -> str:
         bound = dig(run.config, "grpo", "first_ratio_tolerance")
         limit = f" (tolerance {_number(bound)})" if bound is not None else ""
         checks = "one check" if len(finite) == 1 else f"{len(finite)} checks"
-        out += (f"<p>Ratio check: on fresh samples, before any update, the ratio was off 1 by at most "
-                f"<b>{_number(max(finite))}</b> in {checks}{limit}.</p>\n")
+        out += (
+            f"<p>Ratio check: on fresh samples, before any update, the ratio was off 1 by at most "
+            f"<b>{_number(max(finite))}</b> in {checks}{limit}.</p>\n"
+        )
     else:
         out += missing("No ratio check (ratio/first_max_deviation) has been logged.")
     return out
@@ -219,25 +247,40 @@ def _policy(run: RunDirectory) -> str:
 def _frontier(run: RunDirectory) -> str:
     judge, curves = run.judge, {}
     for tag in ("before", "after"):
-        counts = sorted((int(n) for n in dig(run.evaluations, tag, "by_steps") or {}))
+        counts = sorted(int(n) for n in dig(run.evaluations, tag, "by_steps") or {})
         points = [(n, *score) for n in counts if judge and (score := run.score(tag, judge, n)) is not None]
         if points:
             curves[tag] = tuple(list(column) for column in zip(*points))
     if not curves:
         return missing("No evaluation at any number of steps yet.")
-    distances = {tag: tuple(map(list, zip(*points))) for tag in curves if (points := [
-        (n, d) for n in curves[tag][0] if (d := dig(run.entry(tag, n), "distance", "total")) is not None])}
+    distances = {
+        tag: tuple(map(list, zip(*points)))
+        for tag in curves
+        if (
+            points := [(n, d) for n in curves[tag][0] if (d := dig(run.entry(tag, n), "distance", "total")) is not None]
+        )
+    }
     level = _real(run, "distance", "total")
-    out = figure(figures.against_steps(curves, f"held-out {judge}", distances, level),
-                  "Bars are standard errors over prompts." + (" Dashed: as many real images." if level else ""))
+    out = figure(
+        figures.against_steps(curves, f"held-out {judge}", distances, level),
+        "Bars are standard errors over prompts." + (" Dashed: as many real images." if level else ""),
+    )
     counts = sorted({n for curve in curves.values() for n in curve[0]})
-    looks = [key for key, _ in _LOOKS.values()
-             if any(dig(run.entry(tag, n), *key) is not None for tag in curves for n in counts)]
+    looks = [
+        key
+        for key, _ in _LOOKS.values()
+        if any(dig(run.entry(tag, n), *key) is not None for tag in curves for n in counts)
+    ]
     rows = []
     for n in counts:
         scores = [run.score(tag, judge, n) for tag in ("before", "after")]
-        rows.append([str(n), *(f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores),
-                     *(_number(dig(run.entry(tag, n), *key)) for key in looks for tag in ("before", "after"))])
+        rows.append(
+            [
+                str(n),
+                *(f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores),
+                *(_number(dig(run.entry(tag, n), *key)) for key in looks for tag in ("before", "after")),
+            ]
+        )
     if level is not None:
         rows.append(["real images", "-", "-", *(_number(_real(run, *key)) for key in looks for _ in range(2))])
     head = [f"{name} {tag}" for name in ("held-out", *(key[0] for key in looks)) for tag in ("before", "after")]
@@ -246,12 +289,16 @@ def _frontier(run: RunDirectory) -> str:
 
 def _attributes(run: RunDirectory) -> str:
     judge = run.judge
-    found = {tag: {k: v for k, v in (dig(run.entry(tag), "details", judge) or {}).items() if v is not None}
-             for tag in ("before", "after")}
+    found = {
+        tag: {k: v for k, v in (dig(run.entry(tag), "details", judge) or {}).items() if v is not None}
+        for tag in ("before", "after")
+    }
     if not any(found.values()):
         return missing("No judge has told attributes apart yet.")
-    return figure(figures.paired_bars(found["before"], found["after"], f"share judged right by {judge}", "attributes"),
-                   "Only images whose caption claims the attribute count.")
+    return figure(
+        figures.paired_bars(found["before"], found["after"], f"share judged right by {judge}", "attributes"),
+        "Only images whose caption claims the attribute count.",
+    )
 
 
 def _pretraining(run: RunDirectory) -> str:
@@ -270,8 +317,9 @@ def _roles(run: RunDirectory) -> str:
     for role, (_, values) in curves.items():
         finite = [v for v in values if math.isfinite(v)] or [math.nan]
         rows.append([role, _number(sum(finite) / len(finite)), _number(max(finite)), f"{sum(finite):.0f}"])
-    return (figure(figures.roles(curves), "'step' is an iteration's wall clock; roles that overlap add up to more.")
-            + table(["role", "mean, s", "longest, s", "sum, s"], rows))
+    return figure(
+        figures.roles(curves), "'step' is an iteration's wall clock; roles that overlap add up to more."
+    ) + table(["role", "mean, s", "longest, s", "sum, s"], rows)
 
 
 def _events(run: RunDirectory) -> str:
@@ -286,8 +334,10 @@ def _events(run: RunDirectory) -> str:
             lines.append((record, f"resume: {record.get('stage')} went on from step {record.get('step')}"))
     if not lines:
         return "<p>No warnings, no restarts.</p>\n"
-    shown = "".join(f"<li>{time.strftime('%H:%M:%S', time.localtime(record.get('time', 0)))} {escape(text)}</li>"
-                    for record, text in lines[-50:])
+    shown = "".join(
+        f"<li>{time.strftime('%H:%M:%S', time.localtime(record.get('time', 0)))} {escape(text)}</li>"
+        for record, text in lines[-50:]
+    )
     return f"<p>{len(lines)} in all{', the last 50' if len(lines) > 50 else ''}:</p><ul>{shown}</ul>\n"
 
 

@@ -31,15 +31,19 @@ def summary(run_dir: Path, config: Config) -> dict:
     return {
         "seconds": {**seconds, "total": sum(seconds.values())},
         "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
-        "heldout": {"before": heldout("before"), "after": heldout("after"),
-                    "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None)},
+        "heldout": {
+            "before": heldout("before"),
+            "after": heldout("after"),
+            "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None),
+        },
         "distance": {tag: entry(tag).get("distance", {}).get("total") for tag in ("before", "after")},
         "diversity": {tag: entry(tag).get("diversity") for tag in ("before", "after")},
         "images_per_second": sum(rates) / len(rates) if rates else None,
         "seed": config.run.seed,
         "git": _git(),
-        "versions": {name: metadata.version(name) for name in
-                     ("ray", "torch", "deepspeed", "transformers", "diffusers", "numpy")},
+        "versions": {
+            name: metadata.version(name) for name in ("ray", "torch", "deepspeed", "transformers", "diffusers", "numpy")
+        },
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 from ..algorithms import registry
 from ..algorithms.base import Algorithm
@@ -33,12 +33,22 @@ def describe(config: Config) -> Iterator[str]:
 
 def _curation(config: Config) -> list[str]:
     c = config.curate
-    asked = [name for name, wanted in (("faces", c.faces), ("duplicates", c.duplicates), ("captions", c.caption),
-                                       ("hands", c.hands)) if wanted]
-    return [f"curate     {', '.join(c.urls) or 'nothing yet'} -> {c.out or '<run directory>/curated'}",
-            f"steps      at least {c.min_size} px, aspect up to {c.max_aspect:g}; "
-            + ", ".join([*(f"filter {x.name}" for x in c.filters), *asked]),
-            f"workers    {c.workers}, {c.num_cpus:g} CPU and {c.num_gpus:g} GPU each"]
+    asked = [
+        name
+        for name, wanted in (
+            ("faces", c.faces),
+            ("duplicates", c.duplicates),
+            ("captions", c.caption),
+            ("hands", c.hands),
+        )
+        if wanted
+    ]
+    return [
+        f"curate     {', '.join(c.urls) or 'nothing yet'} -> {c.out or '<run directory>/curated'}",
+        f"steps      at least {c.min_size} px, aspect up to {c.max_aspect:g}; "
+        + ", ".join([*(f"filter {x.name}" for x in c.filters), *asked]),
+        f"workers    {c.workers}, {c.num_cpus:g} CPU and {c.num_gpus:g} GPU each",
+    ]
 
 
 def _plan(config: Config, memory: Estimate) -> list[str]:
@@ -52,8 +62,14 @@ def _plan(config: Config, memory: Estimate) -> list[str]:
         f"trained, {config.data.size}x{config.data.size}, precision {config.model.precision}",
         f"sampler    {s.name}, {_several(s.num_inference_steps, 'step')} from T = {s.start_time} on the {s.grid} grid, "
         f"guidance {s.guidance_scale}{actions}",
-        *([f"pretrain   {p.steps} steps of {p.batch_size} images on {r.learner_workers} rank(s), candidates "
-           f"{p.candidates}"] if "pretrain" in stages else []),
+        *(
+            [
+                f"pretrain   {p.steps} steps of {p.batch_size} images on {r.learner_workers} rank(s), candidates "
+                f"{p.candidates}"
+            ]
+            if "pretrain" in stages
+            else []
+        ),
         f"rollout    {r.rollout_actors} actor(s), {_unit(r.rollout_gpus)} each{'' if sampled else '; evaluations only'}",
         _rewards(config.rewards),
         f"learner    {r.learner_workers} rank(s), {_unit(r.learner_gpus)} each, ZeRO {config.learner.zero_stage}",
@@ -71,15 +87,21 @@ def _unit(gpus: float) -> str:
 
 def _rewards(w: Rewards) -> str:
     """The rewards' actors; in brackets what a reward has of its own."""
+
     def told(x: Reward) -> str:
         least = w.replicas if x.replicas is None else x.replicas
-        own = [] if x.replicas is None and x.max_replicas is None else [
-            f"{least} replica(s)" if x.max_replicas in (None, least) else f"{least} to {x.max_replicas} replicas"]
+        own = (
+            []
+            if x.replicas is None and x.max_replicas is None
+            else [f"{least} replica(s)" if x.max_replicas in (None, least) else f"{least} to {x.max_replicas} replicas"]
+        )
         own += [] if x.num_gpus is None else [f"{_unit(x.num_gpus)} each"]
         return f"{x.name} ({', '.join(own)})" if own else x.name
 
-    return (f"rewards    {', '.join(map(told, w.train))}; held out: {', '.join(map(told, w.heldout)) or 'none'}; "
-            f"{w.replicas} replica(s), {_unit(w.num_gpus)} each")
+    return (
+        f"rewards    {', '.join(map(told, w.train))}; held out: {', '.join(map(told, w.heldout)) or 'none'}; "
+        f"{w.replicas} replica(s), {_unit(w.num_gpus)} each"
+    )
 
 
 def _training(config: Config, algorithm: Algorithm, memory: Estimate) -> list[str]:
@@ -93,31 +115,44 @@ def _training(config: Config, algorithm: Algorithm, memory: Estimate) -> list[st
         f"algorithm  {config.run.algorithm}: " + ", ".join([*_ABOUT[name](config), *anchor, *ema, *places]),
         f"iteration  {g.prompts_per_step} prompts x {_several(g.group_size, 'sample')} = "
         f"{g.prompts_per_step * g.group_size} images in {g.micro_batches} micro-batches of {g.groups_per_micro_batch} "
-        f"groups; {g.updates_per_step} update(s); {g.steps} iterations"]
+        f"groups; {g.updates_per_step} update(s); {g.steps} iterations",
+    ]
     if not algorithm.needs_rollouts:
         return [*lines, f"in flight  nothing but evaluations; {weights}"]
     micro = bytes_per_micro_batch(config)
     whole = g.micro_batches * micro
     known = [f"{micro / _MB:.1f} MB a micro-batch, {whole / _MB:.1f} MB an iteration"] if micro else []
-    return [*lines,
-            "in flight  " + "; ".join([*known, f"bound {g.max_bytes_in_flight / _MB:.0f} MB", weights]),
-            f"staleness  at most {g.max_staleness} version(s)" + (" (synchronous)" if g.max_staleness == 0 else "")]
+    return [
+        *lines,
+        "in flight  " + "; ".join([*known, f"bound {g.max_bytes_in_flight / _MB:.0f} MB", weights]),
+        f"staleness  at most {g.max_staleness} version(s)" + (" (synchronous)" if g.max_staleness == 0 else ""),
+    ]
 
 
 def _grpo(config: Config) -> list[str]:
     g, actions = config.grpo, config.sampler.num_inference_steps - 1
-    return [f"{g.trained_steps or actions} of {actions} actions trained", f"clip {g.clip_range:g}", f"KL {g.kl_coef:g}",
-            *([f"the reward's gradient through the last step x {g.last_step_weight:g}"] if g.last_step_weight else [])]
+    return [
+        f"{g.trained_steps or actions} of {actions} actions trained",
+        f"clip {g.clip_range:g}",
+        f"KL {g.kl_coef:g}",
+        *([f"the reward's gradient through the last step x {g.last_step_weight:g}"] if g.last_step_weight else []),
+    ]
 
 
 def _r0(config: Config) -> list[str]:
     g, n = config.r0, config.sampler.num_inference_steps
     how = "gradient step by step" if g.checkpoint_steps else "gradient through all of them at once"
-    return [f"one random step of {n} (R0+)" if g.plus else f"{_several(n, 'step')}, {how}",
-            *(["eta drawn anew for each step"] if g.random_eta and config.sampler.name in AFTER else []),
-            *([] if g.normalize_gradients else ["gradients as large as they are"]),
-            *([f"guidance as a reward x {g.guidance_weight:g}"] if g.guidance_weight else []),
-            *([f"a step towards the reference's distribution x {g.distribution_weight:g}, {_fake(g)}"] if g.distribution_weight else [])]
+    return [
+        f"one random step of {n} (R0+)" if g.plus else f"{_several(n, 'step')}, {how}",
+        *(["eta drawn anew for each step"] if g.random_eta and config.sampler.name in AFTER else []),
+        *([] if g.normalize_gradients else ["gradients as large as they are"]),
+        *([f"guidance as a reward x {g.guidance_weight:g}"] if g.guidance_weight else []),
+        *(
+            [f"a step towards the reference's distribution x {g.distribution_weight:g}, {_fake(g)}"]
+            if g.distribution_weight
+            else []
+        ),
+    ]
 
 
 def _fake(g: Fake) -> str:
@@ -127,11 +162,18 @@ def _fake(g: Fake) -> str:
 def _didr(config: Config) -> list[str]:
     g = config.didr
     shape = f"m={g.reward_steps}, " + ("damped" if g.damped else _several(g.particles, "particle"))
-    reward = {"diffused": f"diffused reward, beta {g.beta:g}, {shape}", "none": "no reward",
-              "terminal": f"terminal reward x {g.reward_weight:g}"}[g.reward]
-    return [f"{g.divergence} divergence", reward, _fake(g),
-            f"levels of candidates {g.candidates or config.pretrain.candidates}",
-            *([f"reference's guidance {g.guidance_scale:g}"] if g.guidance_scale != 1 else [])]
+    reward = {
+        "diffused": f"diffused reward, beta {g.beta:g}, {shape}",
+        "none": "no reward",
+        "terminal": f"terminal reward x {g.reward_weight:g}",
+    }[g.reward]
+    return [
+        f"{g.divergence} divergence",
+        reward,
+        _fake(g),
+        f"levels of candidates {g.candidates or config.pretrain.candidates}",
+        *([f"reference's guidance {g.guidance_scale:g}"] if g.guidance_scale != 1 else []),
+    ]
 
 
 def _custom(config: Config) -> list[str]:
@@ -144,5 +186,7 @@ _ABOUT = {"grpo": _grpo, "r0": _r0, "didr": _didr, "custom": _custom}
 def _memory(role: Role) -> str:
     """One role's peak, the largest part first."""
     parts = sorted(role.parts.items(), key=lambda item: -item[1])
-    return (f"memory     {role.name}: {role.total / _GIB:.2f} GiB of {'its GPU' if role.gpus else 'host memory'}: "
-            + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts if size))
+    return (
+        f"memory     {role.name}: {role.total / _GIB:.2f} GiB of {'its GPU' if role.gpus else 'host memory'}: "
+        + ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts if size)
+    )

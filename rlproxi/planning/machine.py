@@ -11,16 +11,29 @@ import socket
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 from actors.cluster.resources import of_run, totals
 
 from ..cli.doctor import Finding, fail, ok, warn
 from ..config.loading import Config
 
-NEEDED = ("ray", "torch", "deepspeed", "transformers", "diffusers", "peft", "safetensors", "numpy", "pydantic",
-          "matplotlib", "pillow", "sentencepiece", "tqdm")
+NEEDED = (
+    "ray",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "diffusers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "matplotlib",
+    "pillow",
+    "sentencepiece",
+    "tqdm",
+)
 #: Ports of a Ray head, and what is there.
 RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard and job server"}
 _GIB = 1024**3
@@ -34,14 +47,12 @@ def packages() -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield fail("packages", f"{name} is not installed",
-                       "pip install rlproxi, or `pip install .` in a checkout")
+            yield fail("packages", f"{name} is not installed", "pip install rlproxi, or `pip install .` in a checkout")
             continue
         versions.append(f"{name} {version}")
         bound = bounds.get(name)
         if bound is not None and not bound.contains(version, prereleases=True):
-            wrong.append(fail("packages", f"{name} {version} is outside of {bound}",
-                              f"pip install '{name}{bound}'"))
+            wrong.append(fail("packages", f"{name} {version} is outside of {bound}", f"pip install '{name}{bound}'"))
     yield ok("packages", ", ".join(versions))
     yield from wrong
 
@@ -54,8 +65,11 @@ def _bounds() -> dict:
         wanted = [Requirement(text) for text in importlib.metadata.requires("rlproxi") or []]
     except (ImportError, importlib.metadata.PackageNotFoundError):
         return {}
-    return {r.name: r.specifier for r in wanted
-            if str(r.specifier) and (r.marker is None or r.marker.evaluate({"extra": ""}))}
+    return {
+        r.name: r.specifier
+        for r in wanted
+        if str(r.specifier) and (r.marker is None or r.marker.evaluate({"extra": ""}))
+    }
 
 
 def accelerators(config: Config, elsewhere: bool) -> Iterator[Finding]:
@@ -70,8 +84,11 @@ def accelerators(config: Config, elsewhere: bool) -> Iterator[Finding]:
     if not count:
         driver = _driver()
         if driver:
-            yield fail("gpu", f"the driver is there ({driver}), but torch {torch.__version__} sees no GPU",
-                          "install a CUDA build of torch that this driver takes (the table is on pytorch.org)")
+            yield fail(
+                "gpu",
+                f"the driver is there ({driver}), but torch {torch.__version__} sees no GPU",
+                "install a CUDA build of torch that this driver takes (the table is on pytorch.org)",
+            )
         else:
             yield ok("gpu", "none on this machine; everything runs on CPUs")
     if asked > count:
@@ -79,21 +96,32 @@ def accelerators(config: Config, elsewhere: bool) -> Iterator[Finding]:
         if elsewhere:
             yield ok("gpu", f"{text}; the cluster is looked at below")
         else:
-            yield fail("gpu", text, "name the cluster it is for (--cluster FILE or --address), or set "
-                       "resources.*_gpus and rewards.num_gpus to 0")
+            yield fail(
+                "gpu",
+                text,
+                "name the cluster it is for (--cluster FILE or --address), or set "
+                "resources.*_gpus and rewards.num_gpus to 0",
+            )
     several = config.resources.learner_gpus > 0 and config.resources.learner_workers > 1
     if several and count:
         if torch.distributed.is_available() and torch.distributed.is_nccl_available():
             yield ok("nccl", ".".join(map(str, torch.cuda.nccl.version())))
         else:
-            yield fail("nccl", "this build of torch has no NCCL, and the learner has several ranks on GPUs",
-                          "install torch's CUDA build for Linux")
+            yield fail(
+                "nccl",
+                "this build of torch has no NCCL, and the learner has several ranks on GPUs",
+                "install torch's CUDA build for Linux",
+            )
 
 
 def _driver() -> str | None:
     try:
-        told = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
-                              capture_output=True, text=True, timeout=20)
+        told = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return told.stdout.strip().splitlines()[0] if told.returncode == 0 and told.stdout.strip() else None
@@ -105,17 +133,26 @@ def token() -> Iterator[Finding]:
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     there = bool(spelt) or file.is_file()
     if mode == "token" and not there:
-        yield fail("token", f"RAY_AUTH_MODE=token, and there is no token in RAY_AUTH_TOKEN or {file}",
-                      "`ray get-auth-token --generate`, or copy the cluster's token there")
+        yield fail(
+            "token",
+            f"RAY_AUTH_MODE=token, and there is no token in RAY_AUTH_TOKEN or {file}",
+            "`ray get-auth-token --generate`, or copy the cluster's token there",
+        )
     elif mode == "token":
         yield ok("token", "RAY_AUTH_MODE=token, and a token is there")
     elif mode is None and there:
-        yield warn("token", f"a token is there ({'RAY_AUTH_TOKEN' if spelt else file}), but RAY_AUTH_MODE is not "
-                   "set: `ray start --head` turns tokens on, and clients of this shell show none",
-                   "export RAY_AUTH_MODE=token (docs/cluster.md, Tokens)")
+        yield warn(
+            "token",
+            f"a token is there ({'RAY_AUTH_TOKEN' if spelt else file}), but RAY_AUTH_MODE is not "
+            "set: `ray start --head` turns tokens on, and clients of this shell show none",
+            "export RAY_AUTH_MODE=token (docs/cluster.md, Tokens)",
+        )
     else:
-        yield ok("token", f"RAY_AUTH_MODE is {mode or 'not set, and there is no token'}: a cluster started here is "
-                 "open to whoever reaches it")
+        yield ok(
+            "token",
+            f"RAY_AUTH_MODE is {mode or 'not set, and there is no token'}: a cluster started here is "
+            "open to whoever reaches it",
+        )
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         yield warn("token", f"{file} can be read by others on this machine", f"chmod 600 {file}")
 
@@ -131,18 +168,28 @@ def space(config: Config) -> Iterator[Finding]:
         yield fail("disk", f"run.dir {config.run.dir}: {error}")
         return
     if not writable:
-        yield fail("disk", f"run.dir {config.run.dir}: {there} cannot be written",
-                   "give run.dir a folder of yours")
+        yield fail("disk", f"run.dir {config.run.dir}: {there} cannot be written", "give run.dir a folder of yours")
     else:
         level = "fail" if free < 1 else "warn" if free < 20 else "ok"
-        yield Finding(level, "disk", f"run.dir {config.run.dir}: {free:.0f} GiB free", "" if level == "ok" else
-                      "checkpoints of a model of 1 B parameters take about 16 GB each; two are kept")
+        yield Finding(
+            level,
+            "disk",
+            f"run.dir {config.run.dir}: {free:.0f} GiB free",
+            "" if level == "ok" else "checkpoints of a model of 1 B parameters take about 16 GB each; two are kept",
+        )
     shm, memory = Path("/dev/shm"), _memory()
     if shm.is_dir() and memory:
         size = shutil.disk_usage(shm).total
         text = f"{memory / _GIB:.0f} GiB, /dev/shm {size / _GIB:.0f} GiB"
-        yield ok("memory", text) if size >= 0.25 * memory else warn(
-            "memory", text, "Ray keeps objects in /dev/shm: start the container with --shm-size of a third of its memory")
+        yield (
+            ok("memory", text)
+            if size >= 0.25 * memory
+            else warn(
+                "memory",
+                text,
+                "Ray keeps objects in /dev/shm: start the container with --shm-size of a third of its memory",
+            )
+        )
 
 
 def _memory() -> int:
@@ -159,8 +206,9 @@ def clock() -> Iterator[Finding]:
         yield fail("clock", f"it is {now} here, which cannot be", "set the clock: sudo timedatectl set-ntp true")
         return
     try:
-        told = subprocess.run(["timedatectl", "show", "-p", "NTPSynchronized", "--value"], capture_output=True,
-                              text=True, timeout=10)
+        told = subprocess.run(
+            ["timedatectl", "show", "-p", "NTPSynchronized", "--value"], capture_output=True, text=True, timeout=10
+        )
         kept = told.stdout.strip() if told.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
         kept = ""
@@ -174,8 +222,10 @@ def ports(config: Config) -> Iterator[Finding]:
     """Who listens where a head or the live page would."""
     for port, what in RAY_PORTS.items():
         taken = _taken("127.0.0.1", port)
-        yield ok("ports", f"{port} ({what}): " + (
-            "in use; a run here joins the cluster, if it is Ray's" if taken else "free"))
+        yield ok(
+            "ports",
+            f"{port} ({what}): " + ("in use; a run here joins the cluster, if it is Ray's" if taken else "free"),
+        )
     t = config.telemetry
     if t.dashboard and t.dashboard_port and _taken(t.dashboard_host, t.dashboard_port):
         yield ok("ports", f"{t.dashboard_port} (the live page): in use; the next free one is taken")

@@ -93,8 +93,10 @@ def check_folders(config: Config) -> None:
         text_widths(folder)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         said = error if isinstance(error, (OSError, ValueError)) else f"an encoder's config.json lacks {error}"
-        raise ConfigError(f"model.{key} = {named!r}: {said}; give a complete model folder, such as `hf download` of a "
-                          "diffusers repository or a run of ours leaves it") from None
+        raise ConfigError(
+            f"model.{key} = {named!r}: {said}; give a complete model folder, such as `hf download` of a "
+            "diffusers repository or a run of ours leaves it"
+        ) from None
 
 
 class _Estimator:
@@ -147,14 +149,18 @@ class _Estimator:
         reference = (copied or without_adapters(first, first)) if algorithm.needs_reference else None
         with no_memory():
             if c.section == "custom":
-                self.notes.append(f"what {c.run.algorithm} does beyond one forward and backward of each of its networks")
+                self.notes.append(
+                    f"what {c.run.algorithm} does beyond one forward and backward of each of its networks"
+                )
                 losses = {name: one_loss(c, network) for name, network in networks.items()}
             else:
                 scope = partial(adapters_off, first) if c.model.lora else nullcontext
                 found = first_updates(short, algorithm, networks, reference, gradients, scope)
                 losses = {name: update.losses for name, update in found.items()}
-            peaks = {name: left_out + training_peak(losses[name], trainable(x).values(), dtype, device)
-                     for name, x in networks.items()}
+            peaks = {
+                name: left_out + training_peak(losses[name], trainable(x).values(), dtype, device)
+                for name, x in networks.items()
+            }
         trained = {name: count(trainable(x).values()) for name, x in networks.items()}
         return Role("learner rank", c.resources.learner_gpus, with_engines(parts, c, trained, peaks, g.anchor))
 
@@ -171,8 +177,9 @@ class _Estimator:
         kept = 0 if c.r0.plus else (steps - 2) * 2 * 4 * rows * self._numel()
         return c.model_copy(update={"sampler": c.sampler.model_copy(update={"num_inference_steps": 2})}), kept
 
-    def _learner_networks(self, algorithm: Algorithm,
-                          dtype: torch.dtype) -> tuple[dict[str, nn.Module], nn.Module | None]:
+    def _learner_networks(
+        self, algorithm: Algorithm, dtype: torch.dtype
+    ) -> tuple[dict[str, nn.Module], nn.Module | None]:
         """What the algorithm trains, and the reference where it is a copy."""
         denoiser = empty_form(self.config, "rl", dtype)
         networks = algorithm.networks(denoiser)
@@ -190,8 +197,11 @@ class _Estimator:
         gradients, unknown = empty_gradients(self.config, self.vae, normalize, device)
         if self.vae is not None:
             parts["autoencoder"] = held(self.vae)
-        parts |= {f"reward {name}": scorer_held(scorer) for name, (scorer, _) in gradients.scorers.items()
-                  if name not in unknown}
+        parts |= {
+            f"reward {name}": scorer_held(scorer)
+            for name, (scorer, _) in gradients.scorers.items()
+            if name not in unknown
+        }
         if unknown:
             self.notes.append(f"the network of {', '.join(unknown)} on the learner, not known before it is loaded")
         return gradients

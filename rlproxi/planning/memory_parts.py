@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,15 @@ from ..models.text_loading import ENDS, _look, text_widths
 from ..models.text_stacks import KINDS
 
 #: Parameters of the published scorers (docs/rewards/).
-SCORERS = {"hpsv2": 986_109_441, "hpsv2.1": 986_109_441, "hpsv2.0": 986_109_441, "pickscore": 986_109_441,
-           "clip": 427_616_513, "imagereward": 446_206_689, "aesthetic": 304_894_178}
+SCORERS = {
+    "hpsv2": 986_109_441,
+    "hpsv2.1": 986_109_441,
+    "hpsv2.0": 986_109_441,
+    "pickscore": 986_109_441,
+    "clip": 427_616_513,
+    "imagereward": 446_206_689,
+    "aesthetic": 304_894_178,
+}
 #: The most gradients in DeepSpeed's reduction buffer (see actors/train/engine.py), which is allocated whole from ZeRO 1 on.
 BUCKET = 500_000_000
 
@@ -92,8 +99,13 @@ def scorer_bytes(reward: Reward) -> int | None:
     return 4 * SCORERS[reward.kind]
 
 
-def with_engines(parts: Mapping[str, int], config: Config, trained: Mapping[str, int], activations: Mapping[str, int],
-                 anchor: float = 0.0) -> dict[str, int]:
+def with_engines(
+    parts: Mapping[str, int],
+    config: Config,
+    trained: Mapping[str, int],
+    activations: Mapping[str, int],
+    anchor: float = 0.0,
+) -> dict[str, int]:
     """``parts`` with what DeepSpeed holds (measured on its 0.19: docs/memory.md) and the activations.
 
     trained, activations: numbers and bytes, of each network that has an engine; their weights are the parts whose names

@@ -6,8 +6,9 @@ without gradient, and its length is padded to the network's anyway.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ def empty_scorer(reward: Reward, config: Config, device: str) -> TorchScorer | N
     return make(reward, config, device) if make else None
 
 
-def empty_gradients(config: Config, vae: nn.Module | None, normalize: bool,
-                    device: str) -> tuple[RewardGradients, list[str]]:
+def empty_gradients(
+    config: Config, vae: nn.Module | None, normalize: bool, device: str
+) -> tuple[RewardGradients, list[str]]:
     """The training rewards' gradients on tensors without data, and the rewards whose network is not known.
 
     Of those the image alone is differentiated. ``vae``: on the meta device, or without data already.
@@ -76,8 +78,15 @@ class _Unknown:
 # -- one builder for each kind; ``__init__`` would look for files ---------------------------
 
 
-def _ready(kind: type[TorchScorer], reward: Reward, device: str, model: nn.Module, default: str = "auto",
-           held_in: Sequence[nn.Module] | None = None, **attributes: Any) -> TorchScorer:
+def _ready(
+    kind: type[TorchScorer],
+    reward: Reward,
+    device: str,
+    model: nn.Module,
+    default: str = "auto",
+    held_in: Sequence[nn.Module] | None = None,
+    **attributes: Any,
+) -> TorchScorer:
     """A scorer of ``kind`` around ``model`` (on the meta device), with what its ``__init__`` would set."""
     precision = reward.params.get("precision", default)
     if precision == "auto" and device == "cuda":
@@ -112,6 +121,7 @@ def _classifier_sizes(path: str | None) -> dict[str, int] | None:
 
 def _clip(kind: type[ClipScorer], tower: str, **attributes: Any) -> Callable[[Reward, Config, str], TorchScorer | None]:
     """A builder for a scorer on CLIP: the published ``tower``, or that of the folder in params.clip."""
+
     def make(reward: Reward, config: Config, device: str) -> TorchScorer | None:
         from transformers import CLIPModel
 
@@ -127,6 +137,7 @@ def _clip(kind: type[ClipScorer], tower: str, **attributes: Any) -> Callable[[Re
         if kind is Aesthetic:
             scorer.head = without_data(head.requires_grad_(False))
         return scorer
+
     return make
 
 
@@ -141,8 +152,15 @@ def _clip_config(folder: str | None, tower: str):
     return CLIPConfig(
         projection_dim=known["width"],
         vision_config={**dict(zip(_SIZES, known["vision"])), "image_size": 224, "patch_size": 14, **shared},
-        text_config={**dict(zip(_SIZES, known["text"])), "vocab_size": 49408, "max_position_embeddings": 77,
-                     "bos_token_id": 49406, "eos_token_id": 49407, **shared})
+        text_config={
+            **dict(zip(_SIZES, known["text"])),
+            "vocab_size": 49408,
+            "max_position_embeddings": 77,
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            **shared,
+        },
+    )
 
 
 def _imagereward(reward: Reward, config: Config, device: str) -> TorchScorer:

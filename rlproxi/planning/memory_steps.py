@@ -6,8 +6,9 @@ is the one that is planned for, 'cpu' or 'cuda'.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Callable, ContextManager, Iterable, Iterator, Mapping, Sequence
+from typing import ContextManager
 
 import numpy as np
 import torch
@@ -47,9 +48,14 @@ class Captions:
         return self.groups([""], len(text))
 
 
-def first_updates(config: Config, algorithm: Algorithm, networks: Mapping[str, nn.Module],
-                  reference: Denoiser | None = None, gradients: RewardGradients | None = None,
-                  reference_scope: Callable[[], ContextManager] = nullcontext) -> dict[str, Update]:
+def first_updates(
+    config: Config,
+    algorithm: Algorithm,
+    networks: Mapping[str, nn.Module],
+    reference: Denoiser | None = None,
+    gradients: RewardGradients | None = None,
+    reference_scope: Callable[[], ContextManager] = nullcontext,
+) -> dict[str, Update]:
     """Of each network the first update that the learner makes, of one micro-batch of zeros, where the network is.
 
     Args:
@@ -60,8 +66,9 @@ def first_updates(config: Config, algorithm: Algorithm, networks: Mapping[str, n
     channels, side = latent_space(config)
     shape = (channels, side, side)
     captions = Captions(config, device)
-    algorithm.connect(Parts(dict(networks), dict(networks), reference, captions, gradients, shape, device,
-                            reference_scope))
+    algorithm.connect(
+        Parts(dict(networks), dict(networks), reference, captions, gradients, shape, device, reference_scope)
+    )
     g, kept = config.rl, getattr(algorithm, "trained_steps", 0)
     prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups_per_micro_batch))
     request = SampleRequest("train", 0, prompts, tuple(range(len(prompts))), g.group_size)

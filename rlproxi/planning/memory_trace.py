@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,20 @@ CUDA_BLOCK = 512
 
 #: What autocast computes in float32 on CUDA and leaves alone on the CPU (PyTorch, "Autocast Op Reference"): inputs are
 #: cast, or only the result is made float32.
-_FLOAT32_ON_CUDA = ("layer_norm", "group_norm", "rms_norm", "exp", "expm1", "log", "log1p", "pow.Tensor_Scalar",
-                    "pow.Tensor_Tensor", "reciprocal", "rsqrt", "softplus")
+_FLOAT32_ON_CUDA = (
+    "layer_norm",
+    "group_norm",
+    "rms_norm",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "reciprocal",
+    "rsqrt",
+    "softplus",
+)
 _FLOAT32_RESULT_ON_CUDA = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum")
 
 
@@ -34,9 +47,15 @@ class Ghost(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Ghost":
-        return Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device="cpu",
-                                             storage_offset=inner.storage_offset())
+    def __new__(cls, inner: Tensor) -> Ghost:
+        return Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            dtype=inner.dtype,
+            device="cpu",
+            storage_offset=inner.storage_offset(),
+        )
 
     def __init__(self, inner: Tensor):
         self.inner = inner
@@ -158,6 +177,7 @@ def _in_float32(name: str) -> Callable:
     def kernel(*args, **kwargs):
         with torch.autocast("cpu", enabled=False):
             return operator(*map(_float32, args), **{key: _float32(value) for key, value in kwargs.items()})
+
     return kernel
 
 
@@ -167,6 +187,7 @@ def _to_float32(name: str) -> Callable:
     def kernel(x, *args, dtype=None, **kwargs):
         with torch.autocast("cpu", enabled=False):
             return operator(x, *args, dtype=dtype or (torch.float32 if x.is_floating_point() else None), **kwargs)
+
     return kernel
 
 
@@ -192,6 +213,7 @@ def without_data(module: nn.Module) -> nn.Module:
                 if value is not None:
                     store[name] = made.get(id(value), value)
     return module
+
 
 @contextlib.contextmanager
 def traced(device: str) -> Iterator[LiveBytes]:

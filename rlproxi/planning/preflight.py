@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
 from ..algorithms import registry
 from ..algorithms.base import Algorithm
@@ -37,15 +37,19 @@ def cache_folder(config: Config, run_dir: Path) -> Path | None:
 def with_paths(config: Config, run_dir: Path) -> Config:
     """What a run makes for itself, where nothing else is named: the embedded scorers read what ``prepare`` made, and the
     prompts are the captions that ``encode`` found."""
+
     def resolve(reward: Reward) -> Reward:
         if reward.kind in EMBEDDED and "path" not in reward.params:
             path = str(run_dir / "models" / f"{EMBEDDED[reward.kind]}.safetensors")
             return reward.model_copy(update={"params": {"path": path, **reward.params}})
         return reward
 
-    rewards = config.rewards.model_copy(update={
-        "train": [resolve(r) for r in config.rewards.train],
-        "heldout": [resolve(r) for r in config.rewards.heldout]})
+    rewards = config.rewards.model_copy(
+        update={
+            "train": [resolve(r) for r in config.rewards.train],
+            "heldout": [resolve(r) for r in config.rewards.heldout],
+        }
+    )
     cache, data = cache_folder(config, run_dir), config.data
     if cache is not None and data.prompts is None:
         data = data.model_copy(update={"prompts": str(prompts_path(config, cache))})
@@ -72,8 +76,9 @@ def problems(config: Config) -> list[Problem]:
         if "rl" in config.run.stages and not model:  # what a micro-batch weighs follows from the model
             found += _told(config.section, lambda: _bytes_in_flight(config))
     if "curate" in config.run.stages:
-        found += _told("curate", lambda: job.check(config.curate, config.curate.out or "curated"),
-                       missing=not config.curate.urls)
+        found += _told(
+            "curate", lambda: job.check(config.curate, config.curate.out or "curated"), missing=not config.curate.urls
+        )
     return found
 
 
@@ -84,7 +89,9 @@ def _told(key: str, check: Callable[[], object], missing: bool = False) -> list[
         return []
     except (ValueError, OSError, ImportError) as error:
         text = " ".join(str(error).split())
-        return [Problem(text if text.startswith(key) else f"{key}: {text}", missing or isinstance(error, FileNotFoundError))]
+        return [
+            Problem(text if text.startswith(key) else f"{key}: {text}", missing or isinstance(error, FileNotFoundError))
+        ]
 
 
 def _rewards(config: Config) -> Iterator[Problem]:
@@ -104,8 +111,10 @@ def _reward(reward: Reward) -> None:
         build(reward.kind, params)
     for key in FILES if reward.kind not in EMBEDDED else ():
         if reward.params.get(key) is not None and not Path(reward.params[key]).exists():
-            raise FileNotFoundError(f"reward {reward.name!r}: {key} {reward.params[key]!r} does not exist: name its file "
-                                    "(docs/rewards/ says where it comes from)")
+            raise FileNotFoundError(
+                f"reward {reward.name!r}: {key} {reward.params[key]!r} does not exist: name its file "
+                "(docs/rewards/ says where it comes from)"
+            )
 
 
 def _algorithm(config: Config) -> list[Problem]:
@@ -117,11 +126,20 @@ def _algorithm(config: Config) -> list[Problem]:
     if not (made and made[0].needs_gradients):
         return problems
     known = ", ".join(name for name in names() if is_differentiable(name))
-    lacking = [(i, reward.name) for i, reward in enumerate(config.rewards.train)
-               if reward.kind in names() and not is_differentiable(reward.kind)]
-    problems += [Problem(f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs "
-                         f"one from every training reward: use one of {known}, or a scorer of your own that is a "
-                         "TorchScorer (docs/rewards/)", False) for i, name in lacking]
+    lacking = [
+        (i, reward.name)
+        for i, reward in enumerate(config.rewards.train)
+        if reward.kind in names() and not is_differentiable(reward.kind)
+    ]
+    problems += [
+        Problem(
+            f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs "
+            f"one from every training reward: use one of {known}, or a scorer of your own that is a "
+            "TorchScorer (docs/rewards/)",
+            False,
+        )
+        for i, name in lacking
+    ]
     return problems
 
 
@@ -129,11 +147,15 @@ def _staleness(config: Config, algorithm: Algorithm) -> None:
     """A bound that has no effect."""
     name, g = config.section, config.rl
     if g.max_staleness and not algorithm.needs_rollouts:
-        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, "
-                         "with the weights it has, so nothing can be stale: set it to 0")
+        raise ValueError(
+            f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, "
+            "with the weights it has, so nothing can be stale: set it to 0"
+        )
     if g.max_staleness >= max(1, g.steps):
-        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be "
-                         f"more than {g.steps - 1} versions behind: set it to at most that")
+        raise ValueError(
+            f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be "
+            f"more than {g.steps - 1} versions behind: set it to at most that"
+        )
 
 
 def _bytes_in_flight(config: Config) -> None:
@@ -141,18 +163,24 @@ def _bytes_in_flight(config: Config) -> None:
     name, g = config.section, config.rl
     whole, limit = g.micro_batches * bytes_per_micro_batch(config), g.max_bytes_in_flight
     if whole > limit:
-        raise ValueError(f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
-                         f"and is trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or "
-                         "trained_steps")
+        raise ValueError(
+            f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
+            f"and is trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or "
+            "trained_steps"
+        )
     if (g.max_staleness + 1) * whole > limit:
-        raise ValueError(f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} "
-                         f"bytes are in flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
-                         f"least {(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}")
+        raise ValueError(
+            f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} "
+            f"bytes are in flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
+            f"least {(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}"
+        )
 
 
 def _what_needs_gradients(config: Config) -> str:
-    told = {"grpo": f"grpo.last_step_weight = {config.grpo.last_step_weight:g}",
-            "didr": f"didr.reward = {config.didr.reward!r}"}
+    told = {
+        "grpo": f"grpo.last_step_weight = {config.grpo.last_step_weight:g}",
+        "didr": f"didr.reward = {config.didr.reward!r}",
+    }
     return told.get(config.section, f"run.algorithm = {config.run.algorithm!r}")
 
 
@@ -169,8 +197,11 @@ def _model(config: Config) -> Iterator[Problem]:
     """Folders that are missing or of a kind that is not known, and sizes that do not fit."""
     m = config.model
     if not m.init and "pretrain" not in config.run.stages and {"before", "rl", "after"} & set(config.run.stages):
-        yield Problem("model.init is not set and 'pretrain' is not among run.stages, so there is no starting policy: name a "
-                      "model folder, a run directory or a diffusers folder with model.init, or add the stage", False)
+        yield Problem(
+            "model.init is not set and 'pretrain' is not among run.stages, so there is no starting policy: name a "
+            "model folder, a run directory or a diffusers folder with model.init, or add the stage",
+            False,
+        )
     if m.init:
         found = _told("model.init", lambda: _published(m.init))
     elif m.encoders:
@@ -178,9 +209,12 @@ def _model(config: Config) -> Iterator[Problem]:
     else:
         found = []
     yield from found or _told("model", lambda: latent_space(config))
-    if config.data.buckets and (m.init is None or not found and network_config(m.init)[1].get("_class_name") in OWN):
-        yield Problem("data.buckets is true, but networks of our own have one size: set it false, or start from a "
-                      "diffusers folder with model.init", False)
+    if config.data.buckets and (m.init is None or (not found and network_config(m.init)[1].get("_class_name") in OWN)):
+        yield Problem(
+            "data.buckets is true, but networks of our own have one size: set it false, or start from a "
+            "diffusers folder with model.init",
+            False,
+        )
     if not found and not m.init:
         yield from _told("model", lambda: _fits(config))
 

@@ -7,6 +7,24 @@ from .samplers import SAMPLERS, Noise, Step, Trajectory, generator_noise, plan, 
 from .schedule import VPSchedule
 from .warmstart import WarmStart
 
-__all__ = ["SAMPLERS", "Action", "Denoiser", "Noise", "Prox", "ProximalOperator", "Step", "TimeTable",
-           "Trajectory", "VPSchedule", "WarmStart", "actions", "corrupt", "generator_noise", "kl", "log_ratio",
-           "matching_loss", "plan", "sample"]
+__all__ = [
+    "SAMPLERS",
+    "Action",
+    "Denoiser",
+    "Noise",
+    "Prox",
+    "ProximalOperator",
+    "Step",
+    "TimeTable",
+    "Trajectory",
+    "VPSchedule",
+    "WarmStart",
+    "actions",
+    "corrupt",
+    "generator_noise",
+    "kl",
+    "log_ratio",
+    "matching_loss",
+    "plan",
+    "sample",
+]

@@ -10,8 +10,9 @@ and diffused rewards are written for estimates of x_0; this file is where they m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class Level:
     sigma: Tensor
 
     @classmethod
-    def of(cls, schedule: VPSchedule, t: Tensor, lam: Tensor) -> "Level":
+    def of(cls, schedule: VPSchedule, t: Tensor, lam: Tensor) -> Level:
         """The level of t, lam [B], computed in float64 and returned in t's dtype (at least float32)."""
         dtype = torch.promote_types(t.dtype, torch.float32)
         exponent = schedule.integral(0.0, t.double())
@@ -58,7 +59,7 @@ class Level:
         """The n that ``diffuse`` would have needed to make y [B, ...] of x0."""
         return (y - expand(self.alpha, y) * x0) / expand(self.sigma, y)
 
-    def to(self, device: torch.device | str) -> "Level":
+    def to(self, device: torch.device | str) -> Level:
         """The same level on another device."""
         return Level(*(part.to(device) for part in (self.t, self.lam, self.alpha, self.sigma)))
 
@@ -91,6 +92,7 @@ def as_clean(denoiser: Denoiser) -> Clean:
 
     For a guided one pass ``ProximalOperator(...).residual``: guidance is linear in eps, so it is linear in x_0 too.
     """
+
     def clean(y: Tensor, level: Level, cond: Any = None) -> Tensor:
         return clean_prediction(y, denoiser(y, level.t, level.lam, cond), level)
 
@@ -116,11 +118,14 @@ class Ladder:
     """
 
     def __init__(self, times: Times, schedule: VPSchedule):
-        t, lam, probability = (np.asarray(column, dtype=np.float64) for column in
-                               (times.t, times.lam, times.probability))
+        t, lam, probability = (
+            np.asarray(column, dtype=np.float64) for column in (times.t, times.lam, times.probability)
+        )
         if len(t) == 0 or (lam <= 0).any():
-            raise ValueError(f"a ladder of {len(t)} levels with lam {lam.tolist()}: it needs at least one level, and "
-                             "every lam above 0; check the sampler and the step candidates the table was made of")
+            raise ValueError(
+                f"a ladder of {len(t)} levels with lam {lam.tolist()}: it needs at least one level, and "
+                "every lam above 0; check the sampler and the step candidates the table was made of"
+            )
         log_noise = Level.of(schedule, torch.from_numpy(t), torch.from_numpy(lam)).log_noise.numpy()
         order = np.argsort(log_noise, kind="stable")
         self.schedule = schedule
@@ -157,5 +162,6 @@ class Ladder:
         return self._at(distance.argmin(1)).to(level.t.device)
 
     def _at(self, index: np.ndarray) -> Level:
-        return Level.of(self.schedule, torch.from_numpy(self.t[index]).float(),
-                        torch.from_numpy(self.lam[index]).float())
+        return Level.of(
+            self.schedule, torch.from_numpy(self.t[index]).float(), torch.from_numpy(self.lam[index]).float()
+        )

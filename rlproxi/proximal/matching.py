@@ -42,11 +42,19 @@ class TimeTable:
     Raises ValueError for a candidate the sampler cannot take (``backward`` with gamma >= 2).
     """
 
-    def __init__(self, schedule: VPSchedule, candidates: list[int], sampler: str = "hybrid",
-                 start_time: float = 1.0, spacing: str = "uniform"):
-        entries = [(step.t, step.lam, p / n)
-                   for n, p in zip(candidates, candidate_probabilities(candidates))
-                   for step in plan(schedule, sampler, n, start_time, spacing)]
+    def __init__(
+        self,
+        schedule: VPSchedule,
+        candidates: list[int],
+        sampler: str = "hybrid",
+        start_time: float = 1.0,
+        spacing: str = "uniform",
+    ):
+        entries = [
+            (step.t, step.lam, p / n)
+            for n, p in zip(candidates, candidate_probabilities(candidates))
+            for step in plan(schedule, sampler, n, start_time, spacing)
+        ]
         self.t, self.lam, self.probability = (np.array(column) for column in zip(*entries))
 
     def draw(self, rng: np.random.Generator, batch: int) -> Draw:
@@ -77,8 +85,9 @@ def looks_for_mode(zeta: float | None) -> bool:
     return zeta is not None and math.isfinite(zeta)
 
 
-def matching_target(expected: bool, zeta: float | None, schedule: VPSchedule, y: Tensor, x0: Tensor, t: Tensor, lam: Tensor,
-                    n2: Tensor) -> Tensor:
+def matching_target(
+    expected: bool, zeta: float | None, schedule: VPSchedule, y: Tensor, x0: Tensor, t: Tensor, lam: Tensor, n2: Tensor
+) -> Tensor:
     """What eps is compared with: n2, or ``expected_noise`` where that is asked for and the loss does not look for the mode."""
     return expected_noise(schedule, y, x0, t, lam) if expected and not looks_for_mode(zeta) else n2
 

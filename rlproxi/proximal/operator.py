@@ -5,7 +5,8 @@ Source: ProxDM (arXiv 2507.08956), section 3: prox = argmin_x 1/2 ||x - y||^2 - 
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,18 @@ class ProximalOperator:
         join: concatenates two conds along the batch; needed when w != 1.
     """
 
-    def __init__(self, denoiser: Denoiser, guidance_scale: float = 1.0,
-                 null_cond: Callable[[Any], Any] | None = None,
-                 join: Callable[[Any, Any], Any] | None = None):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guidance_scale: float = 1.0,
+        null_cond: Callable[[Any], Any] | None = None,
+        join: Callable[[Any, Any], Any] | None = None,
+    ):
         if guidance_scale != 1.0 and (null_cond is None or join is None):
-            raise ValueError("guidance_scale != 1 needs null_cond and join: "
-                             "what an unconditional input looks like, and how to batch the two")
+            raise ValueError(
+                "guidance_scale != 1 needs null_cond and join: "
+                "what an unconditional input looks like, and how to batch the two"
+            )
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
         self.null_cond = null_cond

@@ -43,10 +43,14 @@ def actions(steps: list[Step]) -> list[Action]:
     """The N - 1 actions of a plan. Raises ValueError where the sampler draws no noise."""
     if len(steps) < 2:
         raise ValueError("a plan of one step has no action to train: num_inference_steps must be >= 2")
-    found = [Action(i, step, nxt.a * step.b, math.hypot(nxt.s, nxt.a * step.e), nxt.a * step.d / step.a)
-             for i, (step, nxt) in enumerate(zip(steps, steps[1:]))]
+    found = [
+        Action(i, step, nxt.a * step.b, math.hypot(nxt.s, nxt.a * step.e), nxt.a * step.d / step.a)
+        for i, (step, nxt) in enumerate(zip(steps, steps[1:]))
+    ]
     if any(action.s == 0.0 for action in found):
-        raise ValueError("the sampler draws no noise and has no policy; use hybrid or backward, or ddim, euler or matched with eta above 0")
+        raise ValueError(
+            "the sampler draws no noise and has no policy; use hybrid or backward, or ddim, euler or matched with eta above 0"
+        )
     return found
 
 
@@ -62,8 +66,9 @@ def _reduce(x: Tensor, reduction: str) -> Tensor:
     raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
 
 
-def log_ratio(action: Action, prox_new: Tensor, prox_old: Tensor, z_next: Tensor,
-              reduction: str = "mean", regulated: bool = False) -> Tensor:
+def log_ratio(
+    action: Action, prox_new: Tensor, prox_old: Tensor, z_next: Tensor, reduction: str = "mean", regulated: bool = False
+) -> Tensor:
     """ln pi_new(z_next | z) - ln pi_old(z_next | z), per sample: [B].
 
     With delta = a (P_new - P_old)/s and n = (z_next - a P_old)/s, the noise that was drawn,

@@ -31,8 +31,9 @@ step follows. With c = sqrt(v (1 - eta^2) (v + lam))/lam: b = 1 + v/lam - c, d =
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +92,10 @@ def coefficients(gamma: float, sampler: str) -> tuple[float, float, float]:
 
 def _step_with_noise_after(schedule: VPSchedule, sampler: str, k: int, t: float, old: float, eta: float) -> Step:
     """The step from time ``old`` down to ``t``."""
-    signal, noise = (lambda at: math.exp(-schedule.integral(0.0, at) / 2)), (
-        lambda at: math.sqrt(-math.expm1(-schedule.integral(0.0, at))))
+    signal, noise = (
+        (lambda at: math.exp(-schedule.integral(0.0, at) / 2)),
+        (lambda at: math.sqrt(-math.expm1(-schedule.integral(0.0, at)))),
+    )
     gamma, lam = schedule.integral(t, old), (noise(old) / signal(old)) ** 2
     if sampler == "matched":
         a, lam, v = math.exp(gamma / 2), math.expm1(gamma), noise(t) ** 2
@@ -117,8 +120,14 @@ def smallest_backward_steps(schedule: VPSchedule, start_time: float, spacing: st
         n += 1
 
 
-def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_time: float = 1.0,
-         spacing: str = "uniform", eta: float | Sequence[float] = 0.0) -> list[Step]:
+def plan(
+    schedule: VPSchedule,
+    sampler: str,
+    num_inference_steps: int,
+    start_time: float = 1.0,
+    spacing: str = "uniform",
+    eta: float | Sequence[float] = 0.0,
+) -> list[Step]:
     """The steps k = N..1 in the order they are taken.
 
     eta: of ddim, euler and matched, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each
@@ -132,25 +141,32 @@ def plan(schedule: VPSchedule, sampler: str, num_inference_steps: int, start_tim
     times = schedule.grid(num_inference_steps, start_time, spacing)
     if sampler in AFTER:
         etas = [eta] * num_inference_steps if isinstance(eta, (int, float)) else list(eta)
-        return [_step_with_noise_after(schedule, sampler, k, times[k - 1], times[k], etas[num_inference_steps - k])
-                for k in range(num_inference_steps, 0, -1)]
+        return [
+            _step_with_noise_after(schedule, sampler, k, times[k - 1], times[k], etas[num_inference_steps - k])
+            for k in range(num_inference_steps, 0, -1)
+        ]
     gammas = [schedule.integral(a, b) for a, b in zip(times, times[1:])]
     if sampler == "backward" and max(gammas) >= 2.0:
         smallest = smallest_backward_steps(schedule, start_time, spacing)
         raise ValueError(
             f"sampler 'backward' cannot take num_inference_steps={num_inference_steps}: its largest "
             f"gamma is {max(gammas):.2f} and must be below 2. The smallest number of steps that works "
-            f"with start_time={start_time} on the {spacing} grid is {smallest}")
-    return [Step(k, times[k - 1], gammas[k - 1], *coefficients(gammas[k - 1], sampler))
-            for k in range(num_inference_steps, 0, -1)]
+            f"with start_time={start_time} on the {spacing} grid is {smallest}"
+        )
+    return [
+        Step(k, times[k - 1], gammas[k - 1], *coefficients(gammas[k - 1], sampler))
+        for k in range(num_inference_steps, 0, -1)
+    ]
 
 
 def generator_noise(generator: torch.Generator | None = None) -> Noise:
     """Fresh noise from one torch generator (drawn on the generator's device, then moved)."""
+
     def draw(k: int, like: Tensor) -> Tensor:
         device = generator.device if generator is not None else like.device
         noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
         return noise.to(like.device)
+
     return draw
 
 
@@ -168,8 +184,15 @@ class Trajectory:
     prox: list[Tensor]
 
 
-def sample(prox: Prox, steps: list[Step], x: Tensor, cond: Any = None, noise: Noise | None = None,
-           keep_chain: bool = False, callback: Callable[[Step, Tensor], None] | None = None) -> Trajectory:
+def sample(
+    prox: Prox,
+    steps: list[Step],
+    x: Tensor,
+    cond: Any = None,
+    noise: Noise | None = None,
+    keep_chain: bool = False,
+    callback: Callable[[Step, Tensor], None] | None = None,
+) -> Trajectory:
     """Runs the sampler from x = x_N [B, ...] ~ N(0, I), in x's dtype.
 
     Noise is fresh at every step, the last included: the prox comes after it. Differentiable

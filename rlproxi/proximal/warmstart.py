@@ -10,7 +10,8 @@ elsewhere it is where MSE training would arrive, and proximal matching finishes 
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,14 @@ class WarmStart(nn.Module):
         ValueError: unknown prediction.
     """
 
-    def __init__(self, model: TimedModel, prediction: str, schedule: VPSchedule,
-                 told_time: Callable[[Tensor], Tensor] | None = None, max_time: float | None = None):
+    def __init__(
+        self,
+        model: TimedModel,
+        prediction: str,
+        schedule: VPSchedule,
+        told_time: Callable[[Tensor], Tensor] | None = None,
+        max_time: float | None = None,
+    ):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction {prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
@@ -79,7 +86,8 @@ class WarmStart(nn.Module):
         alpha_bar = self.schedule.alpha_bar(t)
         variance = 1 - alpha_bar + lam  # of the noise in y
         noise = (self._flow_noise if self.prediction == "flow" else self._vp_noise)(
-            y.to(work), alpha_bar, variance, lam, cond)
+            y.to(work), alpha_bar, variance, lam, cond
+        )
         # The clamp only matters at t = lam = 0, where there is no noise to predict.
         share = (lam / variance.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return (expand(share.to(work), y) * noise).to(y.dtype)

@@ -2,17 +2,27 @@
 
 from . import aesthetic, attributes, clip_score, hpsv2, http, imagereward, jpeg, pickscore  # noqa: F401  (registration)
 from .base import (
-           RewardError,
-           Scorer,
-           TorchScorer,
-           build,
-           checked_params,
-           checked_scores,
-           names,
-           parameters,
-           provenance,
-           register,
+    RewardError,
+    Scorer,
+    TorchScorer,
+    build,
+    checked_params,
+    checked_scores,
+    names,
+    parameters,
+    provenance,
+    register,
 )
 
-__all__ = ["RewardError", "Scorer", "TorchScorer", "build", "checked_params", "checked_scores", "names", "parameters",
-           "provenance", "register"]
+__all__ = [
+    "RewardError",
+    "Scorer",
+    "TorchScorer",
+    "build",
+    "checked_params",
+    "checked_scores",
+    "names",
+    "parameters",
+    "provenance",
+    "register",
+]

@@ -5,8 +5,8 @@ The definition is christophschuhmann/improved-aesthetic-predictor, its file simp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +30,28 @@ def aesthetic_head(file: str | Path) -> nn.Sequential:
     Raises FileNotFoundError, or ValueError naming what does not fit.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"predictor {str(file)!r} is no file; it is sac+logos+ava1-l14-linearMSE.pth of "
-                                "github.com/christophschuhmann/improved-aesthetic-predictor")
+        raise FileNotFoundError(
+            f"predictor {str(file)!r} is no file; it is sac+logos+ava1-l14-linearMSE.pth of "
+            "github.com/christophschuhmann/improved-aesthetic-predictor"
+        )
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
         raise ValueError(f"predictor {file} is not a torch checkpoint of plain tensors: {reason(error)}") from None
     layers = dict(zip((0, 2, 4, 6, 7), zip(WIDTHS, WIDTHS[1:])))  # 1, 3 and 5 are dropout
-    wanted = {f"layers.{i}.{part}": shape for i, (a, b) in layers.items()
-              for part, shape in (("weight", (b, a)), ("bias", (b,)))}
+    wanted = {
+        f"layers.{i}.{part}": shape
+        for i, (a, b) in layers.items()
+        for part, shape in (("weight", (b, a)), ("bias", (b,)))
+    }
     stored = stored if isinstance(stored, dict) else {}
     held = {key: tuple(getattr(value, "shape", ())) for key, value in stored.items()}
     if held != wanted:
-        wrong = [f"{key} is {held.get(key, 'missing')}, not {wanted.get(key, 'expected')}"
-                 for key in {**wanted, **held} if held.get(key) != wanted.get(key)]
+        wrong = [
+            f"{key} is {held.get(key, 'missing')}, not {wanted.get(key, 'expected')}"
+            for key in {**wanted, **held}
+            if held.get(key) != wanted.get(key)
+        ]
         raise ValueError(f"predictor {file} is not the 768-1024-128-64-16-1 predictor: {'; '.join(wrong[:3])}")
     head = nn.Sequential(*(nn.Linear(a, b, device="meta") for a, b in layers.values()))
     for layer, i in zip(head, layers):
@@ -66,8 +74,10 @@ class Aesthetic(ClipScorer):
         head = aesthetic_head(predictor)
         model, folder = load_clip(clip, "clip")
         if model.config.projection_dim != WIDTHS[0]:
-            raise ValueError(f"clip {clip!r} has {model.config.projection_dim} features; the predictor takes the "
-                             f"{WIDTHS[0]} of ViT-L/14, openai/clip-vit-large-patch14")
+            raise ValueError(
+                f"clip {clip!r} has {model.config.projection_dim} features; the predictor takes the "
+                f"{WIDTHS[0]} of ViT-L/14, openai/clip-vit-large-patch14"
+            )
         model.text_model = model.text_projection = None  # prompts are not looked at
         super().__init__(model, [Path(predictor), *weight_files(folder)], **options)
         self._ready(None)

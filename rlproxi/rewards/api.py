@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Sequence, Union
+from typing import Any, Union
 
 import numpy as np
 from PIL import Image
@@ -21,8 +22,15 @@ BENCHMARK_STYLES = ("anime", "concept-art", "paintings", "photo")
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-def score_images(scorer: str | Scorer, images: Any, prompts: str | Sequence[str], *, batch: int = 32,
-                 progress: bool = False, **params) -> np.ndarray:
+def score_images(
+    scorer: str | Scorer,
+    images: Any,
+    prompts: str | Sequence[str],
+    *,
+    batch: int = 32,
+    progress: bool = False,
+    **params,
+) -> np.ndarray:
     """Scores images, in their order.
 
     Images of one size are scored together, ``batch`` at a time, and only these are in memory. Every image is made
@@ -69,8 +77,14 @@ def batches(items: Sequence[Item], batch: int) -> list[list[int]]:
     return [same[k : k + batch] for same in by_size.values() for k in range(0, len(same), batch)]
 
 
-def score_batches(scorer: Scorer, name: str, items: Sequence[Item], prompts: Sequence[str], plan: list[list[int]],
-                  progress: bool = False) -> np.ndarray:
+def score_batches(
+    scorer: Scorer,
+    name: str,
+    items: Sequence[Item],
+    prompts: Sequence[str],
+    plan: list[list[int]],
+    progress: bool = False,
+) -> np.ndarray:
     """float32 [B] in the order of ``items``; ``name`` is for errors and the bar. See ``score_images``."""
     from tqdm import tqdm
 
@@ -155,8 +169,9 @@ def _list(path: Path, text: str) -> list[str]:
         raise ValueError(f"prompts {path} hold a {type(value).__name__}, expected a list of texts")
     wrong = [i for i, item in enumerate(value) if not isinstance(item, str)]
     if wrong:
-        raise ValueError(f"prompts {path}: entry {wrong[0]} (counted from 0) is a {type(value[wrong[0]]).__name__}, "
-                         "expected a text")
+        raise ValueError(
+            f"prompts {path}: entry {wrong[0]} (counted from 0) is a {type(value[wrong[0]]).__name__}, expected a text"
+        )
     return value
 
 
@@ -167,8 +182,9 @@ def _records(path: Path, text: str) -> list[str]:
         if isinstance(value, dict):
             value = value.get("prompt", value.get("caption"))
         if not isinstance(value, str):
-            raise ValueError(f"prompts {path}: line {number} is neither a text nor an object with 'prompt'"
-                             " or 'caption'")
+            raise ValueError(
+                f"prompts {path}: line {number} is neither a text nor an object with 'prompt' or 'caption'"
+            )
         prompts.append(value)
     return prompts
 

@@ -6,8 +6,8 @@ judge, which nothing ever optimises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -35,13 +35,22 @@ class AttributeClassifier(nn.Module):
         self.sizes = {"sample_size": sample_size, "width": width}
         w = width
         self.features = nn.Sequential(
-            nn.Conv2d(3, w, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(w, w, 3, padding=1), nn.GroupNorm(8, w), nn.SiLU(),
-            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(2 * w, 2 * w, 3, padding=1), nn.GroupNorm(8, 2 * w), nn.SiLU(),
-            nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1), nn.SiLU())
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(2 * w * (sample_size // 8) ** 2, 128), nn.SiLU(),
-                                  nn.Linear(128, sum(HEADS)))
+            nn.Conv2d(3, w, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(w, w, 3, padding=1),
+            nn.GroupNorm(8, w),
+            nn.SiLU(),
+            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * w, 2 * w, 3, padding=1),
+            nn.GroupNorm(8, 2 * w),
+            nn.SiLU(),
+            nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1),
+            nn.SiLU(),
+        )
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(2 * w * (sample_size // 8) ** 2, 128), nn.SiLU(), nn.Linear(128, sum(HEADS))
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.features((2 * pixels - 1).contiguous(memory_format=torch.channels_last)))
@@ -53,11 +62,13 @@ class AttributeClassifier(nn.Module):
         save_file(weights, file, metadata={key: str(value) for key, value in self.sizes.items()})
 
     @classmethod
-    def load(cls, file: str | Path) -> "AttributeClassifier":
+    def load(cls, file: str | Path) -> AttributeClassifier:
         """Raises FileNotFoundError, or ValueError naming a file that is damaged or holds something else."""
         if not Path(file).is_file():
-            raise FileNotFoundError(f"classifier {str(file)!r} is missing: the stage 'prepare' makes it, or name one "
-                                    "with the reward's params.path")
+            raise FileNotFoundError(
+                f"classifier {str(file)!r} is missing: the stage 'prepare' makes it, or name one "
+                "with the reward's params.path"
+            )
         try:
             with safe_open(file, framework="pt") as stored:
                 model = cls(**{key: int(value) for key, value in stored.metadata().items()})

@@ -11,8 +11,9 @@ import hashlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Protocol, Sequence, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import numpy as np
 import torch
@@ -49,8 +50,14 @@ class TorchScorer(ABC):
         micro_batch: images of one forward in ``score``; bounds the memory, changes nothing else.
     """
 
-    def __init__(self, model: nn.Module, files: Sequence[str | Path] = (), device: str | None = None,
-                 precision: str = "auto", micro_batch: int = 32):
+    def __init__(
+        self,
+        model: nn.Module,
+        files: Sequence[str | Path] = (),
+        device: str | None = None,
+        precision: str = "auto",
+        micro_batch: int = 32,
+    ):
         if micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}; it must be at least 1")
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -115,9 +122,11 @@ _REGISTRY: dict[str, Callable[..., Scorer]] = {}
 
 def register(name: str):
     """Class decorator: makes a scorer known by ``name`` in the config."""
+
     def add(cls):
         _REGISTRY[name] = cls
         return cls
+
     return add
 
 
@@ -157,8 +166,14 @@ def checked_params(name: str, params: dict[str, Any]) -> dict[str, Any]:
             key = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
                 close = difflib.get_close_matches(key, list(schema.model_fields), n=1)
-                told.append(f"it takes no {key!r}" + (f", did you mean {close[0]!r}?" if close else
-                                                      f"; it takes {', '.join(schema.model_fields) or 'none'}"))
+                told.append(
+                    f"it takes no {key!r}"
+                    + (
+                        f", did you mean {close[0]!r}?"
+                        if close
+                        else f"; it takes {', '.join(schema.model_fields) or 'none'}"
+                    )
+                )
             elif item["type"] == "missing":
                 told.append(f"{key!r} is missing")
             else:
@@ -183,16 +198,20 @@ def _schema(cls: type) -> type[BaseModel]:
                 fields[p.name] = (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
         if not any(p.kind is p.VAR_KEYWORD for p in signature):
             break
-    return create_model(f"{cls.__name__}Params", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True,
-                                                                       protected_namespaces=()), **fields)
+    return create_model(
+        f"{cls.__name__}Params",
+        __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()),
+        **fields,
+    )
 
 
 #: What a subclass hands to TorchScorer, and no user.
 _INTERNAL = ("model", "files")
 
 
-def checked_scores(scorer: Scorer, name: str, images: np.ndarray, prompts: list[str],
-                   partial: bool = False) -> np.ndarray:
+def checked_scores(
+    scorer: Scorer, name: str, images: np.ndarray, prompts: list[str], partial: bool = False
+) -> np.ndarray:
     """The scorer's float32 scores [B]; RewardError if it raises, or returns NaN, Inf or the wrong shape.
 
     With ``partial`` scores that are NaN or infinite come back as NaN, a missing score, unless all of them are.
@@ -207,8 +226,9 @@ def checked_scores(scorer: Scorer, name: str, images: np.ndarray, prompts: list[
     if partial and finite.any():
         return np.where(finite, scores, np.float32("nan"))
     if not finite.all():
-        raise RewardError(f"reward {name!r} returned {int((~finite).sum())} scores that are NaN or "
-                          f"infinite for {prompts[0]!r}")
+        raise RewardError(
+            f"reward {name!r} returned {int((~finite).sum())} scores that are NaN or infinite for {prompts[0]!r}"
+        )
     return scores
 
 

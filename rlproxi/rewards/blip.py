@@ -9,10 +9,10 @@ renames its keys, so no config file is needed. Definition: the authors' reposito
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,9 @@ class Sizes:
     positions: int
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> "Sizes":
+    def of(cls, weights: Mapping[str, Tensor]) -> Sizes:
         """Reads them off ``weights`` (the authors' names). Raises ValueError where a weight is missing or odd."""
+
         def shape(name: str, dimensions: int) -> tuple[int, ...]:
             if name not in weights:
                 raise ValueError(f"it has no weight {name!r}; its first keys are {sorted(weights)[:3]}")
@@ -68,17 +69,23 @@ class Sizes:
         for tower, value in (("image", width), ("text", text_width)):
             if value % HEAD_WIDTH:
                 raise ValueError(f"its {tower} tower is {value} wide, no multiple of {HEAD_WIDTH}, the width of a head")
-        return cls(image=isqrt(tokens - 1) * patch, patch=patch, vision_width=width,
-                   vision_layers=_count(weights, VISION + "blocks."),
-                   vision_mlp=shape(VISION + "blocks.0.mlp.fc1.weight", 2)[0],
-                   text_width=text_width, text_layers=_count(weights, TEXT + "encoder.layer."),
-                   text_mlp=shape(TEXT + "encoder.layer.0.intermediate.dense.weight", 2)[0], vocabulary=vocabulary,
-                   positions=shape(TEXT + "embeddings.position_embeddings.weight", 2)[0])
+        return cls(
+            image=isqrt(tokens - 1) * patch,
+            patch=patch,
+            vision_width=width,
+            vision_layers=_count(weights, VISION + "blocks."),
+            vision_mlp=shape(VISION + "blocks.0.mlp.fc1.weight", 2)[0],
+            text_width=text_width,
+            text_layers=_count(weights, TEXT + "encoder.layer."),
+            text_mlp=shape(TEXT + "encoder.layer.0.intermediate.dense.weight", 2)[0],
+            vocabulary=vocabulary,
+            positions=shape(TEXT + "embeddings.position_embeddings.weight", 2)[0],
+        )
 
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered layers the keys ``<prefix><number>...`` name."""
-    return len({name[len(prefix):].split(".")[0] for name in weights if name.startswith(prefix)})
+    return len({name[len(prefix) :].split(".")[0] for name in weights if name.startswith(prefix)})
 
 
 class ImageRewardNetwork(nn.Module):
@@ -91,22 +98,50 @@ class ImageRewardNetwork(nn.Module):
         self.sizes = sizes
         # timm's vision transformer has layer norms of 1e-6, BERT of 1e-12; transformers' BLIP defaults to 1e-5 for the
         # former. Both towers use the exact GELU.
-        self.vision = BlipVisionModel(BlipVisionConfig(
-            hidden_size=sizes.vision_width, intermediate_size=sizes.vision_mlp, image_size=sizes.image,
-            num_hidden_layers=sizes.vision_layers, num_attention_heads=sizes.vision_width // HEAD_WIDTH,
-            patch_size=sizes.patch, hidden_act="gelu", layer_norm_eps=1e-6))
+        self.vision = BlipVisionModel(
+            BlipVisionConfig(
+                hidden_size=sizes.vision_width,
+                intermediate_size=sizes.vision_mlp,
+                image_size=sizes.image,
+                num_hidden_layers=sizes.vision_layers,
+                num_attention_heads=sizes.vision_width // HEAD_WIDTH,
+                patch_size=sizes.patch,
+                hidden_act="gelu",
+                layer_norm_eps=1e-6,
+            )
+        )
         # is_decoder builds the cross-attention; the attention over the text stays bidirectional, as forward() is not
         # asked for a decoder's.
-        self.text = BlipTextModel(BlipTextConfig(
-            vocab_size=sizes.vocabulary, hidden_size=sizes.text_width, encoder_hidden_size=sizes.vision_width,
-            intermediate_size=sizes.text_mlp, num_hidden_layers=sizes.text_layers,
-            num_attention_heads=sizes.text_width // HEAD_WIDTH, max_position_embeddings=sizes.positions,
-            hidden_act="gelu", layer_norm_eps=1e-12, is_decoder=True, pad_token_id=0, bos_token_id=None,
-            eos_token_id=None, sep_token_id=None), add_pooling_layer=False)
+        self.text = BlipTextModel(
+            BlipTextConfig(
+                vocab_size=sizes.vocabulary,
+                hidden_size=sizes.text_width,
+                encoder_hidden_size=sizes.vision_width,
+                intermediate_size=sizes.text_mlp,
+                num_hidden_layers=sizes.text_layers,
+                num_attention_heads=sizes.text_width // HEAD_WIDTH,
+                max_position_embeddings=sizes.positions,
+                hidden_act="gelu",
+                layer_norm_eps=1e-12,
+                is_decoder=True,
+                pad_token_id=0,
+                bos_token_id=None,
+                eos_token_id=None,
+                sep_token_id=None,
+            ),
+            add_pooling_layer=False,
+        )
         # The authors' head: linear layers with dropout between them and, as published, no activation.
         self.head = nn.Sequential(
-            nn.Linear(sizes.text_width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
-            nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1))
+            nn.Linear(sizes.text_width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
 
     def image_features(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S], normalised -> the class token and every patch after the last norm, [B, 1 + P, Dv]."""
@@ -134,14 +169,14 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, value in weights.items():
         if name.startswith(VISION):
-            short = name[len(VISION):]
+            short = name[len(VISION) :]
             for pattern, new in _VISION_NAMES:
                 short = re.sub(pattern, new, short)
             found["vision." + short] = value
         elif name.startswith(TEXT) and not name.endswith(".position_ids"):
-            found["text." + name[len(TEXT):]] = value
+            found["text." + name[len(TEXT) :]] = value
         elif name.startswith(HEAD):
-            found["head." + name[len(HEAD):].removeprefix("layers.")] = value
+            found["head." + name[len(HEAD) :].removeprefix("layers.")] = value
     return found
 
 
@@ -164,10 +199,16 @@ def network_from(weights: Mapping[str, Tensor]) -> ImageRewardNetwork:
 
 def _check(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    odd = [f"{name} is {list(found[name].shape)} instead of {list(value.shape)}" for name, value in wanted.items()
-           if name in found and found[name].shape != value.shape]
-    told = [f"{len(names)} weights {what}, first {', '.join(names[:3])}"
-            for what, names in (("are missing", missing), ("are unknown", unknown), ("do not fit", odd)) if names]
+    odd = [
+        f"{name} is {list(found[name].shape)} instead of {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    told = [
+        f"{len(names)} weights {what}, first {', '.join(names[:3])}"
+        for what, names in (("are missing", missing), ("are unknown", unknown), ("do not fit", odd))
+        if names
+    ]
     if told:
         raise ValueError("; ".join(told))
 
@@ -182,8 +223,10 @@ def load_network(file: str | Path) -> ImageRewardNetwork:
     except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
         raise ValueError(f"ImageReward checkpoint {str(file)!r} cannot be read: {error}") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"ImageReward checkpoint {str(file)!r} holds no plain state dict of tensors; the authors' "
-                         "ImageReward.pt does")
+        raise ValueError(
+            f"ImageReward checkpoint {str(file)!r} holds no plain state dict of tensors; the authors' "
+            "ImageReward.pt does"
+        )
     try:
         return network_from(weights)
     except ValueError as error:

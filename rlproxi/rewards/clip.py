@@ -11,13 +11,13 @@ Both take float pixels [B, 3, H, W] in [0, 1], return the normalised [B, 3, size
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.precision import autocast
 from .base import TorchScorer, distinct, hold_in
@@ -103,7 +103,8 @@ def _pillow_weights(old: int, new: int) -> Tensor:
     centre = (np.arange(new)[:, None] + 0.5) * factor
     place = np.arange(old)[None]
     inside = (place >= np.floor(np.maximum(centre - 2 * stretch + 0.5, 0))) & (
-        place < np.floor(np.minimum(centre + 2 * stretch + 0.5, old)))
+        place < np.floor(np.minimum(centre + 2 * stretch + 0.5, old))
+    )
     x = np.abs((place - centre + 0.5) / stretch)
     near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = np.where(inside, np.where(x < 1, near, np.where(x < 2, far, 0)), 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -20,8 +20,9 @@ def load_clip(name: str, key: str = "model"):
     try:
         model, loaded = CLIPModel.from_pretrained(folder, dtype="float32", output_loading_info=True)
     except Exception as error:  # safetensors, pickle, json and transformers each raise their own
-        raise ValueError(f"{key} {name!r}: {folder} holds no CLIP that transformers can load: "
-                         f"{reason(error)}") from None
+        raise ValueError(
+            f"{key} {name!r}: {folder} holds no CLIP that transformers can load: {reason(error)}"
+        ) from None
     if loaded["missing_keys"]:  # transformers would draw them at random and only warn
         missing = sorted(loaded["missing_keys"])
         raise ValueError(f"{key} {name!r}: {folder} lacks {len(missing)} of CLIP's weights, first {missing[0]!r}")
@@ -45,8 +46,15 @@ class ClipScore(ClipScorer):
         options: device, precision, micro_batch (``TorchScorer``).
     """
 
-    def __init__(self, clip: str = "openai/clip-vit-large-patch14", tokenizer: str | None = None, scale: float = 100.0,
-                 clamp: bool = True, eight_bit: bool = True, **options):
+    def __init__(
+        self,
+        clip: str = "openai/clip-vit-large-patch14",
+        tokenizer: str | None = None,
+        scale: float = 100.0,
+        clamp: bool = True,
+        eight_bit: bool = True,
+        **options,
+    ):
         tokens = load_tokens(tokenizer or clip)
         model, folder = load_clip(clip, "clip")
         super().__init__(model, weight_files(folder), **options)

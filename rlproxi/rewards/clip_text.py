@@ -6,8 +6,8 @@ import gzip
 import html
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ _SINGLE_QUOTES, _DOUBLE_QUOTES = "\u02bc\u2018\u2019\u201a\u201b", "\u201c\u201d
 _LIGATURES = [0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB05), 0xFB06]
 _DROPPED = [*range(0x00, 0x09), 0x0B, *range(0x0E, 0x20), 0x7F, *range(0x206A, 0x2070), *range(0xFFF9, 0xFFFD), 0xFEFF]
 _PLAIN = {
-    **{ord(c): "'" for c in _SINGLE_QUOTES}, **{ord(c): '"' for c in _DOUBLE_QUOTES},
+    **{ord(c): "'" for c in _SINGLE_QUOTES},
+    **{ord(c): '"' for c in _DOUBLE_QUOTES},
     **{c: unicodedata.normalize("NFKC", chr(c)) for c in (0x3000, *range(0xFF01, 0xFFF0), *_LIGATURES)},
-    0x149: "'n", **{c: None for c in _DROPPED},
+    0x149: "'n",
+    **{c: None for c in _DROPPED},
 }
 
 
@@ -50,8 +52,9 @@ class ClipTokens:
         clean: what is done to a prompt before.
     """
 
-    def __init__(self, encode: Callable[[list[str]], list[list[int]]], start: int, end: int,
-                 clean: Callable[[str], str] = str):
+    def __init__(
+        self, encode: Callable[[list[str]], list[list[int]]], start: int, end: int, clean: Callable[[str], str] = str
+    ):
         self.encode, self.start, self.end, self.clean = encode, start, end, clean
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
@@ -75,8 +78,9 @@ def load_tokens(name: str, clean: Callable[[str], str] = str) -> ClipTokens:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers' Rust has an error without a class, and converters raise anything
-        raise ValueError(f"tokenizer {name!r}: {folder} holds no tokenizer that transformers can load: "
-                         f"{reason(error)}") from None
+        raise ValueError(
+            f"tokenizer {name!r}: {folder} holds no tokenizer that transformers can load: {reason(error)}"
+        ) from None
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if start is None or end is None:
         raise ValueError(f"tokenizer {name!r} has no start or end token (bos {start}, eos {end}): it is not CLIP's")
@@ -104,15 +108,27 @@ def _from_merges(file: Path, clean: Callable[[str], str]) -> ClipTokens:
     pairs = [tuple(line.split()) for line in lines if line]
     wrong = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
     if wrong is not None or not pairs:
-        raise ValueError(f"tokenizer {str(file)!r} is not in the format of bpe_simple_vocab_16e6.txt.gz: "
-                         + (f"line {wrong + 2} is {lines[wrong]!r}, not a pair" if pairs else "it lists no pairs"))
+        raise ValueError(
+            f"tokenizer {str(file)!r} is not in the format of bpe_simple_vocab_16e6.txt.gz: "
+            + (f"line {wrong + 2} is {lines[wrong]!r}, not a pair" if pairs else "it lists no pairs")
+        )
     letters = _byte_letters()
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in pairs),
-             "<start_of_text>", "<end_of_text>"]
+    words = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(pair) for pair in pairs),
+        "<start_of_text>",
+        "<end_of_text>",
+    ]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, pairs, end_of_word_suffix="</w>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     core.add_special_tokens(words[-2:])
 
     def encode(prompts: list[str]) -> list[list[int]]:

@@ -6,8 +6,8 @@ move float32 images both ways for every sample (docs/algorithms.md has the measu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ class RewardGradients:
             others, whatever its scale (R0, arXiv 2503.13070). False: the plain gradient of the weighted sum.
     """
 
-    def __init__(self, scorers: dict[str, tuple[TorchScorer, float]], vae: Autoencoder | None = None, normalize: bool = True):
+    def __init__(
+        self, scorers: dict[str, tuple[TorchScorer, float]], vae: Autoencoder | None = None, normalize: bool = True
+    ):
         self.scorers, self.vae, self.normalize = scorers, vae, normalize
         if vae is not None:
             vae.vae.requires_grad_(False)
@@ -45,8 +47,9 @@ class RewardGradients:
         return {name: weight for name, (_, weight) in self.scorers.items()}
 
     @classmethod
-    def build(cls, rewards: Sequence[Reward], vae: Autoencoder | None, normalize: bool,
-              device: str | torch.device) -> "RewardGradients":
+    def build(
+        cls, rewards: Sequence[Reward], vae: Autoencoder | None, normalize: bool, device: str | torch.device
+    ) -> RewardGradients:
         """Builds the scorers on ``device``. Raises ValueError as ``rewards.build``, and for one without gradients."""
         scorers = {}
         for reward in rewards:
@@ -67,8 +70,7 @@ class RewardGradients:
         total = sum(self.scorers[name][1] * value for name, value in scores.items())
         return total, {name: value.detach() for name, value in scores.items()}
 
-    def __call__(self, x: Tensor, prompts: Sequence[str],
-                 also: Callable[[Tensor], Tensor] | None = None) -> Gradients:
+    def __call__(self, x: Tensor, prompts: Sequence[str], also: Callable[[Tensor], Tensor] | None = None) -> Gradients:
         """Scores and ascent direction at samples x [B, ...].
 
         ``also``: x -> an ascent direction like x that is no reward's gradient, added as it is.
@@ -87,8 +89,11 @@ class RewardGradients:
     def scaled(self, gradient: Tensor) -> Tensor:
         """A direction [B, ...] as it enters the sum: over its own norm, for each sample, where ``normalize`` says so."""
         # A sample whose score is missing has no direction; one NaN must not reach the weights.
-        gradient = torch.where(torch.isfinite(gradient).flatten(1).all(1).reshape(-1, *[1] * (gradient.dim() - 1)),
-                               gradient, torch.zeros_like(gradient))
+        gradient = torch.where(
+            torch.isfinite(gradient).flatten(1).all(1).reshape(-1, *[1] * (gradient.dim() - 1)),
+            gradient,
+            torch.zeros_like(gradient),
+        )
         if not self.normalize:
             return gradient
         return gradient / (gradient.flatten(1).norm(dim=1).reshape(-1, *[1] * (gradient.dim() - 1)) + 1e-12)

@@ -6,7 +6,7 @@ every call; this scorer gives the same scores in batches, without its dependenci
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -33,8 +33,13 @@ class HPSv21(ClipScorer):
 
     FILE = "HPS_v2.1_compressed.pt"
 
-    def __init__(self, checkpoint: str | None = None, tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-                 antialias: bool = True, **options):
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        antialias: bool = True,
+        **options,
+    ):
         tokens = load_tokens(tokenizer, open_clip_clean)  # before the weights: a wrong name shows at once
         file = checkpoint_file(checkpoint, "xswu/HPSv2", self.FILE)
         super().__init__(load_open_clip(file), [file], **options)

@@ -7,7 +7,8 @@ import os
 import re
 import string
 import time
-from typing import Literal, Sequence
+from collections.abc import Sequence
+from typing import Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -37,8 +38,13 @@ class HTTPReward:
     Raises ValueError for a parameter that cannot be used, and for an environment variable that is not set.
     """
 
-    def __init__(self, url: str, format: Literal["npz", "json"] = "npz", timeout_s: float = 60.0,
-                 headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        url: str,
+        format: Literal["npz", "json"] = "npz",
+        timeout_s: float = 60.0,
+        headers: dict[str, str] | None = None,
+    ):
         if not timeout_s > 0:
             raise ValueError(f"timeout_s is {timeout_s}; it must be above 0")
         self.tls, self.host, self.port, self.target = _parts(url)
@@ -51,16 +57,20 @@ class HTTPReward:
         """images uint8 [B, H, W, 3] -> float32 [B]. Raises RewardError with the server's words."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(prompts) != len(images):
-            raise ValueError(f"images {images.dtype} {list(images.shape)} and {len(prompts)} prompts: expected uint8 "
-                             "[B, H, W, 3] and B")
+            raise ValueError(
+                f"images {images.dtype} {list(images.shape)} and {len(prompts)} prompts: expected uint8 "
+                "[B, H, W, 3] and B"
+            )
         if not len(images):
             return np.zeros(0, np.float32)
         status, content_type, answer = self._post(images, prompts)
         if status != 200:
             raise RewardError(f"{self.shown} answered {status}: {_words(answer)}")
         if len(answer) > wire.answer_limit(len(images)):
-            raise RewardError(f"{self.shown} answered more than the {wire.answer_limit(len(images))} bytes that "
-                              f"{len(images)} scores may have: {_words(answer)}")
+            raise RewardError(
+                f"{self.shown} answered more than the {wire.answer_limit(len(images))} bytes that "
+                f"{len(images)} scores may have: {_words(answer)}"
+            )
         try:
             return wire.decode_scores(content_type, answer, len(images))
         except wire.WireError as error:
@@ -69,8 +79,12 @@ class HTTPReward:
 
     def _post(self, images: np.ndarray, prompts: Sequence[str]) -> tuple[int, str | None, bytes]:
         """(status, content type, body); the body is cut soon after the size that is allowed."""
-        headers = {**self.headers, "Content-Type": self.content_type, "Accept": f"{self.content_type}, {wire.JSON}",
-                   "X-Request-Id": wire.request_id(images, prompts)}
+        headers = {
+            **self.headers,
+            "Content-Type": self.content_type,
+            "Accept": f"{self.content_type}, {wire.JSON}",
+            "X-Request-Id": wire.request_id(images, prompts),
+        }
         sent = wire.encode_request(self.content_type, images, prompts)
         kind = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=self.timeout_s)
@@ -119,8 +133,9 @@ def _header(name: str, value: str) -> str:
     try:
         filled = string.Template(value).substitute(os.environ).strip()
     except KeyError as error:
-        raise ValueError(f"headers: {name} needs the environment variable {error.args[0]}, which is not set here"
-                         ) from None
+        raise ValueError(
+            f"headers: {name} needs the environment variable {error.args[0]}, which is not set here"
+        ) from None
     except ValueError:
         raise ValueError(f"headers: {name} has a $ that names no variable; $$ is a dollar sign") from None
     if not (filled.isascii() and filled.isprintable()):

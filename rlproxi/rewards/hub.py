@@ -66,5 +66,7 @@ def reason(error: Exception) -> str:
 
 
 def _missing(name: str, key: str, error: Exception) -> FileNotFoundError:
-    return FileNotFoundError(f"{key} {name!r} is not on this machine and cannot be downloaded ({reason(error)}); "
-                             f"download it elsewhere and set {key} to its path")
+    return FileNotFoundError(
+        f"{key} {name!r} is not on this machine and cannot be downloaded ({reason(error)}); "
+        f"download it elsewhere and set {key} to its path"
+    )

@@ -5,8 +5,9 @@ Definition: ``ImageReward.score`` in the authors' repository THUDM/ImageReward. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -40,8 +41,13 @@ class ImageRewardScorer(TorchScorer):
         ValueError: not this network's weights, or a vocabulary of another length than its embedding.
     """
 
-    def __init__(self, checkpoint: str | None = None, tokenizer: str = "bert-base-uncased",
-                 eight_bit: bool = True, **options: Any):
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        tokenizer: str = "bert-base-uncased",
+        eight_bit: bool = True,
+        **options: Any,
+    ):
         vocabulary = model_folder(tokenizer, "tokenizer", weights=False)  # before the weights: an error shows at once
         file = checkpoint_file(checkpoint, "THUDM/ImageReward", "ImageReward.pt")
         network = load_network(file)
@@ -78,10 +84,14 @@ def load_tokenizer(folder: Path, vocabulary: int):
     try:
         tokenizer = BertTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"tokenizer {str(folder)!r} cannot be loaded: {error}; it must be a folder with the vocab.txt "
-                         "of bert-base-uncased") from None
+        raise ValueError(
+            f"tokenizer {str(folder)!r} cannot be loaded: {error}; it must be a folder with the vocab.txt "
+            "of bert-base-uncased"
+        ) from None
     tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     if len(tokenizer) != vocabulary:
-        raise ValueError(f"tokenizer {str(folder)!r} has {len(tokenizer)} tokens with [DEC] and [ENC], the checkpoint "
-                         f"embeds {vocabulary}; ImageReward needs the vocabulary of bert-base-uncased")
+        raise ValueError(
+            f"tokenizer {str(folder)!r} has {len(tokenizer)} tokens with [DEC] and [ENC], the checkpoint "
+            f"embeds {vocabulary}; ImageReward needs the vocabulary of bert-base-uncased"
+        )
     return tokenizer

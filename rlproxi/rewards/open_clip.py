@@ -28,12 +28,23 @@ _OUTER = {
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
-    **{f"{ours}.{part}": f"{theirs}.{part}" for part in ("weight", "bias") for ours, theirs in (
-        ("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"),
-        ("ln_final", "text_model.final_layer_norm"))},
+    **{
+        f"{ours}.{part}": f"{theirs}.{part}"
+        for part in ("weight", "bias")
+        for ours, theirs in (
+            ("visual.ln_pre", "vision_model.pre_layrnorm"),
+            ("visual.ln_post", "vision_model.post_layernorm"),
+            ("ln_final", "text_model.final_layer_norm"),
+        )
+    },
 }
-_INNER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-          "attn.out_proj": "self_attn.out_proj"}
+_INNER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
@@ -57,20 +68,36 @@ def open_clip_config(state_dict: dict[str, Tensor], config: dict[str, Any] | Non
         embed = state_dict["text_projection"].shape[1]
         inner = [state_dict[f"{tower}transformer.resblocks.0.mlp.c_fc.weight"].shape[0] for tower in ("visual.", "")]
     except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"this is no open_clip checkpoint of a ViT: {error} is missing or of another shape; it holds "
-                         f"{', '.join(list(state_dict)[:5])}, ...") from None
+        raise ValueError(
+            f"this is no open_clip checkpoint of a ViT: {error} is missing or of another shape; it holds "
+            f"{', '.join(list(state_dict)[:5])}, ..."
+        ) from None
     head = config.get("vision_cfg", {}).get("head_width") or _HEAD_WIDTHS.get(width, 64)
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     shared = {"projection_dim": embed, "hidden_act": activation}
     return CLIPConfig(
         projection_dim=embed,
-        vision_config=dict(hidden_size=width, intermediate_size=inner[0], num_attention_heads=max(1, width // head),
-                           num_hidden_layers=_layers(state_dict, "visual."), patch_size=patches[-1],
-                           image_size=math.isqrt(positions - 1) * patches[-1], **shared),
-        text_config=dict(hidden_size=text_width, intermediate_size=inner[1], vocab_size=vocabulary,
-                         num_attention_heads=config.get("text_cfg", {}).get("heads") or max(1, text_width // 64),
-                         num_hidden_layers=_layers(state_dict, None), max_position_embeddings=context,
-                         bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, **shared))
+        vision_config=dict(
+            hidden_size=width,
+            intermediate_size=inner[0],
+            num_attention_heads=max(1, width // head),
+            num_hidden_layers=_layers(state_dict, "visual."),
+            patch_size=patches[-1],
+            image_size=math.isqrt(positions - 1) * patches[-1],
+            **shared,
+        ),
+        text_config=dict(
+            hidden_size=text_width,
+            intermediate_size=inner[1],
+            vocab_size=vocabulary,
+            num_attention_heads=config.get("text_cfg", {}).get("heads") or max(1, text_width // 64),
+            num_hidden_layers=_layers(state_dict, None),
+            max_position_embeddings=context,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            **shared,
+        ),
+    )
 
 
 def _layers(state_dict: dict[str, Tensor], tower: str | None) -> int:
@@ -130,11 +157,17 @@ def clip_model(config, weights: dict[str, Tensor], file: str | Path):
         model = CLIPModel(config)
     wanted = {name: value.shape for name, value in model.state_dict().items()}
     missing, foreign = [k for k in wanted if k not in weights], [k for k in weights if k not in wanted]
-    wrong = [f"{k} is {tuple(weights[k].shape)}, not {tuple(wanted[k])}" for k in wanted
-             if k in weights and weights[k].shape != wanted[k]]
+    wrong = [
+        f"{k} is {tuple(weights[k].shape)}, not {tuple(wanted[k])}"
+        for k in wanted
+        if k in weights and weights[k].shape != wanted[k]
+    ]
     if missing or foreign or wrong:
-        told = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-                for what, keys in (("missing", missing), ("unexpected", foreign), ("other shape", wrong)) if keys]
+        told = [
+            f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", foreign), ("other shape", wrong))
+            if keys
+        ]
         raise ValueError(f"{file} does not fit a CLIP of the sizes it shows; {'; '.join(told)}")
     model.load_state_dict(weights, assign=True)
     for part in (model.text_model.embeddings, model.vision_model.embeddings):  # not among the weights

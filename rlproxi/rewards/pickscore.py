@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -27,8 +27,13 @@ class PickScore(ClipScorer):
         options: device, precision, micro_batch (``TorchScorer``).
     """
 
-    def __init__(self, clip: str = "yuvalkirstain/PickScore_v1",
-                 tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", eight_bit: bool = True, **options):
+    def __init__(
+        self,
+        clip: str = "yuvalkirstain/PickScore_v1",
+        tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        eight_bit: bool = True,
+        **options,
+    ):
         tokens = load_tokens(tokenizer)
         model, folder = load_clip(clip, "clip")
         super().__init__(model, weight_files(folder), **options)

@@ -12,8 +12,8 @@ import json
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Sequence
 
 import numpy as np
 
@@ -120,8 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until interrupted. Returns 0, or 2 for a reward that cannot be built or a port that cannot be had."""
-    parser = argparse.ArgumentParser(prog="python -m rlproxi.rewards.serve_http",
-                                     description="Serves one reward to the `http` scorer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rlproxi.rewards.serve_http", description="Serves one reward to the `http` scorer."
+    )
     parser.add_argument("--reward", required=True, metavar="NAME", help="a registered scorer")
     parser.add_argument("--params", default="{}", metavar="JSON", help="its parameters, a JSON object")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")

@@ -29,8 +29,10 @@ def tune_micro_batch(scorer: TorchScorer, images: np.ndarray, prompts: list[str]
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             if not rates:
-                raise RuntimeError("not even one image fits into this GPU's memory: use precision=bfloat16, or give "
-                                   "the scorer a GPU of its own") from None
+                raise RuntimeError(
+                    "not even one image fits into this GPU's memory: use precision=bfloat16, or give "
+                    "the scorer a GPU of its own"
+                ) from None
             break
     best = max(rates.values())
     scorer.micro_batch = next(size for size in sizes if rates.get(size, 0) >= 0.95 * best)

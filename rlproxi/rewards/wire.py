@@ -11,7 +11,8 @@ import io
 import json
 import math
 import zipfile
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +42,17 @@ class ScoreModel(nn.Module):
         # 1 - alpha_bar without cancellation, and never 0, where F's scale would be 0/0.
         noise = expand(-torch.expm1(-self.schedule.integral(0.0, t)), x).clamp(min=1e-8)
         signal = alpha_bar * self.backbone.gaussian.variance
-        return self.backbone.estimate_noise(x, alpha_bar, signal, noise, t,
-                                            torch.zeros_like(t) if lam is None else lam, cond)
+        return self.backbone.estimate_noise(
+            x, alpha_bar, signal, noise, t, torch.zeros_like(t) if lam is None else lam, cond
+        )
 
 
-def guided(model: EpsModel, guidance_scale: float = 1.0, null_cond: Callable[[Any], Any] | None = None,
-           join: Callable[[Any, Any], Any] | None = None) -> EpsModel:
+def guided(
+    model: EpsModel,
+    guidance_scale: float = 1.0,
+    null_cond: Callable[[Any], Any] | None = None,
+    join: Callable[[Any, Any], Any] | None = None,
+) -> EpsModel:
     """Classifier-free guidance, eps_null + w (eps_c - eps_null): the proximal operator's own code.
 
     w = 1 costs one forward, any other w one forward on a doubled batch. Arguments and ValueError

@@ -19,7 +19,8 @@ instead. Sources: Song et al. 2021 (SDE, ODE), Song, Meng, Ermon 2021 (DDIM, eq.
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ from .model import EpsModel
 SAMPLERS = ("euler_maruyama", "ode", "ddim")
 
 
-def coefficients(schedule: VPSchedule, sampler: str, t: float, t_next: float,
-                 eta: float = 0.0) -> tuple[float, float, float]:
+def coefficients(
+    schedule: VPSchedule, sampler: str, t: float, t_next: float, eta: float = 0.0
+) -> tuple[float, float, float]:
     """(a, b, s) of the table, for t > t_next >= 0. Raises ValueError for an unknown sampler."""
     gamma = schedule.integral(t_next, t)
     noise = -math.expm1(-schedule.integral(0.0, t))  # 1 - ab without cancellation
@@ -49,9 +51,19 @@ def coefficients(schedule: VPSchedule, sampler: str, t: float, t_next: float,
     raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
 
 
-def sample(model: EpsModel, schedule: VPSchedule, sampler: str, times: list[float], x: Tensor, cond: Any = None,
-           noise: Noise | None = None, eta: float = 0.0, denoise_last: bool = True, clip_sample: float | None = None,
-           callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
+def sample(
+    model: EpsModel,
+    schedule: VPSchedule,
+    sampler: str,
+    times: list[float],
+    x: Tensor,
+    cond: Any = None,
+    noise: Noise | None = None,
+    eta: float = 0.0,
+    denoise_last: bool = True,
+    clip_sample: float | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
     """Runs the sampler from x = x_N [B, ...] ~ N(0, I) down the grid, in x's dtype. Returns x_0 like x.
 
     Args:

@@ -46,9 +46,13 @@ class Alert:
     def rule(self) -> dict:
         """As a Prometheus rule file has it."""
         told = f"{self.remedy} ({entry(self.metric).reading})"
-        return {"alert": self.name, "expr": f"({self.expr}) {self.op} {self.threshold:g}", "for": self.lasting,
-                "labels": {"severity": self.severity},
-                "annotations": {"summary": self.summary, "description": told}}
+        return {
+            "alert": self.name,
+            "expr": f"({self.expr}) {self.op} {self.threshold:g}",
+            "for": self.lasting,
+            "labels": {"severity": self.severity},
+            "annotations": {"summary": self.summary, "description": told},
+        }
 
 
 def _heldout_below_best() -> str:
@@ -63,41 +67,110 @@ def _heldout_below_best() -> str:
 _RL_STEPS = f'sum by (run) (increase({series("step")}{{stage="rl"}}[30m]))'
 
 ALERTS: tuple[Alert, ...] = (
-    Alert("RewardFalling", "reward/mean",
-          f"(({mean('reward/mean', '3h')}) - ({mean('reward/mean', '30m')})) / ({mean('reward/std', '30m')})",
-          ">", 0.5, "15m", "warning",
-          "{{ $labels.run }}: the training reward falls",
-          "The mean of the last half hour is more than half a group's standard deviation below that of three hours: "
-          "look at kl and grad_norm, lower the learning rate, or go back to models/best."),
-    Alert("HeldoutDiverging", "heldout/<name>", _heldout_below_best(), ">", 2, "0m", "warning",
-          "{{ $labels.run }}: held-out {{ $labels.name }} falls while the training reward climbs",
-          "More than two standard errors below its best: likely reward hacking. Compare galleries, then stop or raise "
-          "the KL coefficient; models/best is the best so far."),
-    Alert("OverOptimisation", "alarms", _growth("alarms", "1h"), ">", 0, "0m", "warning",
-          "{{ $labels.run }}: the run's own over-optimisation alarm",
-          "The alarm's words, and the iteration to go back to, are in metrics.jsonl and on the dashboard."),
-    Alert("ZeroVarianceGroups", "advantages/zero_variance_groups",
-          f"({mean('advantages/zero_variance_groups', '30m')}) / ({mean('groups', '30m')})", ">", 0.8, "15m", "warning",
-          "{{ $labels.run }}: most groups teach nothing",
-          "More than 80% of the groups have equal rewards: harder prompts, a finer reward, or larger groups."),
-    Alert("GroupsWithoutScores", "groups/masked",
-          f"({_growth('groups/masked', '30m')}) / ({_RL_STEPS}) / ({mean('groups', '30m')})", ">", 0.05,
-          "5m", "warning", "{{ $labels.run }}: groups cannot be scored",
-          "More than 5% of the groups have no score: the warnings name the scorer and say what it answered."),
-    Alert("RoleIdle", "idle/<role>", mean("idle/<role>", "30m", "run, role"), ">", 0.9, "30m", "info",
-          "{{ $labels.run }}: {{ $labels.role }} is idle nine tenths of the time",
-          "Give its hardware to the role that is idle least (rlproxi doctor --run), or let roles overlap with "
-          "max_staleness=1."),
-    Alert("Restarts", "restarts", _growth("restarts", "15m"), ">", 0, "0m", "warning",
-          "{{ $labels.run }}: an actor, a replica or the learner was restarted",
-          "Nothing is lost. On preemptible machines it is expected; elsewhere read the warning, and look at the node's "
-          "memory."),
-    Alert("ManyWarnings", "warnings", _growth("warnings", "15m"), ">", 10, "0m", "warning",
-          "{{ $labels.run }}: more than ten warnings in a quarter of an hour", "They are in metrics.jsonl."),
-    Alert("NoProgress", "step", f"sum by (run) (changes({series('step')}[10m]))", "<", 1, "20m", "critical",
-          "{{ $labels.run }}: no step of any stage for half an hour",
-          "Something waits: `ray status`, the idle shares and the newest warnings. Long evaluations and the first load "
-          "of a large model look alike."),
+    Alert(
+        "RewardFalling",
+        "reward/mean",
+        f"(({mean('reward/mean', '3h')}) - ({mean('reward/mean', '30m')})) / ({mean('reward/std', '30m')})",
+        ">",
+        0.5,
+        "15m",
+        "warning",
+        "{{ $labels.run }}: the training reward falls",
+        "The mean of the last half hour is more than half a group's standard deviation below that of three hours: "
+        "look at kl and grad_norm, lower the learning rate, or go back to models/best.",
+    ),
+    Alert(
+        "HeldoutDiverging",
+        "heldout/<name>",
+        _heldout_below_best(),
+        ">",
+        2,
+        "0m",
+        "warning",
+        "{{ $labels.run }}: held-out {{ $labels.name }} falls while the training reward climbs",
+        "More than two standard errors below its best: likely reward hacking. Compare galleries, then stop or raise "
+        "the KL coefficient; models/best is the best so far.",
+    ),
+    Alert(
+        "OverOptimisation",
+        "alarms",
+        _growth("alarms", "1h"),
+        ">",
+        0,
+        "0m",
+        "warning",
+        "{{ $labels.run }}: the run's own over-optimisation alarm",
+        "The alarm's words, and the iteration to go back to, are in metrics.jsonl and on the dashboard.",
+    ),
+    Alert(
+        "ZeroVarianceGroups",
+        "advantages/zero_variance_groups",
+        f"({mean('advantages/zero_variance_groups', '30m')}) / ({mean('groups', '30m')})",
+        ">",
+        0.8,
+        "15m",
+        "warning",
+        "{{ $labels.run }}: most groups teach nothing",
+        "More than 80% of the groups have equal rewards: harder prompts, a finer reward, or larger groups.",
+    ),
+    Alert(
+        "GroupsWithoutScores",
+        "groups/masked",
+        f"({_growth('groups/masked', '30m')}) / ({_RL_STEPS}) / ({mean('groups', '30m')})",
+        ">",
+        0.05,
+        "5m",
+        "warning",
+        "{{ $labels.run }}: groups cannot be scored",
+        "More than 5% of the groups have no score: the warnings name the scorer and say what it answered.",
+    ),
+    Alert(
+        "RoleIdle",
+        "idle/<role>",
+        mean("idle/<role>", "30m", "run, role"),
+        ">",
+        0.9,
+        "30m",
+        "info",
+        "{{ $labels.run }}: {{ $labels.role }} is idle nine tenths of the time",
+        "Give its hardware to the role that is idle least (rlproxi doctor --run), or let roles overlap with "
+        "max_staleness=1.",
+    ),
+    Alert(
+        "Restarts",
+        "restarts",
+        _growth("restarts", "15m"),
+        ">",
+        0,
+        "0m",
+        "warning",
+        "{{ $labels.run }}: an actor, a replica or the learner was restarted",
+        "Nothing is lost. On preemptible machines it is expected; elsewhere read the warning, and look at the node's "
+        "memory.",
+    ),
+    Alert(
+        "ManyWarnings",
+        "warnings",
+        _growth("warnings", "15m"),
+        ">",
+        10,
+        "0m",
+        "warning",
+        "{{ $labels.run }}: more than ten warnings in a quarter of an hour",
+        "They are in metrics.jsonl.",
+    ),
+    Alert(
+        "NoProgress",
+        "step",
+        f"sum by (run) (changes({series('step')}[10m]))",
+        "<",
+        1,
+        "20m",
+        "critical",
+        "{{ $labels.run }}: no step of any stage for half an hour",
+        "Something waits: `ray status`, the idle shares and the newest warnings. Long evaluations and the first load "
+        "of a large model look alike.",
+    ),
 )
 
 

@@ -14,10 +14,12 @@ from .observations import observations
 if TYPE_CHECKING:  # it brings torch, which no exporter needs
     from ..config.sections import Telemetry
 
-_REMEDY = {"tensorboardX": "telemetry.tensorboard is true, but the package tensorboardX is missing: pip install "
-                           "tensorboardX, or set telemetry.tensorboard=false",
-           "wandb": "telemetry.wandb is set, but the package wandb is missing: pip install wandb (and `wandb login`), "
-                    "or set telemetry.wandb=null"}
+_REMEDY = {
+    "tensorboardX": "telemetry.tensorboard is true, but the package tensorboardX is missing: pip install "
+    "tensorboardX, or set telemetry.tensorboard=false",
+    "wandb": "telemetry.wandb is set, but the package wandb is missing: pip install wandb (and `wandb login`), "
+    "or set telemetry.wandb=null",
+}
 _FLUSH_SECONDS = 2
 
 
@@ -81,8 +83,15 @@ class WeightsAndBiases:
 
         run_dir = Path(run_dir)
         self.headline_steps, self.stages = headline_steps, set()
-        self.run = wandb.init(project=project, name=run_dir.name, id=run_dir.name, resume="allow", dir=str(run_dir),
-                              config=config, settings=wandb.Settings(console="off", silent=True))
+        self.run = wandb.init(
+            project=project,
+            name=run_dir.name,
+            id=run_dir.name,
+            resume="allow",
+            dir=str(run_dir),
+            config=config,
+            settings=wandb.Settings(console="off", silent=True),
+        )
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
         seen = [o for o in observations(event, fields, self.headline_steps) if o.step is not None and o.name != "step"]
@@ -94,8 +103,12 @@ class WeightsAndBiases:
                 self.stages.add(stage)
             self.run.log({axis: seen[0].step, **{f"{stage}/{o.name}": o.value for o in seen}})
         if event in ("alarm", "warning"):
-            self.run.alert(title=f"{event} of {self.run.name}", text=str(fields.get("message", ""))[:1000],
-                           level="ERROR" if event == "alarm" else "WARN", wait_duration=300)
+            self.run.alert(
+                title=f"{event} of {self.run.name}",
+                text=str(fields.get("message", ""))[:1000],
+                level="ERROR" if event == "alarm" else "WARN",
+                wait_duration=300,
+            )
 
     def close(self) -> None:
         self.run.finish()

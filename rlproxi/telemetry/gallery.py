@@ -42,14 +42,22 @@ def write(run_dir: Path, step: int, version: int, groups: list[Group]) -> str:
         draft = picture.with_name(f".{picture.name}.tmp")
         Image.fromarray(np.ascontiguousarray(row)).save(draft, format="PNG")
         draft.replace(picture)
-        entries.append({"prompt": group.prompt, "index": int(group.index), "rewards": _scores(group.rewards),
-                        "parts": {name: _scores(part) for name, part in group.parts.items()},
-                        **_extremes(group.rewards),
-                        "size": [height, width], "image": f"{FOLDER}/{picture.name}"})
+        entries.append(
+            {
+                "prompt": group.prompt,
+                "index": int(group.index),
+                "rewards": _scores(group.rewards),
+                "parts": {name: _scores(part) for name, part in group.parts.items()},
+                **_extremes(group.rewards),
+                "size": [height, width],
+                "image": f"{FOLDER}/{picture.name}",
+            }
+        )
     file = folder / f"{step:06d}.json"
     draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False),
-                     encoding="utf-8")
+    draft.write_text(
+        json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False), encoding="utf-8"
+    )
     draft.replace(file)
     return f"{FOLDER}/{file.name}"
 

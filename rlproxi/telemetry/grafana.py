@@ -25,8 +25,10 @@ def queries(metric: Metric) -> list[tuple[str, str]]:
     by = ", ".join(metric.labels)
     legend = " ".join(f"{{{{{label}}}}}" for label in metric.labels if label != "stage")
     if metric.kind == "counter":
-        return [(f"sum by ({by}) (increase({name}{_RUN}[5m]))", f"{legend} in 5 min"),
-                (f"sum by ({by}) ({name}{_RUN})", f"{legend} in all")]
+        return [
+            (f"sum by ({by}) (increase({name}{_RUN}[5m]))", f"{legend} in 5 min"),
+            (f"sum by ({by}) ({name}{_RUN})", f"{legend} in all"),
+        ]
     if metric.kind == "histogram":
         buckets = f"sum by ({by}, le) (rate({name}_bucket{_RUN}[5m]))"
         average = f"sum by ({by}) (rate({name}_sum{_RUN}[5m])) / sum by ({by}) (rate({name}_count{_RUN}[5m]))"
@@ -42,19 +44,47 @@ def dashboard() -> str:
     for section in SECTIONS:
         metrics = [metric for metric in CATALOGUE if metric.section == section]
         rows = -(-len(metrics) // _COLUMNS)
-        inside = [_panel(metric, 1 + 100 * SECTIONS.index(section) + i, i % _COLUMNS * _WIDTH,
-                         top + 1 + i // _COLUMNS * _HEIGHT) for i, metric in enumerate(metrics)]
+        inside = [
+            _panel(
+                metric, 1 + 100 * SECTIONS.index(section) + i, i % _COLUMNS * _WIDTH, top + 1 + i // _COLUMNS * _HEIGHT
+            )
+            for i, metric in enumerate(metrics)
+        ]
         closed = section not in _OPEN
-        panels.append({"type": "row", "id": 100 * SECTIONS.index(section) + 100, "title": section, "collapsed": closed,
-                       "gridPos": {"x": 0, "y": top, "w": 24, "h": 1}, "panels": inside if closed else []})
+        panels.append(
+            {
+                "type": "row",
+                "id": 100 * SECTIONS.index(section) + 100,
+                "title": section,
+                "collapsed": closed,
+                "gridPos": {"x": 0, "y": top, "w": 24, "h": 1},
+                "panels": inside if closed else [],
+            }
+        )
         panels += [] if closed else inside
         top += 1 + (0 if closed else rows * _HEIGHT)
-    return json.dumps({
-        "uid": UID, "title": "rlproxi runs", "tags": ["rlproxi", "ray"], "schemaVersion": 39, "version": 1,
-        "description": "Generated from rlproxi/telemetry/catalogue.py. How to read it: docs/monitoring.md.",
-        "editable": True, "graphTooltip": 1, "refresh": "10s", "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_datasource(), _runs()]}, "annotations": {"list": [_restarts()]}, "panels": panels,
-    }, indent=1, ensure_ascii=False) + "\n"
+    return (
+        json.dumps(
+            {
+                "uid": UID,
+                "title": "rlproxi runs",
+                "tags": ["rlproxi", "ray"],
+                "schemaVersion": 39,
+                "version": 1,
+                "description": "Generated from rlproxi/telemetry/catalogue.py. How to read it: docs/monitoring.md.",
+                "editable": True,
+                "graphTooltip": 1,
+                "refresh": "10s",
+                "time": {"from": "now-1h", "to": "now"},
+                "templating": {"list": [_datasource(), _runs()]},
+                "annotations": {"list": [_restarts()]},
+                "panels": panels,
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
@@ -62,34 +92,78 @@ def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
     told = f"{metric.help} {metric.reading}" + (f" Alert: {alerts}." if alerts else "")
     bounds = {"min": 0, "max": 1} if metric.unit == "share" else {}
     return {
-        "type": "timeseries", "id": number, "title": metric.name, "description": told,
+        "type": "timeseries",
+        "id": number,
+        "title": metric.name,
+        "description": told,
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
-        "fieldConfig": {"defaults": {"unit": _UNITS.get(metric.unit, f"suffix: {metric.unit}"), **bounds,
-                                     "custom": {"lineWidth": 2, "fillOpacity": 5, "spanNulls": True}},
-                        "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
-                    "tooltip": {"mode": "multi", "sort": "desc"}},
-        "targets": [{"refId": chr(ord("A") + i), "expr": expr, "legendFormat": legend,
-                     "datasource": {"type": "prometheus", "uid": "${datasource}"}}
-                    for i, (expr, legend) in enumerate(queries(metric))]}
+        "fieldConfig": {
+            "defaults": {
+                "unit": _UNITS.get(metric.unit, f"suffix: {metric.unit}"),
+                **bounds,
+                "custom": {"lineWidth": 2, "fillOpacity": 5, "spanNulls": True},
+            },
+            "overrides": [],
+        },
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+        "targets": [
+            {
+                "refId": chr(ord("A") + i),
+                "expr": expr,
+                "legendFormat": legend,
+                "datasource": {"type": "prometheus", "uid": "${datasource}"},
+            }
+            for i, (expr, legend) in enumerate(queries(metric))
+        ],
+    }
 
 
 def _datasource() -> dict[str, Any]:
-    return {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus", "hide": 0,
-            "refresh": 1, "regex": "", "current": {}, "options": []}
+    return {
+        "name": "datasource",
+        "type": "datasource",
+        "query": "prometheus",
+        "label": "Prometheus",
+        "hide": 0,
+        "refresh": 1,
+        "regex": "",
+        "current": {},
+        "options": [],
+    }
 
 
 def _runs() -> dict[str, Any]:
     query = f"label_values({series('step')}, run)"
-    return {"name": "run", "type": "query", "label": "Run", "query": {"query": query, "refId": "run"},
-            "definition": query, "datasource": {"type": "prometheus", "uid": "${datasource}"}, "refresh": 2, "sort": 2,
-            "multi": True, "includeAll": True, "allValue": ".*", "current": {"text": "All", "value": "$__all"},
-            "hide": 0, "regex": "", "options": []}
+    return {
+        "name": "run",
+        "type": "query",
+        "label": "Run",
+        "query": {"query": query, "refId": "run"},
+        "definition": query,
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "refresh": 2,
+        "sort": 2,
+        "multi": True,
+        "includeAll": True,
+        "allValue": ".*",
+        "current": {"text": "All", "value": "$__all"},
+        "hide": 0,
+        "regex": "",
+        "options": [],
+    }
 
 
 def _restarts() -> dict[str, Any]:
     """A mark where something was restarted."""
-    return {"name": "restarts", "enable": True, "iconColor": "orange", "titleFormat": "restart of {{run}}",
-            "datasource": {"type": "prometheus", "uid": "${datasource}"},
-            "expr": f"sum by (run) (increase({series('restarts')}{_RUN}[1m])) > 0"}
+    return {
+        "name": "restarts",
+        "enable": True,
+        "iconColor": "orange",
+        "titleFormat": "restart of {{run}}",
+        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "expr": f"sum by (run) (increase({series('restarts')}{_RUN}[1m])) > 0",
+    }

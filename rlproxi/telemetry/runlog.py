@@ -26,8 +26,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 EVENTS = ("metrics", "stage", "resume", "evaluation", "reward", "samples", "best", "alarm", "warning", "note")
 FILE_NAME = "metrics.jsonl"
@@ -66,8 +67,10 @@ class RunLog:
             raise ValueError(f"event {event!r} is unknown; choose one of {', '.join(EVENTS)}")
         missing = [name for name in _REQUIRED.get(event, ()) if name not in fields]
         if missing or {"time", "event"} & set(fields):
-            raise ValueError(f"a {event!r} record needs {', '.join(_REQUIRED.get(event, ())) or 'no field'} and sets "
-                             f"'time' and 'event' itself; got {', '.join(fields) or 'nothing'}")
+            raise ValueError(
+                f"a {event!r} record needs {', '.join(_REQUIRED.get(event, ())) or 'no field'} and sets "
+                f"'time' and 'event' itself; got {', '.join(fields) or 'nothing'}"
+            )
         record = {"time": round(time.time(), 3), "event": event}
         record.update((name, plain(value, name)) for name, value in fields.items())
         self.held.append((json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8"))
@@ -91,7 +94,7 @@ class RunLog:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, *_) -> None:
@@ -146,7 +149,7 @@ def _whole(record: dict) -> bool:
     needed = _REQUIRED.get(record["event"], ())
     if any(type(record.get(name)) is not kinds[name] for name in needed):
         return False
-    return "step" not in record or type(record["step"]) is int and abs(record["step"]) <= 2**53
+    return "step" not in record or (type(record["step"]) is int and abs(record["step"]) <= 2**53)
 
 
 def _number(value: Any) -> float:
@@ -191,8 +194,9 @@ def keys(records: Iterable[dict], stage: str, prefix: str = "") -> list[str]:
     found: dict[str, None] = {}
     for record in records:
         if record["event"] == "metrics" and record.get("stage") == stage:
-            found.update(dict.fromkeys(k for k in record if k.startswith(prefix)
-                                       and k not in ("time", "event", "stage", "step")))
+            found.update(
+                dict.fromkeys(k for k in record if k.startswith(prefix) and k not in ("time", "event", "stage", "step"))
+            )
     return list(found)
 
 

@@ -14,8 +14,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 FILE_NAME = "timeline.jsonl"
 ROLES = ("rollout", "reward", "learner", "weights", "evaluation")
@@ -79,8 +80,9 @@ class Diary:
         self.open.clear()
 
 
-def idle_shares(spans: Iterable[Span], begun: float, ended: float,
-                lanes: dict[str, Sequence[int | str]]) -> dict[str, float]:
+def idle_shares(
+    spans: Iterable[Span], begun: float, ended: float, lanes: dict[str, Sequence[int | str]]
+) -> dict[str, float]:
     """role -> the share of [begun, ended] in which an actor of it was idle, the mean over ``lanes[role]``.
 
     A lane without spans is idle throughout. Spans of one lane may overlap, and may reach beyond the window.
@@ -93,8 +95,11 @@ def idle_shares(spans: Iterable[Span], begun: float, ended: float,
             clipped = max(begun, span.start), min(ended, span.end)
             if clipped[0] < clipped[1]:
                 by_lane.setdefault((span.role, span.who), []).append(clipped)
-    return {role: 1 - sum(_covered(by_lane.get((role, who), [])) for who in whos) / (len(whos) * (ended - begun))
-            for role, whos in lanes.items() if whos}
+    return {
+        role: 1 - sum(_covered(by_lane.get((role, who), [])) for who in whos) / (len(whos) * (ended - begun))
+        for role, whos in lanes.items()
+        if whos
+    }
 
 
 def _covered(intervals: list[tuple[float, float]]) -> float:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from fixtures.generators import Encoder, Quadratic
 from torch import nn
 
+from fixtures.generators import Encoder, Quadratic
 from rlproxi.algorithms.anchor import AnchoredAdamW
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.didr import DIDR
@@ -44,22 +44,46 @@ class OneStep(nn.Module):
 
 
 def made(scorers=None, shift=0.0, scale=1.0, fake=(0.0, 1.0), **didr):
-    config = build_config({"run": {"algorithm": "didr"}, "sampler": {"num_inference_steps": 1}, "evaluate": {"steps": [1]},
-                           "didr": {"prompts_per_step": 8, "group_size": 8, "groups_per_micro_batch": 4, "warmup_steps": 0,
-                                    "candidates": [4, 8], "steps": 10**6, **didr}})
+    config = build_config(
+        {
+            "run": {"algorithm": "didr"},
+            "sampler": {"num_inference_steps": 1},
+            "evaluate": {"steps": [1]},
+            "didr": {
+                "prompts_per_step": 8,
+                "group_size": 8,
+                "groups_per_micro_batch": 4,
+                "warmup_steps": 0,
+                "candidates": [4, 8],
+                "steps": 10**6,
+                **didr,
+            },
+        }
+    )
     algorithm = DIDR(config)
     step = algorithm.step
     policy = OneStep(shift, scale, (step.a**2 + step.s**2) ** 0.5)
     networks = {"policy": policy, "fake": Gaussian(*fake)}
     gradients = RewardGradients(scorers, normalize=False) if scorers else None
-    algorithm.connect(Parts(networks, networks, Gaussian(0.3, 0.4).requires_grad_(False), Encoder(), gradients, SHAPE,
-                            torch.device("cpu")))
+    algorithm.connect(
+        Parts(
+            networks,
+            networks,
+            Gaussian(0.3, 0.4).requires_grad_(False),
+            Encoder(),
+            gradients,
+            SHAPE,
+            torch.device("cpu"),
+        )
+    )
     return algorithm, networks
 
 
 def optimizers(algorithm, networks):
-    return {name: AnchoredAdamW(list(trainable(network).values()), lr=1.0, betas=(0.5, 0.9), weight_decay=0.0)
-            for name, network in networks.items()}
+    return {
+        name: AnchoredAdamW(list(trainable(network).values()), lr=1.0, betas=(0.5, 0.9), weight_decay=0.0)
+        for name, network in networks.items()
+    }
 
 
 def iterate(algorithm, networks, step_by, iteration):
@@ -79,13 +103,23 @@ def iterate(algorithm, networks, step_by, iteration):
     return seen
 
 
-@pytest.mark.parametrize("settings", [{"reward": "none"}, {"reward": "terminal"}, {"reward": "diffused"},
-                                      {"reward": "diffused", "damped": False, "reward_steps": 2, "particles": 2},
-                                      {"reward": "terminal", "divergence": "score"}, {"reward": "none", "divergence": "score"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reward": "none"},
+        {"reward": "terminal"},
+        {"reward": "diffused"},
+        {"reward": "diffused", "damped": False, "reward_steps": 2, "particles": 2},
+        {"reward": "terminal", "divergence": "score"},
+        {"reward": "none", "divergence": "score"},
+    ],
+)
 def test_an_iteration_follows_and_then_moves(settings):
     scorers = None if settings["reward"] == "none" else {"a": (Quadratic(), 1.0)}
     algorithm, networks = made(scorers, fake_updates=3, lr=1e-2, fake_lr=1e-2, **settings)
-    before = {name: torch.cat([p.detach().reshape(1) for p in network.parameters()]) for name, network in networks.items()}
+    before = {
+        name: torch.cat([p.detach().reshape(1) for p in network.parameters()]) for name, network in networks.items()
+    }
     assert iterate(algorithm, networks, optimizers(algorithm, networks), 0) == ["fake"] * 3 + ["policy"]
     for name, network in networks.items():
         assert not torch.equal(torch.cat([p.detach().reshape(1) for p in network.parameters()]), before[name])
@@ -93,19 +127,32 @@ def test_an_iteration_follows_and_then_moves(settings):
 
 
 def test_the_fake_score_learns_the_generators_own_distribution():
-    algorithm, networks = made(shift=-0.5, scale=0.7, fake_lr=3e-2, lr=1e-12, fake_updates=4, reward="none",
-                               decay_from=0.3, steps=50)
+    algorithm, networks = made(
+        shift=-0.5, scale=0.7, fake_lr=3e-2, lr=1e-12, fake_updates=4, reward="none", decay_from=0.3, steps=50
+    )
     step_by = optimizers(algorithm, networks)
     for iteration in range(50):
         iterate(algorithm, networks, step_by, iteration)
     fake = networks["fake"]
-    assert fake.mean.item() == pytest.approx(-0.5, abs=0.02) and fake.log_std.exp().item() == pytest.approx(0.7, abs=0.02)
+    assert fake.mean.item() == pytest.approx(-0.5, abs=0.02) and fake.log_std.exp().item() == pytest.approx(
+        0.7, abs=0.02
+    )
 
 
 @pytest.mark.parametrize("divergence", ["kl", "score"])
 def test_without_a_reward_the_generator_becomes_the_reference(divergence):
-    algorithm, networks = made(shift=-0.5, scale=0.9, fake=(-0.5, 0.9), lr=2e-2, fake_lr=4e-2, fake_updates=3, reward="none",
-                               divergence=divergence, decay_from=0.0, steps=120)
+    algorithm, networks = made(
+        shift=-0.5,
+        scale=0.9,
+        fake=(-0.5, 0.9),
+        lr=2e-2,
+        fake_lr=4e-2,
+        fake_updates=3,
+        reward="none",
+        divergence=divergence,
+        decay_from=0.0,
+        steps=120,
+    )
     step_by = optimizers(algorithm, networks)
     for iteration in range(120):
         iterate(algorithm, networks, step_by, iteration)
@@ -117,9 +164,21 @@ def test_without_a_reward_the_generator_becomes_the_reference(divergence):
 def test_with_a_quadratic_reward_it_becomes_the_tilted_gaussian(damped):
     """q* of r = -gain/2 mean (pixel - goal)^2: precision and mean add up. The plug-in without damping goes too far."""
     gain, goal, beta = 128.0, 0.9, 0.5
-    algorithm, networks = made({"a": (Quadratic(gain, goal), 1.0)}, shift=0.3, scale=0.4, fake=(0.3, 0.4), lr=1e-2, fake_lr=2e-2,
-                               fake_updates=3, reward="diffused", beta=beta, damped=damped, kappa_max=1e9, decay_from=0.3,
-                               steps=150)
+    algorithm, networks = made(
+        {"a": (Quadratic(gain, goal), 1.0)},
+        shift=0.3,
+        scale=0.4,
+        fake=(0.3, 0.4),
+        lr=1e-2,
+        fake_lr=2e-2,
+        fake_updates=3,
+        reward="diffused",
+        beta=beta,
+        damped=damped,
+        kappa_max=1e9,
+        decay_from=0.3,
+        steps=150,
+    )
     step_by = optimizers(algorithm, networks)
     for iteration in range(150):
         iterate(algorithm, networks, step_by, iteration)

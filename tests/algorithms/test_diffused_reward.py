@@ -28,7 +28,7 @@ class Problem:
     def __init__(self, dims, beta, seed=0):
         self.beta, self.dims = beta, dims
         self.s, self.q = random_spd(dims, seed), random_spd(dims, seed + 1)
-        self.m, self.mu = (torch.randn(2, dims, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 2)))
+        self.m, self.mu = torch.randn(2, dims, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 2))
 
     def posterior(self, y, level, mean=None, cov=None):
         """(mean [B, D], covariance [B, D, D]) of x_0 given y, for p_0 = N(mean, cov); the reference by default."""
@@ -55,7 +55,7 @@ class Problem:
         The integral is const exp(-1/2 (M - mu)^T (Q^-1 beta + C)^-1 (M - mu)), and M is affine in y.
         """
         mean, cov = self.posterior(y, level)
-        slope = level.alpha[:, None, None] / level.sigma[:, None, None]**2 * cov  # dM/dy
+        slope = level.alpha[:, None, None] / level.sigma[:, None, None] ** 2 * cov  # dM/dy
         inner = torch.linalg.inv(self.beta * torch.linalg.inv(self.q) + cov)
         return -(slope @ inner @ (mean - self.mu)[..., None])[..., 0]
 
@@ -77,10 +77,14 @@ def test_the_two_forms_of_the_diffused_reward_score_agree(dims, beta):
     gap = problem.posterior(y, LEVEL, mean, cov)[0] - problem.posterior(y, LEVEL)[0]
     assert torch.allclose(first, (LEVEL.alpha / LEVEL.sigma**2)[:, None] * gap, atol=1e-10, rtol=1e-10)
     leaf = y.clone().requires_grad_()
-    log_ratio = sum(sign * torch.distributions.MultivariateNormal(
-        LEVEL.alpha[:, None] * m, LEVEL.alpha[:, None, None]**2 * c
-        + LEVEL.sigma[:, None, None]**2 * torch.eye(dims)).log_prob(leaf)
-        for sign, m, c in ((1, mean, cov), (-1, problem.m, problem.s)))
+    log_ratio = sum(
+        sign
+        * torch.distributions.MultivariateNormal(
+            LEVEL.alpha[:, None] * m,
+            LEVEL.alpha[:, None, None] ** 2 * c + LEVEL.sigma[:, None, None] ** 2 * torch.eye(dims),
+        ).log_prob(leaf)
+        for sign, m, c in ((1, mean, cov), (-1, problem.m, problem.s))
+    )
     assert torch.allclose(first, torch.autograd.grad(log_ratio.sum(), leaf)[0], atol=1e-9, rtol=1e-9)
 
 
@@ -111,10 +115,16 @@ def test_particles_of_the_exact_posterior_converge_to_the_exact_score(dims):
     exact = problem.exact_score(y, LEVEL)
 
     def error(particles, seed):
-        noise = torch.randn(particles, BATCH, dims, 1, dtype=torch.float64,
-                            generator=torch.Generator().manual_seed(seed))
-        estimate, _ = proxy(y, lambda leaf, k: problem.clean(leaf, LEVEL) + (root @ noise[k])[..., 0],
-                            problem.reward, problem.beta, particles)
+        noise = torch.randn(
+            particles, BATCH, dims, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+        estimate, _ = proxy(
+            y,
+            lambda leaf, k: problem.clean(leaf, LEVEL) + (root @ noise[k])[..., 0],
+            problem.reward,
+            problem.beta,
+            particles,
+        )
         return float((estimate - exact).norm() / exact.norm())
 
     errors = [np.mean([error(k, seed) for seed in range(4)]) for k in (4, 32, 256)]
@@ -132,7 +142,7 @@ def test_particles_are_weighted_stably_and_per_sample():
     estimate, rewards = proxy(y, lambda leaf, k: leaf + offsets[k], reward, 0.01, 3)
     leaf = y.double().requires_grad_()
     values = torch.stack([reward(leaf + o) for o in offsets.double()])
-    expected, = torch.autograd.grad(torch.logsumexp(values / 0.01, 0).sum(), leaf)
+    (expected,) = torch.autograd.grad(torch.logsumexp(values / 0.01, 0).sum(), leaf)
     assert torch.isfinite(estimate).all() and torch.allclose(estimate.double(), expected, rtol=1e-4)
     assert torch.allclose(rewards.double(), values.mean(0), rtol=1e-5)
 
@@ -179,7 +189,7 @@ def slope_and_spread(problem, m, eta, level):
     draws = [torch.zeros(1, 1, dtype=torch.float64, requires_grad=True) for _ in range(m - 1)]
     x0 = denoise_steps(problem.clean, y, level, LADDER, m, noise=lambda k, like: draws[k - 1], eta=eta)
     gradients = torch.autograd.grad(x0.sum(), [y, *draws], allow_unused=True)
-    return float(gradients[0]), sum(float(g)**2 for g in gradients[1:] if g is not None)
+    return float(gradients[0]), sum(float(g) ** 2 for g in gradients[1:] if g is not None)
 
 
 def test_one_step_is_tweedie():
@@ -191,7 +201,7 @@ def test_steps_without_noise_approach_the_probability_flow_and_its_larger_slope(
     """Flow: (y - alpha m) / std(y) is kept, so the slope is s / std(y), above Tweedie's alpha s^2 / var(y)."""
     problem, level = Problem(1, 1.0), top_level()
     s = float(problem.s.sqrt())
-    total = math.sqrt(float(level.alpha)**2 * s**2 + float(level.sigma)**2)
+    total = math.sqrt(float(level.alpha) ** 2 * s**2 + float(level.sigma) ** 2)
     tweedie, flow = float(level.alpha) * s**2 / total**2, s / total
     slopes = [slope_and_spread(problem, m, 0.0, level)[0] for m in (1, 2, 4, 64)]
     assert slopes[0] == pytest.approx(tweedie, rel=1e-9)
@@ -226,8 +236,15 @@ def test_particles_with_posterior_noise_shrink_the_error_as_steps_grow():
         # All particles as one batch of K: logsumexp by hand, so that 4096 do not cost 4096 calls.
         leaf = y.clone().requires_grad_()
         many = Level(*(part.expand(particles) for part in (level.t, level.lam, level.alpha, level.sigma)))
-        x0 = denoise_steps(problem.clean, leaf.expand(particles, 1), many, LADDER, m,
-                           noise=lambda k, like: noise[:, k:k + 1], eta=None)
+        x0 = denoise_steps(
+            problem.clean,
+            leaf.expand(particles, 1),
+            many,
+            LADDER,
+            m,
+            noise=lambda k, like: noise[:, k : k + 1],
+            eta=None,
+        )
         log_mean = torch.logsumexp(problem.reward(x0) / problem.beta, 0)
         estimate = float(torch.autograd.grad(log_mean, leaf)[0])
         _, spread = slope_and_spread(problem, m, None, level)
@@ -261,8 +278,9 @@ def test_images_and_half_networks_go_through():
     def clean(x, at, cond):
         return (0.5 * x).bfloat16().float()
 
-    estimate, rewards = proxy(y, lambda leaf, k: denoise_steps(clean, leaf, level, LADDER, 3, eta=0.0),
-                              lambda x: x.flatten(1).mean(1), 0.1)
+    estimate, rewards = proxy(
+        y, lambda leaf, k: denoise_steps(clean, leaf, level, LADDER, 3, eta=0.0), lambda x: x.flatten(1).mean(1), 0.1
+    )
     assert estimate.shape == y.shape and estimate.dtype == torch.float32 and rewards.shape == (3,)
     assert (estimate != 0).all() and not estimate.requires_grad
 

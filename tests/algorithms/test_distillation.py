@@ -25,7 +25,7 @@ def level_at(t):
 def posterior_mean(y, level, mean, cov):
     """E[x_0 | y] for p_0 = N(mean, cov). y [B, D]."""
     alpha = level.alpha[:, None, None]
-    total = alpha**2 * cov + level.sigma[:, None, None]**2 * torch.eye(len(mean), dtype=y.dtype)
+    total = alpha**2 * cov + level.sigma[:, None, None] ** 2 * torch.eye(len(mean), dtype=y.dtype)
     return mean + (alpha * cov @ torch.linalg.solve(total, (y - level.alpha[:, None] * mean)[..., None]))[..., 0]
 
 
@@ -91,6 +91,7 @@ def train(setting, loss, steps=250, batch=256, lr=0.05, seed=0):
 
 def matching(setting, pull=None, normalised=True):
     """The loss of DIDR with ``pull(y, level) -> kappa s_r``; None is Diff-Instruct."""
+
     def loss(generator, z, n, level):
         x0 = generator(z)
         with torch.no_grad():
@@ -170,8 +171,15 @@ def test_what_the_clamp_does_to_the_plug_ins_bias():
     assert float(LINE.mean) == pytest.approx(-0.25) and float(LINE.cov) == pytest.approx(0.5)
     table = {k: plug_in_fixed_point(k) for k in (math.inf, 20.0, 5.0, 4.0, 2.0, 1.0, 0.6)}
     measured = {k: (round(m, 2), round(v, 2)) for k, (m, v) in table.items()}
-    assert measured == {math.inf: (-0.84, 0.34), 20.0: (-0.63, 0.34), 5.0: (-0.32, 0.34), 4.0: (-0.27, 0.35),
-                        2.0: (-0.08, 0.37), 1.0: (0.10, 0.43), 0.6: (0.21, 0.5)}
+    assert measured == {
+        math.inf: (-0.84, 0.34),
+        20.0: (-0.63, 0.34),
+        5.0: (-0.32, 0.34),
+        4.0: (-0.27, 0.35),
+        2.0: (-0.08, 0.37),
+        1.0: (0.10, 0.43),
+        0.6: (0.21, 0.5),
+    }
 
 
 def test_a_strong_tilt_collapses_the_plug_in():
@@ -206,7 +214,7 @@ def test_direction_normalise_surrogate():
     leaf = x0.clone().requires_grad_()
     loss = surrogate(leaf, scaled)
     assert loss.shape == (3,) and torch.allclose(loss, 0.5 * scaled.square().flatten(1).mean(1), rtol=1e-3)
-    gradient, = torch.autograd.grad(loss.sum(), leaf)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     assert torch.allclose(gradient, scaled / 32, atol=1e-6)
     with pytest.raises(ValueError, match="together"):
         direction(fake, ref, score)
@@ -267,8 +275,10 @@ def test_a_large_c_is_the_fisher_divergence():
 
 @pytest.mark.parametrize("setting", [LINE, PLANE], ids=["1-D", "2-D"])
 def test_di_star_without_a_reward_converges_to_the_reference(setting):
-    law = train(setting, lambda generator, z, n, level: score_divergence(
-        generator(z), n, level, generator.fake, setting.ref, c=0.3))
+    law = train(
+        setting,
+        lambda generator, z, n, level: score_divergence(generator(z), n, level, generator.fake, setting.ref, c=0.3),
+    )
     assert_within(law, setting.m, setting.s)
 
 

@@ -14,8 +14,14 @@ REQUEST = SampleRequest("train", 3, ("a face",) * 64, tuple(range(64)), 1)
 
 def left(loss: str, target: str) -> tuple[float, float]:
     """(the loss of the best answer where all samples are 0, what it has to be)."""
-    config = build_config({"run": {"algorithm": "didr"}, "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
-                           "pretrain": {"target": target, "candidates": [3, 4, 6, 8, 16]}, "didr": {"fake_loss": loss}})
+    config = build_config(
+        {
+            "run": {"algorithm": "didr"},
+            "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
+            "pretrain": {"target": target, "candidates": [3, 4, 6, 8, 16]},
+            "didr": {"fake_loss": loss},
+        }
+    )
     levels, expected = NoiseLevels(config, config.didr), []
 
     def best(y, t, lam, text):

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures.generators import Quadratic
 from torch.distributions import Independent, Normal
 
+from fixtures.generators import Quadratic
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.base import share
 from rlproxi.algorithms.grpo import GRPO, FirstRatioError, MicroBatch, advantages
@@ -26,7 +26,9 @@ NAN = float("nan")
 def algorithm(seed=0, steps=6, **settings) -> GRPO:
     """Of the schema's default sampler: with six steps, those in STEPS."""
     plain = {"kl_coef": 0.0, "reduction": "sum", "trained_steps": None, "clip_range": 0.2}
-    return GRPO(build_config({"run": {"seed": seed}, "sampler": {"num_inference_steps": steps}, "grpo": {**plain, **settings}}))
+    return GRPO(
+        build_config({"run": {"seed": seed}, "sampler": {"num_inference_steps": steps}, "grpo": {**plain, **settings}})
+    )
 
 
 class Linear:
@@ -69,9 +71,13 @@ def test_advantages_closed_form():
     assert a.values[0] == pytest.approx(np.array([-2, -1, 0, 3]) / math.sqrt(3.5))
     assert a.values[1] == pytest.approx([-1, -1, 1, 1])
     assert a.values.dtype == a.weight.dtype == np.float32 and (a.weight == 1).all()
-    assert a.stats == {"advantages/zero_variance_groups": 0, "groups/masked": 0, "samples/masked": 0,
-                       "reward/mean": pytest.approx(1.5),
-                       "reward/std": pytest.approx((math.sqrt(3.5) + 1) / 2)}
+    assert a.stats == {
+        "advantages/zero_variance_groups": 0,
+        "groups/masked": 0,
+        "samples/masked": 0,
+        "reward/mean": pytest.approx(1.5),
+        "reward/std": pytest.approx((math.sqrt(3.5) + 1) / 2),
+    }
     assert advantages(np.array([[0.0, 2e-3]]), eps=1e-3).values[0] == pytest.approx([-0.5, 0.5])
 
 
@@ -169,15 +175,29 @@ def moved(advantage: float, shift: float, **settings):
     one = torch.ones(1, 1, dtype=torch.float64)
     old = OLD[0] * one + OLD[1]
     prox = Linear(OLD[0], OLD[1] + shift * action.s / action.a)
-    batch = MicroBatch(one[None], (action.a * old + action.s)[None], old[None],
-                       torch.full((1,), advantage, dtype=torch.float64), torch.ones(1, dtype=torch.float64), None)
+    batch = MicroBatch(
+        one[None],
+        (action.a * old + action.s)[None],
+        old[None],
+        torch.full((1,), advantage, dtype=torch.float64),
+        torch.ones(1, dtype=torch.float64),
+        None,
+    )
     ((loss, metrics),) = algo.losses(prox, None, [batch], [action])
     return torch.autograd.grad(loss, prox.theta)[0], loss.item(), metrics
 
 
-@pytest.mark.parametrize("advantage, shift, held", [
-    (1.0, 0.5, True), (-1.0, 0.5, False), (1.0, -0.5, False), (-1.0, -0.5, True), (1.0, 0.1, False),
-    (-1.0, -0.1, False)])
+@pytest.mark.parametrize(
+    "advantage, shift, held",
+    [
+        (1.0, 0.5, True),
+        (-1.0, 0.5, False),
+        (1.0, -0.5, False),
+        (-1.0, -0.5, True),
+        (1.0, 0.1, False),
+        (-1.0, -0.1, False),
+    ],
+)
 def test_the_clip_stops_only_what_went_far_enough_in_the_right_direction(advantage, shift, held):
     grad, loss, metrics = moved(advantage, shift, clip_range=0.2)
     rho = math.exp(shift - shift**2 / 2)
@@ -260,8 +280,11 @@ def test_every_step_is_asked_at_its_own_time():
 @pytest.mark.parametrize("deviation", [2e-6, 0.5, NAN])
 def test_a_first_ratio_off_one_stops_in_plain_words(deviation):
     algo = algorithm(first_ratio_tolerance=1e-6)
-    with pytest.raises(FirstRatioError, match=r"ratio is off 1 by .* \(grpo.first_ratio_tolerance = 1e-06\).*"
-                                              "set model.precision=float32"):
+    with pytest.raises(
+        FirstRatioError,
+        match=r"ratio is off 1 by .* \(grpo.first_ratio_tolerance = 1e-06\).*"
+        "set model.precision=float32",
+    ):
         algo.accept({"ratio/first_max_deviation": deviation})
     algo.accept({"ratio/first_max_deviation": 0.0})
     algo.accept({"ratio/first_max_deviation": 1e-6})
@@ -284,8 +307,18 @@ def test_the_window_is_drawn_anew_for_each_iteration():
 
 
 def config(**grpo_settings):
-    return build_config({"grpo": {"prompts_per_step": 12, "groups_per_micro_batch": 4, "group_size": 3,
-                                  "trained_steps": 2, **grpo_settings}, "sampler": {"num_inference_steps": 5}})
+    return build_config(
+        {
+            "grpo": {
+                "prompts_per_step": 12,
+                "groups_per_micro_batch": 4,
+                "group_size": 3,
+                "trained_steps": 2,
+                **grpo_settings,
+            },
+            "sampler": {"num_inference_steps": 5},
+        }
+    )
 
 
 def test_requests_are_micro_batches_of_whole_groups():
@@ -322,7 +355,6 @@ def test_shares_cover_every_micro_batch_once_and_updates_do_not_depend_on_the_wo
         union = [sorted(j for mine in ranks for j in mine) for ranks in shares]
         blocks = blocks or union
         assert union == blocks
-
 
 
 def test_learning_rate_warms_up_holds_and_falls():
@@ -362,7 +394,10 @@ def test_the_first_updates_log_ratio_is_told_for_each_step():
     algo, prox = algorithm(), Linear(OLD[0] + 0.01, OLD[1])
     window = [algo.actions[i] for i in (0, 3)]
     told = [metrics for _, metrics in algo.losses(prox, None, [rollout(window)], window, first=True)]
-    assert [next(k for k in m if k.startswith("ratio/first_max/")) for m in told] == ["ratio/first_max/0", "ratio/first_max/3"]
+    assert [next(k for k in m if k.startswith("ratio/first_max/")) for m in told] == [
+        "ratio/first_max/0",
+        "ratio/first_max/3",
+    ]
     assert all(m[f"ratio/first_max/{i}"] == m["ratio/max_log"] > 0 for m, i in zip(told, (0, 3)))
     same = [m for _, m in algo.losses(Linear(*OLD), None, [rollout(window)], window, first=True)]
     assert [m["ratio/first_max/0"] for m in same[:1]] == [0.0] and same[1]["ratio/max_log"] == 0.0

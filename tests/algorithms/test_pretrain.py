@@ -93,8 +93,11 @@ def test_two_ranks_draw_what_one_rank_would():
     algorithm, images, text = matching(micro_batch_size=2), torch.randn(8, 3, 4, 4), numbered(8)
     half = [slice(0, 4), slice(4, 8)]
     one = [loss.item() for loss, _ in algorithm.losses(Recorder(0.3), images, text, 5)]
-    two = [loss.item() for rank, part in enumerate(half)
-           for loss, _ in algorithm.losses(Recorder(0.3), images[part], text[part], 5, rank)]
+    two = [
+        loss.item()
+        for rank, part in enumerate(half)
+        for loss, _ in algorithm.losses(Recorder(0.3), images[part], text[part], 5, rank)
+    ]
     assert len(one) == 4 and one == two
     captions = [f"c{i}" for i in range(64)]
     parts = [drop_captions(captions[32 * rank : 32 * rank + 32], 0.3, 0, 5, rank) for rank in range(2)]
@@ -149,16 +152,27 @@ def test_the_expected_target_is_known_where_the_data_are_but_one_image(loss):
     ((found, _),) = first.losses(best, torch.zeros(64, 3, 16, 16), numbered(64), 49)
     assert found.item() < 1e-6
     if loss == "matching":
-        losses = [next(matching(target=target, l1_fraction=0.5, zetas=[2.0]).losses(best, torch.zeros(64, 3, 16, 16), numbered(64), 50))
-                  for target in ("expected", "noise")]
+        losses = [
+            next(
+                matching(target=target, l1_fraction=0.5, zetas=[2.0]).losses(
+                    best, torch.zeros(64, 3, 16, 16), numbered(64), 50
+                )
+            )
+            for target in ("expected", "noise")
+        ]
         assert losses[0][0] == losses[1][0] > 0.01
 
 
 @pytest.mark.parametrize("kind", ["unet", "transformer"])
 @pytest.mark.parametrize("target", ["noise", "expected"])
 def test_a_new_network_has_the_factor_of_its_target_and_keeps_it(kind, target, tmp_path):
-    config = build_config({"pretrain": {"target": target}, "data": {"size": 16},
-                           "model": {"kind": kind, "channels": [32, 32], "layers": 1, "heads": 2}})
+    config = build_config(
+        {
+            "pretrain": {"target": target},
+            "data": {"size": 16},
+            "model": {"kind": kind, "channels": [32, 32], "layers": 1, "heads": 2},
+        }
+    )
     network = build_denoiser(config)
     network.save_pretrained(tmp_path)
     assert network.target == type(network).from_pretrained(tmp_path).target == target
@@ -168,7 +182,9 @@ def _row(number: torch.Tensor) -> torch.Tensor:
     return number.reshape(-1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("weight", ["lam", "level"])  # which is for the expected noise: of the drawn one it would weigh n1 as well
+@pytest.mark.parametrize(
+    "weight", ["lam", "level"]
+)  # which is for the expected noise: of the drawn one it would weigh n1 as well
 @pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
 def test_lam_power_weighs_the_draws_around_a_mean_of_one(power, weight):
     """With a loss of sqrt(2/pi) for every draw, what is left is the draws' mean weight."""
@@ -182,7 +198,9 @@ def test_lam_power_weighs_the_draws_around_a_mean_of_one(power, weight):
 
 @pytest.mark.parametrize("loss, factor", [("matching", 0.5), ("square", 1.0)])
 def test_weighed_by_level_the_draws_have_a_mean_of_one_too(loss, factor):
-    algorithm = matching(loss=loss, target="expected", weight="level", l1_fraction=1.0 if loss == "square" else 0.5, zetas=[2.0])
+    algorithm = matching(
+        loss=loss, target="expected", weight="level", l1_fraction=1.0 if loss == "square" else 0.5, zetas=[2.0]
+    )
     t, lam = torch.from_numpy(algorithm.times.t), torch.from_numpy(algorithm.times.lam)
     noise = 1 - SCHEDULE.alpha_bar(t) + lam
     expected = (noise / lam) ** factor * (noise / SCHEDULE.alpha_bar(t)) ** 0.5

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from fixtures.generators import Encoder, Quadratic
 from torch import nn
 
+from fixtures.generators import Encoder, Quadratic
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.r0 import R0
 from rlproxi.config.loading import build_config
@@ -29,15 +29,21 @@ class Linear(nn.Module):
 
 
 def config(steps=3, **r0):
-    return build_config({"run": {"algorithm": "r0"}, "sampler": {"num_inference_steps": steps, "start_time": 0.3},
-                         "r0": {"prompts_per_step": 8, "groups_per_micro_batch": 4, **r0}})
+    return build_config(
+        {
+            "run": {"algorithm": "r0"},
+            "sampler": {"num_inference_steps": steps, "start_time": 0.3},
+            "r0": {"prompts_per_step": 8, "groups_per_micro_batch": 4, **r0},
+        }
+    )
 
 
 def made(network, scorers, reference=None, **settings):
     algorithm = R0(config(**settings))
     gradients = RewardGradients(scorers, normalize=algorithm.normalize_gradients)
-    algorithm.connect(Parts({"policy": network}, {"policy": network}, reference, Encoder(), gradients, SHAPE,
-                            torch.device("cpu")))
+    algorithm.connect(
+        Parts({"policy": network}, {"policy": network}, reference, Encoder(), gradients, SHAPE, torch.device("cpu"))
+    )
     return algorithm
 
 
@@ -90,11 +96,26 @@ def test_the_gradient_is_the_hand_written_one(steps, normalize, checkpoint):
 def test_the_ddim_generator_has_the_gradient_of_its_paper(checkpoint):
     """x^ = (x - sigma eps)/alpha and the next x of R0's form, with eta drawn anew for every step of an iteration."""
     network, scorers = Linear(0.05, 0.1), {"a": (Quadratic(), 1.0)}
-    algorithm = R0(build_config({"run": {"algorithm": "r0"}, "sampler": {"name": "ddim", "num_inference_steps": 3,
-                                                                         "start_time": 0.5},
-                                 "r0": {"prompts_per_step": 8, "groups_per_micro_batch": 4, "checkpoint_steps": checkpoint}}))
-    algorithm.connect(Parts({"policy": network}, {"policy": network}, None, Encoder(),
-                            RewardGradients(scorers), SHAPE, torch.device("cpu")))
+    algorithm = R0(
+        build_config(
+            {
+                "run": {"algorithm": "r0"},
+                "sampler": {"name": "ddim", "num_inference_steps": 3, "start_time": 0.5},
+                "r0": {"prompts_per_step": 8, "groups_per_micro_batch": 4, "checkpoint_steps": checkpoint},
+            }
+        )
+    )
+    algorithm.connect(
+        Parts(
+            {"policy": network},
+            {"policy": network},
+            None,
+            Encoder(),
+            RewardGradients(scorers),
+            SHAPE,
+            torch.device("cpu"),
+        )
+    )
     ours, _ = objective_gradient(algorithm, network)
     etas, times = rng(0, 0xE7A0, 3).random(3), algorithm.schedule.grid(3, 0.5)
     assert len(set(etas)) == 3
@@ -120,8 +141,17 @@ def test_a_step_towards_the_reference_is_0_where_the_distributions_agree():
     network, reference = Linear(), Linear(0.2, -0.3)
     algorithm = R0(config(distribution_weight=2.0, normalize_gradients=False))
     networks = {"policy": network, "fake": Linear(0.2, -0.3)}
-    algorithm.connect(Parts(networks, networks, reference, Encoder(), RewardGradients({"a": (Quadratic(0.0), 1.0)}), SHAPE,
-                            torch.device("cpu")))
+    algorithm.connect(
+        Parts(
+            networks,
+            networks,
+            reference,
+            Encoder(),
+            RewardGradients({"a": (Quadratic(0.0), 1.0)}),
+            SHAPE,
+            torch.device("cpu"),
+        )
+    )
     (request, *_) = algorithm.requests(0)
     text, x = Encoder().groups(request.prompts, 1), torch.randn(4, *SHAPE, generator=generator(5))
     assert algorithm._towards_reference(x, request, text).abs().max() == 0
@@ -129,8 +159,11 @@ def test_a_step_towards_the_reference_is_0_where_the_distributions_agree():
     moved = algorithm._towards_reference(x, request, text)
     level, g = algorithm.levels.draw(request, 0, x)
     y = level.diffuse(x, torch.randn(x.shape, generator=g))
-    clean = [(y - level.sigma.square().reshape(-1, 1, 1, 1) / level.lam.sqrt().reshape(-1, 1, 1, 1) * f(y, None, None, None))
-             / level.alpha.reshape(-1, 1, 1, 1) for f in (reference, networks["fake"])]
+    clean = [
+        (y - level.sigma.square().reshape(-1, 1, 1, 1) / level.lam.sqrt().reshape(-1, 1, 1, 1) * f(y, None, None, None))
+        / level.alpha.reshape(-1, 1, 1, 1)
+        for f in (reference, networks["fake"])
+    ]
     expected = (clean[0] - clean[1]) / (x - clean[0]).flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
     updates = list(algorithm.updates(Batch(0, algorithm.requests(0), 0, 1)))
@@ -208,7 +241,7 @@ def test_guidance_pulls_from_the_null_to_the_conditional_prediction():
     pulled = algorithm._guidance(x, request, Encoder().groups(request.prompts, 1))
     level, _ = algorithm.levels.draw(request, 0x6D1A, x)
     # D = (y - sigma^2/sqrt(lam) eps)/alpha, and eps differs by 1.
-    expected = -level.sigma**2 / (level.lam.sqrt() * level.alpha)
+    expected = -(level.sigma**2) / (level.lam.sqrt() * level.alpha)
     torch.testing.assert_close(pulled, expected.reshape(-1, 1, 1, 1).expand_as(pulled), rtol=1e-5, atol=1e-5)
     ours, _ = objective_gradient(algorithm, network)
     assert ours.abs().max() > 0
@@ -237,7 +270,10 @@ def test_a_missing_score_moves_nothing_and_is_left_out_of_the_mean():
     found = RewardGradients({"a": (Fails(), 1.0)})(x, ["p"] * 3)
     assert found.ascent[0].abs().max() == 0 and torch.isfinite(found.ascent).all() and found.ascent[1].norm() > 0
     mean = mean_scores(found.scores, {"a": 2.0})
-    assert mean["reward/a"] == pytest.approx(float(found.scores["a"][1:].mean())) and mean["reward/mean"] == 2 * mean["reward/a"]
+    assert (
+        mean["reward/a"] == pytest.approx(float(found.scores["a"][1:].mean()))
+        and mean["reward/mean"] == 2 * mean["reward/a"]
+    )
 
 
 def test_nothing_is_gained_beyond_black_and_white():

@@ -17,13 +17,18 @@ from rlproxi.proximal import policy
 
 CAPTIONS = [faces.portrait(0, i).caption for i in range(8)]
 REQUEST = SampleRequest("train", 4, tuple(CAPTIONS[:2]), (8, 9), 3, window=(0, 2))
-MODEL = {"channels": [32, 32], "blocks": [1, 0], "attention": [True, False], "text_dim": 32, "text_layers": 1, "precision": "float32"}
+MODEL = {
+    "channels": [32, 32],
+    "blocks": [1, 0],
+    "attention": [True, False],
+    "text_dim": 32,
+    "text_layers": 1,
+    "precision": "float32",
+}
 
 
 def make_config(**sections) -> Config:
-    return build_config({
-        "data": {"size": 16}, "sampler": {"num_inference_steps": 4},
-        "model": MODEL, **sections})
+    return build_config({"data": {"size": 16}, "sampler": {"num_inference_steps": 4}, "model": MODEL, **sections})
 
 
 def make_unet(config: Config, seed: int = 0):
@@ -108,7 +113,7 @@ def test_z_next_is_the_action_drawn_from_the_policy(sampler):
     for k, action in enumerate(policy.actions(sampler.pipeline.steps())):
         noise = [(c["z_next"][k] - action.a * c["prox"][k]) / action.s for c in (chain, second)]
         assert np.allclose(*noise, atol=1e-4)
-        assert abs(noise[0].mean()) < 5 / noise[0].size**0.5 and noise[0].std() == pytest.approx(1, abs=0.06)
+        assert abs(noise[0].mean()) < 5 / noise[0].size ** 0.5 and noise[0].std() == pytest.approx(1, abs=0.06)
 
 
 def test_replay_in_the_same_shape_is_bit_identical_and_the_ratio_exactly_one(sampler, sampled):
@@ -134,12 +139,21 @@ def test_replay_in_the_same_shape_is_bit_identical_and_the_ratio_exactly_one(sam
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_in_bfloat16_the_first_ratio_is_one_too(guidance):
     """The rank enters autocast around the whole check, the sampler around its forwards only: the captions must not notice."""
-    sampler = make_sampler(make_config(model={**MODEL, "precision": "bfloat16"}, grpo={"trained_steps": 2, "group_size": 3},
-                                       sampler={"num_inference_steps": 4, "guidance_scale": guidance}))
+    sampler = make_sampler(
+        make_config(
+            model={**MODEL, "precision": "bfloat16"},
+            grpo={"trained_steps": 2, "group_size": 3},
+            sampler={"num_inference_steps": 4, "guidance_scale": guidance},
+        )
+    )
     chain = {name: torch.from_numpy(x) for name, x in sampler.sample(REQUEST)[1].items()}
     algorithm, networks = grpo.GRPO(sampler.config), {"policy": make_unet(sampler.config).train()}
     algorithm.window = lambda iteration: [algorithm.actions[i] for i in REQUEST.window]
-    algorithm.connect(Parts(networks, networks, None, make_sampler(sampler.config).pipeline.text, None, (3, 16, 16), torch.device("cpu")))
+    algorithm.connect(
+        Parts(
+            networks, networks, None, make_sampler(sampler.config).pipeline.text, None, (3, 16, 16), torch.device("cpu")
+        )
+    )
     batch = Batch(0, [REQUEST], 0, 1, np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32), lambda j: chain)
     with torch.no_grad(), autocast(torch.bfloat16, "cpu"):
         assert algorithm.check(batch) == {"ratio/first_max_deviation": 0.0}
@@ -152,8 +166,12 @@ def test_replay_with_guidance_is_bit_identical_too():
     prox = operator(sampler.pipeline.denoiser, sampler.pipeline.text, 2.0)
     action = policy.actions(sampler.pipeline.steps())[2]
     with torch.no_grad():
-        again = prox(torch.from_numpy(chain["z"][1]), action.step.t, action.step.lam,
-                     sampler.pipeline.text.groups(REQUEST.prompts, 3))
+        again = prox(
+            torch.from_numpy(chain["z"][1]),
+            action.step.t,
+            action.step.lam,
+            sampler.pipeline.text.groups(REQUEST.prompts, 3),
+        )
     assert np.array_equal(again.numpy(), chain["prox"][1])
     unguided = sampler.sample(replace(REQUEST, guidance_scale=1.0))[0]
     assert apart(unguided, images) > 1 and apart(unguided, make_sampler().sample(REQUEST)[0]) <= 1
@@ -185,14 +203,15 @@ def test_same_noise_starts_a_group_from_one_z():
 
 def test_ddim_chains_are_drawn_from_its_policy_and_replay_exactly():
     """eta > 0: the noise comes after the prox, so a group of one start differs by its very first action."""
-    config = make_config(sampler={"name": "ddim", "num_inference_steps": 4, "start_time": 0.65, "eta": 0.7},
-                         grpo={"same_noise": True})
+    config = make_config(
+        sampler={"name": "ddim", "num_inference_steps": 4, "start_time": 0.65, "eta": 0.7}, grpo={"same_noise": True}
+    )
     sampler, every = make_sampler(config), replace(REQUEST, window=(0, 1, 2))
     chain = {name: torch.from_numpy(x) for name, x in sampler.sample(every)[1].items()}
     assert torch.equal(chain["z"][0, 0], chain["z"][0, 1]) and not torch.equal(chain["z"][0, 0], chain["z"][0, 3])
     for k, action in enumerate(policy.actions(sampler.pipeline.steps())):
         noise = (action.free(chain["z"][k], chain["z_next"][k]) - action.a * chain["prox"][k]) / action.s
-        assert abs(noise.mean()) < 5 / noise.numel()**0.5 and noise.std() == pytest.approx(1, abs=0.06)
+        assert abs(noise.mean()) < 5 / noise.numel() ** 0.5 and noise.std() == pytest.approx(1, abs=0.06)
         assert not torch.allclose(noise[0], noise[1], atol=0.1)  # the first action's too
     algorithm = grpo.GRPO(config)
     text = sampler.pipeline.text.groups(every.prompts, every.group_size)
@@ -244,9 +263,15 @@ def test_a_broken_sample_is_masked_and_its_chain_is_zeros(sampled):
     sampler.pipeline.run = broken
     images, chain = sampler.sample(REQUEST)
     assert np.ma.is_masked(images) and images.dtype == np.uint8
-    assert np.ma.getmaskarray(images).all((1, 2, 3)).tolist() == [False, True, False, False, True, False] == (~chain["finite"]).tolist()
+    assert (
+        np.ma.getmaskarray(images).all((1, 2, 3)).tolist()
+        == [False, True, False, False, True, False]
+        == (~chain["finite"]).tolist()
+    )
     for key in ("z", "z_next", "prox"):
-        assert not chain[key][:, [1, 4]].any() and np.array_equal(chain[key][:, [0, 2, 3, 5]], sampled[1][key][:, [0, 2, 3, 5]])
+        assert not chain[key][:, [1, 4]].any() and np.array_equal(
+            chain[key][:, [0, 2, 3, 5]], sampled[1][key][:, [0, 2, 3, 5]]
+        )
     assert np.array_equal(np.asarray(images)[[0, 2, 3, 5]], sampled[0][[0, 2, 3, 5]])
     assert "finite" not in sampled[1] and not np.ma.isMaskedArray(sampled[0])
     judged = sampler.sample(replace(REQUEST, purpose="heldout", window=()))[0]

@@ -23,13 +23,15 @@ CAPTION = "a smiling person with a red hat"
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run directory with a small untrained model in it."""
-    unet = ProximalUNet(sample_size=16, patch=4, channels=(32,), blocks=(1,), attention=(False,), text_dim=32,
-                        pooled_dim=32)
+    unet = ProximalUNet(
+        sample_size=16, patch=4, channels=(32,), blocks=(1,), attention=(False,), text_dim=32, pooled_dim=32
+    )
     with torch.no_grad():
         unet.head.weight.normal_(std=0.1)
     path = tmp_path_factory.mktemp("runs") / "one"
-    TextToImage(unet, build_text_encoder([CAPTION], 32, 1, 12), Schedule(), Sampler(num_inference_steps=2)
-                ).save_pretrained(path / "models" / "final")
+    TextToImage(
+        unet, build_text_encoder([CAPTION], 32, 1, 12), Schedule(), Sampler(num_inference_steps=2)
+    ).save_pretrained(path / "models" / "final")
     with RunLog(path) as log:
         log.append("note", message="hello")
     return path
@@ -37,8 +39,25 @@ def run_dir(tmp_path_factory):
 
 def test_sample_writes_a_grid_of_prompts_and_seeds(run_dir, tmp_path, capsys):
     out = tmp_path / "new" / "grid.png"
-    arguments = ["sample", CAPTION, "a person", "--model", str(run_dir), "--count", "3", "--scale", "2", "--seed", "5",
-                 "--steps", "3", "--guidance", "1.5", "--out", str(out)]
+    arguments = [
+        "sample",
+        CAPTION,
+        "a person",
+        "--model",
+        str(run_dir),
+        "--count",
+        "3",
+        "--scale",
+        "2",
+        "--seed",
+        "5",
+        "--steps",
+        "3",
+        "--guidance",
+        "1.5",
+        "--out",
+        str(out),
+    ]
     assert cli.main(arguments) == 0
     captured = capsys.readouterr()
     assert captured.out.strip() == str(out) and "warning" not in captured.err
@@ -52,19 +71,24 @@ def test_sample_writes_a_grid_of_prompts_and_seeds(run_dir, tmp_path, capsys):
 
 
 def test_sample_warns_of_words_the_model_does_not_know(run_dir, tmp_path, capsys):
-    assert cli.main(["sample", "a green robot", "--model", str(run_dir), "--count", "1",
-                     "--out", str(tmp_path / "x.png")]) == 0
+    assert (
+        cli.main(["sample", "a green robot", "--model", str(run_dir), "--count", "1", "--out", str(tmp_path / "x.png")])
+        == 0
+    )
     assert "warning: this model has no token for green, robot" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["sample", "x", "--model", "no/such"], "no/such is not a folder: expected a model folder"),
-    (["sample", "x", "--model", ".", "--out", "x.jpg"], "must end in .png"),
-    (["report", "no/such"], "no/such is not a folder: expected a run directory"),
-    (["export", "no/such", "out"], "no/such is not a folder: expected a model folder"),
-    (["export", ".", "."], ". holds no model: expected a model folder"),
-    (["serve", "no/such"], "no/such is not a folder: expected a model folder"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["sample", "x", "--model", "no/such"], "no/such is not a folder: expected a model folder"),
+        (["sample", "x", "--model", ".", "--out", "x.jpg"], "must end in .png"),
+        (["report", "no/such"], "no/such is not a folder: expected a run directory"),
+        (["export", "no/such", "out"], "no/such is not a folder: expected a model folder"),
+        (["export", ".", "."], ". holds no model: expected a model folder"),
+        (["serve", "no/such"], "no/such is not a folder: expected a model folder"),
+    ],
+)
 def test_a_users_mistake_is_one_line_and_status_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(arguments) == 2
@@ -73,18 +97,26 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, words, tmp_path, mo
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], "required: COMMAND"), (["paint"], "invalid choice: 'paint'"), (["sample", "--model", "x"], "required: PROMPT"),
-    (["sample", "x", "--model", "y", "--count", "0"], "0 is less than 1"),
-    (["sample", "x", "--model", "y", "--steps", "few"], "invalid integer value: 'few'"),
-    (["score", "x"], "required: --reward"), (["score", "--reward", "jpeg"], "required: IMAGES"),
-    (["score", "x", "--reward", "y", "--prompt", "a", "--prompts", "b"], "not allowed with argument --prompt"),
-    (["score", "x", "--reward", "y", "--json", "a", "--csv", "b"], "not allowed with argument --json"),
-    (["export", "x"], "required: OUT"), (["export", "x", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
-    (["serve"], "required: MODEL"), (["serve", "x", "--port", "0"], "0 is less than 1"),
-    (["serve", "x", "--gpus", "-1"], "-1 is not a number of at least 0"),
-    (["serve", "x", "--cpus", "nan"], "nan is not a number of at least 0"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "required: COMMAND"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["sample", "--model", "x"], "required: PROMPT"),
+        (["sample", "x", "--model", "y", "--count", "0"], "0 is less than 1"),
+        (["sample", "x", "--model", "y", "--steps", "few"], "invalid integer value: 'few'"),
+        (["score", "x"], "required: --reward"),
+        (["score", "--reward", "jpeg"], "required: IMAGES"),
+        (["score", "x", "--reward", "y", "--prompt", "a", "--prompts", "b"], "not allowed with argument --prompt"),
+        (["score", "x", "--reward", "y", "--json", "a", "--csv", "b"], "not allowed with argument --json"),
+        (["export", "x"], "required: OUT"),
+        (["export", "x", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["serve"], "required: MODEL"),
+        (["serve", "x", "--port", "0"], "0 is less than 1"),
+        (["serve", "x", "--gpus", "-1"], "-1 is not a number of at least 0"),
+        (["serve", "x", "--cpus", "nan"], "nan is not a number of at least 0"),
+    ],
+)
 def test_bad_usage_is_status_2(arguments, words, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -113,7 +145,8 @@ def brightness(tmp_path, monkeypatch):
     (folder / "own_brightness.py").write_text(
         "def score(images, prompts):\n"
         "    if prompts[0] == 'fail': raise RuntimeError('out of\\nmemory')\n"
-        "    return [image.mean() + len(prompt) for image, prompt in zip(images, prompts)]\n")
+        "    return [image.mean() + len(prompt) for image, prompt in zip(images, prompts)]\n"
+    )
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "own_brightness", raising=False)
@@ -141,13 +174,13 @@ def test_score_prints_a_table_with_sidecar_prompts(images, brightness, capsys):
 
 def test_score_takes_prompts_by_order_and_writes_files(images, brightness, tmp_path, capsys):
     folder, means = images
-    (tmp_path / "p.json").write_text(json.dumps(["a", "", "ccc", "d, \"d\"", "e"]))
+    (tmp_path / "p.json").write_text(json.dumps(["a", "", "ccc", 'd, "d"', "e"]))
     lengths = [1, 0, 3, 6, 1]
     out = tmp_path / "new" / "scores.json"
     assert cli.main(["score", str(folder), *brightness, "--prompts", str(tmp_path / "p.json"), "--json", str(out)]) == 0
     told = json.loads(out.read_text(encoding="utf-8"))
     assert told["reward"] == "python" and told["scorer"] == {"class": "rlproxi.rewards.base.FunctionReward"}
-    assert [row["prompt"] for row in told["scores"]] == ["a", "", "ccc", "d, \"d\"", "e"]
+    assert [row["prompt"] for row in told["scores"]] == ["a", "", "ccc", 'd, "d"', "e"]
     assert [row["score"] for row in told["scores"]] == pytest.approx(means + lengths, abs=1e-4)
     assert told["count"] == 5 and told["mean"] == pytest.approx(np.mean(means + lengths), abs=1e-4)
     assert told["standard_error"] == pytest.approx(np.std(means + lengths, ddof=1) / 5**0.5, abs=1e-4)
@@ -168,8 +201,11 @@ def test_score_pairs_the_benchmarks_styles_with_its_prompts(brightness, tmp_path
     arguments = ["score", str(tmp_path / "drawn"), *brightness, "--prompts", str(tmp_path / "bench")]
     assert cli.main([*arguments, "--json", str(tmp_path / "s.json")]) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[-3:] == ["anime: mean 10.0000, standard error 1.0000, 2 images", "photo: mean 10.0000, 1 image",
-                         "mean 10.0000, standard error 0.5774, 3 images"]
+    assert rows[-3:] == [
+        "anime: mean 10.0000, standard error 1.0000, 2 images",
+        "photo: mean 10.0000, 1 image",
+        "mean 10.0000, standard error 0.5774, 3 images",
+    ]
     assert json.loads((tmp_path / "s.json").read_text())["styles"]["photo"]["count"] == 1
     Image.new("RGB", (8, 8)).save(tmp_path / "drawn" / "photo" / "00003.png")
     assert cli.main(arguments) == 2
@@ -185,9 +221,27 @@ def test_score_builds_a_scorer_from_its_checkpoint_and_parameters(images, tmp_pa
     folder, _ = images
     AttributeClassifier(16, 8).save(tmp_path / "reward.safetensors")
     files = [folder / "00000/0000.png", folder / "00000/0002.png"]
-    assert cli.main(["score", *map(str, files), "--reward", "attributes", "--checkpoint",
-                     str(tmp_path / "reward.safetensors"), "--param", "copies=2", "--param", "noise=5e-1",
-                     "--prompt", CAPTION, "--json", str(tmp_path / "s.json")]) == 0
+    assert (
+        cli.main(
+            [
+                "score",
+                *map(str, files),
+                "--reward",
+                "attributes",
+                "--checkpoint",
+                str(tmp_path / "reward.safetensors"),
+                "--param",
+                "copies=2",
+                "--param",
+                "noise=5e-1",
+                "--prompt",
+                CAPTION,
+                "--json",
+                str(tmp_path / "s.json"),
+            ]
+        )
+        == 0
+    )
     scorer = build("attributes", {"path": str(tmp_path / "reward.safetensors"), "copies": 2, "noise": 0.5})
     direct = scorer.score(np.stack([np.array(Image.open(f)) for f in files]), [CAPTION] * 2)
     told = json.loads((tmp_path / "s.json").read_text())
@@ -195,20 +249,26 @@ def test_score_builds_a_scorer_from_its_checkpoint_and_parameters(images, tmp_pa
     assert len(told["scorer"][str(tmp_path / "reward.safetensors")]) == 64  # what was scored with
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--reward", "jpgg"], "reward 'jpgg' is unknown; did you mean 'jpeg'?"),
-    (["--reward", "jpeg", "--param", "qualty=3"], "it takes no 'qualty', did you mean 'quality'?"),
-    (["--reward", "jpeg", "--param", "quality"], "is not of the form key=value"),
-    (["--reward", "jpeg", "--checkpoint", "x"], "reward 'jpeg' takes no checkpoint; it takes quality, incompressible"),
-    (["--reward", "judge", "--checkpoint", "x", "--param", "path=y"], "are the same parameter"),
-    (["--reward", "judge", "--checkpoint", "no.safetensors", "--prompt", ""], "no.safetensors' is missing"),
-    (["--reward", "jpeg", "--prompts", "no.txt"], "prompts no.txt do not exist"),
-    (["--reward", "jpeg", "--prompts", "two.txt"], "two.txt has 2 prompts and there are 5 images"),
-    (["--reward", "jpeg", "--json", "."], ". is a folder, expected a file to write"),
-    (["nowhere.png", "--reward", "jpeg"], "image nowhere.png does not exist"),
-    (["bare.png", "--reward", "jpeg"], 'bare.png has no prompt: give --prompt ("" for a reward that reads none)'),
-    (["bare.png", "--reward", "jpeg", "--prompt", ""], "image bare.png cannot be read"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--reward", "jpgg"], "reward 'jpgg' is unknown; did you mean 'jpeg'?"),
+        (["--reward", "jpeg", "--param", "qualty=3"], "it takes no 'qualty', did you mean 'quality'?"),
+        (["--reward", "jpeg", "--param", "quality"], "is not of the form key=value"),
+        (
+            ["--reward", "jpeg", "--checkpoint", "x"],
+            "reward 'jpeg' takes no checkpoint; it takes quality, incompressible",
+        ),
+        (["--reward", "judge", "--checkpoint", "x", "--param", "path=y"], "are the same parameter"),
+        (["--reward", "judge", "--checkpoint", "no.safetensors", "--prompt", ""], "no.safetensors' is missing"),
+        (["--reward", "jpeg", "--prompts", "no.txt"], "prompts no.txt do not exist"),
+        (["--reward", "jpeg", "--prompts", "two.txt"], "two.txt has 2 prompts and there are 5 images"),
+        (["--reward", "jpeg", "--json", "."], ". is a folder, expected a file to write"),
+        (["nowhere.png", "--reward", "jpeg"], "image nowhere.png does not exist"),
+        (["bare.png", "--reward", "jpeg"], 'bare.png has no prompt: give --prompt ("" for a reward that reads none)'),
+        (["bare.png", "--reward", "jpeg", "--prompt", ""], "image bare.png cannot be read"),
+    ],
+)
 def test_score_tells_a_mistake_in_one_line(arguments, words, images, brightness, tmp_path, capsys):
     (tmp_path / "work" / "two.txt").write_text("a\nb\n")
     (tmp_path / "work" / "bare.png").write_text("no image")
@@ -246,6 +306,7 @@ def test_run_and_bench_get_everything_behind_the_word(command, monkeypatch, caps
             if isinstance(result, Exception):
                 raise result
             return result
+
         monkeypatch.setitem(sys.modules, f"rlproxi.{command}", types.SimpleNamespace(main=target))
 
     module(None)
@@ -261,10 +322,12 @@ def test_run_and_bench_get_everything_behind_the_word(command, monkeypatch, caps
 
 
 def test_python_m_rlproxi_is_the_same_command_and_imports_no_framework():
-    program = ("import sys, runpy; sys.argv = ['rlproxi', '--help']\n"
-               "try: runpy.run_module('rlproxi', run_name='__main__')\n"
-               "except SystemExit as stop: assert not stop.code\n"
-               "assert not {'torch', 'ray', 'diffusers', 'actors'} & set(sys.modules), 'heavy imports for --help'")
+    program = (
+        "import sys, runpy; sys.argv = ['rlproxi', '--help']\n"
+        "try: runpy.run_module('rlproxi', run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'ray', 'diffusers', 'actors'} & set(sys.modules), 'heavy imports for --help'"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage: rlproxi" in done.stdout

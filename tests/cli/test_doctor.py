@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from fixtures import tiny_checkpoints
 
 from actors.cluster import doctor as doctor_cluster
 from actors.cluster.plan import Cluster, Group
+from fixtures import tiny_checkpoints
 from rlproxi.cli import doctor
 from rlproxi.config.loading import build_config, dump_config
 from rlproxi.errors import ConfigError
@@ -42,15 +42,25 @@ def levels(found) -> list[str]:
 def test_a_config_in_order_ends_with_0_and_says_what_is_installed(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor_machine, "NEEDED", ("ray", "torch"))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert doctor.command([str(ROOT / "configs" / "smoke.yaml"), f"run.dir={tmp_path}", "telemetry.dashboard=false"]) == 0
+    assert (
+        doctor.command([str(ROOT / "configs" / "smoke.yaml"), f"run.dir={tmp_path}", "telemetry.dashboard=false"]) == 0
+    )
     told = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in told and "smoke: stages" in told and "\n0 to mend" in told
     assert all(line.split()[0] in ("ok", "warn", "->") for line in told.splitlines()[:-2])
 
 
 def test_options_may_stand_anywhere_and_a_cluster_that_is_too_small_ends_with_1(capsys, tmp_path):
-    code = doctor.command([str(ROOT / "configs" / "proxt2i-512.yaml"), "--cluster", str(ROOT / "cluster" / "aws.yaml"),
-                           "resources.placement=roles", "rewards.replicas=5", f"run.dir={tmp_path}"])
+    code = doctor.command(
+        [
+            str(ROOT / "configs" / "proxt2i-512.yaml"),
+            "--cluster",
+            str(ROOT / "cluster" / "aws.yaml"),
+            "resources.placement=roles",
+            "rewards.replicas=5",
+            f"run.dir={tmp_path}",
+        ]
+    )
     told = capsys.readouterr().out
     assert code == 1
     assert "fail  cluster     this run asks for 5 reward GPUs, the cluster tops out at 4" in told
@@ -71,8 +81,10 @@ def test_advice_of_a_run(capsys, tmp_path):
 
 
 def test_the_pure_part_needs_no_ray():
-    code = "import sys, rlproxi.planning.machine, rlproxi.planning.preflight; " \
-           "sys.exit(any(m == 'ray' or m.startswith(('ray.', 'actors')) for m in sys.modules))"
+    code = (
+        "import sys, rlproxi.planning.machine, rlproxi.planning.preflight; "
+        "sys.exit(any(m == 'ray' or m.startswith(('ray.', 'actors')) for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -82,7 +94,11 @@ def test_the_pure_part_needs_no_ray():
 def test_a_missing_package(monkeypatch):
     monkeypatch.setattr(doctor_machine, "NEEDED", ("torch", "no-such-package"))
     found = list(doctor_machine.packages())
-    assert levels(found) == ["fail", "ok"] and "no-such-package is not installed" in found[0].text and "pip install" in found[0].remedy
+    assert (
+        levels(found) == ["fail", "ok"]
+        and "no-such-package is not installed" in found[0].text
+        and "pip install" in found[0].remedy
+    )
 
 
 def test_gpus_that_are_asked_for_and_not_there():
@@ -90,7 +106,11 @@ def test_gpus_that_are_asked_for_and_not_there():
         pytest.skip("this machine has GPUs")
     asked = config("resources.rollout_gpus=1", "resources.learner_gpus=1")
     here = list(doctor_machine.accelerators(asked, elsewhere=False))
-    assert here[-1].level == "fail" and "asks for 2 GPUs and this machine has 0" in here[-1].text and "--cluster" in here[-1].remedy
+    assert (
+        here[-1].level == "fail"
+        and "asks for 2 GPUs and this machine has 0" in here[-1].text
+        and "--cluster" in here[-1].remedy
+    )
     assert "fail" not in levels(doctor_machine.accelerators(asked, elsewhere=True))
     assert levels(doctor_machine.accelerators(config(), elsewhere=False)) == ["ok"]
 
@@ -136,8 +156,14 @@ def test_a_port_that_is_taken():
 # -- files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content, words", [
-    (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"), (b"<!DOCTYPE html>", "web page")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html>", "web page"),
+    ],
+)
 def test_a_checkpoint_that_is_something_else(tmp_path, content, words):
     path = tmp_path / "a.pt"
     path.write_bytes(content)
@@ -162,7 +188,9 @@ def test_a_checkpoint_that_is_whole_or_cut_short(tmp_path):
 def test_a_reward_whose_file_is_no_checkpoint(tmp_path):
     path = tmp_path / "hps.pt"
     path.write_text("<html>not found</html>")
-    sick = build_config({"rewards": {"train": [{"name": "hpsv2.1", "params": {"checkpoint": str(path)}}], "heldout": []}})
+    sick = build_config(
+        {"rewards": {"train": [{"name": "hpsv2.1", "params": {"checkpoint": str(path)}}], "heldout": []}}
+    )
     assert "is a web page" in one(doctor.files(sick), "reward").text
     torch.save({"x": torch.zeros(2)}, path)
     assert one(doctor.files(sick), "reward").level == "ok", "its outer form is right"
@@ -177,7 +205,9 @@ def test_models_are_opened(tmp_path):
     assert "fail" not in levels(found) and sum("can be read" in f.text for f in found) >= 3
     weights = next((folder / "unet").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:100])
-    assert any(f.level == "fail" and "damaged" in f.text for f in doctor.files(config(f"model.init={folder}", "data.size=64")))
+    assert any(
+        f.level == "fail" and "damaged" in f.text for f in doctor.files(config(f"model.init={folder}", "data.size=64"))
+    )
     missing = list(doctor.files(config("model.init=nowhere")))
     assert missing[0].level == "fail" and "model.init: nowhere is not a folder" in missing[0].text and missing[0].remedy
 
@@ -190,15 +220,19 @@ def cluster(*groups: Group) -> Cluster:
 
 
 def test_roles_that_are_not_told_apart_and_nodes_nobody_uses():
-    groups = [Group(role, {"CPU": 4.0, role: 1.0}, 0, 2) for role in ("rollout", "learner")] + [Group("reward", {"CPU": 4.0, "reward": 1.0}, 2, 2)]
+    groups = [Group(role, {"CPU": 4.0, role: 1.0}, 0, 2) for role in ("rollout", "learner")] + [
+        Group("reward", {"CPU": 4.0, "reward": 1.0}, 2, 2)
+    ]
     found = list(doctor.fit(config(), cluster(*groups)))
     assert "add resources.placement=roles" in [f.remedy for f in found]
     found = list(doctor.fit(config("resources.placement=roles"), cluster(*groups)))
     assert "add resources.placement=roles" not in [f.remedy for f in found] and "fail" not in levels(found)
     assert any("pays for nodes it does not use" in f.remedy for f in found), "two reward nodes are kept, one is used"
     assert any("resources.autoscaling=true" in f.remedy for f in found)
-    assert not any("resources.autoscaling=true" in f.remedy
-                   for f in doctor.fit(config("resources.placement=roles", "resources.autoscaling=true"), cluster(*groups)))
+    assert not any(
+        "resources.autoscaling=true" in f.remedy
+        for f in doctor.fit(config("resources.placement=roles", "resources.autoscaling=true"), cluster(*groups))
+    )
 
 
 def test_max_replicas_beyond_the_cluster_is_worth_a_word():
@@ -214,18 +248,36 @@ def test_a_cluster_file_that_cannot_be_read(tmp_path):
     assert levels(doctor.on_file(config(), str(tmp_path / "d.yaml"))) == ["fail"]
     values = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     (tmp_path / "l.yaml").write_text(yaml.safe_dump(values))
-    assert levels(doctor.on_file(config(), str(tmp_path / "l.yaml"))) == ["warn"], "what its machines offer is not in the file"
+    assert levels(doctor.on_file(config(), str(tmp_path / "l.yaml"))) == ["warn"], (
+        "what its machines offer is not in the file"
+    )
 
 
 def node(address="10.0.0.1", **more) -> dict:
-    return {"address": address, "head": False, "offers": "4 CPU", "gpus": [], "versions": {"torch": "2.13"}, "sees_folder": True,
-            "skew": 0.1, **more}
+    return {
+        "address": address,
+        "head": False,
+        "offers": "4 CPU",
+        "gpus": [],
+        "versions": {"torch": "2.13"},
+        "sees_folder": True,
+        "skew": 0.1,
+        **more,
+    }
 
 
 def test_nodes_that_differ_are_silent_blind_or_late():
     assert set(levels(doctor_cluster.nodes([node(), node("10.0.0.2")], "/shared"))) == {"ok"}
-    found = list(doctor_cluster.nodes([node(), node("10.0.0.2", versions={"torch": "2.12"}, sees_folder=False, skew=-30.0),
-                                       {"address": "10.0.0.3", "head": False, "offers": "", "error": "timeout"}], "/shared"))
+    found = list(
+        doctor_cluster.nodes(
+            [
+                node(),
+                node("10.0.0.2", versions={"torch": "2.12"}, sees_folder=False, skew=-30.0),
+                {"address": "10.0.0.3", "head": False, "offers": "", "error": "timeout"},
+            ],
+            "/shared",
+        )
+    )
     told = "\n".join(map(str, found))
     assert "nodes differ in torch: 2.13 on 1 node(s), 2.12 on 1 node(s)" in told
     assert "10.0.0.2 do not see" in told and "30.0 s apart" in told and "10.0.0.3 does not answer: timeout" in told
@@ -235,6 +287,7 @@ def test_nodes_that_differ_are_silent_blind_or_late():
 def test_a_cluster_that_cannot_be_joined():
     def refuse(address, folder):
         raise ConfigError("cannot join")
+
     assert levels(doctor_cluster.on_cluster(config(), "1.2.3.4:6379", refuse)) == ["fail"]
 
 
@@ -242,5 +295,6 @@ def test_a_cluster_that_answers():
     def survey(address, folder):
         assert address == "auto" and os.path.isabs(folder)
         return {"nodes": [node(head=True)], "now": cluster(Group("a", {"CPU": 4.0}, 1, 1)), "largest": None}
+
     found = list(doctor_cluster.on_cluster(config(), "auto", survey))
     assert "fail" not in levels(found) and any("stays as it is" in f.text for f in found)

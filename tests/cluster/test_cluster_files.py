@@ -12,7 +12,10 @@ from rlproxi.config.loading import load_config
 
 ROOT = Path(__file__).parents[2]
 RAY_UP = [ROOT / "cluster" / f"{name}.yaml" for name in ("aws", "gcp", "local")]
-KUBERAY = {"RayCluster": ROOT / "cluster" / "kuberay" / "raycluster.yaml", "RayJob": ROOT / "cluster" / "kuberay" / "rayjob.yaml"}
+KUBERAY = {
+    "RayCluster": ROOT / "cluster" / "kuberay" / "raycluster.yaml",
+    "RayJob": ROOT / "cluster" / "kuberay" / "rayjob.yaml",
+}
 FILES = [*RAY_UP, *KUBERAY.values()]
 GROUPED = [path for path in FILES if path.stem != "local"]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -47,14 +50,18 @@ def test_ray_takes_the_file(path):
         return
     types = prepared["available_node_types"]
     assert {g.name: (g.least, g.most, g.resources) for g in cluster.groups if not g.head} == {
-        key: (t["min_workers"], t["max_workers"], t["resources"]) for key, t in types.items() if key != prepared["head_node_type"]}
+        key: (t["min_workers"], t["max_workers"], t["resources"])
+        for key, t in types.items()
+        if key != prepared["head_node_type"]
+    }
 
 
 @pytest.mark.parametrize("path", RAY_UP, ids=name)
 def test_ray_reads_every_provider_key(path):
     provider = yaml.safe_load(path.read_text())["provider"]
     assert set(provider) <= PROVIDER_KEYS[provider["type"]] and read_cluster(path).warnings == (
-        () if path.stem != "local" else read_cluster(path).warnings[-1:])
+        () if path.stem != "local" else read_cluster(path).warnings[-1:]
+    )
 
 
 def test_an_unknown_provider_key_passes_ray_and_is_told(tmp_path):
@@ -71,12 +78,15 @@ def test_an_unknown_provider_key_passes_ray_and_is_told(tmp_path):
 def test_rays_autoscaler_reads_the_same_groups_from_the_manifest(kind):
     kuberay = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
     spec = document(kind)["spec"]
-    types = kuberay._generate_available_node_types_from_ray_cr_spec(spec if kind == "RayCluster" else spec["rayClusterSpec"])
+    types = kuberay._generate_available_node_types_from_ray_cr_spec(
+        spec if kind == "RayCluster" else spec["rayClusterSpec"]
+    )
     types.pop("headgroup")
     for t in types.values():
         t["resources"].pop("memory")
     assert {g.name: (g.least, g.most, g.resources) for g in read_cluster(KUBERAY[kind]).groups if not g.head} == {
-        key: (t["min_workers"], t["max_workers"], t["resources"]) for key, t in types.items()}
+        key: (t["min_workers"], t["max_workers"], t["resources"]) for key, t in types.items()
+    }
 
 
 def closed(schema):
@@ -86,7 +96,11 @@ def closed(schema):
     if not isinstance(schema, dict):
         return schema
     found = {key: closed(value) for key, value in schema.items()}
-    if isinstance(schema.get("properties"), dict) and "type" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+    if (
+        isinstance(schema.get("properties"), dict)
+        and "type" in schema
+        and not schema.get("x-kubernetes-preserve-unknown-fields")
+    ):
         found.setdefault("additionalProperties", False)
     return found
 
@@ -103,7 +117,9 @@ def test_kuberays_schema_takes_the_manifest(kind):
     check = jsonschema.Draft202012Validator(schema)
     assert [f"{'/'.join(map(str, e.path))}: {e.message}" for e in check.iter_errors(document(kind))] == []
     broken = json.loads(json.dumps(document(kind)))
-    (broken["spec"] if kind == "RayCluster" else broken["spec"]["rayClusterSpec"])["workerGroupSpecs"][0]["maxReplica"] = 3
+    (broken["spec"] if kind == "RayCluster" else broken["spec"]["rayClusterSpec"])["workerGroupSpecs"][0][
+        "maxReplica"
+    ] = 3
     assert any("maxReplica" in e.message for e in check.iter_errors(broken)), "the schema refuses what it does not know"
 
 
@@ -131,7 +147,9 @@ def test_a_head_without_work_and_a_group_for_each_role(path):
 def test_every_start_uses_the_token(path):
     values = yaml.safe_load(path.read_text())
     for commands in (values["head_start_ray_commands"], values["worker_start_ray_commands"]):
-        assert sum("ray start" in c for c in commands) == 1 and all("RAY_AUTH_MODE=token ray start" in c for c in commands if "ray start" in c)
+        assert sum("ray start" in c for c in commands) == 1 and all(
+            "RAY_AUTH_MODE=token ray start" in c for c in commands if "ray start" in c
+        )
     assert values["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "/shared" in json.dumps(values["initialization_commands"])
 
@@ -139,15 +157,23 @@ def test_every_start_uses_the_token(path):
 def test_spot_is_for_rollouts_alone():
     aws, gcp = (yaml.safe_load(path.read_text())["available_node_types"] for path in RAY_UP[:2])
     assert [k for k, t in aws.items() if "InstanceMarketOptions" in t["node_config"]] == ["rollout"]
-    assert [k for k, t in gcp.items() if t["node_config"].get("scheduling", {}).get("provisioningModel") == "SPOT"] == ["rollout"]
+    assert [k for k, t in gcp.items() if t["node_config"].get("scheduling", {}).get("provisioningModel") == "SPOT"] == [
+        "rollout"
+    ]
     groups = document("RayCluster")["spec"]["workerGroupSpecs"]
-    assert [g["groupName"] for g in groups if any("spot" in json.dumps(t).lower() for t in g["template"]["spec"]["tolerations"])] == ["rollout"]
+    assert [
+        g["groupName"]
+        for g in groups
+        if any("spot" in json.dumps(t).lower() for t in g["template"]["spec"]["tolerations"])
+    ] == ["rollout"]
 
 
 def test_every_pod_sees_the_shared_folder_and_the_token_is_on():
     spec = document("RayCluster")["spec"]
     assert spec["authOptions"]["mode"] == "token" and spec["enableInTreeAutoscaling"]
-    (claim,) = [d for d in yaml.safe_load_all(KUBERAY["RayCluster"].read_text()) if d["kind"] == "PersistentVolumeClaim"]
+    (claim,) = [
+        d for d in yaml.safe_load_all(KUBERAY["RayCluster"].read_text()) if d["kind"] == "PersistentVolumeClaim"
+    ]
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         pod = group["template"]["spec"]
         assert {"name": "shared", "mountPath": "/shared"} in pod["containers"][0]["volumeMounts"]
@@ -176,7 +202,9 @@ def test_every_recipe_fits_with_each_role_on_its_own_group(recipe, path):
     assert not short
     for ask in asks:
         if ask.role in demand.ROLES:
-            takers = [g.name for g in cluster.groups if all(g.resources.get(k, 0) >= v for k, v in ask.resources.items())]
+            takers = [
+                g.name for g in cluster.groups if all(g.resources.get(k, 0) >= v for k, v in ask.resources.items())
+            ]
             assert takers == [ask.role] and used[ask.role] > 0
 
 

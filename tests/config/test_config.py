@@ -32,8 +32,10 @@ def test_the_defaults_are_a_config_that_can_run():
 
 
 def test_overrides_reach_every_level_and_parse_as_yaml():
-    config = build_config({"grpo": {"lr": 1e-3}}, ["grpo.lr=1e-5", "run.stages=[pretrain, report]", "model.init=null",
-                                                    "grpo.same_noise=true", "run.name=a=b"])
+    config = build_config(
+        {"grpo": {"lr": 1e-3}},
+        ["grpo.lr=1e-5", "run.stages=[pretrain, report]", "model.init=null", "grpo.same_noise=true", "run.name=a=b"],
+    )
     assert config.grpo.lr == 1e-5 and config.run.stages == ["pretrain", "report"] and config.model.init is None
     assert config.grpo.same_noise is True and config.run.name == "a=b"
     assert parse_override("a.b=1e-4") == (["a", "b"], 1e-4)
@@ -45,20 +47,30 @@ def test_the_callers_values_are_not_changed():
     assert values == {"grpo": {"lr": 1e-3}}
 
 
-@pytest.mark.parametrize("override, words", [("grpo.lr", "not of the form key=value"), ("=3", "not of the form"),
-                                             ("grpo.lr=[1", "is not YAML"), ("run.seed.x=1", "'seed' is a value")])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("grpo.lr", "not of the form key=value"),
+        ("=3", "not of the form"),
+        ("grpo.lr=[1", "is not YAML"),
+        ("run.seed.x=1", "'seed' is a value"),
+    ],
+)
 def test_a_malformed_override_is_refused(override, words):
     refused(words, {"run": {"seed": 1}}, override)
 
 
-@pytest.mark.parametrize("values, words", [
-    ({"grpo": {"group_sise": 8}}, r"unknown key 'grpo.group_sise'; did you mean grpo.group_size\?"),
-    ({"gpro": {}}, r"unknown key 'gpro'; did you mean grpo\?"),
-    ({"run": {"group_size": 8}}, r"did you mean grpo.group_size\?"),
-    ({"run": {"lr": 8}}, r"did you mean prepare.lr or pretrain.lr or grpo.lr\?"),
-    ({"run": {"zzzz": 8}}, "known keys here: name, dir, seed, stages"),
-    ({"rewards": {"train": [{"name": "attributes", "wieght": 2}]}}, r"did you mean rewards.train.0.weight\?"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"grpo": {"group_sise": 8}}, r"unknown key 'grpo.group_sise'; did you mean grpo.group_size\?"),
+        ({"gpro": {}}, r"unknown key 'gpro'; did you mean grpo\?"),
+        ({"run": {"group_size": 8}}, r"did you mean grpo.group_size\?"),
+        ({"run": {"lr": 8}}, r"did you mean prepare.lr or pretrain.lr or grpo.lr\?"),
+        ({"run": {"zzzz": 8}}, "known keys here: name, dir, seed, stages"),
+        ({"rewards": {"train": [{"name": "attributes", "wieght": 2}]}}, r"did you mean rewards.train.0.weight\?"),
+    ],
+)
 def test_unknown_keys_are_refused_with_a_suggestion(values, words):
     assert refused(words, values).startswith("my.yaml: ")
 
@@ -68,41 +80,51 @@ def test_every_mistake_is_named_at_once():
     assert "grpo.lr = -1" in text and "run.seed = 'x'" in text
 
 
-@pytest.mark.parametrize("override, words", [
-    ("grpo.group_size=1", "group_size is 1: .* at least 2"),
-    ("grpo.prompts_per_step=12 grpo.groups_per_micro_batch=8", "prompts_per_step 12 is not a multiple of groups_per_micro_batch 8"),
-    ("resources.learner_workers=3", "make prompts_per_step a multiple of 3"),
-    ("resources.learner_workers=3 grpo.groups_per_micro_batch=8", "make prompts_per_step a multiple of 24"),
-    ("grpo.updates_per_step=4 grpo.groups_per_micro_batch=8", "make prompts_per_step a multiple of 32"),
-    ("pretrain.batch_size=65 resources.learner_workers=2", "pretrain.batch_size 65 is not a multiple"),
-    ("pretrain.micro_batch_size=48", "pretrain.batch_size 64 is not a multiple"),
-    ("pretrain.l1_fraction=0.5", "loss is 'square', which has none: set pretrain.loss=matching"),
-    ("grpo.trained_steps=6", "num_inference_steps 6 gives only 5 actions"),
-    ("model.lora={'rank':4}", "name it with init, or leave lora out"),
-    ("model.init=a model.encoders=b", "init and encoders exclude each other"),
-    ("data.source=shards", "urls is empty: name at least one tar or parquet file"),
-    ("data.urls=[a.tar]", "set data.source=shards to read them"),
-    ("sampler.num_inference_steps=1", "N steps give N - 1 actions"),
-    ("sampler.name=ode", "draws no noise and so has no policy"),
-    ("sampler.name=hybird", "sampler.name = 'hybird'"),
-    ("sampler.name=backward sampler.start_time=1.0 sampler.num_inference_steps=5",
-     "smallest number of steps that works .* is 10"),
-    ("sampler.name=backward sampler.num_inference_steps=20 pretrain.candidates=[20] evaluate.steps=[4,20]",
-     "evaluate.steps: sampler 'backward' cannot take num_inference_steps=4"),
-    ("pretrain.candidates=[0]", "pretrain.candidates.0 = 0: Input should be greater than or equal to 1"),
-    ("r0.candidates=[100000000]", "r0.candidates.0 = 100000000: Input should be less than or equal to 10000"),
-    ("pretrain.candidates=[]", "pretrain.candidates"),
-    ("model.channels=[128,200]", r"channels \[200\] are not multiples of 32"),
-    ("model.channels=[128]", "must have one entry for each level"),
-    ("data.size=36", "data.size 36 must be a multiple of 8"),
-    ("rewards.heldout=[{'name':'attributes'}]", "must not be a training reward"),
-    ("rewards.train=[]", "rewards.train"),
-    ("rewards.train=[{'name':'jpeg'},{'name':'jpeg'}]", "jpeg appears twice; give each a name of its own"),
-    ("rewards.train=[{'name':'jpeg','replicas':3,'max_replicas':2}]", "max_replicas 2 below its 3 replicas"),
-    ("rewards.on_failure=zero", "rewards.on_failure = 'zero'"),
-    ("rewards.normalize=std", "rewards.normalize = 'std'"),
-    ("run.stages=[pretrian]", "run.stages.0 = 'pretrian'"),
-])
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("grpo.group_size=1", "group_size is 1: .* at least 2"),
+        (
+            "grpo.prompts_per_step=12 grpo.groups_per_micro_batch=8",
+            "prompts_per_step 12 is not a multiple of groups_per_micro_batch 8",
+        ),
+        ("resources.learner_workers=3", "make prompts_per_step a multiple of 3"),
+        ("resources.learner_workers=3 grpo.groups_per_micro_batch=8", "make prompts_per_step a multiple of 24"),
+        ("grpo.updates_per_step=4 grpo.groups_per_micro_batch=8", "make prompts_per_step a multiple of 32"),
+        ("pretrain.batch_size=65 resources.learner_workers=2", "pretrain.batch_size 65 is not a multiple"),
+        ("pretrain.micro_batch_size=48", "pretrain.batch_size 64 is not a multiple"),
+        ("pretrain.l1_fraction=0.5", "loss is 'square', which has none: set pretrain.loss=matching"),
+        ("grpo.trained_steps=6", "num_inference_steps 6 gives only 5 actions"),
+        ("model.lora={'rank':4}", "name it with init, or leave lora out"),
+        ("model.init=a model.encoders=b", "init and encoders exclude each other"),
+        ("data.source=shards", "urls is empty: name at least one tar or parquet file"),
+        ("data.urls=[a.tar]", "set data.source=shards to read them"),
+        ("sampler.num_inference_steps=1", "N steps give N - 1 actions"),
+        ("sampler.name=ode", "draws no noise and so has no policy"),
+        ("sampler.name=hybird", "sampler.name = 'hybird'"),
+        (
+            "sampler.name=backward sampler.start_time=1.0 sampler.num_inference_steps=5",
+            "smallest number of steps that works .* is 10",
+        ),
+        (
+            "sampler.name=backward sampler.num_inference_steps=20 pretrain.candidates=[20] evaluate.steps=[4,20]",
+            "evaluate.steps: sampler 'backward' cannot take num_inference_steps=4",
+        ),
+        ("pretrain.candidates=[0]", "pretrain.candidates.0 = 0: Input should be greater than or equal to 1"),
+        ("r0.candidates=[100000000]", "r0.candidates.0 = 100000000: Input should be less than or equal to 10000"),
+        ("pretrain.candidates=[]", "pretrain.candidates"),
+        ("model.channels=[128,200]", r"channels \[200\] are not multiples of 32"),
+        ("model.channels=[128]", "must have one entry for each level"),
+        ("data.size=36", "data.size 36 must be a multiple of 8"),
+        ("rewards.heldout=[{'name':'attributes'}]", "must not be a training reward"),
+        ("rewards.train=[]", "rewards.train"),
+        ("rewards.train=[{'name':'jpeg'},{'name':'jpeg'}]", "jpeg appears twice; give each a name of its own"),
+        ("rewards.train=[{'name':'jpeg','replicas':3,'max_replicas':2}]", "max_replicas 2 below its 3 replicas"),
+        ("rewards.on_failure=zero", "rewards.on_failure = 'zero'"),
+        ("rewards.normalize=std", "rewards.normalize = 'std'"),
+        ("run.stages=[pretrian]", "run.stages.0 = 'pretrian'"),
+    ],
+)
 def test_what_cannot_run_is_refused_in_words(override, words):
     refused(words, None, *override.split())
 
@@ -125,8 +147,11 @@ def test_files_load_and_dump_round_trip(tmp_path):
 def test_unreadable_files_are_named(tmp_path):
     with pytest.raises(ConfigError, match="none.yaml' does not exist; the ones that come along"):
         load_config(tmp_path / "none.yaml")
-    for content, words in ((b"a: [", "not readable YAML"), (b"\xff\xfe\x00", "not readable YAML"),
-                           (b"- 1", "got a list")):
+    for content, words in (
+        (b"a: [", "not readable YAML"),
+        (b"\xff\xfe\x00", "not readable YAML"),
+        (b"- 1", "got a list"),
+    ):
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=words):
             load_config(tmp_path / "bad.yaml")
@@ -162,14 +187,25 @@ def test_the_method_imports_neither_ray_nor_the_system():
         if path.name in ("run.py", "cli.py") and path.parent.name == "rlproxi":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-                [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else ([node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            )
             assert not {n.split(".")[0] for n in names} & {"ray", "actors"}, f"{path.relative_to(ROOT)}:{node.lineno}"
 
 
-@pytest.mark.parametrize("changes, groups", [({}, 4), ({"group_size": 24}, 1), ({"group_size": 64}, 1),
-                                             ({"group_size": 4}, 8), ({"group_size": 4, "updates_per_step": 4}, 4),
-                                             ({"prompts_per_step": 10, "group_size": 4}, 5)])
+@pytest.mark.parametrize(
+    "changes, groups",
+    [
+        ({}, 4),
+        ({"group_size": 24}, 1),
+        ({"group_size": 64}, 1),
+        ({"group_size": 4}, 8),
+        ({"group_size": 4, "updates_per_step": 4}, 4),
+        ({"prompts_per_step": 10, "group_size": 4}, 5),
+    ],
+)
 def test_micro_batches_follow_from_prompts_and_group_size(changes, groups):
     config = build_config({"grpo": changes})
     assert config.grpo.groups_per_micro_batch == groups
@@ -177,8 +213,13 @@ def test_micro_batches_follow_from_prompts_and_group_size(changes, groups):
 
 
 def test_micro_batches_are_halved_until_they_cannot_be():
-    config = build_config({"grpo": {"prompts_per_step": 24, "groups_per_micro_batch": 12}, "pretrain": {"batch_size": 24},
-                           "resources": {"learner_workers": 2}})
+    config = build_config(
+        {
+            "grpo": {"prompts_per_step": 24, "groups_per_micro_batch": 12},
+            "pretrain": {"batch_size": 24},
+            "resources": {"learner_workers": 2},
+        }
+    )
     seen, sizes = [], []
     rl = pretrain = config
     while rl is not None:

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fixtures import clip as fixtures  # noqa: E402
+from fixtures import clip as fixtures
 
 GOLDEN = Path(__file__).parents[1] / "rewards" / "golden" / "clip_family.npz"
 NAMES = list(fixtures.SIZES)
@@ -59,6 +59,7 @@ def import_hpsv2():
         shutil.copy(here / vocabulary.name, vocabulary)
     from hpsv2 import img_score
     from hpsv2.src import open_clip
+
     return img_score, open_clip
 
 
@@ -72,16 +73,20 @@ def hpsv2_values(folder: Path) -> dict[str, np.ndarray]:
     open_clip.add_model_config(folder / "tiny.json")
     # img_score asks for ViT-H-14 and its pretrained weights by name: it is given the small model under that name.
     model, _, transform = open_clip.create_model_and_transforms(
-        "tiny", None, precision="amp", light_augmentation=True, aug_cfg={}, output_dict=True)
+        "tiny", None, precision="amp", light_augmentation=True, aug_cfg={}, output_dict=True
+    )
     model.load_state_dict(weights(fixtures.open_clip_layout(fixtures.TINY)))
     torch.save({"state_dict": model.state_dict()}, folder / "tiny.pt")
     nn.init.zeros_(model.visual.proj)  # so that the scores show that the checkpoint was loaded
     img_score.model_dict.update(model=model, preprocess_val=transform)
     open_clip.tokenizer._tokenizer = open_clip.tokenizer.SimpleTokenizer(
-        str(fixtures.write_merges(folder / "merges.txt.gz")))
+        str(fixtures.write_merges(folder / "merges.txt.gz"))
+    )
     try:
-        scores = [img_score.score(picture, prompt, cp=str(folder / "tiny.pt"))[0]
-                  for picture, prompt in zip(pictures(), PAIRS)]
+        scores = [
+            img_score.score(picture, prompt, cp=str(folder / "tiny.pt"))[0]
+            for picture, prompt in zip(pictures(), PAIRS)
+        ]
         tokens = open_clip.tokenizer.tokenize(fixtures.PROMPTS)
     finally:
         open_clip.tokenizer._tokenizer = full
@@ -89,9 +94,13 @@ def hpsv2_values(folder: Path) -> dict[str, np.ndarray]:
     images = torch.stack([transform(picture) for picture in pictures()])
     with torch.no_grad():
         image_features, text_features = model.encode_image(images, True), model.encode_text(tokens, True)
-    return {"hpsv2.images": fixtures.strided(images.numpy()), "hpsv2.tokens": tokens.numpy(),
-            "hpsv2.image_features": image_features.numpy(), "hpsv2.text_features": text_features.numpy(),
-            "hpsv2.scores": np.array(scores, np.float32)}
+    return {
+        "hpsv2.images": fixtures.strided(images.numpy()),
+        "hpsv2.tokens": tokens.numpy(),
+        "hpsv2.image_features": image_features.numpy(),
+        "hpsv2.text_features": text_features.numpy(),
+        "hpsv2.scores": np.array(scores, np.float32),
+    }
 
 
 def check_layouts(open_clip) -> None:
@@ -111,8 +120,11 @@ def compare_full_vocabulary(tokenizer, folder: Path) -> None:
         print("rlproxi is not on PYTHONPATH: the full vocabulary's tokens were not compared")
         return
     words = " ".join(Path(file).read_text() for file in Path(__file__).parents[2].glob("docs/*.md")).split()
-    texts = [*fixtures.PROMPTS, *(" ".join(words[i : i + 20]) for i in range(0, len(words), 20)),
-             *("".join(map(chr, range(i, i + 16))) for i in range(0x20, 0x3000, 16))]
+    texts = [
+        *fixtures.PROMPTS,
+        *(" ".join(words[i : i + 20]) for i in range(0, len(words), 20)),
+        *("".join(map(chr, range(i, i + 16))) for i in range(0x20, 0x3000, 16)),
+    ]
     file = tokenizer.default_bpe()
     wanted = tokenizer.tokenize(texts)
     save_tokenizer(file, folder / "full")
@@ -128,10 +140,18 @@ def save_tokenizer(file: str | Path, folder: Path) -> None:
 
     lines = gzip.open(file, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
     letters = list(fixtures.byte_letters().values())
-    words = [*letters, *(x + "</w>" for x in letters), *(line.replace(" ", "") for line in lines),
-             "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[tuple(line.split()) for line in lines],
-                  model_max_length=77).save_pretrained(folder)
+    words = [
+        *letters,
+        *(x + "</w>" for x in letters),
+        *(line.replace(" ", "") for line in lines),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=[tuple(line.split()) for line in lines],
+        model_max_length=77,
+    ).save_pretrained(folder)
 
 
 def transformers_values(folder: Path) -> dict[str, np.ndarray]:
@@ -156,18 +176,28 @@ def transformers_values(folder: Path) -> dict[str, np.ndarray]:
             found["pick"].append((model.logit_scale.exp() * (text @ image.T)[0])[0])
             found["clip"].append(torch.clamp(100 * (image * text).sum(), min=0))
     found = {key: torch.stack(value).numpy() for key, value in found.items()}
-    return {"transformers.images": fixtures.strided(found["images"]), "pick.scores": found["pick"],
-            "clip.scores": found["clip"], "transformers.image_features": found["image_features"],
-            "transformers.text_features": found["text_features"]}
+    return {
+        "transformers.images": fixtures.strided(found["images"]),
+        "pick.scores": found["pick"],
+        "clip.scores": found["clip"],
+        "transformers.image_features": found["image_features"],
+        "transformers.text_features": found["text_features"],
+    }
 
 
 def aesthetic_values() -> dict[str, np.ndarray]:
     from open_clip.model import CLIP
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-    transform = Compose([Resize(224, interpolation=InterpolationMode.BICUBIC), CenterCrop(224),
-                         lambda picture: picture.convert("RGB"), ToTensor(),
-                         Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))])
+    transform = Compose(
+        [
+            Resize(224, interpolation=InterpolationMode.BICUBIC),
+            CenterCrop(224),
+            lambda picture: picture.convert("RGB"),
+            ToTensor(),
+            Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ]
+    )
     model = CLIP(**fixtures.TINY_L).eval()
     model.load_state_dict(weights(fixtures.open_clip_layout(fixtures.TINY_L)))
     widths = [768, 1024, "drop", 128, "drop", 64, "drop", 16, 1]
@@ -176,15 +206,19 @@ def aesthetic_values() -> dict[str, np.ndarray]:
         layers.append(nn.Dropout(0.2) if width == "drop" else nn.Linear(last, width))
         last = last if width == "drop" else width
     head = nn.Sequential(*layers).eval()
-    head.load_state_dict({key.removeprefix("layers."): torch.from_numpy(value)
-                          for key, value in fixtures.aesthetic_weights().items()})
+    head.load_state_dict(
+        {key.removeprefix("layers."): torch.from_numpy(value) for key, value in fixtures.aesthetic_weights().items()}
+    )
     images = torch.stack([transform(picture) for picture in pictures()])
     with torch.no_grad():
         features = model.encode_image(images)
         features = features / features.norm(dim=-1, keepdim=True)
         scores = head(features)[:, 0]
-    return {"aesthetic.images": fixtures.strided(images.numpy()), "aesthetic.features": features.numpy(),
-            "aesthetic.scores": scores.numpy()}
+    return {
+        "aesthetic.images": fixtures.strided(images.numpy()),
+        "aesthetic.features": features.numpy(),
+        "aesthetic.scores": scores.numpy(),
+    }
 
 
 def main() -> None:

@@ -25,24 +25,98 @@ import numpy as np
 GOLDEN = Path(__file__).parents[1] / "rewards" / "golden" / "imagereward.npz"
 
 #: Three heads look at the image, two at the text; a grid of 7x7 patches.
-TINY = {"image": 224, "patch": 32, "vision_width": 192, "vision_layers": 2, "vision_mlp": 768, "text_width": 128,
-        "text_layers": 2, "text_mlp": 256, "vocabulary": 43, "positions": 40}
+TINY = {
+    "image": 224,
+    "patch": 32,
+    "vision_width": 192,
+    "vision_layers": 2,
+    "vision_mlp": 768,
+    "text_width": 128,
+    "text_layers": 2,
+    "text_mlp": 256,
+    "vocabulary": 43,
+    "positions": 40,
+}
 
 #: BLIP's ViT-L/16 and med_config.json, as published.
-PUBLISHED = {"image": 224, "patch": 16, "vision_width": 1024, "vision_layers": 24, "vision_mlp": 4096,
-             "text_width": 768, "text_layers": 12, "text_mlp": 3072, "vocabulary": 30524, "positions": 512}
+PUBLISHED = {
+    "image": 224,
+    "patch": 16,
+    "vision_width": 1024,
+    "vision_layers": 24,
+    "vision_mlp": 4096,
+    "text_width": 768,
+    "text_layers": 12,
+    "text_mlp": 3072,
+    "vocabulary": 30524,
+    "positions": 512,
+}
 
-WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] a an the of with and in on , . ! - person smiling frown ##ing pale skin red "
-         "hat sun ##glass ##es blue back ##ground cafe paint ##ed ocean birds day 8 ##k ' s").split()
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "an",
+    "the",
+    "of",
+    "with",
+    "and",
+    "in",
+    "on",
+    ",",
+    ".",
+    "!",
+    "-",
+    "person",
+    "smiling",
+    "frown",
+    "##ing",
+    "pale",
+    "skin",
+    "red",
+    "hat",
+    "sun",
+    "##glass",
+    "##es",
+    "blue",
+    "back",
+    "##ground",
+    "cafe",
+    "paint",
+    "##ed",
+    "ocean",
+    "birds",
+    "day",
+    "8",
+    "##k",
+    "'",
+    "s",
+]
 
 #: One for each image. The third is longer than 35 tokens; others have accents, unknown words, [ENC] spelt out, none.
-PROMPTS = ["a smiling person with pale skin", "A Frowning Person, on a BLUE background!",
-           " ".join(["a painted ocean with birds, day - 8k"] * 6), "the café of a person's red hat",
-           "an unheard-of zebra in sunglasses", "a [ENC] person [DEC] and birds", ""]
+PROMPTS = [
+    "a smiling person with pale skin",
+    "A Frowning Person, on a BLUE background!",
+    " ".join(["a painted ocean with birds, day - 8k"] * 6),
+    "the café of a person's red hat",
+    "an unheard-of zebra in sunglasses",
+    "a [ENC] person [DEC] and birds",
+    "",
+]
 
 #: Name -> (height, width). The first three need no resize, so that both ways of it are exact.
-IMAGES = {"square": (224, 224), "wide crop": (224, 301), "tall crop": (279, 224), "wide": (200, 333),
-          "tall": (461, 300), "large": (512, 512), "small": (32, 32)}
+IMAGES = {
+    "square": (224, 224),
+    "wide crop": (224, 301),
+    "tall crop": (279, 224),
+    "wide": (200, 333),
+    "tall": (461, 300),
+    "large": (512, 512),
+    "small": (32, 32),
+}
 
 
 def published_shapes(s: dict) -> dict[str, tuple[int, ...]]:
@@ -52,8 +126,12 @@ def published_shapes(s: dict) -> dict[str, tuple[int, ...]]:
     for place, (old, new) in {2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}.items():
         found |= _linear(f"mlp.layers.{place}", old, new)
     eye = "blip.visual_encoder."
-    found |= {eye + "cls_token": (1, 1, d), eye + "pos_embed": (1, (s["image"] // s["patch"]) ** 2 + 1, d),
-              eye + "patch_embed.proj.weight": (d, 3, s["patch"], s["patch"]), eye + "patch_embed.proj.bias": (d,)}
+    found |= {
+        eye + "cls_token": (1, 1, d),
+        eye + "pos_embed": (1, (s["image"] // s["patch"]) ** 2 + 1, d),
+        eye + "patch_embed.proj.weight": (d, 3, s["patch"], s["patch"]),
+        eye + "patch_embed.proj.bias": (d,),
+    }
     for i in range(s["vision_layers"]):
         block = f"{eye}blocks.{i}."
         found |= _norm(block + "norm1", d) | _norm(block + "norm2", d)
@@ -61,9 +139,11 @@ def published_shapes(s: dict) -> dict[str, tuple[int, ...]]:
         found |= _linear(block + "mlp.fc1", d, s["vision_mlp"]) | _linear(block + "mlp.fc2", s["vision_mlp"], d)
     found |= _norm(eye + "norm", d)
     text = "blip.text_encoder."
-    found |= {text + "embeddings.word_embeddings.weight": (s["vocabulary"], t),
-              text + "embeddings.position_embeddings.weight": (s["positions"], t),
-              text + "embeddings.position_ids": (1, s["positions"])} | _norm(text + "embeddings.LayerNorm", t)
+    found |= {
+        text + "embeddings.word_embeddings.weight": (s["vocabulary"], t),
+        text + "embeddings.position_embeddings.weight": (s["positions"], t),
+        text + "embeddings.position_ids": (1, s["positions"]),
+    } | _norm(text + "embeddings.LayerNorm", t)
     for i in range(s["text_layers"]):
         layer = f"{text}encoder.layer.{i}."
         for name, width in (("attention.", t), ("crossattention.", d)):
@@ -126,7 +206,7 @@ def digest(shapes: dict[str, tuple[int, ...]]) -> str:
 
 def sample(image: np.ndarray) -> np.ndarray:
     """A few pixels of [3, 224, 224], corners included."""
-    return image[:, ::223 // 6, ::223 // 6]
+    return image[:, :: 223 // 6, :: 223 // 6]
 
 
 def _authors(folder: Path):
@@ -148,13 +228,29 @@ def _authors(folder: Path):
 
 def _config(folder: Path, sizes: dict) -> str:
     file = folder / "med_config.json"
-    file.write_text(json.dumps({
-        "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1, "hidden_size": sizes["text_width"], "initializer_range": 0.02,
-        "intermediate_size": sizes["text_mlp"], "layer_norm_eps": 1e-12, "pad_token_id": 0, "model_type": "bert",
-        "max_position_embeddings": sizes["positions"], "num_attention_heads": sizes["text_width"] // 64,
-        "num_hidden_layers": sizes["text_layers"], "add_type_embeddings": False, "vocab_size": sizes["vocabulary"],
-        "encoder_width": 768, "add_cross_attention": True}))
+    file.write_text(
+        json.dumps(
+            {
+                "architectures": ["BertModel"],
+                "attention_probs_dropout_prob": 0.1,
+                "hidden_act": "gelu",
+                "hidden_dropout_prob": 0.1,
+                "hidden_size": sizes["text_width"],
+                "initializer_range": 0.02,
+                "intermediate_size": sizes["text_mlp"],
+                "layer_norm_eps": 1e-12,
+                "pad_token_id": 0,
+                "model_type": "bert",
+                "max_position_embeddings": sizes["positions"],
+                "num_attention_heads": sizes["text_width"] // 64,
+                "num_hidden_layers": sizes["text_layers"],
+                "add_type_embeddings": False,
+                "vocab_size": sizes["vocabulary"],
+                "encoder_width": 768,
+                "add_cross_attention": True,
+            }
+        )
+    )
     return str(file)
 
 
@@ -167,8 +263,14 @@ def _make_tiny(authors, folder: Path):
     import torch
     from ImageReward.models.BLIP import blip_pretrain, vit
 
-    tower = vit.VisionTransformer(img_size=TINY["image"], patch_size=TINY["patch"], embed_dim=TINY["vision_width"],
-                                  depth=TINY["vision_layers"], num_heads=TINY["vision_width"] // 64, drop_path_rate=0.1)
+    tower = vit.VisionTransformer(
+        img_size=TINY["image"],
+        patch_size=TINY["patch"],
+        embed_dim=TINY["vision_width"],
+        depth=TINY["vision_layers"],
+        num_heads=TINY["vision_width"] // 64,
+        drop_path_rate=0.1,
+    )
     blip_pretrain.create_vit = lambda *_: (tower, TINY["vision_width"])
     head = authors.MLP
     authors.MLP = lambda _: head(TINY["text_width"])
@@ -188,8 +290,9 @@ def _unrounded(array: np.ndarray):
     height, width = vision.resize(pixels, 224).shape[-2:]
     for shape in ([len(array), width], [height, width]):
         pixels = vision.resize(pixels, shape, InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    return vision.normalize(vision.center_crop(pixels, 224), (0.48145466, 0.4578275, 0.40821073),
-                            (0.26862954, 0.26130258, 0.27577711))
+    return vision.normalize(
+        vision.center_crop(pixels, 224), (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    )
 
 
 def _run(model) -> dict[str, np.ndarray]:
@@ -201,15 +304,23 @@ def _run(model) -> dict[str, np.ndarray]:
     pictures = [Image.fromarray(array) for array in images().values()]
     inputs = torch.stack([_unrounded(array) for array in images().values()])
     seen = model.blip.visual_encoder(inputs)
-    states = model.blip.text_encoder(text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=seen,
-                                     encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long),
-                                     return_dict=True).last_hidden_state[:, 0]
-    return {"tokens": text.input_ids.numpy(), "mask": text.attention_mask.numpy(),
-            "pil": np.stack([sample(model.preprocess(picture).numpy()) for picture in pictures]),
-            "unrounded": np.stack([sample(value.numpy()) for value in inputs]),
-            "vision": seen[:, [0, 24, 49]].numpy(), "text": states.numpy(),
-            "rewards": ((model.mlp(states)[:, 0] - model.mean) / model.std).numpy(),
-            "pil_rewards": np.array([model.score(prompt, picture) for prompt, picture in zip(PROMPTS, pictures)])}
+    states = model.blip.text_encoder(
+        text.input_ids,
+        attention_mask=text.attention_mask,
+        encoder_hidden_states=seen,
+        encoder_attention_mask=torch.ones(seen.shape[:-1], dtype=torch.long),
+        return_dict=True,
+    ).last_hidden_state[:, 0]
+    return {
+        "tokens": text.input_ids.numpy(),
+        "mask": text.attention_mask.numpy(),
+        "pil": np.stack([sample(model.preprocess(picture).numpy()) for picture in pictures]),
+        "unrounded": np.stack([sample(value.numpy()) for value in inputs]),
+        "vision": seen[:, [0, 24, 49]].numpy(),
+        "text": states.numpy(),
+        "rewards": ((model.mlp(states)[:, 0] - model.mean) / model.std).numpy(),
+        "pil_rewards": np.array([model.score(prompt, picture) for prompt, picture in zip(PROMPTS, pictures)]),
+    }
 
 
 def main() -> None:
@@ -229,12 +340,18 @@ def main() -> None:
         whole = _shapes(authors.ImageReward(_config(folder, PUBLISHED)))
         tiny = _make_tiny(authors, folder)
         values = _run(tiny)
-    listed = {"tiny_keys": _shapes(tiny), "published_digest": digest(whole), "published_count": len(whole),
-              "versions": {module.__name__: module.__version__ for module in (torch, torchvision, transformers, PIL)}}
+    listed = {
+        "tiny_keys": _shapes(tiny),
+        "published_digest": digest(whole),
+        "published_count": len(whole),
+        "versions": {module.__name__: module.__version__ for module in (torch, torchvision, transformers, PIL)},
+    }
     GOLDEN.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(GOLDEN, facts=json.dumps(listed), **values)
-    print(f"wrote {GOLDEN}, {GOLDEN.stat().st_size} bytes; {listed['versions']}\nrewards {values['rewards']}, from PIL "
-          f"images {values['pil_rewards']}")
+    print(
+        f"wrote {GOLDEN}, {GOLDEN.stat().st_size} bytes; {listed['versions']}\nrewards {values['rewards']}, from PIL "
+        f"images {values['pil_rewards']}"
+    )
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ def make_run(folder: Path) -> Path:
     gallery.write(folder, 5, 4, [gallery.Group("a hat", 0, images, np.arange(4.0))])
     timeline.append(folder, "rl", 5, [timeline.Span("rollout", 0, "sample", 1.0, 2.0)])
     (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "before.json").write_text(json.dumps(
-        {"tag": "before", "iteration": 0, "prompts": ["x", "y"], "samples": 2, "by_steps": {"3": {}}}))
+    (folder / "evaluation" / "before.json").write_text(
+        json.dumps({"tag": "before", "iteration": 0, "prompts": ["x", "y"], "samples": 2, "by_steps": {"3": {}}})
+    )
     np.savez_compressed(folder / "samples" / "before-N3.npz", images=images, heldout=np.arange(4, dtype=np.float32))
     (folder / "secret.txt").write_text("secret")
     return folder
@@ -47,9 +48,13 @@ def make_run(folder: Path) -> Path:
 @contextmanager
 def served(*arguments: str):
     """``rlproxi dashboard`` on a free port: (its process, its port)."""
-    process = subprocess.Popen([sys.executable, "-m", "rlproxi", "dashboard", *arguments, "--port", "0"], cwd=ROOT,
-                               text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlproxi", "dashboard", *arguments, "--port", "0"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         line = process.stdout.readline()
         found = re.search(r"http://[\d.]+:(\d+)/", line)
@@ -126,15 +131,35 @@ def test_what_a_run_directory_holds(port):
 
 
 ESCAPES = [
-    "/../secret.txt", "/..%2fsecret.txt", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/secret.txt", "/__init__.py",
-    "/beside.py", "/api/runs/..", "/api/runs/../one", "/api/runs/%2e%2e%2fone", "/api/runs/one/../../../etc/passwd",
-    "/api/runs/one%00", "/api/runs/one/secret.txt", "/api/runs/one/samples/000005-0.png", "/api/runs/three",
-    "/api/runs/one/galleries/5/7.png", "/api/runs/one/galleries/-5/0.png",
-    "/api/runs/one/galleries/9999999999999999999/0.png", "/api/runs/one/galleries/5/../../secret.txt",
-    "/api/runs/one/evaluations/..%2f..%2ftwo/3/0.png", "/api/runs/one/evaluations/%2e%2e/3/0",
-    "/api/runs/one/evaluations/before/3/99.png", "/api/runs/one/evaluations/before/99999999999/0.png",
-    "/api/runs/one/evaluations/%00/3/0.png", "/api/events", "/api/events?run=..%2fone",
-    "/api/events?run=one&run=three", "/%ff%fe", "/favicon.ico",
+    "/../secret.txt",
+    "/..%2fsecret.txt",
+    "/%2e%2e/%2e%2e/etc/passwd",
+    "//etc/passwd",
+    "/secret.txt",
+    "/__init__.py",
+    "/beside.py",
+    "/api/runs/..",
+    "/api/runs/../one",
+    "/api/runs/%2e%2e%2fone",
+    "/api/runs/one/../../../etc/passwd",
+    "/api/runs/one%00",
+    "/api/runs/one/secret.txt",
+    "/api/runs/one/samples/000005-0.png",
+    "/api/runs/three",
+    "/api/runs/one/galleries/5/7.png",
+    "/api/runs/one/galleries/-5/0.png",
+    "/api/runs/one/galleries/9999999999999999999/0.png",
+    "/api/runs/one/galleries/5/../../secret.txt",
+    "/api/runs/one/evaluations/..%2f..%2ftwo/3/0.png",
+    "/api/runs/one/evaluations/%2e%2e/3/0",
+    "/api/runs/one/evaluations/before/3/99.png",
+    "/api/runs/one/evaluations/before/99999999999/0.png",
+    "/api/runs/one/evaluations/%00/3/0.png",
+    "/api/events",
+    "/api/events?run=..%2fone",
+    "/api/events?run=one&run=three",
+    "/%ff%fe",
+    "/favicon.ico",
 ]
 
 
@@ -156,9 +181,16 @@ def test_it_only_reads_bounded_queries_from_this_machine(port):
     with socket.create_connection(("127.0.0.1", port)) as raw:  # not even read to its end
         raw.sendall(b"GET /api/runs?" + b"x" * 17_000)
         assert raw.recv(100).startswith(b"HTTP/1.1 400 ")
-    for host in ("evil.example", "evil.example:8270", "127.0.0.1.evil.example", "localhost.evil.example", "", "[",
-                 "127.evil.example",
-                 "192.168.0.1"):
+    for host in (
+        "evil.example",
+        "evil.example:8270",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "",
+        "[",
+        "127.evil.example",
+        "192.168.0.1",
+    ):
         status, _, body = ask(port, "/api/runs", Host=host)
         assert status in (400, 403) and b"one" not in body, host
     for host in ("localhost", "localhost:99", "127.0.0.1:1", "[::1]:8270"):  # as through ssh -L
@@ -209,7 +241,7 @@ def test_a_reconnecting_page_goes_on_where_it_was(port, runs):
             seen = again[-1][0]
             assert len(again) < 5, again
     assert [data["run"] for _, _, data in again] == ["two"] * len(again)
-    (at, event, data), = events(port, "/api/events?run=two", 1, Last_Event_ID="another-5")
+    ((at, event, data),) = events(port, "/api/events?run=two", 1, Last_Event_ID="another-5")
     assert event == "lost" and data == {}  # a server that knows nothing of it: the page fetches everything
 
 
@@ -226,10 +258,12 @@ def test_ctrl_c_ends_it_even_while_a_page_listens(runs):
 
 def test_mistakes_are_one_line(runs, tmp_path, capsys):
     taken = bind("127.0.0.1", 0)
-    for arguments, words in (([str(tmp_path / "no")], "is not a folder"),
-                             ([str(tmp_path)], "is not a run directory and holds none"),
-                             ([str(runs), "--port", str(taken.getsockname()[1])], "choose another"),
-                             ([str(runs), "--host", "203.0.113.1"], "choose another")):
+    for arguments, words in (
+        ([str(tmp_path / "no")], "is not a folder"),
+        ([str(tmp_path)], "is not a run directory and holds none"),
+        ([str(runs), "--port", str(taken.getsockname()[1])], "choose another"),
+        ([str(runs), "--host", "203.0.113.1"], "choose another"),
+    ):
         assert cli.main(["dashboard", *arguments]) == 2
         assert words in capsys.readouterr().err
     taken.close()
@@ -243,6 +277,7 @@ def test_a_host_that_others_reach_is_warned_of(runs):
 
 
 # -- beside a run -----------------------------------------------------------------------------
+
 
 def test_beside_a_run_it_costs_nothing_until_somebody_looks(runs):
     taken = bind("127.0.0.1", 0)
@@ -277,12 +312,19 @@ def test_a_server_that_ends_is_started_again_and_then_given_up_in_words(runs, mo
 
 
 def test_the_server_does_not_outlive_a_killed_run(runs):
-    code = ("import sys, time; from pathlib import Path; from rlproxi.dashboard.beside import Beside\n"
-            "page = Beside(Path(sys.argv[1]), '127.0.0.1', 0, print); print(page.url, flush=True)\n"
-            "while page._server is None: time.sleep(0.05)\n"
-            "print(page._server.pid, flush=True); time.sleep(600)")
-    run = subprocess.Popen([sys.executable, "-c", code, str(runs / "one")], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    code = (
+        "import sys, time; from pathlib import Path; from rlproxi.dashboard.beside import Beside\n"
+        "page = Beside(Path(sys.argv[1]), '127.0.0.1', 0, print); print(page.url, flush=True)\n"
+        "while page._server is None: time.sleep(0.05)\n"
+        "print(page._server.pid, flush=True); time.sleep(600)"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(runs / "one")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     port = urllib.parse.urlsplit(run.stdout.readline().strip()).port
     assert ask(port, "/")[0] == 200
     server = int(run.stdout.readline())

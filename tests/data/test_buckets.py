@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from fixtures.shards import smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fixtures.shards import smooth
 from rlproxi.data.buckets import Fit, bucket_sizes, bucket_step, build_fit
 
 
@@ -42,6 +42,7 @@ def test_the_nearest_bucket_loses_least_of_the_image(height, width):
     def kept(size):
         scale = max(size[0] / height, size[1] / width)
         return size[0] * size[1] / (height * width * scale**2)
+
     assert kept(fit.nearest(height, width)) >= max(map(kept, fit.sizes)) - 1e-12
     mirrored = fit.nearest(width, height)
     assert abs(math.log(width / height)) < 1e-9 or mirrored == fit.nearest(height, width)[::-1]
@@ -78,7 +79,7 @@ def test_random_crops_are_named_and_spread():
     # Uniform on 0..64: mean 32, standard deviation 18.8.
     assert abs(np.mean(lefts) - 32) < 4 * 18.8 / 300**0.5 and np.std(lefts) == pytest.approx(18.8, rel=0.15)
     left = lefts[7]
-    assert np.array_equal(fit(image, "key7")[0], image[:, left:left + 32])
+    assert np.array_equal(fit(image, "key7")[0], image[:, left : left + 32])
 
 
 @settings(max_examples=40)

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from fixtures import curation as fixtures
-from fixtures.onnx_writer import write_convolutions
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 from scipy.fft import dctn
 
+from fixtures import curation as fixtures
+from fixtures.onnx_writer import write_convolutions
 from rlproxi.config.curation import Curate, Faces, Filter, HandDetector
 from rlproxi.data.curation import faces, job, merge, pictures, plan, records, write
 from rlproxi.data.curation.duplicates import duplicate_of, near_pairs
@@ -173,12 +173,15 @@ def test_objections_in_words():
     assert faces.objection([face, {**face, "confidence": 1.0}], Faces(min_size=61, max_faces=1)) is None
 
 
-@pytest.mark.parametrize("settings, error, told", [
-    (Faces(model="/nowhere.xml"), FileNotFoundError, "/nowhere.xml"),
-    (Faces(model=__file__), ValueError, "is no cascade"),
-    (Faces(detector="yunet", model="/nowhere.onnx"), FileNotFoundError, "/nowhere.onnx"),
-    (Faces(detector="yunet", model=__file__), ValueError, "cannot read"),
-])
+@pytest.mark.parametrize(
+    "settings, error, told",
+    [
+        (Faces(model="/nowhere.xml"), FileNotFoundError, "/nowhere.xml"),
+        (Faces(model=__file__), ValueError, "is no cascade"),
+        (Faces(detector="yunet", model="/nowhere.onnx"), FileNotFoundError, "/nowhere.onnx"),
+        (Faces(detector="yunet", model=__file__), ValueError, "cannot read"),
+    ],
+)
 def test_detector_files_that_cannot_be_used(settings, error, told):
     with pytest.raises(error, match=told):
         faces.build_detector(settings)
@@ -242,8 +245,11 @@ def test_every_sample_is_kept_or_explained(done):
             assert (manifest[key]["status"], manifest[key]["stage"]) == ("dropped", stage)
             assert told in manifest[key]["reason"]
     assert statistics.funnel() == [
-        {"stage": "unreadable", "in": 14, "dropped": 3, "out": 11}, {"stage": "size", "in": 11, "dropped": 2, "out": 9},
-        {"stage": "faces", "in": 9, "dropped": 4, "out": 5}, {"stage": "duplicates", "in": 5, "dropped": 2, "out": 3}]
+        {"stage": "unreadable", "in": 14, "dropped": 3, "out": 11},
+        {"stage": "size", "in": 11, "dropped": 2, "out": 9},
+        {"stage": "faces", "in": 9, "dropped": 4, "out": 5},
+        {"stage": "duplicates", "in": 5, "dropped": 2, "out": 3},
+    ]
 
 
 def test_curated_shards_hold_what_the_manifest_says(raw, done):
@@ -275,7 +281,13 @@ def test_filters_by_scorers_and_their_order(raw, tmp_path):
     small = [key for key, line in manifest.items() if line.get("stage") == "filter/busy"]
     assert small and all("at most -12" in manifest[key]["reason"] for key in small)
     assert [row["stage"] for row in statistics.funnel()] == [
-        "unreadable", "size", "faces", "filter/compact", "filter/busy", "duplicates"]
+        "unreadable",
+        "size",
+        "faces",
+        "filter/compact",
+        "filter/busy",
+        "duplicates",
+    ]
     kept = [s for tar in tmp_path.glob("*.tar") for s in read_shard(str(tar))]
     assert kept and all(-60 <= s.meta["scores"]["compact"] <= -12 for s in kept)
     # Its larger copy is gone, so the smaller one stays: copies are sought among what passed.
@@ -328,8 +340,10 @@ def test_a_shard_that_changed_since_it_was_examined_is_refused(raw, tmp_path):
 
 def test_records_of_other_settings_are_not_reused(raw):
     shard = str(next(raw.iterdir()))
-    marks = {records.examine_fingerprint(s, shard) for s in (_settings(raw), _settings(raw, min_size=300),
-                                                             _settings(raw, filters=[Filter(name="jpeg")]))}
+    marks = {
+        records.examine_fingerprint(s, shard)
+        for s in (_settings(raw), _settings(raw, min_size=300), _settings(raw, filters=[Filter(name="jpeg")]))
+    }
     assert len(marks) == 3
     assert records.examine_fingerprint(_settings(raw, examples=1), shard) in marks
 
@@ -339,8 +353,10 @@ def test_records_of_other_settings_are_not_reused(raw):
 
 def test_the_page_is_one_file_that_fetches_nothing(done, tmp_path):
     statistics = done[1]
-    found = {shard: pictures.peek(shard, wanted, 10**8)
-             for shard, wanted in pictures.wanted(statistics, page.shown(statistics)).items()}
+    found = {
+        shard: pictures.peek(shard, wanted, 10**8)
+        for shard, wanted in pictures.wanted(statistics, page.shown(statistics)).items()
+    }
     html = page.write_page(records.Place(tmp_path), statistics, found).read_text()
     assert "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html and "<script" not in html
     assert html.count("data:image/jpeg;base64,") == 3 + 2 + 4 + 2  # all kept and dropped ones that can be shown
@@ -365,15 +381,18 @@ def test_examples_are_the_same_whatever_the_order():
 # -- what is refused ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, told", [
-    ({"urls": []}, "curate.urls is empty"),
-    ({"urls": ["/nowhere/*.tar"]}, "curate.urls: '/nowhere/.*matches no file"),
-    ({"filters": [{"name": "beauty"}]}, "beauty"),
-    ({"filters": [{"name": "jpeg", "params": {"quality": "high"}}]}, "quality"),
-    ({"faces": {"model": "/nowhere.xml"}}, "curate.faces.model"),
-    ({"caption": {"model": "/nowhere/blip"}}, "curate.caption.model"),
-    ({"hands": {"detector": {"model": "./yolos"}}}, "curate.hands.detector.model"),
-])
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"urls": []}, "curate.urls is empty"),
+        ({"urls": ["/nowhere/*.tar"]}, "curate.urls: '/nowhere/.*matches no file"),
+        ({"filters": [{"name": "beauty"}]}, "beauty"),
+        ({"filters": [{"name": "jpeg", "params": {"quality": "high"}}]}, "quality"),
+        ({"faces": {"model": "/nowhere.xml"}}, "curate.faces.model"),
+        ({"caption": {"model": "/nowhere/blip"}}, "curate.caption.model"),
+        ({"hands": {"detector": {"model": "./yolos"}}}, "curate.hands.detector.model"),
+    ],
+)
 def test_bad_settings_are_refused_before_anything_starts(raw, tmp_path, changes, told):
     with pytest.raises(ConfigError, match=told):
         job.check(Curate(**{"urls": [str(raw)], **changes}), tmp_path)
@@ -387,12 +406,15 @@ def test_output_folders_that_hold_something_else(raw, tmp_path):
         job.check(_settings(raw), tmp_path)
 
 
-@pytest.mark.parametrize("values, told", [
-    ({"filters": [{"name": "jpeg"}, {"name": "jpeg"}]}, "jpeg appears twice"),
-    ({"filters": [{"name": "jpeg", "min": 1.0, "max": 0.0}]}, "nothing would pass"),
-    ({"faces": {"detector": "yunet"}}, "detector is 'yunet' but model is null"),
-    ({"min_sise": 3}, "Extra inputs"),
-])
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"filters": [{"name": "jpeg"}, {"name": "jpeg"}]}, "jpeg appears twice"),
+        ({"filters": [{"name": "jpeg", "min": 1.0, "max": 0.0}]}, "nothing would pass"),
+        ({"faces": {"detector": "yunet"}}, "detector is 'yunet' but model is null"),
+        ({"min_sise": 3}, "Extra inputs"),
+    ],
+)
 def test_settings_that_contradict_themselves(values, told):
     with pytest.raises(ValidationError, match=told):
         Curate(**values)

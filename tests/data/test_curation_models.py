@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures import clip_models, curation_models
-from fixtures import curation as fixtures
 from PIL import Image
 
+from fixtures import clip_models, curation_models
+from fixtures import curation as fixtures
 from rlproxi.config.curation import HAND_WORDS, Caption, Curate, HandDetector
 from rlproxi.data.curation import plan, records, write
 from rlproxi.data.curation.captions import Captioner
@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
         if name not in made:
             made[name] = str(getattr(curation_models, f"save_{name}")(base / name))
         return made[name]
+
     return get
 
 
@@ -78,8 +79,9 @@ def test_a_chat_model_answers_in_batches_as_it_does_alone(folder, images):
     told = captioner(images, CAPTIONS)
     model, processor = captioner.model, captioner.processor
     for image, caption, got in zip(images, CAPTIONS, told):
-        asked = processor(images=Image.fromarray(image), text=f"USER: <image> {caption} describe ASSISTANT:",
-                          return_tensors="pt")
+        asked = processor(
+            images=Image.fromarray(image), text=f"USER: <image> {caption} describe ASSISTANT:", return_tensors="pt"
+        )
         pixels = asked["pixel_values"]
         answer = _greedy(model, lambda t: model(input_ids=t, pixel_values=pixels), asked["input_ids"], end=2)
         text = processor.decode(answer, skip_special_tokens=True)
@@ -89,8 +91,9 @@ def test_a_chat_model_answers_in_batches_as_it_does_alone(folder, images):
 
 def test_an_empty_answer_leaves_the_caption(folder, images, monkeypatch):
     captioner = _captioner(folder("blip"))
-    monkeypatch.setattr(captioner.model, "generate",
-                        lambda pixel_values, **_: torch.zeros(len(pixel_values), 3, dtype=torch.long))
+    monkeypatch.setattr(
+        captioner.model, "generate", lambda pixel_values, **_: torch.zeros(len(pixel_values), 3, dtype=torch.long)
+    )
     assert captioner(images, CAPTIONS) == CAPTIONS
 
 
@@ -106,11 +109,18 @@ def test_caption_models_that_cannot_be_used(folder, tmp_path):
 # -- hands ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("caption, found", [
-    ("She raises her Hand.", ["hand"]), ("hands: five fingers", ["hands", "fingers"]), ("a clenched fist!", ["fist"]),
-    ("handsome man in Finland, with a beforehand", []), ("second-hand", ["hand"]), ("palm/thumb", ["thumb", "palm"]),
-    ("", []),
-])
+@pytest.mark.parametrize(
+    "caption, found",
+    [
+        ("She raises her Hand.", ["hand"]),
+        ("hands: five fingers", ["hands", "fingers"]),
+        ("a clenched fist!", ["fist"]),
+        ("handsome man in Finland, with a beforehand", []),
+        ("second-hand", ["hand"]),
+        ("palm/thumb", ["thumb", "palm"]),
+        ("", []),
+    ],
+)
 def test_words_of_hands_are_whole_words(caption, found):
     assert hand_words(caption, HAND_WORDS) == found
 
@@ -170,11 +180,17 @@ def settings(tmp_path_factory, folder) -> Curate:
     samples = [(f"{i:09d}", fixtures.encoded(face), CAPTIONS[i % 4], {"url": str(i)}) for i, face in enumerate(faces)]
     fixtures.write_tar(base / "raw" / "00000.tar", samples)
     aesthetic = {"predictor": str(predictor), "clip": str(clip), "precision": "float32"}
-    return Curate(urls=[str(base / "raw")], faces={"min_size": 64}, batch=4,
-                  filters=[{"name": "aesthetic", "params": aesthetic},
-                           {"name": "match", "scorer": "clip", "params": {"clip": str(small), "precision": "float32"}}],
-                  caption={"model": folder("blip"), "max_tokens": 6, "batch": 3, "precision": "float32"},
-                  hands={"detector": {"model": folder("yolos"), "min_score": 0.7}})
+    return Curate(
+        urls=[str(base / "raw")],
+        faces={"min_size": 64},
+        batch=4,
+        filters=[
+            {"name": "aesthetic", "params": aesthetic},
+            {"name": "match", "scorer": "clip", "params": {"clip": str(small), "precision": "float32"}},
+        ],
+        caption={"model": folder("blip"), "max_tokens": 6, "batch": 3, "precision": "float32"},
+        hands={"detector": {"model": folder("yolos"), "min_score": 0.7}},
+    )
 
 
 def test_scores_are_those_of_the_reward(settings):

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from fixtures import tiny_checkpoints
 from fixtures.shards import jpeg, png_chunk, png_header, sample, write_tar
-
 from rlproxi.config.loading import build_config
 from rlproxi.data.buckets import build_fit
 from rlproxi.data.cache import (
@@ -63,15 +63,30 @@ def test_a_cached_shard_holds_every_sample_as_its_own_computation_gives_it(tmp_p
 
 
 def test_every_kind_of_bad_sample_is_skipped_counted_and_listed(tmp_path):
-    bad = [sample(90, caption=" "), sample(91, image=jpeg(200, 200)[:-900]), sample(92, image=b"<html>"),
-           sample(93, image=png_header(20_000, 20_000) + png_chunk(b"IDAT", b"")), sample(94, txt=None),
-           sample(95, caption=b"\xff\xfe"), sample(3), sample(96, json=[1])]
+    bad = [
+        sample(90, caption=" "),
+        sample(91, image=jpeg(200, 200)[:-900]),
+        sample(92, image=b"<html>"),
+        sample(93, image=png_header(20_000, 20_000) + png_chunk(b"IDAT", b"")),
+        sample(94, txt=None),
+        sample(95, caption=b"\xff\xfe"),
+        sample(3),
+        sample(96, json=[1]),
+    ]
     config = shard_config(tmp_path, max_pixels=10**6)
     urls = [write(tmp_path, extra=bad), str(tmp_path / "gone.tar")]
     cache = tmp_path / "cache"
     first = run(config, urls[0], cache / "a.safetensors")
-    kinds = {"empty caption": 1, "damaged image": 1, "unknown image format": 1, "image too large": 1, "no caption": 1,
-             "caption is not UTF-8": 1, "duplicate key": 1, "json is not an object": 1}
+    kinds = {
+        "empty caption": 1,
+        "damaged image": 1,
+        "unknown image format": 1,
+        "image too large": 1,
+        "no caption": 1,
+        "caption is not UTF-8": 1,
+        "duplicate key": 1,
+        "json is not an object": 1,
+    }
     assert first.rows == {(32, 32): 12} and first.skipped == kinds
     assert entry(urls[0], cache / "a.safetensors") == first
     with pytest.raises(Unreadable, match="unreadable file: FileNotFoundError"):
@@ -84,7 +99,8 @@ def test_every_kind_of_bad_sample_is_skipped_counted_and_listed(tmp_path):
     head, *lines = map(json.loads, manifest_path(config, cache).read_text().splitlines())
     assert head == totals and len(lines) == 2 + 9
     assert {(line["shard"], line["key"]) for line in lines[2:]} == {
-        (urls[0], f"{n:09d}") for n in (90, 91, 92, 93, 94, 95, 3, 96)} | {(urls[1], "")}
+        (urls[0], f"{n:09d}") for n in (90, 91, 92, 93, 94, 95, 3, 96)
+    } | {(urls[1], "")}
     assert next(line for line in lines[2:] if line["key"] == f"{93:09d}")["reason"].startswith("image too large: ")
     index = read_index(config, cache)
     assert index[0] == first and (index[1].file, index[1].rows) == (None, {})
@@ -97,8 +113,9 @@ def test_latents_and_text_are_what_the_checkpoint_gives(tmp_path):
     parts = str(tiny_checkpoints.sdxl(tmp_path / "sdxl"))
     (tmp_path / "data").mkdir()
     url = write(tmp_path / "data", count=10)
-    config = build_config({"data": {"source": "shards", "urls": [url], "size": 64, "cache_text": True},
-                           "model": {"init": parts}})
+    config = build_config(
+        {"data": {"source": "shards", "urls": [url], "size": 64, "cache_text": True}, "model": {"init": parts}}
+    )
     run(config, url, tmp_path / "c.safetensors", parts)
     cached = CachedShard(tmp_path / "c.safetensors")
     vae, text = Autoencoder.from_pretrained(parts), load_text(parts)
@@ -132,11 +149,25 @@ def test_a_files_name_says_all_that_its_rows_depend_on(tmp_path):
 
     def name(**data):
         init = {"model": {"init": str(parts)}} if data.pop("init", False) else {}
-        config = build_config({"run": {"seed": data.pop("seed", 0)}, **init,
-                               "data": {"source": "shards", "urls": [url], "size": 64, **data}})
+        config = build_config(
+            {
+                "run": {"seed": data.pop("seed", 0)},
+                **init,
+                "data": {"source": "shards", "urls": [url], "size": 64, **data},
+            }
+        )
         return cached_file(tmp_path, url, source_version(url), build_recipe(config, init and str(parts)).fingerprint)
-    names = [name(), name(size=128), name(buckets=True), name(crop="random"), name(crop="random", seed=1),
-             name(max_pixels=5), name(init=True), name(init=True, cache_text=True)]
+
+    names = [
+        name(),
+        name(size=128),
+        name(buckets=True),
+        name(crop="random"),
+        name(crop="random", seed=1),
+        name(max_pixels=5),
+        name(init=True),
+        name(init=True, cache_text=True),
+    ]
     assert len(set(names)) == len(names) and all(n.name.startswith("00000-") for n in names)
     assert name() == name(seed=1) and name() == names[0]  # a centre crop knows no seed
     before = identity(parts, text=True), identity(parts, text=False)
@@ -159,8 +190,13 @@ def test_keys_that_do_not_fit_each_other_are_refused_before_work(tmp_path):
 
 
 def test_prompts_are_distinct_captions_and_a_fair_sample_of_many(tmp_path):
-    write_tar(tmp_path / "0.tar", [sample(i, caption=c) for i, c in enumerate(
-        ["two\nlines", "two lines", *(f"caption {i % 50}" for i in range(70))])])
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            sample(i, caption=c)
+            for i, c in enumerate(["two\nlines", "two lines", *(f"caption {i % 50}" for i in range(70))])
+        ],
+    )
     config = shard_config(tmp_path)
     found = run(config, str(tmp_path / "0.tar"), tmp_path / "0.safetensors")
     write_manifest(config, tmp_path, [found], [])

@@ -9,8 +9,16 @@ from rlproxi.data import faces
 from rlproxi.data.faces import ATTRIBUTES, caption_of, labels, parse_caption, portrait, render
 from rlproxi.data.prompts import heldout_prompts, training_prompts
 
-PLAIN = {"skin": "tan", "hair_color": "brown", "hair_style": "short", "mouth": "smiling", "glasses": "none",
-         "hat": "none", "background": "gray", "hand": "none"}
+PLAIN = {
+    "skin": "tan",
+    "hair_color": "brown",
+    "hair_style": "short",
+    "mouth": "smiling",
+    "glasses": "none",
+    "hat": "none",
+    "background": "gray",
+    "hand": "none",
+}
 
 
 def claimed(attributes: dict[str, str]) -> dict[str, str]:
@@ -37,9 +45,11 @@ def test_the_caption_says_every_attribute_and_parses_back():
 def test_captions_read_as_english():
     assert caption_of({**PLAIN, "background": "orange", "hand": "one"}) == (
         "a smiling person with tan skin, short brown hair, no glasses and no hat, on an orange background, "
-        "raising a hand with one finger")
+        "raising a hand with one finger"
+    )
     assert caption_of({**PLAIN, "hat": "red", "hand": "five"}).endswith(
-        "a red hat, on a gray background, raising a hand with five fingers")
+        "a red hat, on a gray background, raising a hand with five fingers"
+    )
 
 
 def test_silence_claims_nothing_and_is_labelled_minus_one():

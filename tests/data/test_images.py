@@ -7,11 +7,11 @@ import zlib
 
 import numpy as np
 import pytest
-from fixtures.shards import encoded, jpeg, png_chunk, png_header, smooth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fixtures.shards import encoded, jpeg, png_chunk, png_header, smooth
 from rlproxi.data.images import BadImage, decode
 
 LIMIT = 10_000_000
@@ -66,8 +66,16 @@ def test_exif_orientation_is_applied(orientation):
     exif[0x0112] = orientation
     image = decode(encoded(PICTURE, "PNG", exif=exif.tobytes()), LIMIT)
     p = PICTURE
-    upright = {1: p, 2: p[:, ::-1], 3: p[::-1, ::-1], 4: p[::-1], 5: p.transpose(1, 0, 2),
-               6: p[::-1].transpose(1, 0, 2), 7: p[::-1, ::-1].transpose(1, 0, 2), 8: p[:, ::-1].transpose(1, 0, 2)}
+    upright = {
+        1: p,
+        2: p[:, ::-1],
+        3: p[::-1, ::-1],
+        4: p[::-1],
+        5: p.transpose(1, 0, 2),
+        6: p[::-1].transpose(1, 0, 2),
+        7: p[::-1, ::-1].transpose(1, 0, 2),
+        8: p[:, ::-1].transpose(1, 0, 2),
+    }
     assert np.array_equal(image, upright[orientation])
 
 
@@ -110,28 +118,35 @@ def test_bombs_are_bounded():
         decode(png_header(8, 8) + text + png_chunk(b"IDAT", zlib.compress(row * 8)) + png_chunk(b"IEND", b""), LIMIT)
 
 
-@pytest.mark.parametrize("data, reason", [
-    (b"", "empty image"),
-    (b"<html>not found</html>", "unknown image format"),
-    (b"\xff\xd8\xff", "unknown image format"),
-    (encoded(PICTURE, "GIF"), "unknown image format"),
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unknown image format"),
-    (jpeg(200, 200)[:-1000], "damaged image: OSError: image file is truncated"),
-    (encoded(smooth(64, 64), "PNG")[:-200], "damaged image"),
-    (encoded(smooth(64, 64), "WEBP")[:-200], "unknown image format|damaged image"),
-])
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "empty image"),
+        (b"<html>not found</html>", "unknown image format"),
+        (b"\xff\xd8\xff", "unknown image format"),
+        (encoded(PICTURE, "GIF"), "unknown image format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unknown image format"),
+        (jpeg(200, 200)[:-1000], "damaged image: OSError: image file is truncated"),
+        (encoded(smooth(64, 64), "PNG")[:-200], "damaged image"),
+        (encoded(smooth(64, 64), "WEBP")[:-200], "unknown image format|damaged image"),
+    ],
+)
 def test_what_is_no_image_says_why(data, reason):
     with pytest.raises(BadImage, match=f"^({reason})"):
         decode(data, LIMIT)
 
 
 @settings(max_examples=150)
-@given(kind=st.sampled_from(["JPEG", "PNG", "WEBP"]), at=st.floats(0, 1), junk=st.binary(min_size=1, max_size=40),
-       cut=st.booleans())
+@given(
+    kind=st.sampled_from(["JPEG", "PNG", "WEBP"]),
+    at=st.floats(0, 1),
+    junk=st.binary(min_size=1, max_size=40),
+    cut=st.booleans(),
+)
 def test_damage_is_an_image_or_a_bad_image_and_nothing_else(kind, at, junk, cut):
     data = bytearray(encoded(PICTURE, kind))
     start = int(at * len(data))
-    data[start:] = b"" if cut else junk + data[start + len(junk):]
+    data[start:] = b"" if cut else junk + data[start + len(junk) :]
     try:
         assert decode(bytes(data), LIMIT).dtype == np.uint8
     except BadImage as error:

@@ -21,6 +21,7 @@ def orders(**fixed):
         assume(any(sum(s.get(b, 0) for s in index) >= batch for b in BUCKETS))
         seed, window = draw(st.integers(0, 5)), draw(st.integers(1, 4))
         return index, Order(index, batch, seed, window)
+
     return build()
 
 

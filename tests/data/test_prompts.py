@@ -14,9 +14,14 @@ HELD = [w for w in WORDS if reserved(w)]
 
 
 def config(prompts=None, heldout=None, per_step=8, evaluate=4, seed=0, **data):
-    return build_config({"run": {"seed": seed}, "data": {"prompts": prompts and str(prompts), **data,
-                                                         "heldout_prompts": heldout and str(heldout)},
-                         "grpo": {"prompts_per_step": per_step}, "evaluate": {"prompts": evaluate}})
+    return build_config(
+        {
+            "run": {"seed": seed},
+            "data": {"prompts": prompts and str(prompts), **data, "heldout_prompts": heldout and str(heldout)},
+            "grpo": {"prompts_per_step": per_step},
+            "evaluate": {"prompts": evaluate},
+        }
+    )
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def test_every_free_prompt_comes_once_an_epoch_in_an_order_that_changes(file):
     indices, drawn = zip(*(training_prompts(c, step) for step in range(steps)))
     assert [i for row in indices for i in row] == list(range(8 * steps))
     drawn = [p for row in drawn for p in row]
-    first, second = drawn[:len(FREE)], drawn[len(FREE):2 * len(FREE)]
+    first, second = drawn[: len(FREE)], drawn[len(FREE) : 2 * len(FREE)]
     assert sorted(first) == sorted(second) == sorted(FREE)
     assert first != second and first != FREE
     assert training_prompts(config(file, seed=1), 0)[1] != training_prompts(c, 0)[1] == drawn[:8]
@@ -76,16 +81,19 @@ def test_shards_without_prompts_say_what_is_missing():
             draw()
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"", "holds no prompt"),
-    ("a.txt", b" \n\n", "holds no prompt"),
-    ("a.txt", b"good\ncaf\xe9\n", "line 2: .*utf-8"),
-    ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', "line 2: Expecting value"),
-    ("a.jsonl", b'{"caption": "x"}\n', 'line 1: expected an object with a non-empty "prompt"'),
-    ("a.jsonl", b'\n["x"]\n', "line 2: expected an object"),
-    ("a.jsonl", b'{"prompt": " "}\n', "line 1: expected an object"),
-    ("a.csv", b"x\n", "is of no known kind"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"", "holds no prompt"),
+        ("a.txt", b" \n\n", "holds no prompt"),
+        ("a.txt", b"good\ncaf\xe9\n", "line 2: .*utf-8"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": \n', "line 2: Expecting value"),
+        ("a.jsonl", b'{"caption": "x"}\n', 'line 1: expected an object with a non-empty "prompt"'),
+        ("a.jsonl", b'\n["x"]\n', "line 2: expected an object"),
+        ("a.jsonl", b'{"prompt": " "}\n', "line 1: expected an object"),
+        ("a.csv", b"x\n", "is of no known kind"),
+    ],
+)
 def test_bad_files_name_the_file_and_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"data.prompts = '.*{name}'.*{message}"):

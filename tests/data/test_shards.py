@@ -8,10 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import webdataset
-from fixtures.shards import jpeg, sample, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fixtures.shards import jpeg, sample, write_tar
 from rlproxi.data.shards import Sample, Skip, list_shards, read_shard, write_shard
 
 
@@ -39,11 +39,13 @@ def test_webdataset_reads_what_we_write(tmp_path):
     assert read(tmp_path / "x.tar") == (written, [])
     theirs = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False, empty_check=False))
     assert [(t["__key__"], t["jpg"], t["txt"].decode()) for t in theirs] == [
-        (s.key, s.image, s.caption) for s in written]
+        (s.key, s.image, s.caption) for s in written
+    ]
 
 
 def test_writing_is_repeatable_whole_and_keeps_the_kind_of_image(tmp_path):
     from fixtures.shards import encoded, smooth
+
     images = [encoded(smooth(8, 8), kind) for kind in ("PNG", "WEBP", "JPEG")]
     samples = [Sample(str(i), image, "x") for i, image in enumerate(images)]
     for name in "ab":
@@ -54,6 +56,7 @@ def test_writing_is_repeatable_whole_and_keeps_the_kind_of_image(tmp_path):
     def breaking():
         yield samples[0]
         raise RuntimeError("lost")
+
     with pytest.raises(RuntimeError):
         write_shard(tmp_path / "a", breaking())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -69,16 +72,19 @@ def test_keys_the_layout_cannot_hold_are_refused(tmp_path, key):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("bad, kind", [
-    (sample(1, caption=" \n"), "empty caption"),
-    (sample(1, txt=None), "no caption"),
-    (sample(1, jpg=None), "no image"),
-    (sample(1, image=b""), "empty image"),
-    (sample(1, caption=b"caf\xe9"), "caption is not UTF-8"),
-    (sample(1, json=["a", "list"]), "json is not an object"),
-    (sample(1, json=None, **{"JSON": b"{cut"}), "json is not readable"),
-    (sample(0), "duplicate key"),
-])
+@pytest.mark.parametrize(
+    "bad, kind",
+    [
+        (sample(1, caption=" \n"), "empty caption"),
+        (sample(1, txt=None), "no caption"),
+        (sample(1, jpg=None), "no image"),
+        (sample(1, image=b""), "empty image"),
+        (sample(1, caption=b"caf\xe9"), "caption is not UTF-8"),
+        (sample(1, json=["a", "list"]), "json is not an object"),
+        (sample(1, json=None, **{"JSON": b"{cut"}), "json is not readable"),
+        (sample(0), "duplicate key"),
+    ],
+)
 def test_one_bad_sample_is_a_skip_with_its_reason(tmp_path, bad, kind):
     path = write_tar(tmp_path / "x.tar", [sample(0), bad, sample(2)])
     samples, skips = read(path)
@@ -88,9 +94,17 @@ def test_one_bad_sample_is_a_skip_with_its_reason(tmp_path, bad, kind):
 
 def test_other_members_and_hidden_files_are_passed_over(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name, data in [("./", None), ("./._0.jpg", b"?"), ("./0.jpg", jpeg()), ("./0.seg.png", b"mask"),
-                           ("./0.npy", b"x"), ("./0.txt", b"\xef\xbb\xbfone\n"), ("README", b"x"),
-                           ("./1.txt", b"two"), ("./1.PNG", b"x")]:
+        for name, data in [
+            ("./", None),
+            ("./._0.jpg", b"?"),
+            ("./0.jpg", jpeg()),
+            ("./0.seg.png", b"mask"),
+            ("./0.npy", b"x"),
+            ("./0.txt", b"\xef\xbb\xbfone\n"),
+            ("README", b"x"),
+            ("./1.txt", b"two"),
+            ("./1.PNG", b"x"),
+        ]:
             info = tarfile.TarInfo(name)
             info.type, info.size = (tarfile.DIRTYPE, 0) if data is None else (tarfile.REGTYPE, len(data))
             archive.addfile(info, io.BytesIO(data or b""))
@@ -100,6 +114,7 @@ def test_other_members_and_hidden_files_are_passed_over(tmp_path):
 
 def test_a_compressed_tar_reads_alike(good, tmp_path):
     import gzip
+
     (tmp_path / "z.tar.gz").write_bytes(gzip.compress(open(good, "rb").read()))
     assert read(tmp_path / "z.tar.gz") == read(good)
     (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "z.tar.gz").read_bytes()[:-400])
@@ -126,7 +141,7 @@ def test_a_tar_cut_at_any_byte_gives_the_samples_before_it_and_says_so(tmp_path_
     samples, skips = read(path)
     assert [s.kind for s in skips if not s.key] == ["damaged tar"]
     # webdataset writes jpg, json, txt: a sample that has its caption is whole.
-    assert samples == whole[:len(samples)]
+    assert samples == whole[: len(samples)]
     assert len(samples) >= sum(at <= length - 512 for at, name in ends if name.endswith("txt"))
     assert all(s.kind == "no caption" for s in skips if s.key)
 
@@ -137,7 +152,7 @@ def test_random_bytes_anywhere_are_never_an_exception_and_never_silent_about_los
     folder = tmp_path_factory.mktemp("junk")
     path = write_tar(folder / "x.tar", [sample(i) for i in range(4)])
     content = bytearray(open(path, "rb").read())
-    content[at:at + len(junk)] = junk
+    content[at : at + len(junk)] = junk
     (folder / "x.tar").write_bytes(content)
     samples, skips = read(path)
     # Inside an image the bytes are the image's own affair; a sample that is gone leaves a Skip.
@@ -148,18 +163,23 @@ def test_random_bytes_anywhere_are_never_an_exception_and_never_silent_about_los
 def test_a_hole_of_zeros_is_not_taken_for_the_end(good):
     content = bytearray(open(good, "rb").read())
     starts = [i.offset for i in tarfile.open(good)]
-    content[starts[6]:starts[6] + 1024] = bytes(1024)
+    content[starts[6] : starts[6] + 1024] = bytes(1024)
     open(good, "wb").write(content)
     samples, skips = read(good)
     assert len(samples) == 2 and [s.reason for s in skips] == [
-        "damaged tar: the rest of it is lost (data after the end-of-archive mark)"]
+        "damaged tar: the rest of it is lost (data after the end-of-archive mark)"
+    ]
 
 
 def test_a_file_that_is_not_there_empty_or_no_tar_is_one_skip(tmp_path):
     (tmp_path / "empty.tar").write_bytes(b"")
     (tmp_path / "text.tar").write_bytes(b"hello " * 1000)
-    for name, kind in [("none.tar", "unreadable file"), ("none.parquet", "unreadable file"),
-                       ("empty.tar", "damaged tar"), ("text.tar", "damaged tar")]:
+    for name, kind in [
+        ("none.tar", "unreadable file"),
+        ("none.parquet", "unreadable file"),
+        ("empty.tar", "damaged tar"),
+        ("text.tar", "damaged tar"),
+    ]:
         samples, (skip,) = read(tmp_path / name)
         assert not samples and (skip.key, skip.kind) == ("", kind), name
     assert read("nowhere://x.tar")[1][0].kind == "unreadable file"
@@ -176,6 +196,7 @@ def test_a_storage_that_fails_on_the_way_is_told_from_a_damaged_file(monkeypatch
             if self.tell() > 30_000:
                 raise ConnectionError("reset by peer")
             return super().read(size)
+
     monkeypatch.setattr(type(fs), "open", lambda self, path, mode: Flaky(self.store[path].getvalue()))
     samples, skips = read("memory://flaky/x.tar")
     assert samples and [s.reason for s in skips] == ["unreadable file: ConnectionError: reset by peer"]
@@ -196,16 +217,21 @@ def test_parquet_rows_are_samples(tmp_path, nested):
     path = parquet(tmp_path / "x.parquet", image=column, text=["a", "b", "c"], score=[0.5, 1.0, 2.0], thumb=[b"x"] * 3)
     samples, skips = read(path)
     assert not skips and [(s.key, s.image, s.caption, s.meta) for s in samples] == [
-        (f"{i:09d}", images[i], "abc"[i], {"score": 2.0**i / 2}) for i in range(3)]
+        (f"{i:09d}", images[i], "abc"[i], {"score": 2.0**i / 2}) for i in range(3)
+    ]
 
 
 def test_bad_parquet_rows_and_files_are_skips(tmp_path):
-    path = parquet(tmp_path / "x.parquet", key=["a.0", "b", "c", "b"], jpg=[jpeg(), None, jpeg(), jpeg()],
-                   caption=["good", "no image", " ", "twice"])
+    path = parquet(
+        tmp_path / "x.parquet",
+        key=["a.0", "b", "c", "b"],
+        jpg=[jpeg(), None, jpeg(), jpeg()],
+        caption=["good", "no image", " ", "twice"],
+    )
     samples, skips = read(path)
     assert [s.key for s in samples] == ["a_0"]
     assert [(s.key, s.kind) for s in skips] == [("b", "no image"), ("c", "empty caption"), ("b", "duplicate key")]
-    skip, = read(parquet(tmp_path / "y.parquet", url=["x"], caption=["y"]))[1]
+    (skip,) = read(parquet(tmp_path / "y.parquet", url=["x"], caption=["y"]))[1]
     assert skip.reason == "no such column: none of image, jpg, jpeg, png, webp among url, caption"
     content = open(path, "rb").read()
     for damaged in (content[:-20], content[:40] + bytes(200) + content[240:], b"PAR1"):
@@ -246,6 +272,7 @@ def test_bad_addresses_name_the_remedy(tmp_path, monkeypatch):
 
     def absent(url):
         raise ImportError("Install s3fs to access S3")
+
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
     with pytest.raises(ValueError, match=r"'s3://bucket/\*\.tar' needs a package .*: pip install s3fs"):
         list_shards(["s3://bucket/*.tar"])

@@ -5,9 +5,9 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from fixtures.shards import sample, write_tar
 from scipy.linalg import sqrtm
 
+from fixtures.shards import sample, write_tar
 from rlproxi.config.loading import build_config
 from rlproxi.data import faces
 from rlproxi.data.prompts import heldout_prompts
@@ -31,7 +31,8 @@ def random_gaussian(seed: int, d: int, rank: int) -> Gaussian:
 def test_frechet_is_what_scipys_matrix_root_gives(d):
     a, b = random_gaussian(1, d, 3 * d), random_gaussian(2, d, 3 * d)
     expected = np.square(a.mean - b.mean).sum() + np.trace(
-        a.covariance + b.covariance - 2 * sqrtm(a.covariance @ b.covariance).real)
+        a.covariance + b.covariance - 2 * sqrtm(a.covariance @ b.covariance).real
+    )
     assert frechet(a, b) == pytest.approx(expected, rel=1e-9) == frechet(b, a)
 
 
@@ -142,15 +143,18 @@ def softened(images: np.ndarray) -> np.ndarray:
 
 
 # Measured factors over the level of real images: 80, 25, 17, 108, 300, 5.5, 340.
-@pytest.mark.parametrize("name, part, factor, change", [
-    ("grid of 3 %", "texture", 40, lambda x: grid(x, 0.03)),
-    ("grid of 2 %", "texture", 12, lambda x: grid(x, 0.02)),
-    ("grid of 3 %, period 4", "texture", 8, lambda x: grid(x, 0.03, 4)),
-    ("blur 2x", "texture", 50, blurred),
-    ("blur 1-2-1", "texture", 150, softened),
-    ("brighter by 10", "layout", 3, lambda x: clipped(x + 10.0)),
-    ("one prompt for all", "layout", 100, lambda x: np.concatenate([x[:4]] * 64)),
-])
+@pytest.mark.parametrize(
+    "name, part, factor, change",
+    [
+        ("grid of 3 %", "texture", 40, lambda x: grid(x, 0.03)),
+        ("grid of 2 %", "texture", 12, lambda x: grid(x, 0.02)),
+        ("grid of 3 %, period 4", "texture", 8, lambda x: grid(x, 0.03, 4)),
+        ("blur 2x", "texture", 50, blurred),
+        ("blur 1-2-1", "texture", 150, softened),
+        ("brighter by 10", "layout", 3, lambda x: clipped(x + 10.0)),
+        ("one prompt for all", "layout", 100, lambda x: np.concatenate([x[:4]] * 64)),
+    ],
+)
 def test_what_a_judge_overlooks_shows_in_the_right_part(name, part, factor, change):
     real, images, _ = portraits()
     level, found = real.distance(images), real.distance(change(images))
@@ -256,6 +260,7 @@ def test_of_shards_what_is_readable_counts_and_nothing_is_made_up(tmp_path, monk
     monkeypatch.setattr(reference, "COUNT", 25)
     short = reference.Comparison(config)
     assert "distance" in short(fakes) and short.data == {} and "hold 5 beside the reference, not 8" in short.note
-    gone = reference.Comparison(build_config({"data": {"source": "shards", "urls": ["/no/such.tar"], "size": 16},
-                                              "evaluate": {"samples": 2}}))
+    gone = reference.Comparison(
+        build_config({"data": {"source": "shards", "urls": ["/no/such.tar"], "size": 16}, "evaluate": {"samples": 2}})
+    )
     assert gone(fakes) == {"diversity": 0.0} and "'/no/such.tar' matches no file" in gone.note

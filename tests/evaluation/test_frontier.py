@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures import tiny_checkpoints
-from fixtures.closed_form import Gaussian
 from scipy.stats import t as student
 
+from fixtures import tiny_checkpoints
+from fixtures.closed_form import Gaussian
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.cli import main as cli
 from rlproxi.config.loading import build_config, dump_config
@@ -46,9 +46,14 @@ def one(label, steps, value, seed=0):
 
 
 def test_rows_pool_runs_of_a_label_and_tell_what_reaches_a_level():
-    told = rows([one("b", 4, 0.5), one("b", 2, 0.3), one("a", 2, 0.6, seed=0), one("a", 2, 0.8, seed=1), one("a", 4, 0.6)])
+    told = rows(
+        [one("b", 4, 0.5), one("b", 2, 0.3), one("a", 2, 0.6, seed=0), one("a", 2, 0.8, seed=1), one("a", 4, 0.6)]
+    )
     assert [(row.label, row.steps, row.count) for row in told] == [("b", 2, 1), ("b", 4, 1), ("a", 2, 2), ("a", 4, 1)]
-    assert told[2].figures["judge"][0] == pytest.approx(0.7) and told[0].figures["judge"] == (0.3, pytest.approx(0.0196))
+    assert told[2].figures["judge"][0] == pytest.approx(0.7) and told[0].figures["judge"] == (
+        0.3,
+        pytest.approx(0.0196),
+    )
     assert math.isnan(told[0].figures["distance"][0])
     assert reached(told, "judge", 0.5) == {"b": 4, "a": 2} and reached(told, "judge", 0.65) == {"b": None, "a": 2}
     assert "| b | 2 | 1 | 0.300 ± 0.020 | - | 1.0 |" in frontier.table(told, ["judge", "distance", "seconds"])
@@ -56,8 +61,11 @@ def test_rows_pool_runs_of_a_label_and_tell_what_reaches_a_level():
 
 def test_what_was_done_to_a_model_is_drawn_in_its_colour_and_distances_by_their_logarithm():
     labels = ("score, ddim", "prox", "score + GRPO, ddim", "prox + GRPO")
-    found = rows(replace(one(label, steps, 0.1 * place + 0.01 * steps), distance=0.5)
-                 for place, label in enumerate(labels) for steps in (2, 4))
+    found = rows(
+        replace(one(label, steps, 0.1 * place + 0.01 * steps), distance=0.5)
+        for place, label in enumerate(labels)
+        for steps in (2, 4)
+    )
     figure = frontier.plot(found, ["judge", "distance"], {"judge": 0.2})
     judge, distance = figure.axes
     bars = dict(zip(labels, judge.containers))
@@ -72,10 +80,17 @@ def test_what_was_done_to_a_model_is_drawn_in_its_colour_and_distances_by_their_
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(labels)
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("runs/x", ("x", "runs/x", None, "")), ("mine=runs/x", ("mine", "runs/x", None, "")),
-    ("runs/x@ddim", ("x", "runs/x", None, "ddim")), ("a=sd3+lora/b.safetensors@pipeline", ("a", "sd3", "lora/b.safetensors", "pipeline")),
-    ("runs/a=b", ("a=b", "runs/a=b", None, "")), ("me@home/x", ("x", "me@home/x", None, ""))])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("runs/x", ("x", "runs/x", None, "")),
+        ("mine=runs/x", ("mine", "runs/x", None, "")),
+        ("runs/x@ddim", ("x", "runs/x", None, "ddim")),
+        ("a=sd3+lora/b.safetensors@pipeline", ("a", "sd3", "lora/b.safetensors", "pipeline")),
+        ("runs/a=b", ("a=b", "runs/a=b", None, "")),
+        ("me@home/x", ("x", "me@home/x", None, "")),
+    ],
+)
 def test_names(name, expected):
     assert split_name(name) == expected
 
@@ -126,12 +141,23 @@ def test_the_solvers_noise_levels_are_the_schedules():
 def run_dir(tmp_path_factory):
     """A run directory with an untrained model, a judge and a training reward."""
     base = tmp_path_factory.mktemp("runs") / "one"
-    config = build_config({"data": {"size": 16}, "model": {"channels": [32, 32]}, "run": {"stages": ["pretrain"]},
-                           "sampler": {"num_inference_steps": 2}, "evaluate": {"prompts": 6, "samples": 2, "steps": [2]}})
+    config = build_config(
+        {
+            "data": {"size": 16},
+            "model": {"channels": [32, 32]},
+            "run": {"stages": ["pretrain"]},
+            "sampler": {"num_inference_steps": 2},
+            "evaluate": {"prompts": 6, "samples": 2, "steps": [2]},
+        }
+    )
     unet = build_denoiser(config)
     captions = [faces.portrait(3, i, 0.5).caption for i in range(64)]
-    TextToImage(unet, build_text_encoder(captions, config.model.text_dim, 1, config.model.text_length), config.schedule,
-                config.sampler).save_pretrained(base / "models" / "final")
+    TextToImage(
+        unet,
+        build_text_encoder(captions, config.model.text_dim, 1, config.model.text_length),
+        config.schedule,
+        config.sampler,
+    ).save_pretrained(base / "models" / "final")
     for name in ("reward", "judge"):
         AttributeClassifier(16, 32).save(base / "models" / f"{name}.safetensors")
     dump_config(config, base / "config.yaml")
@@ -140,13 +166,24 @@ def run_dir(tmp_path_factory):
 
 def test_the_command_measures_tells_draws_and_goes_on(run_dir, tmp_path, capsys):
     out = tmp_path / "frontier"
-    command = ["eval", f"ours={run_dir}", f"ours@ddim={run_dir}@ddim", "--steps", "1,2", "--seeds", "2", "--out", str(out)]
+    command = [
+        "eval",
+        f"ours={run_dir}",
+        f"ours@ddim={run_dir}@ddim",
+        "--steps",
+        "1,2",
+        "--seeds",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert cli.main([*command, "--reach", "ours@ddim@2"]) == 0
     said = capsys.readouterr().out
     assert "Steps until judge reaches the" in said and "ours" in said
     lines = [json.loads(line) for line in (out / "frontier.jsonl").read_text().splitlines()]
     assert len(lines) == 8 and {(m["label"], m["steps"], m["seed"]) for m in lines} == {
-        (label, n, seed) for label in ("ours", "ours@ddim") for n in (1, 2) for seed in (0, 1)}
+        (label, n, seed) for label in ("ours", "ours@ddim") for n in (1, 2) for seed in (0, 1)
+    }
     told = list(csv.DictReader(open(out / "frontier.csv")))
     first = [m["reward"]["judge"] for m in lines if m["label"] == "ours" and m["steps"] == 1]
     assert float(told[0]["judge"]) == pytest.approx(np.mean(first)) and told[0]["measurements"] == "2"
@@ -173,15 +210,32 @@ def test_the_command_measures_tells_draws_and_goes_on(run_dir, tmp_path, capsys)
 
 
 def test_a_count_that_a_sampler_cannot_take_is_told_and_left_out(run_dir, tmp_path, capsys):
-    assert cli.main(["eval", str(run_dir), "--samplers", "backward,hybrid", "--steps", "2,16", "--out", str(tmp_path / "f")]) == 0
+    assert (
+        cli.main(
+            ["eval", str(run_dir), "--samplers", "backward,hybrid", "--steps", "2,16", "--out", str(tmp_path / "f")]
+        )
+        == 0
+    )
     assert "2 steps: left out: sampler 'backward' cannot take num_inference_steps=2" in capsys.readouterr().out
-    assert {(m.sampler, m.steps) for m in frontier.read(tmp_path / "f")} == {("backward", 16), ("hybrid", 2), ("hybrid", 16)}
+    assert {(m.sampler, m.steps) for m in frontier.read(tmp_path / "f")} == {
+        ("backward", 16),
+        ("hybrid", 2),
+        ("hybrid", 16),
+    }
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["no/such"], "no/such is not a folder"), (["{run}@heun"], "is not a folder"), (["{run}", "--samplers", "heun"], "'heun' is unknown"),
-    (["{run}", "--samplers", "pipeline"], "no scheduler of diffusers"), (["{run}+lora"], "+LORA goes with a diffusers folder"),
-    (["{run}/models/final"], "add --config"), (["{run}", "--config", "no.yaml"], "no.yaml is neither a config nor a run directory")])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["no/such"], "no/such is not a folder"),
+        (["{run}@heun"], "is not a folder"),
+        (["{run}", "--samplers", "heun"], "'heun' is unknown"),
+        (["{run}", "--samplers", "pipeline"], "no scheduler of diffusers"),
+        (["{run}+lora"], "+LORA goes with a diffusers folder"),
+        (["{run}/models/final"], "add --config"),
+        (["{run}", "--config", "no.yaml"], "no.yaml is neither a config nor a run directory"),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_loaded(arguments, words, run_dir, tmp_path, capsys):
     arguments = [a.replace("{run}", str(run_dir)) for a in arguments]
     assert cli.main(["eval", *arguments, "--out", str(tmp_path / "out")]) == 2
@@ -202,7 +256,10 @@ def test_diffusers_folders_are_drawn_from_by_their_own_pipeline_and_with_a_lora(
     (label, _, sampler), load = open_model(str(published), "", "cpu", "float32")
     plain = load().draw(request, 5)
     assert (label, sampler) == ("sd15", "pipeline") and plain.shape[0] == 2 and plain.dtype == np.uint8
-    assert np.array_equal(plain, Pipeline(published, None, "cpu", "float32").draw(request, 5)) and plain[0].tolist() != plain[1].tolist()
+    assert (
+        np.array_equal(plain, Pipeline(published, None, "cpu", "float32").draw(request, 5))
+        and plain[0].tolist() != plain[1].tolist()
+    )
 
     pipe = StableDiffusionPipeline.from_pretrained(published)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))

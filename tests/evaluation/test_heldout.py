@@ -8,8 +8,15 @@ from rlproxi.config.loading import build_config
 from rlproxi.evaluation.heldout import evaluated, headline, mean_and_error, summarise
 
 NAN = float("nan")
-CONFIG = build_config({"sampler": {"num_inference_steps": 4}, "rewards": {
-    "train": [{"name": "attributes", "weight": 2.0}, {"name": "jpeg", "weight": 0.5}], "heldout": [{"name": "judge"}]}})
+CONFIG = build_config(
+    {
+        "sampler": {"num_inference_steps": 4},
+        "rewards": {
+            "train": [{"name": "attributes", "weight": 2.0}, {"name": "jpeg", "weight": 0.5}],
+            "heldout": [{"name": "judge"}],
+        },
+    }
+)
 
 
 def test_the_error_is_that_of_the_prompts_means():
@@ -48,6 +55,7 @@ def test_a_runs_evaluations_come_back_in_order(tmp_path):
     (tmp_path / "evaluation").mkdir()
     for tag, iteration, judge in (("step-000100", 100, 0.8), ("before", 0, 0.6), ("step-000050", 50, 0.7)):
         (tmp_path / "evaluation" / f"{tag}.json").write_text(
-            json.dumps({"iteration": iteration, "by_steps": {"4": entry(judge=judge)}}))
+            json.dumps({"iteration": iteration, "by_steps": {"4": entry(judge=judge)}})
+        )
     assert [(e.iteration, round(e.heldout, 3)) for e in evaluated(tmp_path, CONFIG, 50)] == [(0, 0.6), (50, 0.7)]
     assert len(evaluated(tmp_path, CONFIG, 100)) == 3 and evaluated(tmp_path / "none", CONFIG, 5) == []

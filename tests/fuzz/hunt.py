@@ -24,9 +24,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 #: CPU seconds of one input; wall seconds until one that blocks is given up; bytes that the process may have mapped

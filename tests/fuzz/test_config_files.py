@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+
 from fuzz.hunt import Given, Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 

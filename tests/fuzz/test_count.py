@@ -7,6 +7,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+
 from fuzz.hunt import hunted
 
 ROOMS = sorted(file.stem for file in Path(__file__).parent.glob("test_*.py") if file.stem != "test_count")

@@ -12,6 +12,7 @@ import urllib.parse
 import zipfile
 
 import pytest
+
 from fuzz.hunt import Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from fuzz.hunt import Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 
@@ -58,9 +59,9 @@ def readers(folder):
     import diffusers
     import torch
     import transformers
+
     from fixtures import tiny_checkpoints
     from fixtures.clip_models import save_aesthetic, save_open_clip, save_transformers
-
     from rlproxi.config.sections import LoRA, Sampler, Schedule
     from rlproxi.models import lora
     from rlproxi.models.loading import link, load_denoiser

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+
 from fuzz.hunt import Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 

@@ -10,6 +10,7 @@ import tarfile
 import zlib
 
 import pytest
+
 from fuzz.hunt import Reader, examples, hunted
 from fuzz.spoil import spoil, spoilt_json
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from fixtures import tiny_checkpoints as tiny
 
+from fixtures import tiny_checkpoints as tiny
 from rlproxi.models.autoencoder import Autoencoder, latent_facts
 
 #: scaling_factor and shift_factor as published.
@@ -114,9 +114,10 @@ def test_what_is_wrong_is_named(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         Autoencoder.from_pretrained(tmp_path)
     for name, change, error in (
-            ("class", {"_class_name": "AutoencoderTiny"}, "holds a AutoencoderTiny"),
-            ("shape", {"latent_channels": 8}, "do not fit config.json"),
-            ("layers", {"layers_per_block": 2}, "missing")):
+        ("class", {"_class_name": "AutoencoderTiny"}, "holds a AutoencoderTiny"),
+        ("shape", {"latent_channels": 8}, "do not fit config.json"),
+        ("layers", {"layers_per_block": 2}, "missing"),
+    ):
         folder = change_config(shutil.copytree(folders["sd15"], tmp_path / name), **change)
         with pytest.raises(ValueError, match=error):
             Autoencoder.from_pretrained(folder)

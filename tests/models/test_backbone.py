@@ -5,15 +5,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from fixtures import tiny_checkpoints
 
+from fixtures import tiny_checkpoints
 from rlproxi.models.lam import told_of_lam
 from rlproxi.models.loading import load_denoiser, load_encoder
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.proximal.schedule import VPSchedule
 
-KINDS = {"sd15": {}, "sd15-v": {"prediction_type": "v_prediction"}, "sdxl": {}, "sd3": {}, "pixart": {},
-         "pixart-resolution": {"additional_conditions": True}}
+KINDS = {
+    "sd15": {},
+    "sd15-v": {"prediction_type": "v_prediction"},
+    "sdxl": {},
+    "sd3": {},
+    "pixart": {},
+    "pixart-resolution": {"additional_conditions": True},
+}
 PROMPTS = ["a red hat on a cat", "", "two hands"]
 GRID = [(t, lam) for t in (0.0, 0.1, 0.35, 0.65, 0.95) for lam in (1e-3, 0.05, 0.5, 2.0, 8.0)]
 
@@ -39,16 +45,24 @@ def answer(pipeline, kind: str, x, time, text) -> torch.Tensor:
         return pipeline.unet(x, time, encoder_hidden_states=text.states).sample
     if kind == "sdxl":
         sizes = torch.tensor([[side, side, 0, 0, side, side]]).repeat(len(x), 1)
-        return pipeline.unet(x, time, encoder_hidden_states=text.states,
-                             added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes}).sample
+        return pipeline.unet(
+            x,
+            time,
+            encoder_hidden_states=text.states,
+            added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
+        ).sample
     if kind == "sd3":
-        return pipeline.transformer(x, encoder_hidden_states=text.states, pooled_projections=text.pooled,
-                                    timestep=time).sample
+        return pipeline.transformer(
+            x, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=time
+        ).sample
     told = kind.endswith("resolution")
-    added = {"resolution": torch.full((len(x), 2), side) if told else None,
-             "aspect_ratio": torch.ones(len(x), 1) if told else None}
-    out = pipeline.transformer(x, encoder_hidden_states=text.states, encoder_attention_mask=text.mask, timestep=time,
-                               added_cond_kwargs=added).sample
+    added = {
+        "resolution": torch.full((len(x), 2), side) if told else None,
+        "aspect_ratio": torch.ones(len(x), 1) if told else None,
+    }
+    out = pipeline.transformer(
+        x, encoder_hidden_states=text.states, encoder_attention_mask=text.mask, timestep=time, added_cond_kwargs=added
+    ).sample
     return out.chunk(2, 1)[0]
 
 
@@ -107,10 +121,9 @@ def test_the_branch_starts_silent_and_then_speaks(kind, folder):
 
 def test_a_hook_does_not_outlive_an_error():
     layer = torch.nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="inside"):
-        with told_of_lam(layer, torch.ones(1, 2)):
-            assert torch.equal(layer(torch.zeros(1, 2)), layer.bias[None] + 1)
-            raise RuntimeError("inside")
+    with pytest.raises(RuntimeError, match="inside"), told_of_lam(layer, torch.ones(1, 2)):
+        assert torch.equal(layer(torch.zeros(1, 2)), layer.bias[None] + 1)
+        raise RuntimeError("inside")
     assert not layer._forward_hooks
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
-from fixtures import tiny_checkpoints
 
+from fixtures import tiny_checkpoints
 from rlproxi.config.sections import LoRA, Sampler, Schedule
 from rlproxi.models import lora
 from rlproxi.models.autoencoder import Autoencoder
@@ -43,8 +43,9 @@ def build(kind: str, folder: Path) -> TextToImage:
             torch.manual_seed(0)
             vae = None
             if kind == "unet":
-                net = ProximalUNet(sample_size=16, channels=(32,), blocks=(1,), attention=(True,), text_dim=32,
-                                   pooled_dim=32)
+                net = ProximalUNet(
+                    sample_size=16, channels=(32,), blocks=(1,), attention=(True,), text_dim=32, pooled_dim=32
+                )
             else:
                 net = ProximalTransformer(sample_size=8, layers=1, heads=2, head_dim=16, text_dim=32)
                 vae = tiny_checkpoints.vae()
@@ -100,8 +101,12 @@ def seeded(seed: int) -> torch.Generator:
 
 def test_a_fresh_process_draws_the_same_image_of_every_kind_of_model(folders):
     program = FRESH.format(prompt=PROMPTS[0])
-    done = subprocess.run([sys.executable, "-c", program, *map(str, folders.values())], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, folders.values())],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr
     seen = set()
     for kind, folder in folders.items():
@@ -156,7 +161,7 @@ def test_output_types_agree(folders):
     assert out["pil"].images[0].size == (64, 64) and out["np"].images.shape == (2, 64, 64, 3)
     assert out["latent"].images.shape == (2, 4, 8, 8)
     assert torch.equal(out["pt"].images.permute(0, 2, 3, 1), torch.from_numpy(out["np"].images))
-    assert 0 <= out["np"].images.min() and out["np"].images.max() <= 1
+    assert out["np"].images.min() >= 0 and out["np"].images.max() <= 1
     assert np.abs(out["np"].images * 255 - np.stack(out["pil"].images)).max() < 0.51
     decoded = Autoencoder(pipe.vae).decode(out["latent"].images)
     assert torch.equal(((decoded + 1) / 2).clamp(0, 1), out["pt"].images)
@@ -179,13 +184,18 @@ def test_steps_guidance_and_batches(pipe, folder, capsys):
     assert not model.denoiser._forward_hooks and not pipe.unet._forward_hooks
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"prompt": []}, "prompt: give a string"), ({"prompt": [3]}, "prompt: give a string"),
-    ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-    ({"output_type": "jpg"}, "output_type 'jpg' is unknown"),
-    ({"height": 512}, "height=512: this model draws 16 pixels"), ({"num_inference_steps": 0}, "at least 1 step"),
-    ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"prompt": []}, "prompt: give a string"),
+        ({"prompt": [3]}, "prompt: give a string"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"output_type": "jpg"}, "output_type 'jpg' is unknown"),
+        ({"height": 512}, "height=512: this model draws 16 pixels"),
+        ({"num_inference_steps": 0}, "at least 1 step"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
+    ],
+)
 def test_impossible_arguments_are_named(pipe, arguments, words):
     with pytest.raises(ValueError, match=words):
         pipe(**{"prompt": PROMPTS[0], "height": 16, "width": 16, **arguments})

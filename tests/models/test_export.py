@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from fixtures import tiny_checkpoints
 from safetensors.torch import load_file
 
+from fixtures import tiny_checkpoints
 from rlproxi.config.loading import build_config
 from rlproxi.config.sections import Sampler, Schedule
 from rlproxi.models import export as module
@@ -70,14 +70,19 @@ def lora_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     published = tiny_checkpoints.sd15(root / "sd15")
     run = train(root / "tuned", TextToImage.from_pretrained(published, sampler=SAMPLER), 4)
-    (run / "summary.json").write_text(json.dumps({
-        "reward": {"first": 0.5, "last": 0.7}, "heldout": {"before": 0.61, "after": 0.72}, "seed": 3}))
-    (run / "config.yaml").write_text(yaml.safe_dump({
-        "rewards": {"train": [{"name": "hpsv2"}]}, "sampler": {"num_inference_steps": 3}}))
+    (run / "summary.json").write_text(
+        json.dumps({"reward": {"first": 0.5, "last": 0.7}, "heldout": {"before": 0.61, "after": 0.72}, "seed": 3})
+    )
+    (run / "config.yaml").write_text(
+        yaml.safe_dump({"rewards": {"train": [{"name": "hpsv2"}]}, "sampler": {"num_inference_steps": 3}})
+    )
     (run / "evaluation").mkdir()
     for tag, mean in (("before", 0.61), ("after", 0.72)):
-        (run / "evaluation" / f"{tag}.json").write_text(json.dumps(
-            {"headline_steps": 3, "by_steps": {"3": {"heldout": {"pickscore": {"mean": mean, "sem": 0.0125}}}}}))
+        (run / "evaluation" / f"{tag}.json").write_text(
+            json.dumps(
+                {"headline_steps": 3, "by_steps": {"3": {"heldout": {"pickscore": {"mean": mean, "sem": 0.0125}}}}}
+            )
+        )
     return run
 
 
@@ -103,8 +108,12 @@ def test_train_export_and_draw_the_same_image_in_a_fresh_process(lora_run, own_r
     kept = export(lora_run, tmp_path / "kept", merge=False)
     merged = export(lora_run, tmp_path / "merged")
     arguments = [str(x) for folder in (whole, kept, merged) for x in (folder, tmp_path / f"{folder.name}.npy")]
-    done = subprocess.run([sys.executable, "-c", FRESH.format(prompts=PROMPTS), *arguments], capture_output=True,
-                          text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH.format(prompts=PROMPTS), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr
     drawn = {name: np.load(tmp_path / f"{name}.npy") for name in ("whole", "kept", "merged")}
     assert np.array_equal(drawn["whole"], draw(own_run))
@@ -206,13 +215,23 @@ def test_weights_that_float16_cannot_hold_are_refused(own_run, tmp_path):
 def test_the_card_tells_what_was_measured(lora_run, own_run, tmp_path):
     card = (export(lora_run, tmp_path / "mine") / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
-    assert head == {"library_name": "diffusers", "pipeline_tag": "text-to-image",
-                    "tags": ["rlproxi", "proximal-diffusion"]}
-    for words in ("# mine", "| network | UNet2DConditionModel (unet/) |", "| images | 64 x 64 pixels |",
-                  "| sampler | hybrid, 3 steps from t = 0.8 on the uniform grid |", "| guidance scale | 1.5 |",
-                  "| schedule | VP, beta from 0.1 to 20 |", "| adapters | merged into the network |",
-                  "| training reward (hpsv2), first and last iteration | 0.5000 | 0.7000 |",
-                  "| held-out pickscore, 3 steps | 0.6100 ± 0.0125 | 0.7200 ± 0.0125 |", "Run `tuned`, seed 3."):
+    assert head == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["rlproxi", "proximal-diffusion"],
+    }
+    for words in (
+        "# mine",
+        "| network | UNet2DConditionModel (unet/) |",
+        "| images | 64 x 64 pixels |",
+        "| sampler | hybrid, 3 steps from t = 0.8 on the uniform grid |",
+        "| guidance scale | 1.5 |",
+        "| schedule | VP, beta from 0.1 to 20 |",
+        "| adapters | merged into the network |",
+        "| training reward (hpsv2), first and last iteration | 0.5000 | 0.7000 |",
+        "| held-out pickscore, 3 steps | 0.6100 ± 0.0125 | 0.7200 ± 0.0125 |",
+        "Run `tuned`, seed 3.",
+    ):
         assert words in card, words
     before = (export(lora_run / "models" / "pretrained", tmp_path / "before") / "README.md").read_text()
     assert "| held-out pickscore, 3 steps | 0.6100 ± 0.0125 |  |" in before and "0.72" not in before
@@ -220,14 +239,17 @@ def test_the_card_tells_what_was_measured(lora_run, own_run, tmp_path):
     assert "Measured" not in (export(own_run, tmp_path / "bare") / "README.md").read_text()
 
 
-@pytest.mark.parametrize("run, options, error, words", [
-    ("own", {"merge": True}, ValueError, "final has no adapters .*export it without --merge"),
-    ("own", {"adapter_only": True}, ValueError, "export it without --adapter-only"),
-    ("lora", {"merge": True, "adapter_only": True}, ValueError, "exclude each other"),
-    ("lora", {"dtype": "int8"}, ValueError, "dtype 'int8' is unknown; choose one of float32, bfloat16, float16"),
-    ("lora", {"out": "taken"}, FileExistsError, "taken exists and is not an empty folder"),
-    ("nowhere", {}, FileNotFoundError, "nowhere is not a folder"),
-])
+@pytest.mark.parametrize(
+    "run, options, error, words",
+    [
+        ("own", {"merge": True}, ValueError, "final has no adapters .*export it without --merge"),
+        ("own", {"adapter_only": True}, ValueError, "export it without --adapter-only"),
+        ("lora", {"merge": True, "adapter_only": True}, ValueError, "exclude each other"),
+        ("lora", {"dtype": "int8"}, ValueError, "dtype 'int8' is unknown; choose one of float32, bfloat16, float16"),
+        ("lora", {"out": "taken"}, FileExistsError, "taken exists and is not an empty folder"),
+        ("nowhere", {}, FileNotFoundError, "nowhere is not a folder"),
+    ],
+)
 def test_mistakes_are_told_before_anything_is_written(run, options, error, words, lora_run, own_run, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").touch()
@@ -249,6 +271,7 @@ def test_own_networks_adapters_are_kept_and_have_no_diffusers_format(own_run, tm
 def test_an_interrupted_export_leaves_nothing(own_run, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
+
     monkeypatch.setattr(module, "card", fail)
     with pytest.raises(OSError, match="disk full"):
         export(own_run, tmp_path / "out")

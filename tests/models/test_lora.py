@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from fixtures import tiny_checkpoints
 
+from fixtures import tiny_checkpoints
 from rlproxi.algorithms.rollout import GroupSampler, flatten
 from rlproxi.config.loading import build_config
 from rlproxi.config.sections import LoRA
@@ -25,8 +25,13 @@ def folder(request, tmp_path_factory):
 
 
 def config_of(folder, **model):
-    return build_config({"model": {"init": str(folder), "lora": {"rank": 4, "alpha": 8}, "precision": "float32", **model},
-                         "data": {"size": 64}, "sampler": {"num_inference_steps": 4}})
+    return build_config(
+        {
+            "model": {"init": str(folder), "lora": {"rank": 4, "alpha": 8}, "precision": "float32", **model},
+            "data": {"size": 64},
+            "sampler": {"num_inference_steps": 4},
+        }
+    )
 
 
 def shake(denoiser) -> None:
@@ -66,7 +71,9 @@ def test_with_the_adapters_off_it_is_the_base_and_one_copy_serves_both(folder):
     y, _, _, text = inputs(denoiser, folder)
     prox = operator(denoiser, encoder, 2.0)
     reference = lora.without_adapters(prox, denoiser)
-    alone = torch.autograd.grad(prox(y, 0.3, 0.5, text).square().mean(), trainable(denoiser).values(), allow_unused=True)
+    alone = torch.autograd.grad(
+        prox(y, 0.3, 0.5, text).square().mean(), trainable(denoiser).values(), allow_unused=True
+    )
     policy = prox(y, 0.3, 0.5, text)
     with torch.no_grad():
         base = operator(plain, encoder, 2.0)(y, 0.3, 0.5, text)
@@ -74,7 +81,9 @@ def test_with_the_adapters_off_it_is_the_base_and_one_copy_serves_both(folder):
     assert not torch.allclose(policy, base, atol=1e-3)
     # The reference is asked between the policy's forward and its backward: gradients must not be lost.
     policy.square().mean().backward()
-    for p, expected in zip(trainable(denoiser).values(), alone):  # None: what SD3's last block computes of the text is unused
+    for p, expected in zip(
+        trainable(denoiser).values(), alone
+    ):  # None: what SD3's last block computes of the text is unused
         assert (p.grad is None) == (expected is None) and (expected is None or torch.equal(p.grad, expected))
     assert sum(expected is not None and bool(expected.any()) for expected in alone) > 0.9 * len(alone)
     with torch.no_grad():
@@ -137,7 +146,9 @@ def test_our_own_network_takes_adapters_too(tmp_path):
     from rlproxi.models.text import build_text_encoder
     from rlproxi.models.unet import ProximalUNet
 
-    unet = ProximalUNet(sample_size=16, patch=4, channels=(32,), blocks=(1,), attention=(True,), text_dim=32, pooled_dim=32)
+    unet = ProximalUNet(
+        sample_size=16, patch=4, channels=(32,), blocks=(1,), attention=(True,), text_dim=32, pooled_dim=32
+    )
     tiny_checkpoints.randomise(unet, 0)
     model = TextToImage(unet, build_text_encoder(PROMPTS, 32, 1, 12), Schedule(), Sampler(num_inference_steps=2))
     folder = model.save_pretrained(tmp_path / "model")
@@ -150,7 +161,9 @@ def test_our_own_network_takes_adapters_too(tmp_path):
 
 
 def test_bad_adapters_are_named(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"model.lora.targets \['qq'\] name no layer of .*its linear layers end in .*to_q"):
+    with pytest.raises(
+        ValueError, match=r"model.lora.targets \['qq'\] name no layer of .*its linear layers end in .*to_q"
+    ):
         lora.attach(load_denoiser(folder), LoRA(targets=["qq"]))
     model = TextToImage.from_pretrained(folder)
     lora.attach(model.denoiser, LoRA(rank=4))

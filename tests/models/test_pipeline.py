@@ -19,8 +19,9 @@ CAPTIONS = ["a smiling person with a red hat", "a frowning person with no hat"]
 def model() -> TextToImage:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = ProximalUNet(sample_size=16, patch=4, channels=(32,), blocks=(1,), attention=(True,), text_dim=32,
-                            pooled_dim=32)
+        unet = ProximalUNet(
+            sample_size=16, patch=4, channels=(32,), blocks=(1,), attention=(True,), text_dim=32, pooled_dim=32
+        )
         for p in unet.parameters():  # the zero-initialised head too, so that text and weights matter
             torch.nn.init.normal_(p, std=0.1)
     text = build_text_encoder(CAPTIONS, dim=32, layers=1, max_length=12)
@@ -54,8 +55,9 @@ def test_steps_and_guidance_override_the_defaults(model):
     assert not np.array_equal(base, model(CAPTIONS, num_inference_steps=2, seeds=[1, 2]))
     assert not np.array_equal(base, model(CAPTIONS, guidance_scale=3.0, seeds=[1, 2]))
     # Guidance 0 is the unconditional model: every prompt gives the empty prompt's image.
-    assert np.abs(model(CAPTIONS, guidance_scale=0.0, seeds=[1, 1]).astype(int)
-                  - model(["", ""], seeds=[1, 1])).max() <= 1
+    assert (
+        np.abs(model(CAPTIONS, guidance_scale=0.0, seeds=[1, 1]).astype(int) - model(["", ""], seeds=[1, 1])).max() <= 1
+    )
 
 
 def test_seeds_are_drawn_from_torch_when_not_given(model):
@@ -91,6 +93,7 @@ def test_save_replaces_a_model_but_nothing_else(model, folder):
 def test_an_interrupted_save_keeps_the_old_model(model, folder, monkeypatch):
     def fail(path):
         raise OSError("disk full")
+
     monkeypatch.setattr(model.text, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(folder)
@@ -140,8 +143,14 @@ def test_weights_that_do_not_fit_their_config_are_refused(folder):
         load_denoiser(folder)
 
 
-@pytest.mark.parametrize("text, words", [("{", "sampler.json is not readable as JSON"), ('{"schedule": {}}', "no 'sampler'"),
-                                         ('{"schedule": {}, "sampler": {"nome": 1}}', "nome")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "sampler.json is not readable as JSON"),
+        ('{"schedule": {}}', "no 'sampler'"),
+        ('{"schedule": {}, "sampler": {"nome": 1}}', "nome"),
+    ],
+)
 def test_an_unreadable_sampler_file_is_named(folder, text, words):
     (folder / "sampler.json").write_text(text)
     with pytest.raises(ValueError, match=words):

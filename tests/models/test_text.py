@@ -10,8 +10,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from fixtures import tiny_checkpoints as tiny
 
+from fixtures import tiny_checkpoints as tiny
 from rlproxi.models.text import TextEncoder, TextStates, build_text_encoder
 from rlproxi.models.text_loading import load_text, text_widths
 from rlproxi.models.text_stacks import CaptionCache, CheckpointText
@@ -60,8 +60,15 @@ def assert_same(mine: TextStates, theirs: TextStates, pooled: bool = True):
     assert {x.dtype for x in (mine.states, mine.pooled, mine.mask)} == {torch.float32}
 
 
-KINDS = [("sd15", {}), ("sdxl", {}), ("sdxl", {"force_zeros_for_empty_prompt": False}), ("sd3", {}),
-         ("sd3", {"with_t5": False}), ("pixart", {}), ("pixart", {"sigma": True})]
+KINDS = [
+    ("sd15", {}),
+    ("sdxl", {}),
+    ("sdxl", {"force_zeros_for_empty_prompt": False}),
+    ("sd3", {}),
+    ("sd3", {"with_t5": False}),
+    ("pixart", {}),
+    ("pixart", {"sigma": True}),
+]
 
 
 @pytest.mark.parametrize("name, options", KINDS)

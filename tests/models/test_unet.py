@@ -1,7 +1,7 @@
 import pytest
 import torch
-from fixtures.closed_form import Gaussian, alpha_bar
 
+from fixtures.closed_form import Gaussian, alpha_bar
 from rlproxi.models.text import TextStates
 from rlproxi.models.transformer import ProximalTransformer
 from rlproxi.models.unet import ProximalUNet
@@ -18,9 +18,13 @@ def text(batch: int, length: int = 5, dim: int = 16) -> TextStates:
 def network(randomise: bool = False, kind: str = "unet", **options) -> ProximalUNet | ProximalTransformer:
     torch.manual_seed(0)
     if kind == "transformer":
-        model = ProximalTransformer(sample_size=8, in_channels=3, layers=2, heads=2, head_dim=8, text_dim=16, data_std=0.5, **options)
+        model = ProximalTransformer(
+            sample_size=8, in_channels=3, layers=2, heads=2, head_dim=8, text_dim=16, data_std=0.5, **options
+        )
     else:
-        model = ProximalUNet(sample_size=8, channels=(32, 32), blocks=(1, 1), text_dim=16, pooled_dim=16, data_std=0.5, **options)
+        model = ProximalUNet(
+            sample_size=8, channels=(32, 32), blocks=(1, 1), text_dim=16, pooled_dim=16, data_std=0.5, **options
+        )
     if randomise:  # the zero-initialised layers too, so that every path matters
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1)

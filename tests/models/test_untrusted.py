@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 import torch
-from fixtures import tiny_checkpoints
 
+from fixtures import tiny_checkpoints
 from rlproxi.config.loading import build_config
 from rlproxi.models import lora
 from rlproxi.models.loading import training_form
@@ -37,8 +37,9 @@ class Bomb:
 def model(tmp_path_factory):
     """A Stable Diffusion of random weights with adapters; it loads."""
     folder = tiny_checkpoints.sd15(tmp_path_factory.mktemp("untrusted") / "model")
-    config = build_config({"model": {"init": str(folder), "lora": {"rank": 2, "alpha": 2}, "precision": "float32"},
-                           "data": {"size": 64}})
+    config = build_config(
+        {"model": {"init": str(folder), "lora": {"rank": 2, "alpha": 2}, "precision": "float32"}, "data": {"size": 64}}
+    )
     lora.save(training_form(folder, config, "rl"), folder)
     assert TextToImage.from_pretrained(folder).denoiser.lora is not None
     assert {str(p.relative_to(folder)) for p in folder.rglob("*.safetensors")} == set(WEIGHTS)

@@ -26,14 +26,32 @@ def evaluation(run_dir, tag: str, level: float, looks: bool = False) -> None:
     ``looks`` the distance is level / steps and the diversity level / 2."""
     scores = np.float32([level - 0.1, level + 0.1] * P)
     details = {"judge": {"skin": np.full(P * S, level), "hand": np.full(P * S, np.nan), "all": scores}}
-    result = {"tag": tag, "prompts": PROMPTS, "samples": S, "headline_steps": 6, "by_steps": {
-        str(n): heldout.summarise({"judge": scores - 0.1 * (n == 2), "attributes": scores}, details, ["judge"], S, {
-            "diversity": level / 2, "distance": {"total": level / n, "layout": level / n - 0.01, "texture": 0.01},
-        } if looks else None) for n in STEPS}}
+    result = {
+        "tag": tag,
+        "prompts": PROMPTS,
+        "samples": S,
+        "headline_steps": 6,
+        "by_steps": {
+            str(n): heldout.summarise(
+                {"judge": scores - 0.1 * (n == 2), "attributes": scores},
+                details,
+                ["judge"],
+                S,
+                {
+                    "diversity": level / 2,
+                    "distance": {"total": level / n, "layout": level / n - 0.01, "texture": 0.01},
+                }
+                if looks
+                else None,
+            )
+            for n in STEPS
+        },
+    }
     if looks:
         result["data"] = {"images": P * S, "diversity": 0.123, "distance": {"total": 0.0456}}
-    heldout.write(run_dir, tag, result, {n: PICTURES for n in STEPS}, {n: scores for n in STEPS},
-                  {n: {} for n in STEPS})
+    heldout.write(
+        run_dir, tag, result, {n: PICTURES for n in STEPS}, {n: scores for n in STEPS}, {n: {} for n in STEPS}
+    )
 
 
 def pretraining(run_dir) -> None:
@@ -49,11 +67,25 @@ def pretraining(run_dir) -> None:
 def reinforcement(run_dir) -> None:
     with RunLog(run_dir) as log:
         for step in range(1, 31):
-            log.append("metrics", stage="rl", step=step, **{
-                "reward/mean": 0.5 + step / 100, "reward/std": 0.1, "reward/attributes": 0.5 + step / 100,
-                "kl": step * 1e-4, "clip_fraction": 0.0, "ratio/mean": 1.0, "ratio/first_max_deviation": 2e-7,
-                "seconds/rollout": 1.0, "seconds/reward": 0.25, "seconds/train": 2.0, "seconds/sync": 0.01,
-                "seconds/step": 3.0 if step != 7 else float("nan")})
+            log.append(
+                "metrics",
+                stage="rl",
+                step=step,
+                **{
+                    "reward/mean": 0.5 + step / 100,
+                    "reward/std": 0.1,
+                    "reward/attributes": 0.5 + step / 100,
+                    "kl": step * 1e-4,
+                    "clip_fraction": 0.0,
+                    "ratio/mean": 1.0,
+                    "ratio/first_max_deviation": 2e-7,
+                    "seconds/rollout": 1.0,
+                    "seconds/reward": 0.25,
+                    "seconds/train": 2.0,
+                    "seconds/sync": 0.01,
+                    "seconds/step": 3.0 if step != 7 else float("nan"),
+                },
+            )
             if step == 10:
                 log.append("warning", message="group 'a <b>bold</b> hat' has no score")
                 log.append("resume", stage="rl", step=8)
@@ -67,10 +99,19 @@ def finished(tmp_path):
     reinforcement(run_dir)
     evaluation(run_dir, "step-000025", 0.65)
     evaluation(run_dir, "after", 0.8)
-    (run_dir / "summary.json").write_text(json.dumps({
-        "seconds": {"total": 200.0, "pretrain": 83.0, "rl": 95.0}, "reward": {"first": 0.51, "last": 0.8},
-        "heldout": {"before": 0.55, "after": 0.8}, "images_per_second": 41.5, "seed": 0, "git": "abc123",
-        "versions": {"torch": "2.13.0"}}))
+    (run_dir / "summary.json").write_text(
+        json.dumps(
+            {
+                "seconds": {"total": 200.0, "pretrain": 83.0, "rl": 95.0},
+                "reward": {"first": 0.51, "last": 0.8},
+                "heldout": {"before": 0.55, "after": 0.8},
+                "images_per_second": 41.5,
+                "seed": 0,
+                "git": "abc123",
+                "versions": {"torch": "2.13.0"},
+            }
+        )
+    )
     return run_dir
 
 
@@ -112,12 +153,26 @@ def test_a_finished_run_is_reported_whole(finished):
     assert path == finished / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
     assert "Not in this run directory" not in page.text
-    for words in ("0.550 → 0.800", "0.51 → 0.8", "41.5 images/s", "3 min 20 s", "1 min 23 s", "abc123", "torch 2.13.0",
-                  "off 1 by at most 2e-07 in 28 checks (tolerance 1e-06)", "max_bytes_in_flight: 2147483648"):
+    for words in (
+        "0.550 → 0.800",
+        "0.51 → 0.8",
+        "41.5 images/s",
+        "3 min 20 s",
+        "1 min 23 s",
+        "abc123",
+        "torch 2.13.0",
+        "off 1 by at most 2e-07 in 28 checks (tolerance 1e-06)",
+        "max_bytes_in_flight: 2147483648",
+    ):
         assert words in page.text, words
-    assert page.labels == ["Reward over RL steps", "kl, clip_fraction, ratio/mean",
-                           "held-out judge against the number of steps", "share judged right by judge",
-                           "Pre-training loss", "Seconds of each role over RL steps"]
+    assert page.labels == [
+        "Reward over RL steps",
+        "kl, clip_fraction, ratio/mean",
+        "held-out judge against the number of steps",
+        "share judged right by judge",
+        "Pre-training loss",
+        "Seconds of each role over RL steps",
+    ]
     assert all(prompt in page.text for prompt in PROMPTS)
     # The images on the page are the stored ones, before and after, pixel for pixel.
     assert len(page.sources) == 2 * P * S
@@ -165,11 +220,16 @@ def test_distance_and_diversity_stand_beside_the_judge(finished):
     evaluation(finished, "after", 0.6, looks=True)
     page = Page(write_report(finished).read_text(encoding="utf-8"))
     assert "held-out judge and distance to data against the number of steps" in page.labels
-    for words in ("Distance to data, 6 steps 0.05 → 0.1 ", "layout 0.04 → 0.09, texture 0.01 → 0.01",
-                  "; real images 0.0456", "Diversity, 6 steps 0.15 → 0.3 ", "real images 0.123",
-                  "steps held-out before held-out after distance before distance after diversity before diversity "
-                  "after 2 0.200 ± 0.000 0.500 ± 0.000 0.15 0.3 0.15 0.3 6 0.300 ± 0.000 0.600 ± 0.000 0.05 0.1 0.15 0.3 "
-                  "real images - - 0.0456 0.0456 0.123 0.123"):
+    for words in (
+        "Distance to data, 6 steps 0.05 → 0.1 ",
+        "layout 0.04 → 0.09, texture 0.01 → 0.01",
+        "; real images 0.0456",
+        "Diversity, 6 steps 0.15 → 0.3 ",
+        "real images 0.123",
+        "steps held-out before held-out after distance before distance after diversity before diversity "
+        "after 2 0.200 ± 0.000 0.500 ± 0.000 0.15 0.3 0.15 0.3 6 0.300 ± 0.000 0.600 ± 0.000 0.05 0.1 0.15 0.3 "
+        "real images - - 0.0456 0.0456 0.123 0.123",
+    ):
         assert words in page.text, words
 
 
@@ -184,8 +244,13 @@ def test_words_the_judge_found_wrong_are_named(finished):
     correct = np.ones((P * S, 2), np.float32)
     correct[1, 1] = 0
     correct[2] = np.nan
-    np.savez(finished / "samples" / "after-N6.npz", images=PICTURES, heldout=np.ones(P * S, np.float32),
-             attributes=names, correct=correct)
+    np.savez(
+        finished / "samples" / "after-N6.npz",
+        images=PICTURES,
+        heldout=np.ones(P * S, np.float32),
+        attributes=names,
+        correct=correct,
+    )
     page = Page(write_report(finished).read_text(encoding="utf-8"))
     hat = faces.parse_caption(PROMPTS[0])["hat"]
     assert page.text.count("✗") == 2 and f"✗ hat ({hat})" in page.text  # one in the legend, one in the gallery
@@ -195,8 +260,14 @@ def test_only_pretraining(tmp_path):
     pretraining(tmp_path / "run")
     page = Page(write_report(tmp_path / "run").read_text(encoding="utf-8"))
     assert page.labels == ["Pre-training loss"] and page.sources == []
-    for words in ("summary.json is missing", "no evaluation 'before' (yet)", "No RL step", "No sample images",
-                  "missing → missing", "1 min 23 s"):
+    for words in (
+        "summary.json is missing",
+        "no evaluation 'before' (yet)",
+        "No RL step",
+        "No sample images",
+        "missing → missing",
+        "1 min 23 s",
+    ):
         assert words in page.text, words
 
 
@@ -211,8 +282,15 @@ def test_a_run_in_the_middle(tmp_path):
     assert "No images of evaluation 'after'" in page.text and "No ratio check" in page.text
 
 
-PARTS = ("config.yaml", "metrics.jsonl", "summary.json", "evaluation/before.json", "evaluation/after.json",
-         "samples/before-N6.npz", "samples/after-N6.npz")
+PARTS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "evaluation/before.json",
+    "evaluation/after.json",
+    "samples/before-N6.npz",
+    "samples/after-N6.npz",
+)
 
 
 @pytest.mark.parametrize("damage, parts", [*(("gone", [p]) for p in PARTS[:-1]), ("cut", PARTS), ("junk", PARTS)])
@@ -249,14 +327,20 @@ def test_grid_places_images_row_by_row(tmp_path):
 
 def test_captioned_grid_holds_the_images_and_longer_marks_for_higher_scores():
     pictures, _, _ = faces.batch(2, np.arange(4), 16)
-    rows = [images.Row(PROMPTS[0], pictures[:2], pictures[2:], [0.25, 1.0], [float("nan"), 0.5]),
-            images.Row("", pictures[:2], pictures[2:])]
+    rows = [
+        images.Row(PROMPTS[0], pictures[:2], pictures[2:], [0.25, 1.0], [float("nan"), 0.5]),
+        images.Row("", pictures[:2], pictures[2:]),
+    ]
     sheet = np.array(images.captioned_grid(rows, scale=4))
     windows = {}
     for name, picture in (("before", pictures[0]), ("after", pictures[2])):
         big = np.repeat(np.repeat(picture, 4, 0), 4, 1)
-        windows[name] = [(y, x) for y in range(len(sheet) - 63) for x in range(sheet.shape[1] - 63)
-                         if (sheet[y, x] == big[0, 0]).all() and np.array_equal(sheet[y : y + 64, x : x + 64], big)]
+        windows[name] = [
+            (y, x)
+            for y in range(len(sheet) - 63)
+            for x in range(sheet.shape[1] - 63)
+            if (sheet[y, x] == big[0, 0]).all() and np.array_equal(sheet[y : y + 64, x : x + 64], big)
+        ]
         assert len(windows[name]) == 2, name  # once in each row
     (y, x), _ = windows["before"]
     marks = (sheet[y + 64 + 3, x : x + 2 * 68] != 255).any(1)

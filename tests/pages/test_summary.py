@@ -90,14 +90,17 @@ def no_system(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--resume", "runs/gone"], "--resume runs/gone: no config.yaml there, so it is not a run directory"),
-    (["no/such.yaml"], "config 'no/such.yaml' does not exist; the ones that come along: "),
-    (["a.yaml", "b.yaml"], "one config at a time, got a.yaml, b.yaml"),
-    (["a.yaml", "--resume", "runs/x"], "--resume takes the run's own config.yaml; leave out a.yaml"),
-    (["grpo.group_sise=4"], "unknown key 'grpo.group_sise'; did you mean grpo.group_size?"),
-    (["grpo.group_size=1", "--dry-run"], "group_size is 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--resume", "runs/gone"], "--resume runs/gone: no config.yaml there, so it is not a run directory"),
+        (["no/such.yaml"], "config 'no/such.yaml' does not exist; the ones that come along: "),
+        (["a.yaml", "b.yaml"], "one config at a time, got a.yaml, b.yaml"),
+        (["a.yaml", "--resume", "runs/x"], "--resume takes the run's own config.yaml; leave out a.yaml"),
+        (["grpo.group_sise=4"], "unknown key 'grpo.group_sise'; did you mean grpo.group_size?"),
+        (["grpo.group_size=1", "--dry-run"], "group_size is 1"),
+    ],
+)
 def test_bad_input_is_exit_code_2_and_one_message(no_system, arguments, words, capsys, tmp_path):
     assert run.main(arguments) == 2
     captured = capsys.readouterr()
@@ -116,8 +119,10 @@ def test_dry_run_prints_the_plan_and_stops(no_system, capsys):
 def test_resume_takes_the_runs_own_config_and_overrides(tmp_path, monkeypatch, capsys):
     from rlproxi.config.loading import dump_config
 
-    dump_config(build_config({"run": {"name": "mine"}, "data": {"size": 16}, "model": {"channels": [32, 32]}}),
-                tmp_path / "config.yaml")
+    dump_config(
+        build_config({"run": {"name": "mine"}, "data": {"size": 16}, "model": {"channels": [32, 32]}}),
+        tmp_path / "config.yaml",
+    )
     begun = []
 
     class Session:
@@ -142,18 +147,22 @@ def test_a_new_run_directory_never_reuses_one(tmp_path):
 def test_the_front_door_needs_neither_ray_nor_actors_to_refuse():
     import subprocess
 
-    program = ("import sys; from rlproxi import run\n"
-               "assert run.main(['gone.yaml']) == 2\n"
-               "assert not {'ray', 'actors'} & set(sys.modules), 'Ray was imported to refuse a file name'")
+    program = (
+        "import sys; from rlproxi import run\n"
+        "assert run.main(['gone.yaml']) == 2\n"
+        "assert not {'ray', 'actors'} & set(sys.modules), 'Ray was imported to refuse a file name'"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_what_a_scorer_does_not_take_is_refused_before_ray_is_asked(capsys, tmp_path):
     start = [f"run.dir={tmp_path}", "--dry-run"]
-    for reward, words in (("{name: atributes}", "rewards.train.0: reward 'atributes' is unknown; did you mean 'attributes'"),
-                          ("{name: jpeg, params: {qualty: 3}}", "it takes no 'qualty', did you mean 'quality'"),
-                          ("{name: mine, scorer: python}", "'function' is missing")):
+    for reward, words in (
+        ("{name: atributes}", "rewards.train.0: reward 'atributes' is unknown; did you mean 'attributes'"),
+        ("{name: jpeg, params: {qualty: 3}}", "it takes no 'qualty', did you mean 'quality'"),
+        ("{name: mine, scorer: python}", "'function' is missing"),
+    ):
         assert run.main([f"rewards.train=[{reward}]", *start]) == 2
         assert words in capsys.readouterr().err
     assert run.main(["rewards.train=[{name: mine, scorer: jpeg}]", *start]) == 0

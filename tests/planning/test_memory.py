@@ -9,9 +9,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from fixtures.memory import SHAPES, profiled_peak, real_network, real_step, small_folder
 from torch import nn
 
+from fixtures.memory import SHAPES, profiled_peak, real_network, real_step, small_folder
 from rlproxi.config.loading import build_config
 from rlproxi.errors import ConfigError
 from rlproxi.models.autoencoder import Autoencoder
@@ -27,19 +27,36 @@ ROWS = 8
 
 def small_config(kind: str, tmp_path, **model):
     """A learner of 8 images in a micro-batch: a new U-Net, or a checkpoint's network."""
-    values = {"data": {"size": 32}, "model": {"channels": [32, 64], **model}, "run": {"stages": ["rl"]},
-              "grpo": {"group_size": ROWS, "prompts_per_step": 2, "groups_per_micro_batch": 1, "kl_coef": 0.0}}
+    values = {
+        "data": {"size": 32},
+        "model": {"channels": [32, 64], **model},
+        "run": {"stages": ["rl"]},
+        "grpo": {"group_size": ROWS, "prompts_per_step": 2, "groups_per_micro_batch": 1, "kl_coef": 0.0},
+    }
     if kind != "new":
         values["data"]["size"] = 64
         values["model"] = {"init": str(small_folder(kind, tmp_path / kind)), **model}
     return build_config(values)
 
 
-@pytest.mark.parametrize("kind, precision, lora, checkpointing", [
-    ("new", "float32", None, True), ("sd15", "float32", None, False), ("sd15", "bfloat16", LORA, False),
-    ("sd15", "float32", LORA, True), ("sd3-medium", "bfloat16", LORA, False),
-    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
-        ("new", "bfloat16", None, False), ("sd15", "bfloat16", None, True), ("sd3-medium", "float32", None, True)))])
+@pytest.mark.parametrize(
+    "kind, precision, lora, checkpointing",
+    [
+        ("new", "float32", None, True),
+        ("sd15", "float32", None, False),
+        ("sd15", "bfloat16", LORA, False),
+        ("sd15", "float32", LORA, True),
+        ("sd3-medium", "bfloat16", LORA, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (
+                ("new", "bfloat16", None, False),
+                ("sd15", "bfloat16", None, True),
+                ("sd3-medium", "float32", None, True),
+            )
+        ),
+    ],
+)
 def test_peak_of_a_training_step_is_what_the_profiler_sees(kind, precision, lora, checkpointing, tmp_path):
     config = small_config(kind, tmp_path, precision=precision, lora=lora, gradient_checkpointing=checkpointing)
     dtype = getattr(torch, precision)
@@ -84,8 +101,11 @@ def test_learner_is_the_sum_of_what_a_real_one_holds(tmp_path):
     real = real_network(config, torch.float32)
     assert learner.parts["gradients"] == sum(p.grad.nbytes for p in trainable(real).values())
     assert learner.parts["Adam moments"] == 2 * learner.parts["gradients"]
-    assert learner.parts["network"] == rollout.parts["network"] == sum(
-        x.nbytes for x in [*real.parameters(), *real.buffers()])
+    assert (
+        learner.parts["network"]
+        == rollout.parts["network"]
+        == sum(x.nbytes for x in [*real.parameters(), *real.buffers()])
+    )
     assert learner.parts["activations"] == step_peak(config)
     # z, z_next and prox of 2 groups at 3 steps; states, pooled and mask of 77 tokens; advantages and weights.
     assert learner.parts["batch"] == 2 * ROWS * 4 * (3 * 3 * 4 * 8 * 8 + 77 * 33 + 32 + 2)
@@ -94,8 +114,18 @@ def test_learner_is_the_sum_of_what_a_real_one_holds(tmp_path):
 
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_gradient_checkpointing_shows(lora, tmp_path):
-    plain, less = (step_peak(small_config("sd15", tmp_path / str(checkpointing), precision="float32", lora=lora,
-                                          gradient_checkpointing=checkpointing)) for checkpointing in (False, True))
+    plain, less = (
+        step_peak(
+            small_config(
+                "sd15",
+                tmp_path / str(checkpointing),
+                precision="float32",
+                lora=lora,
+                gradient_checkpointing=checkpointing,
+            )
+        )
+        for checkpointing in (False, True)
+    )
     assert less < 0.7 * plain
 
 
@@ -132,8 +162,15 @@ def test_ghosts_allocate_what_fake_tensors_do():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def step(make) -> list[int]:
-        network = nn.Sequential(nn.Conv2d(3, 32, 3), nn.GroupNorm(4, 32), nn.SiLU(), nn.Flatten(),
-                                nn.Linear(32 * 36, 8), nn.LayerNorm(8), nn.Softmax(-1))
+        network = nn.Sequential(
+            nn.Conv2d(3, 32, 3),
+            nn.GroupNorm(4, 32),
+            nn.SiLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 36, 8),
+            nn.LayerNorm(8),
+            nn.Softmax(-1),
+        )
         x = torch.zeros(4, 3, 8, 8)
         with make(network) as live, torch.autocast("cpu", torch.bfloat16):
             seen = [network(x).square().mean()]
@@ -166,10 +203,15 @@ def test_cuda_autocast_keeps_norms_in_float32_and_rounds_to_blocks():
 @pytest.mark.parametrize("stage, ranks", [(0, 2), (1, 2), (2, 4), (3, 4)])
 def test_engine_state_by_zero_stage(stage, ranks, tmp_path):
     """As measured on DeepSpeed with two ranks (docs/memory.md)."""
-    base = {"run": {"stages": ["rl"]}, "data": {"size": 16}, "model": {"channels": [32, 32], "precision": "float32"},
-            "grpo": {"prompts_per_step": 8, "groups_per_micro_batch": 1, "kl_coef": 0.1}}
-    config = build_config({**base, "learner": {"zero_stage": stage},
-                           "resources": {"learner_workers": ranks, "learner_gpus": 1}})
+    base = {
+        "run": {"stages": ["rl"]},
+        "data": {"size": 16},
+        "model": {"channels": [32, 32], "precision": "float32"},
+        "grpo": {"prompts_per_step": 8, "groups_per_micro_batch": 1, "kl_coef": 0.1},
+    }
+    config = build_config(
+        {**base, "learner": {"zero_stage": stage}, "resources": {"learner_workers": ranks, "learner_gpus": 1}}
+    )
     found = estimate(config)
     parts, size = found.roles[0].parts, 4 * found.trained
     assert parts["gradients"] == (size // ranks if stage >= 2 else size)
@@ -179,10 +221,14 @@ def test_engine_state_by_zero_stage(stage, ranks, tmp_path):
     assert parts["reference copy"] == pytest.approx(size, rel=0.05)  # and the Gaussian's buffers
 
 
-@pytest.mark.parametrize("name, network, texts, vae", [
-    ("sd15", 859_520_964, [123_060_480], 83_653_863),
-    ("sdxl", 2_567_463_684, [123_060_480, 694_659_840], 83_653_863),
-    ("sd3-medium", 2_028_328_000, [123_650_304, 694_659_840, 4_762_310_656], 83_819_683)])
+@pytest.mark.parametrize(
+    "name, network, texts, vae",
+    [
+        ("sd15", 859_520_964, [123_060_480], 83_653_863),
+        ("sdxl", 2_567_463_684, [123_060_480, 694_659_840], 83_653_863),
+        ("sd3-medium", 2_028_328_000, [123_650_304, 694_659_840, 4_762_310_656], 83_819_683),
+    ],
+)
 def test_published_shapes_have_the_published_parameters(name, network, texts, vae):
     config = build_config({"data": {"size": 512}, "model": {"init": str(SHAPES[name])}})
     denoiser = empty_form(config, "rl")
@@ -193,12 +239,18 @@ def test_published_shapes_have_the_published_parameters(name, network, texts, va
     assert count(empty_vae(SHAPES[name]).parameters()) == vae
 
 
-@pytest.mark.parametrize("name, trained", [
-    pytest.param("sd15", 6_377_472, marks=pytest.mark.exhaustive), ("sd3-medium", 18_776_064)])
+@pytest.mark.parametrize(
+    "name, trained", [pytest.param("sd15", 6_377_472, marks=pytest.mark.exhaustive), ("sd3-medium", 18_776_064)]
+)
 def test_billions_of_parameters_are_planned_for_in_seconds_and_without_weights(name, trained):
-    config = build_config({
-        "run": {"stages": ["rl"]}, "data": {"size": 512}, "resources": {"learner_gpus": 1, "rollout_gpus": 1},
-        "model": {"init": str(SHAPES[name]), "lora": {"rank": 32, "alpha": 64}}})
+    config = build_config(
+        {
+            "run": {"stages": ["rl"]},
+            "data": {"size": 512},
+            "resources": {"learner_gpus": 1, "rollout_gpus": 1},
+            "model": {"init": str(SHAPES[name]), "lora": {"rank": 32, "alpha": 64}},
+        }
+    )
     begun = time.process_time()
     found = estimate(config)
     assert time.process_time() - begun < 20
@@ -215,9 +267,14 @@ def test_learner_peak_has_a_term_for_each_image(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["init", "encoders"])
-@pytest.mark.parametrize("damage, words", [
-    (None, "is not a folder"), ("vae/config.json", "vae/config.json is missing"),
-    ("text_encoder/config.json", "text_encoder/config.json is missing")])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (None, "is not a folder"),
+        ("vae/config.json", "vae/config.json is missing"),
+        ("text_encoder/config.json", "text_encoder/config.json is missing"),
+    ],
+)
 def test_an_unusable_folder_is_an_error_that_names_key_folder_and_remedy(key, damage, words, tmp_path):
     folder = tmp_path / "model"
     if damage:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fixtures.clip_models import save_transformers
 from fixtures.memory import profiled_peak
 from fixtures.memory_learner import LORA, learner_config, real_peaks
-
 from rlproxi.config.loading import build_config
 from rlproxi.config.sections import Reward
 from rlproxi.models.loading import empty_form, trainable
@@ -21,12 +21,24 @@ from rlproxi.rewards.gradients import RewardGradients
 TWO_LOOKS = {"damped": False, "reward_steps": 2, "particles": 2}
 
 
-@pytest.mark.parametrize("algorithm, settings", [
-    ("r0", {"distribution_weight": 0.5}), ("r0", {"checkpoint_steps": False}), ("didr", TWO_LOOKS),
-    ("grpo", {"last_step_weight": 1.0, "trained_steps": 2}),
-    *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in (
-        ("r0", {}), ("r0", {"plus": True, "guidance_weight": 0.5}), ("didr", {}),
-        ("didr", {"reward": "terminal", "divergence": "score"})))])
+@pytest.mark.parametrize(
+    "algorithm, settings",
+    [
+        ("r0", {"distribution_weight": 0.5}),
+        ("r0", {"checkpoint_steps": False}),
+        ("didr", TWO_LOOKS),
+        ("grpo", {"last_step_weight": 1.0, "trained_steps": 2}),
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (
+                ("r0", {}),
+                ("r0", {"plus": True, "guidance_weight": 0.5}),
+                ("didr", {}),
+                ("didr", {"reward": "terminal", "divergence": "score"}),
+            )
+        ),
+    ],
+)
 def test_peak_of_an_algorithms_updates_is_what_the_profiler_sees(algorithm, settings, tmp_path):
     config = learner_config(tmp_path, algorithm, **settings)
     parts, measured = estimate(config).roles[0].parts, real_peaks(config)
@@ -34,8 +46,9 @@ def test_peak_of_an_algorithms_updates_is_what_the_profiler_sees(algorithm, sett
 
 
 def test_peak_of_adapters_through_an_autoencoder_is_what_the_profiler_sees(tmp_path):
-    config = learner_config(tmp_path, "r0", "sd15", {"precision": "bfloat16", "lora": LORA}, size=4, plus=True,
-                            guidance_weight=0.5)
+    config = learner_config(
+        tmp_path, "r0", "sd15", {"precision": "bfloat16", "lora": LORA}, size=4, plus=True, guidance_weight=0.5
+    )
     parts, measured = estimate(config).roles[0].parts, real_peaks(config)
     assert parts["activations"] == pytest.approx(measured["policy"], rel=0.03)
     assert parts["autoencoder"] == 4 * count(empty_vae(tmp_path / "sd15").parameters())
@@ -72,8 +85,13 @@ def test_didr_holds_two_learners_and_a_reference(tmp_path):
 def test_state_of_two_engines_as_deepspeed_was_measured(stage, anchor, units):
     """In units of one network's bytes, one rank, without the bucket: docs/memory.md."""
     config = build_config({"learner": {"zero_stage": stage}})
-    parts = with_engines({"network": 4000, "fake network": 4000}, config, {"policy": 1000, "fake": 1000},
-                         {"policy": 0, "fake": 0}, anchor)
+    parts = with_engines(
+        {"network": 4000, "fake network": 4000},
+        config,
+        {"policy": 1000, "fake": 1000},
+        {"policy": 0, "fake": 0},
+        anchor,
+    )
     assert sum(parts.values()) == units * 4000
 
 
@@ -86,8 +104,15 @@ def test_scorers_without_data_have_the_published_parameters(name):
 
 def test_gradient_of_a_clip_is_what_the_profiler_sees(tmp_path):
     folder = str(save_transformers(tmp_path / "clip"))
-    config = build_config({"rewards": {"train": [{"name": "pickscore", "params": {
-        "clip": folder, "tokenizer": folder, "precision": "float32"}}]}})
+    config = build_config(
+        {
+            "rewards": {
+                "train": [
+                    {"name": "pickscore", "params": {"clip": folder, "tokenizer": folder, "precision": "float32"}}
+                ]
+            }
+        }
+    )
     real = RewardGradients.build(config.rewards.train, None, True, "cpu")
     x, prompts = torch.rand(32, 3, 96, 96), ["a cat"] * 32
     real(x, prompts)
@@ -103,7 +128,8 @@ def test_gradient_of_a_clip_is_what_the_profiler_sees(tmp_path):
 def test_an_algorithm_of_ones_own_is_estimated_as_a_forward_and_backward(tmp_path, monkeypatch):
     (tmp_path / "ours_to_plan.py").write_text(
         "from rlproxi.algorithms.base import Algorithm\n"
-        "class Ours(Algorithm):\n    needs_rollouts = False\n    def updates(self, batch):\n        yield from ()\n")
+        "class Ours(Algorithm):\n    needs_rollouts = False\n    def updates(self, batch):\n        yield from ()\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     values = {"data": {"size": 32}, "model": {"channels": [32, 64], "precision": "float32"}, "run": {"stages": ["rl"]}}
     values["run"]["algorithm"] = "ours_to_plan:Ours"

@@ -5,9 +5,9 @@ import json
 import shutil
 
 import pytest
+
 from fixtures import tiny_checkpoints
 from fixtures.shards import sample, write_tar
-
 from rlproxi.algorithms.grpo import bytes_per_micro_batch
 from rlproxi.cli import run
 from rlproxi.config.loading import build_config, config_folder, load_config
@@ -34,13 +34,18 @@ def test_nothing_stands_in_the_way_of_the_defaults(folder):
     assert found() == [] and [p.text for p in problems(build_config({}))] == []
     assert found(f"model.init={folder}", "data.size=64") == []
     assert found(f"model.encoders={folder}", "data.size=64", "model.patch=1") == []
-    assert found(f"model.encoders={folder}", "data.size=64", "model.kind=transformer", "model.patch=2", "model.layers=1") == []
+    assert (
+        found(f"model.encoders={folder}", "data.size=64", "model.kind=transformer", "model.patch=2", "model.layers=1")
+        == []
+    )
 
 
 def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
     assert one("model.init=nowhere") == (
         "model.init: nowhere is not a folder: expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as "
-        "diffusers lays them out) or a run directory that holds one as models/final or models/pretrained", True)
+        "diffusers lays them out) or a run directory that holds one as models/final or models/pretrained",
+        True,
+    )
     text, missing = one("model.encoders=nowhere", "data.size=64")
     assert text.startswith("model.encoders: nowhere") and missing
     other = tmp_path / "other"
@@ -48,25 +53,40 @@ def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
     config = other / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "FluxTransformer2DModel"}))
     text, missing = one(f"model.init={other}", "data.size=64")
-    assert text.startswith("model.init: a FluxTransformer2DModel cannot be made a proximal network here") and not missing
+    assert (
+        text.startswith("model.init: a FluxTransformer2DModel cannot be made a proximal network here") and not missing
+    )
 
 
 def test_sizes_that_do_not_fit(folder):
-    assert "data.size 60 is not a multiple of 8, the autoencoder's factor" in one(f"model.init={folder}", "data.size=60")[0]
-    assert "a sample is 9 wide (data.size 72), which model.patch 2" in one(
-        f"model.encoders={folder}", "data.size=72", "model.patch=2")[0]
+    assert (
+        "data.size 60 is not a multiple of 8, the autoencoder's factor"
+        in one(f"model.init={folder}", "data.size=60")[0]
+    )
+    assert (
+        "a sample is 9 wide (data.size 72), which model.patch 2"
+        in one(f"model.encoders={folder}", "data.size=72", "model.patch=2")[0]
+    )
     assert one("data.buckets=true")[0].startswith("data.buckets is true, but networks of our own have one size")
     assert found(f"model.init={folder}", "data.size=64", "data.buckets=true") == []
 
 
 def test_scorers_files_and_functions():
     text, missing = one("rewards.train=[{name: hpsv2, params: {checkpoint: gone.pt}}]")
-    assert text.startswith("rewards.train.0: reward 'hpsv2': checkpoint 'gone.pt' does not exist: name its file") and missing
+    assert (
+        text.startswith("rewards.train.0: reward 'hpsv2': checkpoint 'gone.pt' does not exist: name its file")
+        and missing
+    )
     text, missing = one("rewards.heldout=[{name: mine, scorer: python, params: {function: 'no_such_module:f'}}]")
     assert text.startswith("rewards.heldout.0: ") and "no_such_module" in text and not missing
     # Another environment's modules and files are not this process's to look for.
-    assert found("rewards.train=[{name: mine, scorer: python, params: {function: 'no_such_module:f'}, "
-                 "runtime_env: {pip: [x]}}]") == []
+    assert (
+        found(
+            "rewards.train=[{name: mine, scorer: python, params: {function: 'no_such_module:f'}, "
+            "runtime_env: {pip: [x]}}]"
+        )
+        == []
+    )
 
 
 def test_data_and_prompts(tmp_path):
@@ -99,7 +119,11 @@ def test_recipes_lack_nothing_but_files(recipe):
     assert all(p.missing for p in problems(config))
     if not recipe.startswith(("quick", "smoke")):
         lines = (config_folder() / recipe).read_text().splitlines()
-        keys = [line for line in lines if line.startswith("  ") and line.strip() and not line.lstrip().startswith(("#", "- "))]
+        keys = [
+            line
+            for line in lines
+            if line.startswith("  ") and line.strip() and not line.lstrip().startswith(("#", "- "))
+        ]
         bare = [line for line in keys if "#" not in line]
         # Every key says why it has its value; a line that opens or goes on with a list, or names a scorer's file, need not.
         assert all(line.rstrip().endswith((":", ",")) or "params:" in line for line in bare), bare
@@ -123,15 +147,25 @@ def test_a_curation_is_planned_without_a_model(capsys):
 ONE_STEP = ("run.algorithm=didr", "sampler.num_inference_steps=1")
 
 
-@pytest.mark.parametrize("overrides, what", [
-    (("run.algorithm=r0",), "run.algorithm = 'r0'"), (ONE_STEP, "didr.reward = 'diffused'"),
-    ((*ONE_STEP, "didr.reward=terminal"), "didr.reward = 'terminal'"),
-    (("grpo.last_step_weight=0.5",), "grpo.last_step_weight = 0.5")])
+@pytest.mark.parametrize(
+    "overrides, what",
+    [
+        (("run.algorithm=r0",), "run.algorithm = 'r0'"),
+        (ONE_STEP, "didr.reward = 'diffused'"),
+        ((*ONE_STEP, "didr.reward=terminal"), "didr.reward = 'terminal'"),
+        (("grpo.last_step_weight=0.5",), "grpo.last_step_weight = 0.5"),
+    ],
+)
 def test_rewards_without_a_gradient_where_one_is_climbed(overrides, what):
     mixed = "rewards.train=[{name: attributes, params: {path: x.safetensors}}, {name: small, scorer: jpeg}]"
     text, missing = one(*overrides, mixed)
-    assert text.startswith(f"rewards.train.1: reward 'small' has no gradient, and {what} needs one from every training "
-                           "reward: use one of aesthetic, attributes, clip, ") and not missing
+    assert (
+        text.startswith(
+            f"rewards.train.1: reward 'small' has no gradient, and {what} needs one from every training "
+            "reward: use one of aesthetic, attributes, clip, "
+        )
+        and not missing
+    )
     assert found(*overrides, "rewards.train=[{name: attributes}]") == []
     assert found(*overrides, mixed, "run.stages=[pretrain]") == []
 
@@ -144,19 +178,32 @@ def test_rewards_without_a_gradient_where_none_is_climbed():
 
 def test_algorithms_that_are_not_there(tmp_path, monkeypatch):
     text, missing = one("run.algorithm=no_such_module:Ours")
-    assert text == ("run.algorithm 'no_such_module:Ours' cannot be imported: ModuleNotFoundError: No module named "
-                    "'no_such_module'; it must be installed or on PYTHONPATH") and not missing
+    assert (
+        text
+        == (
+            "run.algorithm 'no_such_module:Ours' cannot be imported: ModuleNotFoundError: No module named "
+            "'no_such_module'; it must be installed or on PYTHONPATH"
+        )
+        and not missing
+    )
     assert one("run.algorithm=pathlib:Path")[0] == (
-        "run.algorithm 'pathlib:Path' is not a subclass of rlproxi.algorithms.base.Algorithm")
+        "run.algorithm 'pathlib:Path' is not a subclass of rlproxi.algorithms.base.Algorithm"
+    )
     (tmp_path / "ours_to_check.py").write_text(
         "from rlproxi.algorithms.base import Algorithm\n"
         "class Ours(Algorithm):\n    needs_gradients = True\n"
         "    def __init__(self, config):\n        super().__init__(config)\n        self.tau = self.settings.params['tau']\n"
-        "    def updates(self, batch):\n        yield from ()\n")
+        "    def updates(self, batch):\n        yield from ()\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert one("run.algorithm=ours_to_check:Ours")[0] == "run.algorithm 'ours_to_check:Ours' cannot be set up: KeyError: 'tau'"
+    assert (
+        one("run.algorithm=ours_to_check:Ours")[0]
+        == "run.algorithm 'ours_to_check:Ours' cannot be set up: KeyError: 'tau'"
+    )
     text, _ = one("run.algorithm=ours_to_check:Ours", "custom.params={tau: 1}")
-    assert text.startswith("rewards.train.0: reward 'jpeg' has no gradient, and run.algorithm = 'ours_to_check:Ours' needs one")
+    assert text.startswith(
+        "rewards.train.0: reward 'jpeg' has no gradient, and run.algorithm = 'ours_to_check:Ours' needs one"
+    )
     assert found("run.algorithm=no_such_module:Ours", "run.stages=[pretrain]") == []
 
 
@@ -174,12 +221,22 @@ def test_a_run_without_a_starting_policy(stages):
     assert found("run.stages=[prepare,report]") == []
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (["grpo.max_staleness=4", "grpo.steps=4"], "grpo.max_staleness is 4, but of grpo.steps 4 iterations none can be more than 3"),
-    (["run.algorithm=r0", "r0.max_staleness=1"], "r0.max_staleness is 1, but r0 samples on the learner"),
-    (["run.algorithm=didr", "sampler.num_inference_steps=1", "didr.max_staleness=2"], "didr.max_staleness is 2, but didr samples"),
-    (["grpo.max_bytes_in_flight=1000"], "grpo.max_bytes_in_flight is 1000, but one iteration has "),
-    (["grpo.max_staleness=2", "grpo.max_bytes_in_flight={two}"], "or max_staleness to 1")])
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (
+            ["grpo.max_staleness=4", "grpo.steps=4"],
+            "grpo.max_staleness is 4, but of grpo.steps 4 iterations none can be more than 3",
+        ),
+        (["run.algorithm=r0", "r0.max_staleness=1"], "r0.max_staleness is 1, but r0 samples on the learner"),
+        (
+            ["run.algorithm=didr", "sampler.num_inference_steps=1", "didr.max_staleness=2"],
+            "didr.max_staleness is 2, but didr samples",
+        ),
+        (["grpo.max_bytes_in_flight=1000"], "grpo.max_bytes_in_flight is 1000, but one iteration has "),
+        (["grpo.max_staleness=2", "grpo.max_bytes_in_flight={two}"], "or max_staleness to 1"),
+    ],
+)
 def test_bounds_that_cannot_be_kept_or_have_no_effect(overrides, words):
     whole = build_config({}).rl.micro_batches * bytes_per_micro_batch(build_config({}))
     told = found(*(each.format(two=2 * whole) for each in overrides))

@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from fixtures.closed_form import Gaussian, alpha_bar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fixtures.closed_form import Gaussian, alpha_bar
 from rlproxi.proximal import ProximalOperator, TimeTable, VPSchedule, WarmStart
 from rlproxi.proximal.clean import Ladder, Level, as_clean, clean_prediction
 
@@ -44,6 +44,7 @@ def test_the_closed_form_prox_holds_the_posterior_mean():
 
 def test_it_undoes_the_warm_start():
     """Whatever an eps model says of x_0, not only an exact one."""
+
     def model(x, time, cond):
         return torch.sin(3 * x) + time[:, None]
 

@@ -6,8 +6,8 @@ p_0 = N(0.4, 0.3^2) with its exact prox, beta(t) = 0.1 + 19.9 t, the uniform gri
 
 import pytest
 import torch
-from fixtures.closed_form import Gaussian
 
+from fixtures.closed_form import Gaussian
 from rlproxi.proximal.matching import corrupt, matching_loss
 from rlproxi.proximal.samplers import plan, sample
 from rlproxi.proximal.schedule import VPSchedule
@@ -20,15 +20,21 @@ GOLDEN = [
     ("backward", 10, 1.0, 0.5, 0.474945587078689, 0.451340527825745),
     ("backward", 10, 1.0, -1.2, -0.396514225882113, 0.448280813940436),
     ("ode", 4, 0.8, 0.5, 0.531150882395331, 0.484819706694100),
-    ("ode", 4, 0.8, -1.2, -1.144947671425088, 0.133104976344990)]
+    ("ode", 4, 0.8, -1.2, -1.144947671425088, 0.133104976344990),
+]
 
 
 @pytest.mark.parametrize("name, n, start, x, first, last", GOLDEN)
 def test_samplers(name, n, start, x, first, last):
     noises, seen = iter(NOISES), []
     x = torch.tensor([[x]], dtype=torch.float64)
-    run = sample(Gaussian(0.4, 0.3).prox, plan(VPSchedule(), name, n, start), x, noise=lambda k, like: torch.full_like(like, next(noises)),
-                 callback=lambda step, x: seen.append(float(x)))
+    run = sample(
+        Gaussian(0.4, 0.3).prox,
+        plan(VPSchedule(), name, n, start),
+        x,
+        noise=lambda k, like: torch.full_like(like, next(noises)),
+        callback=lambda step, x: seen.append(float(x)),
+    )
     assert seen[0] == pytest.approx(first, abs=2e-15) and float(run.x) == pytest.approx(last, abs=2e-14)
 
 
@@ -38,7 +44,9 @@ def test_the_matching_loss_and_its_input():
     lam = schedule.integral(0.4, 0.5)
     assert lam == pytest.approx(0.9055, abs=1e-15)
     t, lam = torch.tensor([0.4], dtype=torch.float64), torch.tensor([lam], dtype=torch.float64)
-    assert float(corrupt(schedule, 0.2 * one, t, lam, -0.7 * one, 1.3 * one)) == pytest.approx(0.697647712544604, abs=2e-15)
+    assert float(corrupt(schedule, 0.2 * one, t, lam, -0.7 * one, 1.3 * one)) == pytest.approx(
+        0.697647712544604, abs=2e-15
+    )
     error = torch.tensor([[0.3, -0.5, 0.1]], dtype=torch.float64)
     for zeta, expected in ((None, 0.3), (2.0, 0.028745424786327), (1.0, 0.110118229011976)):
         assert float(matching_loss(error, torch.zeros_like(error), zeta)) == pytest.approx(expected, abs=1e-15)

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from fixtures.closed_form import Gaussian, alpha_bar, exact_normals
 
+from fixtures.closed_form import Gaussian, alpha_bar, exact_normals
 from rlproxi.proximal.matching import (
     TimeTable,
     candidate_probabilities,

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from fixtures.closed_form import Gaussian
 
+from fixtures.closed_form import Gaussian
 from rlproxi.proximal.operator import ProximalOperator, expand
 
 
@@ -18,8 +18,9 @@ class Recorder:
 
 
 def guided(network, w):
-    return ProximalOperator(network, w, null_cond=lambda c: torch.full_like(c, 0.25),
-                            join=lambda a, b: torch.cat([a, b]))
+    return ProximalOperator(
+        network, w, null_cond=lambda c: torch.full_like(c, 0.25), join=lambda a, b: torch.cat([a, b])
+    )
 
 
 def test_residual_form():

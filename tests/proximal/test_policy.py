@@ -73,7 +73,9 @@ def test_eulers_policy_is_that_of_x_written_in_z(eta):
 
         def density(clean):
             score = (alpha * clean - x) / (1 - alpha**2)
-            return Independent(Normal(x + gamma * x / 2 + gamma * (1 + eta**2) / 2 * score, eta * gamma**0.5), 3).log_prob(x_next)
+            return Independent(
+                Normal(x + gamma * x / 2 + gamma * (1 + eta**2) / 2 * score, eta * gamma**0.5), 3
+            ).log_prob(x_next)
 
         old = out.prox[i]
         new = old + 0.05 * torch.randn_like(old)
@@ -90,8 +92,9 @@ def test_the_chain_is_drawn_from_the_policy():
         drawn[k] = torch.randn_like(like)
         return drawn[k]
 
-    out = sample(lambda y, t, lam, c: y / (1 + lam), steps, torch.randn(4, 3, dtype=torch.float64), noise=noise,
-                 keep_chain=True)
+    out = sample(
+        lambda y, t, lam, c: y / (1 + lam), steps, torch.randn(4, 3, dtype=torch.float64), noise=noise, keep_chain=True
+    )
     for action in actions(steps):
         recovered = (out.z[action.index + 1] - action.a * out.prox[action.index]) / action.s
         assert torch.allclose(recovered, drawn[action.step.k - 1], atol=1e-10)
@@ -113,8 +116,9 @@ def test_float32_log_ratio_keeps_its_digits():
     old, z_next = out.prox[action.index], out.z[action.index + 1]
     old, z_next = old.float(), z_next.float()
     new = old + 1e-6 * torch.randn_like(old)
-    exact = policy(action, new.double()).log_prob(z_next.double()) \
-        - policy(action, old.double()).log_prob(z_next.double())
+    exact = policy(action, new.double()).log_prob(z_next.double()) - policy(action, old.double()).log_prob(
+        z_next.double()
+    )
     assert torch.allclose(log_ratio(action, new, old, z_next, "sum").double(), exact, atol=1e-7)
     naive = log_prob(action, new, z_next) - log_prob(action, old, z_next)
     assert float((naive.double() - exact).abs().max()) > 1e-5  # what the stable form is for

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from fixtures.closed_form import Gaussian, Mixture
 
+from fixtures.closed_form import Gaussian, Mixture
 from rlproxi.proximal.matching import matching_loss
 from rlproxi.proximal.samplers import plan, sample
 from rlproxi.proximal.schedule import VPSchedule

@@ -3,8 +3,8 @@ import re
 
 import pytest
 import torch
-from fixtures.closed_form import Gaussian, affine_moments, gamma
 
+from fixtures.closed_form import Gaussian, affine_moments, gamma
 from rlproxi.proximal.samplers import PROXIMAL, coefficients, generator_noise, plan, sample, smallest_backward_steps
 from rlproxi.proximal.schedule import VPSchedule
 
@@ -28,8 +28,9 @@ def recursion(sampler: str, times: list[float], target: Gaussian) -> tuple[float
     return mean, variance
 
 
-@pytest.mark.parametrize("sampler, n", [(s, n) for s in PROXIMAL for n in (1, 4, 10, 37, 100)
-                                        if s != "backward" or n >= 10])
+@pytest.mark.parametrize(
+    "sampler, n", [(s, n) for s in PROXIMAL for n in (1, 4, 10, 37, 100) if s != "backward" or n >= 10]
+)
 @pytest.mark.parametrize("start", [1.0, 0.65])
 @pytest.mark.parametrize("spacing", ["uniform", "gamma", "quadratic"])
 def test_exact_moments(sampler, n, start, spacing):
@@ -79,7 +80,7 @@ def test_matched_asks_for_what_matching_trains_on(spacing):
 def test_an_eta_for_each_step(sampler):
     steps = plan(SCHEDULE, sampler, 3, 0.8, eta=[0.0, 1.0, 0.5])
     assert [step.e > 0 for step in steps] == [False, True, False]  # the last one ends at no noise whatever eta is
-    assert sampler == "matched" or steps[1].d == 0.0 and steps[0].d > 0
+    assert sampler == "matched" or (steps[1].d == 0.0 and steps[0].d > 0)
 
 
 def test_few_steps_under_disperse_as_recorded():
@@ -129,8 +130,9 @@ def test_fresh_noise_every_step_and_new_times(sampler):
 
     steps = plan(SCHEDULE, sampler, n)
     done = []
-    out = sample(prox, steps, torch.ones(2, 3), "caption", noise, keep_chain=True,
-                 callback=lambda step, x: done.append(step.k))
+    out = sample(
+        prox, steps, torch.ones(2, 3), "caption", noise, keep_chain=True, callback=lambda step, x: done.append(step.k)
+    )
     assert seen_noise == done == list(range(n, 0, -1))  # k = 1, the last step, is among them
     assert seen_t == SCHEDULE.grid(n)[-2::-1] and seen_t[-1] == 0.0
     assert len(out.z) == len(out.prox) == n and out.steps is steps and torch.equal(out.prox[-1], out.x)

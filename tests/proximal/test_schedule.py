@@ -71,9 +71,15 @@ def test_gamma_grid_has_equal_gammas():
         assert schedule.integral(a, b) == pytest.approx(schedule.integral(0.0, 0.8) / 12, rel=1e-12)
 
 
-@pytest.mark.parametrize("kwargs, word", [
-    ({"num_steps": 0}, "at least 1"), ({"num_steps": 5, "start_time": 0.0}, "start_time"),
-    ({"num_steps": 5, "start_time": 1.2}, "start_time"), ({"num_steps": 5, "spacing": "cosine"}, "cosine")])
+@pytest.mark.parametrize(
+    "kwargs, word",
+    [
+        ({"num_steps": 0}, "at least 1"),
+        ({"num_steps": 5, "start_time": 0.0}, "start_time"),
+        ({"num_steps": 5, "start_time": 1.2}, "start_time"),
+        ({"num_steps": 5, "spacing": "cosine"}, "cosine"),
+    ],
+)
 def test_grid_errors(kwargs, word):
     with pytest.raises(ValueError, match=word):
         VPSchedule().grid(**kwargs)

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-from fixtures.closed_form import Gaussian, alpha_bar, gamma
 
+from fixtures.closed_form import Gaussian, alpha_bar, gamma
 from rlproxi.proximal import ProximalOperator, VPSchedule, WarmStart, plan, sample
 from rlproxi.score import samplers as score
 
@@ -75,7 +75,8 @@ def recorded_times(prediction="epsilon", t=1.0, lam=1.0, **kwargs):
         return torch.zeros_like(x)
 
     WarmStart(model, prediction, SCHEDULE, **kwargs)(
-        torch.ones(1, 1, dtype=torch.float64), *(torch.tensor([v], dtype=torch.float64) for v in (t, lam)))
+        torch.ones(1, 1, dtype=torch.float64), *(torch.tensor([v], dtype=torch.float64) for v in (t, lam))
+    )
     return float(seen[0])
 
 
@@ -120,6 +121,7 @@ def test_parameters_of_the_model_are_reached():
 @pytest.mark.parametrize("prediction", MODELS)
 def test_ddim_in_the_proxs_words_is_the_score_models_own(prediction):
     """Not on a Gaussian only: any eps model, here one that bends; the others are made of it by algebra."""
+
     def bent(x, t, cond=None):
         return torch.tanh(2 * x) * t[:, None] + 0.1 * x
 

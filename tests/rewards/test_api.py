@@ -50,8 +50,15 @@ def test_every_kind_of_input_gives_the_same_scores(tmp_path):
     array = np.stack([np.asarray(image) for image in images])
     files = [tmp_path / f"{i}.png" for i in range(4)]
     expected = score_images(Sum(), array, "word")
-    for given in (images, list(array), files, [str(f) for f in files], tmp_path, str(tmp_path),
-                  [files[0], images[1], array[2], str(files[3])]):
+    for given in (
+        images,
+        list(array),
+        files,
+        [str(f) for f in files],
+        tmp_path,
+        str(tmp_path),
+        [files[0], images[1], array[2], str(files[3])],
+    ):
         assert np.array_equal(score_images(Sum(), given, "word"), expected)
     assert np.array_equal(score_images(Sum(), files[2], "word"), expected[2:3])
     direct = build("jpeg", {"quality": 50}).score(array, [""] * 4)
@@ -64,8 +71,10 @@ def test_every_mode_is_converted_and_alpha_is_dropped(tmp_path):
     grey = picture(2, 4, 4, "L")
     palette = picture(3, 4, 4).quantize(4)
     scores = score_images(Sum(), [clear, grey, palette], "")
-    assert scores == pytest.approx([np.asarray(clear)[..., :3].mean(), np.asarray(grey).mean(),
-                                    np.asarray(palette.convert("RGB")).mean()], abs=1e-4)
+    assert scores == pytest.approx(
+        [np.asarray(clear)[..., :3].mean(), np.asarray(grey).mean(), np.asarray(palette.convert("RGB")).mean()],
+        abs=1e-4,
+    )
     clear.save(tmp_path / "a.png")
     assert score_images(Sum(), tmp_path / "a.png", "")[0] == scores[0]
 
@@ -101,12 +110,15 @@ def test_unreadable_files_are_named(tmp_path):
     assert not scorer.shapes  # found before anything is scored
 
 
-@pytest.mark.parametrize("images, words", [
-    (np.zeros((2, 4, 4, 3), np.float32), r"images are float32 \[2, 4, 4, 3\], expected uint8"),
-    (np.zeros((4, 4, 3), np.uint8), r"uint8 \[4, 4, 3\], expected"),
-    ([np.zeros((4, 4, 3), np.uint8), 3], "image 1 is a int"),
-    ([np.zeros((4, 4))], "image 0 is a ndarray"),
-])
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (np.zeros((2, 4, 4, 3), np.float32), r"images are float32 \[2, 4, 4, 3\], expected uint8"),
+        (np.zeros((4, 4, 3), np.uint8), r"uint8 \[4, 4, 3\], expected"),
+        ([np.zeros((4, 4, 3), np.uint8), 3], "image 1 is a int"),
+        ([np.zeros((4, 4))], "image 0 is a ndarray"),
+    ],
+)
 def test_what_is_no_image_is_refused(images, words):
     with pytest.raises(ValueError, match=words):
         score_images(Sum(), images, "")
@@ -149,13 +161,16 @@ def test_the_summary_is_the_mean_and_its_standard_error():
 # -- prompts ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, content", [
-    ("p.txt", "a cat\r\nein Hund \u2028 groß\n"),
-    ("p.txt", "\ufeffa cat\nein Hund \u2028 groß\n\n"),
-    ("p.json", '["a cat", "ein Hund \u2028 groß"]'),
-    ("p.jsonl", '{"prompt": "a cat", "tag": 1}\n"ein Hund \u2028 groß"\n'),
-    ("p.JSONL", '{"caption": "a cat"}\n{"prompt": "ein Hund \u2028 groß", "caption": "no"}'),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("p.txt", "a cat\r\nein Hund \u2028 groß\n"),
+        ("p.txt", "\ufeffa cat\nein Hund \u2028 groß\n\n"),
+        ("p.json", '["a cat", "ein Hund \u2028 groß"]'),
+        ("p.jsonl", '{"prompt": "a cat", "tag": 1}\n"ein Hund \u2028 groß"\n'),
+        ("p.JSONL", '{"caption": "a cat"}\n{"prompt": "ein Hund \u2028 groß", "caption": "no"}'),
+    ],
+)
 def test_prompts_are_read_from_each_kind_of_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
     assert read_prompts(tmp_path / name) == ["a cat", "ein Hund \u2028 groß"]
@@ -176,16 +191,19 @@ def test_the_benchmark_is_a_folder_of_styles(tmp_path):
         read_prompts(tmp_path)
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("p.txt", b"a\n\nb\n", "line 2 is blank"),
-    ("p.txt", b"\xff\xfe", "are not UTF-8"),
-    ("p.json", b"[1", "are not JSON"),
-    ("p.json", b'{"a": 1}', "hold a dict, expected a list"),
-    ("p.json", b'["a", 3]', "entry 1 .* is a int"),
-    ("p.jsonl", b'"a"\n{"text": "b"}', "line 2 is neither a text nor an object"),
-    ("p.jsonl", b'"a"\n\n"b"', "line 2 are not JSON"),
-    ("p.csv", b"a", "ends in .txt, .json, .jsonl"),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("p.txt", b"a\n\nb\n", "line 2 is blank"),
+        ("p.txt", b"\xff\xfe", "are not UTF-8"),
+        ("p.json", b"[1", "are not JSON"),
+        ("p.json", b'{"a": 1}', "hold a dict, expected a list"),
+        ("p.json", b'["a", 3]', "entry 1 .* is a int"),
+        ("p.jsonl", b'"a"\n{"text": "b"}', "line 2 is neither a text nor an object"),
+        ("p.jsonl", b'"a"\n\n"b"', "line 2 are not JSON"),
+        ("p.csv", b"a", "ends in .txt, .json, .jsonl"),
+    ],
+)
 def test_bad_prompts_are_named_with_their_place(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"prompts {tmp_path / name}.*{words}"):

@@ -7,8 +7,11 @@ import torch
 from rlproxi.rewards import TorchScorer, build, checked_params, provenance
 from rlproxi.rewards.attributes import AttributeClassifier
 
-PROMPTS = ["a smiling person with pale skin", "a frowning person on a blue background",
-           "a person with a red hat and sunglasses"]
+PROMPTS = [
+    "a smiling person with pale skin",
+    "a frowning person on a blue background",
+    "a person with a red hat and sunglasses",
+]
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fixtures import clip as fixtures
-from fixtures.clip_models import save_tokenizer, weights
 from PIL import Image
 
+from fixtures import clip as fixtures
+from fixtures.clip_models import save_tokenizer, weights
 from rlproxi.models.precision import autocast
 from rlproxi.rewards import aesthetic, build, checked_params, clip_score, hpsv2, names, pickscore, provenance  # noqa: F401  (registration)
 from rlproxi.rewards.base import to_pixels
@@ -18,8 +18,17 @@ from rlproxi.rewards.open_clip import clip_model, load_open_clip, open_clip_conf
 # -- images -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("old, new", [((60, 100), (30, 50)), ((37, 91), (64, 40)), ((50, 50), (113, 113)),
-                                      ((40, 64), (40, 33)), ((48, 20), (17, 20)), ((1, 9), (5, 3))])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ((60, 100), (30, 50)),
+        ((37, 91), (64, 40)),
+        ((50, 50), (113, 113)),
+        ((40, 64), (40, 33)),
+        ((48, 20), (17, 20)),
+        ((1, 9), (5, 3)),
+    ],
+)
 def test_the_eight_bit_resize_is_pillows(old, new):
     image = np.random.default_rng(sum(old)).integers(0, 256, (*old, 3), np.uint8)
     image[: old[0] // 2, : old[1] // 2] = 255 * (np.indices((old[0] // 2, old[1] // 2)).sum(0) % 2)[..., None]
@@ -31,22 +40,30 @@ def test_the_eight_bit_resize_is_pillows(old, new):
 def test_the_gradient_passes_the_rounding_unchanged():
     x = torch.rand(1, 3, 40, 60, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(1, 3, 25, 31, dtype=torch.float64)
-    rounded, = torch.autograd.grad(_pillow_resize(x, 25, 31), x, upstream)
-    smooth, = torch.autograd.grad(F.interpolate(x, (25, 31), mode="bicubic", antialias=True), x, upstream)
+    (rounded,) = torch.autograd.grad(_pillow_resize(x, 25, 31), x, upstream)
+    (smooth,) = torch.autograd.grad(F.interpolate(x, (25, 31), mode="bicubic", antialias=True), x, upstream)
     assert (rounded - smooth).abs().max() < 1e-5 < smooth.abs().max()
 
 
 def test_the_smooth_resize_is_half_a_step_away():
     x = to_pixels(fixtures.image("photo")[None])
     apart = (shortest_side(x, eight_bit=False) - shortest_side(x)).abs() * 255 * torch.tensor(STD)[:, None, None]
-    inside = (shortest_side(x, eight_bit=False) * torch.tensor(STD)[:, None, None]
-              + torch.tensor(MEAN)[:, None, None]).sub(0.5).abs() < 0.48  # overshoots are cut by 8 bits
+    inside = (
+        shortest_side(x, eight_bit=False) * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    ).sub(0.5).abs() < 0.48  # overshoots are cut by 8 bits
     assert apart[inside].max() < 1.6 and 0.1 < apart[inside].mean() < 0.5
 
 
-@pytest.mark.parametrize("height, width, box", [(100, 100, (0, 0, 224, 224)), (50, 100, (56, 0, 112, 224)),
-                                                (300, 200, (0, 37, 224, 149)), (224, 99, (0, 62, 224, 99)),
-                                                (1000, 3, (0, 111, 224, 1))])
+@pytest.mark.parametrize(
+    "height, width, box",
+    [
+        (100, 100, (0, 0, 224, 224)),
+        (50, 100, (56, 0, 112, 224)),
+        (300, 200, (0, 37, 224, 149)),
+        (224, 99, (0, 62, 224, 99)),
+        (1000, 3, (0, 111, 224, 1)),
+    ],
+)
 def test_the_longest_side_fills_the_square_and_the_rest_is_black(height, width, box):
     grey = torch.full((2, 3, height, width), 0.6)
     out = longest_side(grey)
@@ -54,7 +71,7 @@ def test_the_longest_side_fills_the_square_and_the_rest_is_black(height, width, 
     top, left, h, w = box
     mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     expected = (-mean / std).expand(3, 224, 224).clone()
-    expected[:, top : top + h, left : left + w] = ((0.6 - mean) / std)
+    expected[:, top : top + h, left : left + w] = (0.6 - mean) / std
     assert (out - expected).abs().max() < 1e-5
 
 
@@ -79,9 +96,17 @@ def test_the_middle_is_kept():
 # -- text ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, clean", [
-    ("  Two\n\tWORDS ", "two words"), ("a &amp;amp; b", "a & b"), ("it\u2019s \u201cso\u201d", "it's \"so\""),
-    ("o\ufb03ce \uff21\u3000b", "office a b"), ("cafe\u0301\x00", "caf\u00e9"), ("", "")])
+@pytest.mark.parametrize(
+    "text, clean",
+    [
+        ("  Two\n\tWORDS ", "two words"),
+        ("a &amp;amp; b", "a & b"),
+        ("it\u2019s \u201cso\u201d", 'it\'s "so"'),
+        ("o\ufb03ce \uff21\u3000b", "office a b"),
+        ("cafe\u0301\x00", "caf\u00e9"),
+        ("", ""),
+    ],
+)
 def test_cleaning(text, clean):
     assert open_clip_clean(text) == clean
 
@@ -229,7 +254,7 @@ def test_the_gradient_is_that_of_the_score(name, files):
     values = scorer.rewards(x, prompts)
     assert values.dtype is torch.float64 and values.shape == (2,)
     for i in range(2):
-        gradient, = torch.autograd.grad(values[i], x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(values[i], x, retain_graph=True)
         assert not gradient[1 - i].any()  # an image's reward is its own
         step = 1e-5
         with torch.no_grad():
@@ -241,8 +266,10 @@ def test_the_gradient_is_that_of_the_score(name, files):
 def test_the_rounded_gradient_points_where_the_smooth_one_does(name, files):
     x = to_pixels(fixtures.image("wide")[None]).requires_grad_()
     prompts = [fixtures.PROMPTS[3]]
-    ours, smooth = (torch.autograd.grad(build(name, {**files[name], "eight_bit": e}).rewards(x, prompts).sum(), x)[0]
-                    for e in (True, False))
+    ours, smooth = (
+        torch.autograd.grad(build(name, {**files[name], "eight_bit": e}).rewards(x, prompts).sum(), x)[0]
+        for e in (True, False)
+    )
     assert smooth.abs().max() > 0 and F.cosine_similarity(ours.flatten(), smooth.flatten(), 0) > 0.98
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures import clip as fixtures
 
+from fixtures import clip as fixtures
 from rlproxi.rewards.aesthetic import Aesthetic
 from rlproxi.rewards.base import to_pixels
 from rlproxi.rewards.clip import longest_side, shortest_side
@@ -43,11 +43,14 @@ def scores(scorer) -> np.ndarray:
     return np.concatenate([scorer.score(fixtures.image(name)[None], [prompt]) for name, prompt in PAIRS])
 
 
-@pytest.mark.parametrize("which, transform", [
-    ("hpsv2", longest_side),
-    ("transformers", lambda x: shortest_side(x, crop_down=True)),
-    ("aesthetic", shortest_side),
-])
+@pytest.mark.parametrize(
+    "which, transform",
+    [
+        ("hpsv2", longest_side),
+        ("transformers", lambda x: shortest_side(x, crop_down=True)),
+        ("aesthetic", shortest_side),
+    ],
+)
 def test_preprocessing_is_the_authors(which, transform):
     ours = np.concatenate([fixtures.strided(transform(pixels(name)).numpy()) for name in NAMES])
     theirs = GOLDEN[f"{which}.images"]

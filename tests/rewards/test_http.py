@@ -17,7 +17,7 @@ from rlproxi.rewards import RewardError, build, checked_scores, wire
 from rlproxi.rewards import http as http_reward  # noqa: F401  (registration)
 from rlproxi.rewards.serve_http import ScoringServer, main
 
-PROMPTS = ["a red hat", "", "ein Gruß, 帽子 \u2028 \"quoted\""]
+PROMPTS = ["a red hat", "", 'ein Gruß, 帽子 \u2028 "quoted"']
 
 
 def pictures(count: int = 3, height: int = 6, width: int = 5) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_scores_come_back_as_the_servers_scorer_made_them(server, format):
     images = pictures()
     scores = build("http", {"url": server.url, "format": format}).score(images, PROMPTS)
     assert scores.dtype == np.float32 and np.array_equal(scores, Recorder.expected(images, PROMPTS))
-    (seen, prompts), = server.scorer.seen
+    ((seen, prompts),) = server.scorer.seen
     assert np.array_equal(seen, images) and prompts == PROMPTS  # PNG and npz lose nothing
 
 
@@ -146,8 +146,10 @@ def test_requests_are_scored_one_after_another():
     with running(ScoringServer(Recorder(seconds=0.02), "recorder")) as server:
         scorer, images = build("http", {"url": server.url}), pictures(6)
         answers = [None] * 6
+
         def ask(i):
             answers[i] = scorer.score(images[i : i + 1], ["x" * i])[0]
+
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
         [t.start() for t in threads], [t.join() for t in threads]
         assert server.scorer.most == 1 and len(server.scorer.seen) == 6
@@ -226,27 +228,30 @@ def npz_member(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("body, content_type, status, words", [
-    (b"garbage", wire.NPZ, 400, "the body is not an npz"),
-    (npz(images=pictures(1)), wire.NPZ, 400, "lacks an array: .*prompts.npy"),
-    (npz(images=pictures(1).astype(np.float32), prompts=np.array(["x"])), wire.NPZ, 400, "images are float32"),
-    (npz(images=pictures(1)[..., :2], prompts=np.array(["x"])), wire.NPZ, 400, r"uint8 \[1, 6, 5, 2\], expected"),
-    (npz(images=pictures(2), prompts=np.array(["x"])), wire.NPZ, 400, "1 prompts for 2 images"),
-    (npz(images=pictures(1), prompts=np.zeros(1)), wire.NPZ, 400, "prompts are float64"),
-    (npz(images=pictures(1), prompts=np.frombuffer(b'{"a": 1}', np.uint8)), wire.NPZ, 400, "not a list of texts"),
-    (npz(images=pictures(1), prompts=np.frombuffer(b"[1", np.uint8)), wire.NPZ, 400, "not JSON"),
-    (claiming("(9, 9, 9, 9)"), wire.NPZ, 400, r"claims uint8 \[9, 9, 9, 9\] and holds 48 bytes"),
-    (claiming("(-1, -48)"), wire.NPZ, 400, "array 'images' cannot be read"),
-    (b"{", wire.JSON, 400, "the body is not JSON"),
-    (b"[" * 100_000, wire.JSON, 413, "bytes"),
-    (b"[" * 15_000, wire.JSON, 400, "the body is not JSON"),
-    (b'{"images": []}', wire.JSON, 400, "not of the form"),
-    (b'{"images": [], "prompts": []}', wire.JSON, 400, "images are not a list"),
-    (b'{"images": ["????"], "prompts": ["x"]}', wire.JSON, 400, "image 0 is not a base64 PNG"),
-    (b'{"images": [3], "prompts": ["x"]}', wire.JSON, 400, "image 0 is not a base64 PNG"),
-    (b"x", "application/octet-stream", 415, "expected application/x-npz or application/json"),
-    (b"x", "", 415, "expected"),
-])
+@pytest.mark.parametrize(
+    "body, content_type, status, words",
+    [
+        (b"garbage", wire.NPZ, 400, "the body is not an npz"),
+        (npz(images=pictures(1)), wire.NPZ, 400, "lacks an array: .*prompts.npy"),
+        (npz(images=pictures(1).astype(np.float32), prompts=np.array(["x"])), wire.NPZ, 400, "images are float32"),
+        (npz(images=pictures(1)[..., :2], prompts=np.array(["x"])), wire.NPZ, 400, r"uint8 \[1, 6, 5, 2\], expected"),
+        (npz(images=pictures(2), prompts=np.array(["x"])), wire.NPZ, 400, "1 prompts for 2 images"),
+        (npz(images=pictures(1), prompts=np.zeros(1)), wire.NPZ, 400, "prompts are float64"),
+        (npz(images=pictures(1), prompts=np.frombuffer(b'{"a": 1}', np.uint8)), wire.NPZ, 400, "not a list of texts"),
+        (npz(images=pictures(1), prompts=np.frombuffer(b"[1", np.uint8)), wire.NPZ, 400, "not JSON"),
+        (claiming("(9, 9, 9, 9)"), wire.NPZ, 400, r"claims uint8 \[9, 9, 9, 9\] and holds 48 bytes"),
+        (claiming("(-1, -48)"), wire.NPZ, 400, "array 'images' cannot be read"),
+        (b"{", wire.JSON, 400, "the body is not JSON"),
+        (b"[" * 100_000, wire.JSON, 413, "bytes"),
+        (b"[" * 15_000, wire.JSON, 400, "the body is not JSON"),
+        (b'{"images": []}', wire.JSON, 400, "not of the form"),
+        (b'{"images": [], "prompts": []}', wire.JSON, 400, "images are not a list"),
+        (b'{"images": ["????"], "prompts": ["x"]}', wire.JSON, 400, "image 0 is not a base64 PNG"),
+        (b'{"images": [3], "prompts": ["x"]}', wire.JSON, 400, "image 0 is not a base64 PNG"),
+        (b"x", "application/octet-stream", 415, "expected application/x-npz or application/json"),
+        (b"x", "", 415, "expected"),
+    ],
+)
 def test_what_is_not_of_the_format_is_refused(server, body, content_type, status, words):
     import re
 
@@ -276,37 +281,48 @@ def test_pictures_of_two_sizes_or_cut_short_are_refused(server):
 # -- what the client refuses --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answer, words", [
-    ({"status": 404, "body": b"<h1>Not\n found</h1>", "content_type": "text/html"},
-     r"answered 404: <h1>Not found</h1>$"),
-    ({"status": 503}, r"answered 503: \(nothing\)$"),
-    ({"status": 302, "Location": "http://127.0.0.1:9/"}, "answered 302"),
-    ({"body": b'{"scores": [1, 2, 3]}', "content_type": "text/plain"}, "content type 'text/plain' is neither"),
-    ({"body": b'{"scores": [1, 2]}'}, r'scores of shape \[2\] for 3 images; it said: {"scores": \[1, 2\]}'),
-    ({"body": b'{"scores": [[1], [2], [3]]}'}, "not of the form"),
-    ({"body": b'{"scores": ["1", "2", "3"]}'}, "not of the form"),
-    ({"body": b'{"scores": [1, 2, true]}'}, "not of the form"),
-    ({"body": b'{"error": "no GPU"}'}, 'not of the form .*; it said: {"error": "no GPU"}'),
-    ({"body": b"[1, 2, 3]"}, "not of the form"),
-    ({"body": b"oops"}, "the body is not JSON"),
-    ({"body": b'{"scores": [1, NaN, 1e300]}'}, "2 of 3 scores are NaN or infinite"),
-    ({"body": npz(scores=np.float32([1, np.inf, 2])), "content_type": wire.NPZ}, "1 of 3 scores are NaN or infinite$"),
-    ({"body": npz(scores=np.float32([[1, 2, 3]])), "content_type": wire.NPZ}, r"scores of shape \[1, 3\] for 3"),
-    ({"body": npz(scores=np.array([1, 2, 3])), "content_type": wire.NPZ}, "scores are int64, expected float32"),
-    ({"body": npz(other=np.float32([1, 2, 3])), "content_type": wire.NPZ}, "lacks an array"),
-    ({"body": b"x" * 200_000}, "more than the 65728 bytes that 3 scores may have: x{300}$"),
-])
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (
+            {"status": 404, "body": b"<h1>Not\n found</h1>", "content_type": "text/html"},
+            r"answered 404: <h1>Not found</h1>$",
+        ),
+        ({"status": 503}, r"answered 503: \(nothing\)$"),
+        ({"status": 302, "Location": "http://127.0.0.1:9/"}, "answered 302"),
+        ({"body": b'{"scores": [1, 2, 3]}', "content_type": "text/plain"}, "content type 'text/plain' is neither"),
+        ({"body": b'{"scores": [1, 2]}'}, r'scores of shape \[2\] for 3 images; it said: {"scores": \[1, 2\]}'),
+        ({"body": b'{"scores": [[1], [2], [3]]}'}, "not of the form"),
+        ({"body": b'{"scores": ["1", "2", "3"]}'}, "not of the form"),
+        ({"body": b'{"scores": [1, 2, true]}'}, "not of the form"),
+        ({"body": b'{"error": "no GPU"}'}, 'not of the form .*; it said: {"error": "no GPU"}'),
+        ({"body": b"[1, 2, 3]"}, "not of the form"),
+        ({"body": b"oops"}, "the body is not JSON"),
+        ({"body": b'{"scores": [1, NaN, 1e300]}'}, "2 of 3 scores are NaN or infinite"),
+        (
+            {"body": npz(scores=np.float32([1, np.inf, 2])), "content_type": wire.NPZ},
+            "1 of 3 scores are NaN or infinite$",
+        ),
+        ({"body": npz(scores=np.float32([[1, 2, 3]])), "content_type": wire.NPZ}, r"scores of shape \[1, 3\] for 3"),
+        ({"body": npz(scores=np.array([1, 2, 3])), "content_type": wire.NPZ}, "scores are int64, expected float32"),
+        ({"body": npz(other=np.float32([1, 2, 3])), "content_type": wire.NPZ}, "lacks an array"),
+        ({"body": b"x" * 200_000}, "more than the 65728 bytes that 3 scores may have: x{300}$"),
+    ],
+)
 def test_an_answer_that_is_no_scores_is_an_error_with_the_servers_words(answer, words):
-    with canned(**answer) as (_, url):
-        with pytest.raises(RewardError, match=words) as error:
-            build("http", {"url": f"{url}/score?key=secret"}).score(pictures(), PROMPTS)
+    with canned(**answer) as (_, url), pytest.raises(RewardError, match=words) as error:
+        build("http", {"url": f"{url}/score?key=secret"}).score(pictures(), PROMPTS)
     assert str(error.value).startswith(f"{url}/score answered") and "secret" not in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize("body, content_type", [
-    (b'{"scores": [0.5, -1, 2e-3]}', "application/json; charset=utf-8"),
-    (npz(scores=np.array([0.5, -1, 2e-3])), wire.NPZ)])  # float64 is converted
+@pytest.mark.parametrize(
+    "body, content_type",
+    [
+        (b'{"scores": [0.5, -1, 2e-3]}', "application/json; charset=utf-8"),
+        (npz(scores=np.array([0.5, -1, 2e-3])), wire.NPZ),
+    ],
+)  # float64 is converted
 def test_either_format_may_answer(body, content_type):
     for format in ("npz", "json"):
         with canned(body=body, content_type=content_type) as (_, url):
@@ -339,21 +355,29 @@ def test_headers_take_secrets_from_the_environment(monkeypatch):
     assert "s3cret" not in str(error.value)
 
 
-@pytest.mark.parametrize("params, words", [
-    ({"headers": {"Authorization": "Bearer $NO_SUCH_TOKEN"}},
-     "Authorization needs the environment variable NO_SUCH_TOKEN"),
-    ({"headers": {"A": "5$"}}, r"A has a \$ that names no variable"),
-    ({"headers": {"A b": "x"}}, "'A b' is not a header's name"),
-    ({"headers": {"content-TYPE": "x"}}, "'content-TYPE' is not a header's name, or one that the scorer sets itself"),
-    ({"timeout_s": 0}, "timeout_s is 0"),
-    ({"timeout_s": float("nan")}, "timeout_s is nan"),
-    ({"format": "pickle"}, "format = 'pickle': Input should be 'npz' or 'json'"),
-    ({"url": "ftp://host/"}, "not of the form http://"),
-    ({"url": "localhost:8100"}, "not of the form http://"),
-    ({"url": "http://host/a b"}, "must be percent-encoded"),
-    ({"url": "http://host:port/"}, "[Pp]ort"),
-    ({"url": "http://user:hunter2@host/"}, "url holds a user name"),
-])
+@pytest.mark.parametrize(
+    "params, words",
+    [
+        (
+            {"headers": {"Authorization": "Bearer $NO_SUCH_TOKEN"}},
+            "Authorization needs the environment variable NO_SUCH_TOKEN",
+        ),
+        ({"headers": {"A": "5$"}}, r"A has a \$ that names no variable"),
+        ({"headers": {"A b": "x"}}, "'A b' is not a header's name"),
+        (
+            {"headers": {"content-TYPE": "x"}},
+            "'content-TYPE' is not a header's name, or one that the scorer sets itself",
+        ),
+        ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"timeout_s": float("nan")}, "timeout_s is nan"),
+        ({"format": "pickle"}, "format = 'pickle': Input should be 'npz' or 'json'"),
+        ({"url": "ftp://host/"}, "not of the form http://"),
+        ({"url": "localhost:8100"}, "not of the form http://"),
+        ({"url": "http://host/a b"}, "must be percent-encoded"),
+        ({"url": "http://host:port/"}, "[Pp]ort"),
+        ({"url": "http://user:hunter2@host/"}, "url holds a user name"),
+    ],
+)
 def test_parameters_that_cannot_be_used_are_refused_when_it_is_built(params, words, monkeypatch):
     monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
     with pytest.raises(ValueError, match=words) as error:
@@ -365,8 +389,17 @@ def test_parameters_that_cannot_be_used_are_refused_when_it_is_built(params, wor
 
 
 def test_the_command_serves_a_registered_reward():
-    program = [sys.executable, "-m", "rlproxi.rewards.serve_http", "--reward", "jpeg", "--params", '{"quality": 50}',
-               "--port", "0"]
+    program = [
+        sys.executable,
+        "-m",
+        "rlproxi.rewards.serve_http",
+        "--reward",
+        "jpeg",
+        "--params",
+        '{"quality": 50}',
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
     try:
         told = process.stdout.readline()
@@ -380,14 +413,17 @@ def test_the_command_serves_a_registered_reward():
         process.stdout.close()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--reward", "jpge"], "did you mean 'jpeg'?"),
-    (["--reward", "jpeg", "--params", "{"], "--params is not JSON"),
-    (["--reward", "jpeg", "--params", "[]"], "--params [] is not a JSON object"),
-    (["--reward", "jpeg", "--params", '{"qualty": 1}'], "did you mean 'quality'?"),
-    (["--reward", "judge", "--params", '{"path": "no.safetensors"}'], "no.safetensors' is missing"),
-    (["--reward", "jpeg", "--port", "99999"], "port must be 0-65535"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--reward", "jpge"], "did you mean 'jpeg'?"),
+        (["--reward", "jpeg", "--params", "{"], "--params is not JSON"),
+        (["--reward", "jpeg", "--params", "[]"], "--params [] is not a JSON object"),
+        (["--reward", "jpeg", "--params", '{"qualty": 1}'], "did you mean 'quality'?"),
+        (["--reward", "judge", "--params", '{"path": "no.safetensors"}'], "no.safetensors' is missing"),
+        (["--reward", "jpeg", "--port", "99999"], "port must be 0-65535"),
+    ],
+)
 def test_what_cannot_be_served_is_one_line_and_status_2(arguments, words, capsys):
     assert main(arguments) == 2
     told = capsys.readouterr().err

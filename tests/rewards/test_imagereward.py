@@ -40,8 +40,16 @@ def folder(tmp_path_factory, drawn) -> Path:
 
 
 def made(folder: Path, **options):
-    return build("imagereward", {"checkpoint": str(folder / "ImageReward.pt"), "tokenizer": str(folder),
-                                 "precision": "float32", "device": "cpu", **options})
+    return build(
+        "imagereward",
+        {
+            "checkpoint": str(folder / "ImageReward.pt"),
+            "tokenizer": str(folder),
+            "precision": "float32",
+            "device": "cpu",
+            **options,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +82,7 @@ def assert_close(ours: torch.Tensor, theirs: np.ndarray, tolerance: float) -> No
 
 # -- the checkpoint ------------------------------------------------------------------------
 
+
 def test_the_listed_names_are_those_of_the_authors_model(golden):
     tiny, whole = authors.published_shapes(authors.TINY), authors.published_shapes(authors.PUBLISHED)
     assert {name: list(shape) for name, shape in tiny.items()} == golden["tiny_keys"]
@@ -88,8 +97,10 @@ def test_the_published_checkpoint_fits_every_weight():
     ours = {name: value.shape for name, value in network.state_dict().items() if not name.endswith("position_ids")}
     assert {name: value.shape for name, value in renamed(weights).items()} == ours
     assert network.vision.config.num_attention_heads == 16 and network.text.config.num_attention_heads == 12
-    epsilons = {tower: {module.eps for module in tower.modules() if isinstance(module, nn.LayerNorm)}
-                for tower in (network.vision, network.text)}
+    epsilons = {
+        tower: {module.eps for module in tower.modules() if isinstance(module, nn.LayerNorm)}
+        for tower in (network.vision, network.text)
+    }
     assert epsilons == {network.vision: {1e-6}, network.text: {1e-12}}
     # The figure that docs/rewards/imagereward.md computes memory from.
     assert sum(value.numel() for value in network.parameters()) == PARAMETERS
@@ -111,12 +122,14 @@ def test_what_the_reward_does_not_use_is_ignored(drawn):
 
 def test_weights_that_do_not_fit_are_named(drawn, tmp_path):
     eye, head, none = "blip.visual_encoder.", "mlp.layers.", torch.zeros
-    for change, told in (({head + "6.bias": None}, "1 weights are missing, first head.6.bias"),
-                         ({eye + "extra.weight": none(2)}, "1 weights are unknown, first vision.extra.weight"),
-                         ({head + "7.bias": none(3)}, r"head.7.bias is \[3\] instead of \[1\]"),
-                         ({eye + "pos_embed": None}, "has no weight 'blip.visual_encoder.pos_embed'"),
-                         ({eye + "pos_embed": none(1, 48, 192)}, "48 positions"),
-                         ({eye + "patch_embed.proj.weight": none(100, 3, 2, 2)}, "100 wide")):
+    for change, told in (
+        ({head + "6.bias": None}, "1 weights are missing, first head.6.bias"),
+        ({eye + "extra.weight": none(2)}, "1 weights are unknown, first vision.extra.weight"),
+        ({head + "7.bias": none(3)}, r"head.7.bias is \[3\] instead of \[1\]"),
+        ({eye + "pos_embed": None}, "has no weight 'blip.visual_encoder.pos_embed'"),
+        ({eye + "pos_embed": none(1, 48, 192)}, "48 positions"),
+        ({eye + "patch_embed.proj.weight": none(100, 3, 2, 2)}, "100 wide"),
+    ):
         weights = {name: value for name, value in (drawn | change).items() if value is not None}
         torch.save(weights, tmp_path / "ImageReward.pt")
         with pytest.raises(ValueError, match=told) as raised:
@@ -141,6 +154,7 @@ def test_missing_files_are_named(folder, tmp_path):
 
 def test_without_a_checkpoint_or_a_network_the_repository_is_named(folder, tmp_path, monkeypatch):
     import huggingface_hub.constants as constants
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="THUDM/ImageReward"):
@@ -163,6 +177,7 @@ def test_parameters_are_checked(folder, scorer):
 
 
 # -- the authors' values -------------------------------------------------------------------
+
 
 def test_tokens_are_the_authors(scorer, golden):
     tokens, mask = scorer.tokens(PROMPTS)
@@ -194,8 +209,10 @@ def test_features_and_rewards_are_the_authors(scorer, inputs, golden):
 
 def test_scores_are_the_authors(scorer, folder, golden):
     """From uint8 images, square, wide and tall, to the score; without rounding, by what that moves this network."""
-    ours, smooth = (np.concatenate([made.score(picture[None], [text]) for picture, text in zip(PICTURES, PROMPTS)])
-                    for made in (scorer, made_smooth(folder)))
+    ours, smooth = (
+        np.concatenate([made.score(picture[None], [text]) for picture, text in zip(PICTURES, PROMPTS)])
+        for made in (scorer, made_smooth(folder))
+    )
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, golden["pil_rewards"], atol=1e-4)
     np.testing.assert_allclose(smooth, golden["pil_rewards"], atol=0.02)
@@ -207,6 +224,7 @@ def made_smooth(folder: Path):
 
 
 # -- batches, gradients, precision ---------------------------------------------------------
+
 
 def test_a_batch_scores_as_its_images_do_alone(folder, scorer):
     pictures = np.random.default_rng(0).integers(0, 256, (5, 40, 56, 3), np.uint8)
@@ -223,7 +241,7 @@ def test_gradient_agrees_with_finite_differences(folder):
     scorer = made_smooth(folder)  # rounding has no gradient to compare with
     scorer.model.double()
     pixels = to_pixels(PICTURES[3][None]).double().clamp(0.02, 0.98).requires_grad_()
-    gradient, = torch.autograd.grad(scorer.rewards(pixels, PROMPTS[:1]).sum(), pixels)
+    (gradient,) = torch.autograd.grad(scorer.rewards(pixels, PROMPTS[:1]).sum(), pixels)
     for direction in (gradient, torch.randn_like(gradient), torch.ones_like(gradient)):
         step = 1e-4 * F.normalize(direction.flatten(), dim=0).view_as(gradient)
         with torch.no_grad():
@@ -235,7 +253,7 @@ def test_an_image_has_the_gradient_of_its_own_reward_alone(scorer):
     pixels = torch.rand(2, 3, 30, 44).requires_grad_()
     rewards = scorer.rewards(pixels, PROMPTS[:2])
     assert rewards.dtype is torch.float32 and rewards.shape == (2,)
-    gradient, = torch.autograd.grad(rewards[1], pixels)
+    (gradient,) = torch.autograd.grad(rewards[1], pixels)
     assert not gradient[0].any() and gradient[1].abs().max() > 0 and gradient.isfinite().all()
     assert not any(value.requires_grad for value in scorer.model.parameters())
 
@@ -243,10 +261,14 @@ def test_an_image_has_the_gradient_of_its_own_reward_alone(scorer):
 def test_bfloat16_holds_half_the_weights_and_scores_alike(folder, scorer):
     half = made(folder, precision="bfloat16")
     kinds = {name: value.dtype for name, value in half.model.named_parameters()}
-    assert kinds["vision.encoder.layers.0.mlp.fc1.weight"] is kinds["text.encoder.layer.1.output.dense.bias"] \
+    assert (
+        kinds["vision.encoder.layers.0.mlp.fc1.weight"]
+        is kinds["text.encoder.layer.1.output.dense.bias"]
         is torch.bfloat16
-    assert {dtype for name, dtype in kinds.items() if name.startswith("head.") or "norm" in name.lower()} \
-        == {torch.float32}
+    )
+    assert {dtype for name, dtype in kinds.items() if name.startswith("head.") or "norm" in name.lower()} == {
+        torch.float32
+    }
     pixels = torch.rand(3, 3, 64, 64).requires_grad_()
     exact, close = (s.rewards(pixels, PROMPTS[:3]) for s in (scorer, half))
     assert close.dtype is torch.float32
@@ -258,6 +280,7 @@ def test_bfloat16_holds_half_the_weights_and_scores_alike(folder, scorer):
 def test_importing_the_module_leaves_transformers_out():
     import subprocess
     import sys
+
     code = "import sys, rlproxi.rewards.imagereward; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 

@@ -11,8 +11,11 @@ from rlproxi.data.faces import ATTRIBUTES
 from rlproxi.rewards import RewardError, TorchScorer, build, checked_params, checked_scores, names, register
 from rlproxi.rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
 
-PROMPTS = ["a smiling person with pale skin", "a frowning person on a blue background",
-           "a person with a red hat and sunglasses"]
+PROMPTS = [
+    "a smiling person with pale skin",
+    "a frowning person on a blue background",
+    "a person with a red hat and sunglasses",
+]
 
 
 def pictures(count: int = 3, size: int = 16) -> np.ndarray:
@@ -102,15 +105,18 @@ class Fixed:
         return self.answer
 
 
-@pytest.mark.parametrize("answer, words", [
-    (RuntimeError("CUDA out of memory"), "reward 'x' raised RuntimeError: CUDA out of memory"),
-    ([1.0, float("nan"), 2.0], "returned 1 scores that are NaN or infinite for 'a smiling"),
-    ([1.0, float("inf"), float("-inf")], "returned 2 scores that are NaN or infinite"),
-    ([1.0, 2.0], r"returned shape \(2,\) for 3 images"),
-    ([[1.0], [2.0], [3.0]], r"returned shape \(3, 1\) for 3 images"),
-    (None, r"returned shape \(\) for 3 images"),
-    (["a", "b", "c"], "reward 'x' raised ValueError"),
-])
+@pytest.mark.parametrize(
+    "answer, words",
+    [
+        (RuntimeError("CUDA out of memory"), "reward 'x' raised RuntimeError: CUDA out of memory"),
+        ([1.0, float("nan"), 2.0], "returned 1 scores that are NaN or infinite for 'a smiling"),
+        ([1.0, float("inf"), float("-inf")], "returned 2 scores that are NaN or infinite"),
+        ([1.0, 2.0], r"returned shape \(2,\) for 3 images"),
+        ([[1.0], [2.0], [3.0]], r"returned shape \(3, 1\) for 3 images"),
+        (None, r"returned shape \(\) for 3 images"),
+        (["a", "b", "c"], "reward 'x' raised ValueError"),
+    ],
+)
 def test_what_is_no_score_is_an_error_and_never_a_zero(answer, words):
     with pytest.raises(RewardError, match=words):
         checked_scores(Fixed(answer), "x", pictures(), PROMPTS)
@@ -142,7 +148,8 @@ def module(tmp_path, monkeypatch):
         "def length(images, prompts):\n"
         "    return [len(p) + image.mean() for image, p in zip(images, prompts)]\n"
         "def broken(images, prompts):\n"
-        "    raise KeyError('oops')\n")
+        "    raise KeyError('oops')\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     return "my_own_reward"
 
@@ -156,11 +163,14 @@ def test_ones_own_function_is_a_reward(module):
         checked_scores(build("python", {"function": f"{module}:broken"}), "python", images, PROMPTS)
 
 
-@pytest.mark.parametrize("function, words", [
-    ("my_own_reward.length", "not of the form package.module:function"),
-    ("my_own_reward:lenght", "cannot be imported: .*lenght"),
-    ("no_such_module:f", "cannot be imported: .*no_such_module"),
-])
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        ("my_own_reward.length", "not of the form package.module:function"),
+        ("my_own_reward:lenght", "cannot be imported: .*lenght"),
+        ("no_such_module:f", "cannot be imported: .*no_such_module"),
+    ],
+)
 def test_a_bad_function_path_is_refused_when_it_is_built(module, function, words):
     with pytest.raises(ValueError, match=words) as error:
         build("python", {"function": function})
@@ -285,8 +295,12 @@ def test_damaged_or_foreign_files_are_named(tmp_path, file):
         bad.write_bytes(content)
         with pytest.raises(ValueError, match="bad.safetensors is not a usable attribute classifier"):
             AttributeClassifier.load(bad)
-    for weights, facts in (({"x": torch.zeros(2)}, None), ({"x": torch.zeros(2)}, {"sample_size": "16", "width": "8"}),
-                           ({"x": torch.zeros(2)}, {"other": "1"}), ({"x": torch.zeros(2)}, {"width": "wide"})):
+    for weights, facts in (
+        ({"x": torch.zeros(2)}, None),
+        ({"x": torch.zeros(2)}, {"sample_size": "16", "width": "8"}),
+        ({"x": torch.zeros(2)}, {"other": "1"}),
+        ({"x": torch.zeros(2)}, {"width": "wide"}),
+    ):
         save_file(weights, bad, metadata=facts)
         with pytest.raises(ValueError, match="bad.safetensors is not a usable attribute classifier"):
             AttributeClassifier.load(bad)

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from fixtures.closed_form import Gaussian, affine_moments, alpha_bar, exact_normals, gamma
 
+from fixtures.closed_form import Gaussian, affine_moments, alpha_bar, exact_normals, gamma
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.samplers import sample as proximal_sample
 from rlproxi.proximal.schedule import VPSchedule
-from rlproxi.score import SAMPLERS, ScoreModel, draw_times, guided, matching_loss, perturb, sample
+from rlproxi.score import SAMPLERS, draw_times, guided, matching_loss, perturb, sample
 
 SCHEDULE = VPSchedule()
 TARGET = Gaussian(0.4, 0.3)
@@ -43,9 +43,17 @@ def moments(sampler, times, target=TARGET, **options):
     return affine_moments(run, len(times) - 1)
 
 
-@pytest.mark.parametrize("sampler, options", [
-    ("euler_maruyama", {}), ("euler_maruyama", {"denoise_last": False}), ("ode", {}), ("ddim", {}),
-    ("ddim", {"eta": 0.5}), ("ddim", {"eta": 1.0})])
+@pytest.mark.parametrize(
+    "sampler, options",
+    [
+        ("euler_maruyama", {}),
+        ("euler_maruyama", {"denoise_last": False}),
+        ("ode", {}),
+        ("ddim", {}),
+        ("ddim", {"eta": 0.5}),
+        ("ddim", {"eta": 1.0}),
+    ],
+)
 @pytest.mark.parametrize("n", [1, 5, 20, 100])
 def test_exact_moments(sampler, options, n):
     times = SCHEDULE.grid(n, 0.9)
@@ -53,7 +61,9 @@ def test_exact_moments(sampler, options, n):
     assert moments(sampler, times, **options) == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-@pytest.mark.parametrize("sampler, eta, theirs", [("euler", 1.0, "euler_maruyama"), ("euler", 0.0, "ode"), ("ddim", 0.0, "ddim")])
+@pytest.mark.parametrize(
+    "sampler, eta, theirs", [("euler", 1.0, "euler_maruyama"), ("euler", 0.0, "ode"), ("ddim", 0.0, "ddim")]
+)
 @pytest.mark.parametrize("n", [1, 4, 25])
 def test_the_samplers_of_clean_predictions_are_these(sampler, eta, theirs, n):
     """``proximal.samplers`` has them around prox(.; 0, lam) = E[x_0 | x_t], which for a Gaussian both know exactly."""
@@ -62,13 +72,17 @@ def test_the_samplers_of_clean_predictions_are_these(sampler, eta, theirs, n):
     assert ours == pytest.approx(moments(theirs, SCHEDULE.grid(n, 0.9)), rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("sampler, options", [
-    ("euler_maruyama", {}), ("ode", {}), ("ddim", {}), ("ddim", {"eta": 1.0})])
+@pytest.mark.parametrize(
+    "sampler, options", [("euler_maruyama", {}), ("ode", {}), ("ddim", {}), ("ddim", {"eta": 1.0})]
+)
 def test_converges_to_the_target(sampler, options):
     errors = []
     for n in (20, 100, 500, 2500):
-        mean, variance = moments(sampler, SCHEDULE.grid(n), **options) if n < 2500 else recursion(
-            sampler, SCHEDULE.grid(n), TARGET, **options)
+        mean, variance = (
+            moments(sampler, SCHEDULE.grid(n), **options)
+            if n < 2500
+            else recursion(sampler, SCHEDULE.grid(n), TARGET, **options)
+        )
         errors.append(abs(mean - TARGET.mean) + abs(math.sqrt(variance) - TARGET.std))
     assert all(b < a / 2 for a, b in zip(errors, errors[1:])), errors
     assert errors[-1] < 5e-3
@@ -97,8 +111,16 @@ def test_old_times_noise_protocol_and_early_end():
         return torch.zeros_like(like)
 
     times = [1e-3, *SCHEDULE.grid(5)[1:]]
-    sample(model, SCHEDULE, "euler_maruyama", times, torch.ones(2, 1), "caption", noise,
-           callback=lambda k, x: done.append(k))
+    sample(
+        model,
+        SCHEDULE,
+        "euler_maruyama",
+        times,
+        torch.ones(2, 1),
+        "caption",
+        noise,
+        callback=lambda k, x: done.append(k),
+    )
     assert seen_t == pytest.approx(times[:0:-1]) and seen_k == [5, 4, 3, 2] and done == [5, 4, 3, 2, 1]
     sample(model, SCHEDULE, "euler_maruyama", times, torch.ones(2, 1), "caption", noise, denoise_last=False)
     assert seen_k[4:] == [5, 4, 3, 2, 1]
@@ -116,9 +138,16 @@ def test_clipping_bounds_the_clean_prediction():
     assert torch.allclose(free, loose, atol=1e-10)
 
 
-@pytest.mark.parametrize("kwargs, word", [
-    ({"sampler": "heun"}, "heun"), ({"sampler": "ode", "eta": 0.5}, "eta"), ({"sampler": "ddim", "eta": 1.5}, "eta"),
-    ({"times": [1.0, 0.0]}, "ascend"), ({"times": [0.0]}, "ascend")])
+@pytest.mark.parametrize(
+    "kwargs, word",
+    [
+        ({"sampler": "heun"}, "heun"),
+        ({"sampler": "ode", "eta": 0.5}, "eta"),
+        ({"sampler": "ddim", "eta": 1.5}, "eta"),
+        ({"times": [1.0, 0.0]}, "ascend"),
+        ({"times": [0.0]}, "ascend"),
+    ],
+)
 def test_errors(kwargs, word):
     options = {"sampler": "ddim", "times": [0.0, 1.0], **kwargs}
     with pytest.raises(ValueError, match=word):

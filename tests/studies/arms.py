@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable
 
 
-def collected(out: Path, work: Callable[[str, int], list[dict]], wanted: list[tuple[str, int]], processes: int) -> list[dict]:
+def collected(
+    out: Path, work: Callable[[str, int], list[dict]], wanted: list[tuple[str, int]], processes: int
+) -> list[dict]:
     """The rows of out/results.jsonl, and work(arm, seed)'s for each of ``wanted`` that has none there yet.
 
     ``work`` is picklable, and its rows have the keys arm and seed.

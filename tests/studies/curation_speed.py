@@ -13,16 +13,16 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from fixtures import curation as fixtures  # noqa: E402
 
+from fixtures import curation as fixtures  # noqa: E402
 from rlproxi.config.curation import Curate, Faces, Filter  # noqa: E402
 from rlproxi.data.curation import plan, records, write  # noqa: E402
 from rlproxi.data.curation.duplicates import bands, duplicate_of  # noqa: E402
@@ -68,8 +68,10 @@ def steps(count: int) -> None:
         for smallest in (64, 128):
             rate(f"faces, cascade, min_size {smallest}", build_detector(Faces(min_size=smallest)), images)
         for name, settings in (
-                ("size, faces (min_size 128), hash", Curate()), ("size, hash", Curate(faces=None)),
-                ("size, faces, JPEG size as filter, hash", Curate(filters=[Filter(name="jpeg")]))):
+            ("size, faces (min_size 128), hash", Curate()),
+            ("size, hash", Curate(faces=None)),
+            ("size, faces, JPEG size as filter, hash", Curate(filters=[Filter(name="jpeg")])),
+        ):
             tools, begun = Tools.load(settings, "cpu"), time.process_time()
             found = examine(shard, settings, tools)
             seconds = time.process_time() - begun
@@ -94,9 +96,11 @@ def search(count: int, distance: int) -> None:
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     found = duplicate_of(hashes, pixels, names, distance)
     seconds, most = time.process_time() - begun, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"duplicates among {count:,} hashes, distance {distance}, {bands(count, distance)} bands: {seconds:.0f} s, "
-          f"{int((found >= 0).sum()):,} found ({copies:,} planted), memory {before / 2**20:.2f} -> {most / 2**20:.2f} "
-          "GiB")
+    print(
+        f"duplicates among {count:,} hashes, distance {distance}, {bands(count, distance)} bands: {seconds:.0f} s, "
+        f"{int((found >= 0).sum()):,} found ({copies:,} planted), memory {before / 2**20:.2f} -> {most / 2**20:.2f} "
+        "GiB"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rlproxi.proximal import TimeTable, VPSchedule
 from rlproxi.proximal.clean import Ladder, Level
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SCHEDULE = VPSchedule()
 LADDER = Ladder(TimeTable(SCHEDULE, [100]), SCHEDULE)
@@ -32,6 +32,7 @@ LADDER = Ladder(TimeTable(SCHEDULE, [100]), SCHEDULE)
 
 def gaussian_steps(level: Level, m: int, eta: float | None) -> tuple[Tensor, Tensor]:
     """Slope of Phi_m in y and variance of its noise, [B] each, for p_ref = N(0, 1) on the line."""
+
     def clean(y: Tensor, at: Level, cond) -> Tensor:
         return (at.alpha / (at.alpha**2 + at.sigma**2))[:, None] * y
 
@@ -60,14 +61,14 @@ def draw_bias(image: Path, q: float = 1.0, optimum: float = -1.5) -> None:
         pull = (weight(level, kappa_max) * q * slope / (1 + q * spread)).double()
         a, j = level.alpha.double(), slope.double()
         grid = torch.linspace(0, 1.2, 2401).double()
-        fake = a * grid[:, None] / (a**2 * grid[:, None] + level.sigma.double()**2)
+        fake = a * grid[:, None] / (a**2 * grid[:, None] + level.sigma.double() ** 2)
         excess = (a * (fake - h + pull * j)).mean(1)
         return float((pull * optimum).mean() / (1 - a * h + pull * j * a).mean()), float(grid[excess.abs().argmin()])
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
     clamps = [math.inf, 100, 50, 20, 10, 7, 5, 4, 3, 2, 1.5, 1, 0.7, 0.5, 0.35, 0.25]
     for name, (slope, spread) in ways.items():
-        left.loglog(level.sigma / level.alpha, (slope / h)**2 * (1 + q * v) / (1 + q * spread), label=name)
+        left.loglog(level.sigma / level.alpha, (slope / h) ** 2 * (1 + q * v) / (1 + q * spread), label=name)
         path = [ends(slope, spread, k) for k in clamps]
         right.plot(*zip(*path), marker=".", markersize=4)
         print(f"{name:22}" + "  ".join(f"{k:g}: {m:.2f}, {s:.2f}" for k, (m, s) in zip(clamps, path)))
@@ -75,8 +76,12 @@ def draw_bias(image: Path, q: float = 1.0, optimum: float = -1.5) -> None:
     right.plot(0, 1, "ko", label="reference")
     right.axvline(optimum, color="grey", linestyle=":", label="reward's optimum")
     left.set(xlabel="sigma / alpha", ylabel="slope of the estimated pull / slope of the true one")
-    right.set(xlabel="mean", ylabel="variance", xlim=(-3.2, 0.3),
-              title="where training ends, for clamps from none (left) to 0.25")
+    right.set(
+        xlabel="mean",
+        ylabel="variance",
+        xlim=(-3.2, 0.3),
+        title="where training ends, for clamps from none (left) to 0.25",
+    )
     left.legend()
     right.legend(loc="upper left")
     figure.tight_layout()
@@ -91,8 +96,10 @@ def estimator_errors(beta: float, batch: int = 2000) -> None:
     y = level.diffuse(modes.TARGET.sample(batch, rng), torch.randn(batch, 2, generator=rng))
     exact = modes.exact_pull(y, level, rng)
     ratio = level.sigma / level.alpha
-    bands = {f"{low:g} to {high:g}": (ratio >= low) & (ratio < high)
-             for low, high in ((0, 0.3), (0.3, 1), (1, 3), (3, 10), (10, 1000))}
+    bands = {
+        f"{low:g} to {high:g}": (ratio >= low) & (ratio < high)
+        for low, high in ((0, 0.3), (0.3, 1), (1, 3), (3, 10), (10, 1000))
+    }
     tried = {"m=1": modes.plug_in(math.inf), "m=1, kappa<=5": modes.plug_in(5.0), "m=1 damped": modes.damped_pull}
     tried |= {f"m={m}, eta=0": modes.plug_in(math.inf, m, 1, 0.0) for m in (2, 4)}
     tried |= {f"m={m}, K={k}": modes.plug_in(math.inf, m, k) for m in (2, 4, 8) for k in (4, 64)}

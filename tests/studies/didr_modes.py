@@ -21,9 +21,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import matplotlib
 import numpy as np
@@ -37,7 +37,7 @@ from rlproxi.proximal.clean import Ladder, Level
 from rlproxi.proximal.operator import expand
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SCHEDULE = VPSchedule()
 LADDER = Ladder(TimeTable(SCHEDULE, [50], spacing="quadratic"), SCHEDULE)
@@ -138,9 +138,15 @@ Pull = Callable[[Tensor, Level, torch.Generator], Tensor]
 
 def plug_in(kappa_max: float, m: int = 1, particles: int = 1, eta: float | None = None) -> Pull:
     def pull(y: Tensor, level: Level, rng: torch.Generator) -> Tensor:
-        score, _ = proxy(y, lambda leaf, k: denoise_steps(
-            REF.clean, leaf, level, LADDER, m, noise=lambda i, like: torch.randn(like.shape, generator=rng), eta=eta),
-            reward, BETA, particles)
+        score, _ = proxy(
+            y,
+            lambda leaf, k: denoise_steps(
+                REF.clean, leaf, level, LADDER, m, noise=lambda i, like: torch.randn(like.shape, generator=rng), eta=eta
+            ),
+            reward,
+            BETA,
+            particles,
+        )
         return expand(weight(level, kappa_max), y) * score
 
     return pull
@@ -172,8 +178,9 @@ def train(seeds: list[int], steps: int, lr: float = 3e-3) -> Tensor:
     """Samples [arms, seeds, 20000, 2] of the averaged generators."""
     runs = [s for _ in ARMS for s in seeds]
     generator, fake, average = Stack(2, runs), Stack(5, runs), Stack(2, runs)
-    optimizers = [torch.optim.Adam(net.parameters(), rate, betas=(0.0, 0.99)) for net, rate in
-                  ((generator, lr), (fake, 2 * lr))]
+    optimizers = [
+        torch.optim.Adam(net.parameters(), rate, betas=(0.0, 0.99)) for net, rate in ((generator, lr), (fake, 2 * lr))
+    ]
     draws = [torch.Generator().manual_seed(s) for s in seeds]
     levels = np.random.default_rng(seeds[0])
 
@@ -242,12 +249,14 @@ def judge(x: Tensor, target: Tensor) -> dict[str, float]:
     def near(points: Tensor, modes: Tensor) -> Tensor:
         return (torch.cdist(points, TARGET.means[modes]).amin(1) < 3 * STD).float().mean()
 
-    return {"reward": float(reward(x).mean()),
-            "TV": float((found - wanted).abs().sum() / 2),
-            "KL": float((wanted * (wanted / found.clamp_min(1e-4)).log()).sum()),
-            "on a mode": float(near(x, torch.arange(MODES))),
-            "weak modes": float(near(x, weak) / near(target, weak)),
-            "energy": energy(x, target)}
+    return {
+        "reward": float(reward(x).mean()),
+        "TV": float((found - wanted).abs().sum() / 2),
+        "KL": float((wanted * (wanted / found.clamp_min(1e-4)).log()).sum()),
+        "on a mode": float(near(x, torch.arange(MODES))),
+        "weak modes": float(near(x, weak) / near(target, weak)),
+        "energy": energy(x, target),
+    }
 
 
 def table(samples: dict[str, Tensor], target: Tensor) -> None:
@@ -257,8 +266,12 @@ def table(samples: dict[str, Tensor], target: Tensor) -> None:
         rows = [judge(x, target) for x in runs]
         cells = [(np.mean([r[k] for r in rows]), np.std([r[k] for r in rows])) for k in keys]
         share = torch.stack([shares(x) for x in runs]).mean(0).roll(-1)
-        print(f"{name:20}" + "".join(f"{f'{m:.3f} +- {s:.3f}':>16}" for m, s in cells)
-              + "   " + " ".join(f"{100 * float(v):4.1f}" for v in share))
+        print(
+            f"{name:20}"
+            + "".join(f"{f'{m:.3f} +- {s:.3f}':>16}" for m, s in cells)
+            + "   "
+            + " ".join(f"{100 * float(v):4.1f}" for v in share)
+        )
 
 
 def draw_modes(samples: dict[str, Tensor], image: Path) -> None:
@@ -267,8 +280,14 @@ def draw_modes(samples: dict[str, Tensor], image: Path) -> None:
         ax.scatter(*runs[0][:4000].T, s=1, alpha=0.25, color="tab:blue" if name != "target" else "black", linewidths=0)
         ax.scatter(*BEST, marker="*", s=60, color="tab:red", zorder=3)
         for mean, wanted, found in zip(REF.means, shares(samples["target"][0]), shares(runs[0])):
-            ax.text(*(1.42 * mean), f"{100 * float(found):.0f}", ha="center", va="center", fontsize=9,
-                    color="black" if found > wanted / 4 else "tab:red")
+            ax.text(
+                *(1.42 * mean),
+                f"{100 * float(found):.0f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="black" if found > wanted / 4 else "tab:red",
+            )
         ax.set(xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), aspect="equal", title=name)
     figure.text(0.5, 0.01, "Numbers: % of samples nearest to each mode. Star: the reward's optimum.", ha="center")
     figure.tight_layout(rect=(0, 0.03, 1, 1))

@@ -42,8 +42,11 @@ FEW = [3, 4, 6, 8, 16]
 
 
 def _arm(sampler: dict = {}, schedule: dict = {}, **pretrain) -> dict[str, dict]:
-    return {"sampler": sampler, "schedule": schedule,
-            "pretrain": {"candidates": FEW, "loss": "matching", "target": "noise", "weight": "lam", **pretrain}}
+    return {
+        "sampler": sampler,
+        "schedule": schedule,
+        "pretrain": {"candidates": FEW, "loss": "matching", "target": "noise", "weight": "lam", **pretrain},
+    }
 
 
 #: arm -> section -> what differs of the quickstart's.
@@ -74,11 +77,20 @@ COUNTS = (4, 8, 16)
 #: Ways beside the arm's own sampler in which its network is asked as well: (changes of the sampler, step counts).
 BESIDE: dict[str, list[tuple[dict, tuple[int, ...]]]] = {
     "paper, few": [({"start_time": start}, COUNTS) for start in (0.65, 0.8)],
-    "T 0.8": [({"grid": "gamma"}, (4,)), ({"grid": "quadratic"}, (4,)), ({"start_time": 0.65}, (4,)), ({"name": "ode"}, COUNTS)],
+    "T 0.8": [
+        ({"grid": "gamma"}, (4,)),
+        ({"grid": "quadratic"}, (4,)),
+        ({"start_time": 0.65}, (4,)),
+        ({"name": "ode"}, COUNTS),
+    ],
     "matched, T 0.8, expected": [({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
     "matched, T 0.8, expected, square": [({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
     "T 0.8, expected": [({"name": "matched"}, COUNTS)],
-    "T 0.8, expected, square, by level": [({"name": "matched"}, COUNTS), ({"name": "matched", "eta": 1.0}, COUNTS), ({"name": "ode"}, COUNTS)],
+    "T 0.8, expected, square, by level": [
+        ({"name": "matched"}, COUNTS),
+        ({"name": "matched", "eta": 1.0}, COUNTS),
+        ({"name": "ode"}, COUNTS),
+    ],
     "matched, T 0.8": [({"eta": 0.5}, COUNTS), ({"eta": 1.0}, COUNTS), ({"name": "hybrid"}, COUNTS)],
     "score, T 0.8": [({"eta": 1.0}, COUNTS), ({"name": "euler"}, COUNTS), ({"name": "euler", "eta": 1.0}, COUNTS)],
 }
@@ -93,7 +105,9 @@ def arm_config(run_dir: Path, arm: str, steps: int, seed: int) -> Config:
         values[section].update(changes)
     values["sampler"]["num_inference_steps"] = 4
     values["pretrain"]["steps"] = steps
-    values["rewards"].update(train=[{"name": "attributes", "params": path("reward")}], heldout=[{"name": "judge", "params": path("judge")}])
+    values["rewards"].update(
+        train=[{"name": "attributes", "params": path("reward")}], heldout=[{"name": "judge", "params": path("judge")}]
+    )
     values["run"]["stages"] = ["pretrain"]
     return build_config(values)
 
@@ -111,7 +125,9 @@ def train(config: Config, run_dir: Path, log) -> TextToImage:
     ema, dtype = EMA(denoiser, p.ema), compute_dtype(config.model.precision, "cpu")
     for step in range(p.steps):
         indices = np.arange(step * p.batch_size, (step + 1) * p.batch_size)
-        images, captions = faces.batch(collection(seed, "pretrain"), indices, config.data.size, config.data.hand_fraction)[:2]
+        images, captions = faces.batch(
+            collection(seed, "pretrain"), indices, config.data.size, config.data.hand_fraction
+        )[:2]
         text = encoder.encode(drop_captions(list(captions), config.data.caption_dropout, seed, step))
         x0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         for loss, metrics in matching.losses(lambda *asked: _forward(denoiser, dtype, *asked), x0, text, step):
@@ -137,13 +153,24 @@ def _forward(denoiser, dtype: torch.dtype, *asked) -> torch.Tensor:
 
 def measured(config: Config, model: TextToImage, sampler: Sampler, steps: int) -> tuple[dict[str, float], np.ndarray]:
     indices, prompts = heldout_prompts(config)
-    request = SampleRequest("heldout", 0, tuple(prompts), tuple(indices), config.evaluate.samples, num_steps=steps, guidance_scale=1.0)
+    request = SampleRequest(
+        "heldout", 0, tuple(prompts), tuple(indices), config.evaluate.samples, num_steps=steps, guidance_scale=1.0
+    )
     images = Own(model, sampler.model_dump()).draw(request, 0)
-    found = {r.name: mean_and_error(build(r.kind, r.params).score(images, list(request.rows)), config.evaluate.samples)
-             for r in [*config.rewards.train, *config.rewards.heldout]}
+    found = {
+        r.name: mean_and_error(build(r.kind, r.params).score(images, list(request.rows)), config.evaluate.samples)
+        for r in [*config.rewards.train, *config.rewards.heldout]
+    }
     seen = Comparison(config)(images)
-    return ({**{name: value["mean"] for name, value in found.items()}, "judge_sem": found[config.rewards.heldout[0].name]["sem"],
-             "diversity": seen["diversity"], **seen["distance"]}, images[:: config.evaluate.samples])
+    return (
+        {
+            **{name: value["mean"] for name, value in found.items()},
+            "judge_sem": found[config.rewards.heldout[0].name]["sem"],
+            "diversity": seen["diversity"],
+            **seen["distance"],
+        },
+        images[:: config.evaluate.samples],
+    )
 
 
 def job(run: str, out: Path, steps: int, arm: str, seed: int) -> list[dict]:
@@ -168,14 +195,21 @@ def table(rows: list[dict]) -> str:
     """Means over seeds; the judge's standard error over prompts, or its deviation over seeds where there are several."""
     keys = list(dict.fromkeys((row["arm"], json.dumps(row["asked"])) for row in rows))
     keys.sort(key=lambda key: list(ARMS).index(key[0]))
-    lines = [f"| trained for | asked by | {' | '.join(f'{n} steps' for n in COUNTS)} |", "|---|---|" + "---|" * len(COUNTS)]
+    lines = [
+        f"| trained for | asked by | {' | '.join(f'{n} steps' for n in COUNTS)} |",
+        "|---|---|" + "---|" * len(COUNTS),
+    ]
     for arm, asked in keys:
         cells = []
         for count in COUNTS:
             found = [row for row in rows if (row["arm"], json.dumps(row["asked"]), row["steps"]) == (arm, asked, count)]
             judge = [row["judge"] for row in found]
-            cells.append(f"{np.mean(judge):.3f} / {np.mean([row['total'] for row in found]):.3f} / "
-                         f"{np.mean([row['diversity'] for row in found]):.3f}" if found else "")
+            cells.append(
+                f"{np.mean(judge):.3f} / {np.mean([row['total'] for row in found]):.3f} / "
+                f"{np.mean([row['diversity'] for row in found]):.3f}"
+                if found
+                else ""
+            )
         words = ", ".join(f"{key} {value}" for key, value in json.loads(asked).items()) or "the same"
         lines.append(f"| {arm} | {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -194,7 +228,9 @@ def plot(out: Path, rows: list[dict], file: Path) -> None:
     for axis, row in zip(axes[:, 0], first):
         name = f"{row['arm']}-{row['seed']}".replace(", ", "-").replace(" ", "")
         axis.imshow(np.concatenate(list(np.load(out / f"{name}-4.npy")), 1))
-        axis.set_ylabel(f"{row['arm']}\n{row['judge']:.2f} / {row['total']:.2f}", rotation=0, ha="right", va="center", fontsize=7)
+        axis.set_ylabel(
+            f"{row['arm']}\n{row['judge']:.2f} / {row['total']:.2f}", rotation=0, ha="right", va="center", fontsize=7
+        )
         axis.set(xticks=[], yticks=[])
     figure.subplots_adjust(left=0.27, right=0.995, top=0.995, bottom=0.005, hspace=0.06)
     figure.savefig(file, dpi=100)

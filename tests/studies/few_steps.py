@@ -39,13 +39,29 @@ from rlproxi.rewards.gradients import RewardGradients
 
 FEW = ["sampler.num_inference_steps=4", "sampler.start_time=0.8"]
 R0 = [*FEW, "run.algorithm=r0", "r0.lr=5.0e-5", "r0.warmup_steps=5", "r0.ema=0.9"]
-ONE = ["sampler.num_inference_steps=1", "sampler.start_time=0.8", "run.algorithm=didr", "didr.lr=5.0e-5", "didr.fake_lr=2.0e-4",
-       "didr.warmup_steps=5", "didr.ema=0.9"]
-GRPO = [*FEW, "grpo.lr=1.0e-4", "grpo.warmup_steps=5", "grpo.kl_coef=0", "grpo.trained_steps=null",
-        "grpo.prompts_per_step=8"]
+ONE = [
+    "sampler.num_inference_steps=1",
+    "sampler.start_time=0.8",
+    "run.algorithm=didr",
+    "didr.lr=5.0e-5",
+    "didr.fake_lr=2.0e-4",
+    "didr.warmup_steps=5",
+    "didr.ema=0.9",
+]
+GRPO = [
+    *FEW,
+    "grpo.lr=1.0e-4",
+    "grpo.warmup_steps=5",
+    "grpo.kl_coef=0",
+    "grpo.trained_steps=null",
+    "grpo.prompts_per_step=8",
+]
 #: arm -> overrides. ``start`` arms are not trained.
 ARMS: dict[str, list[str]] = {
-    **{f"start-{n}": ["run.algorithm=r0", f"sampler.num_inference_steps={n}", "sampler.start_time=0.8"] for n in (1, 4, 8, 16)},
+    **{
+        f"start-{n}": ["run.algorithm=r0", f"sampler.num_inference_steps={n}", "sampler.start_time=0.8"]
+        for n in (1, 4, 8, 16)
+    },
     "grpo": GRPO,
     "grpo+last": [*GRPO, "grpo.last_step_weight=1.0"],
     "r0": R0,
@@ -72,15 +88,31 @@ class Local:
         denoiser = training_form(self.folder, c, "rl")
         encoder = load_encoder(self.folder)
         self.networks = self.algorithm.networks(denoiser)
-        self.optimizers = {name: AnchoredAdamW(list(trainable(network).values()), lr=s.lr, betas=s.betas,
-                                               weight_decay=s.weight_decay, fused=True, anchor=s.anchor)
-                           for name, network in self.networks.items()}
+        self.optimizers = {
+            name: AnchoredAdamW(
+                list(trainable(network).values()),
+                lr=s.lr,
+                betas=s.betas,
+                weight_decay=s.weight_decay,
+                fused=True,
+                anchor=s.anchor,
+            )
+            for name, network in self.networks.items()
+        }
         self.ema = EMA(denoiser, s.ema) if s.ema else None
-        reference = training_form(self.folder, c, "rl").requires_grad_(False) if self.algorithm.needs_reference else None
-        gradients = RewardGradients.build(c.rewards.train, None, self.algorithm.normalize_gradients, "cpu") \
-            if self.algorithm.needs_gradients else None
-        self.algorithm.connect(Parts(self.networks, self.networks, reference, encoder, gradients, denoiser.sample_shape,
-                                     torch.device("cpu")))
+        reference = (
+            training_form(self.folder, c, "rl").requires_grad_(False) if self.algorithm.needs_reference else None
+        )
+        gradients = (
+            RewardGradients.build(c.rewards.train, None, self.algorithm.normalize_gradients, "cpu")
+            if self.algorithm.needs_gradients
+            else None
+        )
+        self.algorithm.connect(
+            Parts(
+                self.networks, self.networks, reference, encoder, gradients, denoiser.sample_shape, torch.device("cpu")
+            )
+        )
         self.sampler = GroupSampler.from_pretrained(c, self.folder)
         self.scorers = {r.name: build(r.kind, r.params) for r in c.rewards.train}
 
@@ -104,8 +136,12 @@ class Local:
             return Batch(iteration, requests, 0, 1)
         self.sampler.take(self.weights())
         sampled = [self.sampler.sample(request) for request in requests]
-        rewards = [sum(r.weight * self.scorers[r.name].score(images, list(request.rows)) for r in self.config.rewards.train)
-                   .reshape(len(request.prompts), -1) for (images, _), request in zip(sampled, requests)]
+        rewards = [
+            sum(
+                r.weight * self.scorers[r.name].score(images, list(request.rows)) for r in self.config.rewards.train
+            ).reshape(len(request.prompts), -1)
+            for (images, _), request in zip(sampled, requests)
+        ]
         chains = [{key: torch.from_numpy(value) for key, value in chain.items()} for _, chain in sampled]
         return Batch(iteration, requests, 0, 1, np.concatenate(rewards).astype(np.float32), lambda j: chains[j])
 
@@ -130,15 +166,28 @@ class Local:
 def judged(config: Config, sampler: GroupSampler, images_file: Path) -> dict[str, float]:
     """The held-out prompts at the config's own step count: the table's columns but the time."""
     indices, prompts = heldout_prompts(config)
-    request = SampleRequest("heldout", 0, tuple(prompts), tuple(indices), config.evaluate.samples,
-                            num_steps=config.sampler.num_inference_steps, guidance_scale=1.0)
+    request = SampleRequest(
+        "heldout",
+        0,
+        tuple(prompts),
+        tuple(indices),
+        config.evaluate.samples,
+        num_steps=config.sampler.num_inference_steps,
+        guidance_scale=1.0,
+    )
     images = sampler.sample(request)[0]
     np.savez_compressed(images_file, images=images, prompts=np.array(prompts))
-    scores = {r.name: mean_and_error(build(r.kind, r.params).score(images, list(request.rows)), config.evaluate.samples)
-              for r in [*config.rewards.train, *config.rewards.heldout]}
+    scores = {
+        r.name: mean_and_error(build(r.kind, r.params).score(images, list(request.rows)), config.evaluate.samples)
+        for r in [*config.rewards.train, *config.rewards.heldout]
+    }
     seen = Comparison(config)(images)
-    return {**{name: value["mean"] for name, value in scores.items()},
-            "judge_sem": scores[config.rewards.heldout[0].name]["sem"], "diversity": seen["diversity"], **seen["distance"]}
+    return {
+        **{name: value["mean"] for name, value in scores.items()},
+        "judge_sem": scores[config.rewards.heldout[0].name]["sem"],
+        "diversity": seen["diversity"],
+        **seen["distance"],
+    }
 
 
 def job(run: str, out_dir: Path, seconds: float, overrides: list[str], arm: str, seed: int) -> list[dict]:
@@ -148,6 +197,7 @@ def job(run: str, out_dir: Path, seconds: float, overrides: list[str], arm: str,
     folder = run_dir / "models" / "pretrained"
     begun = time.process_time()
     with open(out_dir / f"{arm}-{seed}.log", "w", encoding="utf-8") as file:
+
         def log(values: dict) -> None:
             print(json.dumps(values), file=file, flush=True)
 
@@ -160,18 +210,35 @@ def job(run: str, out_dir: Path, seconds: float, overrides: list[str], arm: str,
         if not arm.startswith("start"):
             sampler.take(local.weights())
             sampler.pipeline.save_pretrained(out_dir / "models" / f"{arm}-{seed}")
-    return [{"arm": arm, "seed": seed, "iterations": iterations, "cpu": time.process_time() - begun, "overrides": overrides,
-            **judged(config, sampler, out_dir / f"{arm}-{seed}.npz")}]
+    return [
+        {
+            "arm": arm,
+            "seed": seed,
+            "iterations": iterations,
+            "cpu": time.process_time() - begun,
+            "overrides": overrides,
+            **judged(config, sampler, out_dir / f"{arm}-{seed}.npz"),
+        }
+    ]
 
 
 def arm_config(run_dir: Path, arm: str, overrides: list[str]) -> Config:
     path = lambda name: {"path": str(run_dir / "models" / f"{name}.safetensors")}  # noqa: E731
     p = load_config(run_dir / "config.yaml").pretrain
     follows = {"fake_loss": "l2" if p.loss == "square" else "l1"}  # the fake score errs as the start does
-    values = {"r0": follows, "didr": follows, "rewards": {"train": [{"name": "attributes", "params": path("reward")}],
-                          "heldout": [{"name": "judge", "params": path("judge")}]},
-              "run": {"stages": ["rl"]}, "resources": {"threads": 1}, "pretrain": {"candidates": p.candidates, "target": p.target},
-              "evaluate": {"steps": [1]}, "model": {"init": str(run_dir / "models" / "pretrained")}}
+    values = {
+        "r0": follows,
+        "didr": follows,
+        "rewards": {
+            "train": [{"name": "attributes", "params": path("reward")}],
+            "heldout": [{"name": "judge", "params": path("judge")}],
+        },
+        "run": {"stages": ["rl"]},
+        "resources": {"threads": 1},
+        "pretrain": {"candidates": p.candidates, "target": p.target},
+        "evaluate": {"steps": [1]},
+        "model": {"init": str(run_dir / "models" / "pretrained")},
+    }
     return build_config(values, [*ARMS[arm], *overrides])
 
 
@@ -186,7 +253,9 @@ def seconds_per_image(run_dir: Path, repeats: int = 5) -> dict[str, float]:
         if count not in by_count:
             sampler = GroupSampler.from_pretrained(config, run_dir / "models" / "pretrained")
             indices, prompts = heldout_prompts(config)
-            request = SampleRequest("heldout", 0, tuple(prompts[:8]), tuple(indices[:8]), 4, num_steps=count, guidance_scale=1.0)
+            request = SampleRequest(
+                "heldout", 0, tuple(prompts[:8]), tuple(indices[:8]), 4, num_steps=count, guidance_scale=1.0
+            )
             times = []
             for _ in range(repeats):
                 begun = time.process_time()
@@ -202,8 +271,10 @@ COLUMNS = ("attributes", "judge", "diversity", "total", "layout", "texture")
 
 def table(rows: list[dict], seconds: dict[str, float]) -> str:
     """Means over seeds, with their standard deviation where there are several."""
-    lines = ["| arm | seeds | iterations | training reward | held-out judge | diversity | distance | layout | texture | ms an image |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| arm | seeds | iterations | training reward | held-out judge | diversity | distance | layout | texture | ms an image |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for arm in sorted({row["arm"] for row in rows}, key=list(ARMS).index):
         found = [row for row in rows if row["arm"] == arm]
         cells = []
@@ -211,8 +282,11 @@ def table(rows: list[dict], seconds: dict[str, float]) -> str:
             values = [row[name] for row in found]
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
-        lines.append(f"| {arm} | {len(found)} | {np.mean([row['iterations'] for row in found]):.0f} | " + " | ".join(cells)
-                     + f" | {1000 * seconds[arm]:.1f} |")
+        lines.append(
+            f"| {arm} | {len(found)} | {np.mean([row['iterations'] for row in found]):.0f} | "
+            + " | ".join(cells)
+            + f" | {1000 * seconds[arm]:.1f} |"
+        )
     return "\n".join(lines)
 
 
@@ -230,7 +304,9 @@ def plot(out: Path, rows: list[dict], file: Path, arms: list[str], prompts: int 
         samples = len(images) // 64
         shown = np.concatenate([images[p * samples + s] for p in range(prompts) for s in range(min(3, samples))], 1)
         axis.imshow(shown)
-        axis.set_ylabel(f"{arm}\n{row['judge']:.2f} / {row['total']:.2f}", rotation=0, ha="right", va="center", fontsize=7)
+        axis.set_ylabel(
+            f"{arm}\n{row['judge']:.2f} / {row['total']:.2f}", rotation=0, ha="right", va="center", fontsize=7
+        )
         axis.set_xticks([])
         axis.set_yticks([])
     figure.subplots_adjust(left=0.1, right=0.995, top=0.995, bottom=0.005, hspace=0.08)
@@ -250,8 +326,12 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--image", type=Path)
     options = parser.parse_intermixed_args()
-    wanted = [(arm, seed) for seed in options.seeds for arm in options.arms
-              if options.run and not options.plot and not (arm.startswith("start") and seed != options.seeds[0])]
+    wanted = [
+        (arm, seed)
+        for seed in options.seeds
+        for arm in options.arms
+        if options.run and not options.plot and not (arm.startswith("start") and seed != options.seeds[0])
+    ]
     work = partial(job, options.run, options.out, options.seconds, options.overrides)
     rows = collected(options.out, work, wanted, options.processes)
     timed = options.out / "seconds.json"

@@ -19,15 +19,16 @@ import sys
 from pathlib import Path
 
 from fixtures.run_processes import ROOT
-
 from rlproxi.cli import main as cli
 
 #: label -> folder's name, config, what differs from it
-KINDS = {"prox, by level": ("prox-level", "quickstart", []),
-         "prox": ("prox", "quickstart", ["pretrain.loss=matching", "pretrain.weight=lam"]),
-         "prox, square error": ("prox-square", "quickstart", ["pretrain.weight=lam"]),
-         "score": ("score", "quick-score", []),
-         "score, own times": ("score-own", "quickstart", ["sampler.name=ddim", "sampler.eta=1"])}
+KINDS = {
+    "prox, by level": ("prox-level", "quickstart", []),
+    "prox": ("prox", "quickstart", ["pretrain.loss=matching", "pretrain.weight=lam"]),
+    "prox, square error": ("prox-square", "quickstart", ["pretrain.weight=lam"]),
+    "score": ("score", "quick-score", []),
+    "score, own times": ("score-own", "quickstart", ["sampler.name=ddim", "sampler.eta=1"]),
+}
 SOLVERS = ("euler-maruyama", "euler", "ddim", "dpmsolver++", "unipc")
 STEPS = "1,2,3,4,6,8,10,16,20,50"
 
@@ -38,10 +39,13 @@ def run(out: Path, name: str, recipe: str, makes: str, *overrides: str) -> Path:
     found = next(iter(base.iterdir()), None) if base.is_dir() else None
     if found and (found / "models" / makes / "model_index.json").is_file():
         return found
-    arguments = ["--resume", str(found)] if found else [str(ROOT / "configs" / f"{recipe}.yaml"), f"run.dir={base}", *overrides]
+    arguments = (
+        ["--resume", str(found)] if found else [str(ROOT / "configs" / f"{recipe}.yaml"), f"run.dir={base}", *overrides]
+    )
     print(f"\n== {name}", flush=True)
-    code = subprocess.run([sys.executable, "-m", "rlproxi.run", *arguments], cwd=ROOT,
-                          env={**os.environ, "RAY_ADDRESS": "local"}).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "rlproxi.run", *arguments], cwd=ROOT, env={**os.environ, "RAY_ADDRESS": "local"}
+    ).returncode
     if code:
         raise SystemExit(code)
     return found or next(iter(base.iterdir()))
@@ -52,12 +56,26 @@ def seed_runs(out: Path, seed: int, rl_steps: int, more: list[str]) -> dict[str,
     found = {}
     for label, (name, recipe, differs) in KINDS.items():
         common = [f"run.seed={seed}", "telemetry.dashboard=false", *differs, *more]
-        start = run(out, f"{name}-{seed}", recipe, "pretrained", "run.stages=[prepare,pretrain]", "pretrain.steps=520", *common)
+        start = run(
+            out, f"{name}-{seed}", recipe, "pretrained", "run.stages=[prepare,pretrain]", "pretrain.steps=520", *common
+        )
         shutil.rmtree(start / "checkpoints", ignore_errors=True)
         models = start / "models"
-        tuned = run(out, f"{name}-rl-{seed}", recipe, "final", "run.stages=[rl]", f"model.init={models / 'pretrained'}", "evaluate.every=0",
-                    f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]", "rewards.heldout=[]",
-                    f"grpo.steps={rl_steps}", "sampler.num_inference_steps=10", "grpo.trained_steps=2", *common)
+        tuned = run(
+            out,
+            f"{name}-rl-{seed}",
+            recipe,
+            "final",
+            "run.stages=[rl]",
+            f"model.init={models / 'pretrained'}",
+            "evaluate.every=0",
+            f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]",
+            "rewards.heldout=[]",
+            f"grpo.steps={rl_steps}",
+            "sampler.num_inference_steps=10",
+            "grpo.trained_steps=2",
+            *common,
+        )
         found |= {label: models / "pretrained", f"{label} + GRPO": tuned / "models" / "final"}
     return found
 
@@ -83,8 +101,20 @@ def main() -> int:
     if options.runs_only:
         return 0
     judge = next((out / f"prox-{options.seeds[0]}").iterdir())
-    return cli.main(["eval", *models, "--config", str(judge), "--steps", options.steps, "--out", str(out / "eval"),
-                     "--reach", "score, ddim@50" if "50" in options.steps.split(",") else f"score, ddim@{options.steps.split(',')[-1]}"])
+    return cli.main(
+        [
+            "eval",
+            *models,
+            "--config",
+            str(judge),
+            "--steps",
+            options.steps,
+            "--out",
+            str(out / "eval"),
+            "--reach",
+            "score, ddim@50" if "50" in options.steps.split(",") else f"score, ddim@{options.steps.split(',')[-1]}",
+        ]
+    )
 
 
 if __name__ == "__main__":

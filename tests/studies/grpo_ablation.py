@@ -52,10 +52,13 @@ def job(run: str, out: Path, seconds: float, arm: str, seed: int) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Means over seeds; gains are over the start's, by the held-out judge."""
     start = next(row for row in rows if row["arm"] == "start-4")
-    lines = [f"start: judge {start['judge']:.3f} ± {start['judge_sem']:.3f}, distance {start['total']:.3f}, "
-             f"diversity {start['diversity']:.3f}", "",
-             "| change | seeds | iterations | judge | gain | gain in 1,000 images | training reward | distance | diversity |",
-             "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"start: judge {start['judge']:.3f} ± {start['judge_sem']:.3f}, distance {start['total']:.3f}, "
+        f"diversity {start['diversity']:.3f}",
+        "",
+        "| change | seeds | iterations | judge | gain | gain in 1,000 images | training reward | distance | diversity |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for arm in CHANGES:
         found = [row for row in rows if row["arm"] == arm]
         if not found:
@@ -64,9 +67,11 @@ def table(rows: list[dict]) -> str:
         mean = lambda name: float(np.mean([row[name] for row in found]))  # noqa: E731
         spread = f" ± {np.std([row['judge'] for row in found], ddof=1):.3f}" if len(found) > 1 else ""
         gain = mean("judge") - start["judge"]
-        lines.append(f"| {arm} | {len(found)} | {mean('iterations'):.0f} | {mean('judge'):.3f}{spread} | {gain:+.3f} | "
-                     f"{gain / (mean('iterations') * images / 1000):+.4f} | {mean('attributes'):.3f} | {mean('total'):.3f} | "
-                     f"{mean('diversity'):.3f} |")
+        lines.append(
+            f"| {arm} | {len(found)} | {mean('iterations'):.0f} | {mean('judge'):.3f}{spread} | {gain:+.3f} | "
+            f"{gain / (mean('iterations') * images / 1000):+.4f} | {mean('attributes'):.3f} | {mean('total'):.3f} | "
+            f"{mean('diversity'):.3f} |"
+        )
     return "\n".join(lines)
 
 

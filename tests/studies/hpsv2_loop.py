@@ -41,8 +41,14 @@ class Package:
         self.img_score, self.open_clip = import_hpsv2()
         torch.manual_seed(0)
         self.model, _, self.transform = self.open_clip.create_model_and_transforms(
-            model_name, None, precision="amp", device=self.img_score.device, light_augmentation=True, aug_cfg={},
-            output_dict=True)
+            model_name,
+            None,
+            precision="amp",
+            device=self.img_score.device,
+            light_augmentation=True,
+            aug_cfg={},
+            output_dict=True,
+        )
         self.model.eval()
         self.file = str(folder / "weights.pt")
         torch.save({"state_dict": self.model.state_dict()}, self.file)
@@ -56,8 +62,9 @@ class Package:
         groups: dict[str, list] = {}
         for image, prompt in zip(images, prompts):
             groups.setdefault(prompt, []).append(image)
-        return [score for prompt, group in groups.items()
-                for score in self.img_score.score(group, prompt, cp=self.file)]
+        return [
+            score for prompt, group in groups.items() for score in self.img_score.score(group, prompt, cp=self.file)
+        ]
 
     @torch.no_grad()
     def no_reload(self, images, prompts) -> list[float]:
@@ -79,15 +86,26 @@ def main() -> None:
 
     arrays = np.random.default_rng(0).integers(0, 256, (options.images, 512, 512, 3), np.uint8)
     images = [Image.fromarray(array) for array in arrays]
-    prompts = [f"a painting of {i // options.group} boats on a lake, number {i // options.group}"
-               for i in range(options.images)]
+    prompts = [
+        f"a painting of {i // options.group} boats on a lake, number {i // options.group}"
+        for i in range(options.images)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         package = Package(options.model, Path(folder))
-        ours = HPSv21(package.file, package.vocabulary, device=str(package.img_score.device), precision="float32",
-                      micro_batch=options.micro_batch)
-        ways = {"ours": lambda: ours.score(arrays, prompts),
-                **{name: lambda name=name: getattr(package, name)(images, prompts)
-                   for name in ("one_by_one", "by_prompt", "no_reload")}}
+        ours = HPSv21(
+            package.file,
+            package.vocabulary,
+            device=str(package.img_score.device),
+            precision="float32",
+            micro_batch=options.micro_batch,
+        )
+        ways = {
+            "ours": lambda: ours.score(arrays, prompts),
+            **{
+                name: lambda name=name: getattr(package, name)(images, prompts)
+                for name in ("one_by_one", "by_prompt", "no_reload")
+            },
+        }
         ours.score(arrays[:2], prompts[:2])
         package.no_reload(images[:2], prompts[:2])
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -101,15 +119,27 @@ def main() -> None:
                 cpu_seconds[name].append(time.process_time() - cpu_start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     cpu_median = {name: statistics.median(times) for name, times in cpu_seconds.items()}
-    print(json.dumps({
-        "model": options.model, "images": options.images, "group": options.group, "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "torch": torch.__version__,
-        "images_per_second": {name: round(options.images / value, 2) for name, value in median.items()},
-        "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
-        "cpu_seconds": {name: [round(t, 2) for t in times] for name, times in cpu_seconds.items()},
-        "ratio": {name: round(value / median["ours"], 2) for name, value in median.items() if name != "ours"},
-        "cpu_ratio": {name: round(v / cpu_median["ours"], 2) for name, v in cpu_median.items() if name != "ours"},
-        "largest_difference": max(float(np.abs(answers[name] - answers["ours"]).max()) for name in ways)}, indent=1))
+    print(
+        json.dumps(
+            {
+                "model": options.model,
+                "images": options.images,
+                "group": options.group,
+                "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "torch": torch.__version__,
+                "images_per_second": {name: round(options.images / value, 2) for name, value in median.items()},
+                "seconds": {name: [round(t, 2) for t in times] for name, times in seconds.items()},
+                "cpu_seconds": {name: [round(t, 2) for t in times] for name, times in cpu_seconds.items()},
+                "ratio": {name: round(value / median["ours"], 2) for name, value in median.items() if name != "ours"},
+                "cpu_ratio": {
+                    name: round(v / cpu_median["ours"], 2) for name, v in cpu_median.items() if name != "ours"
+                },
+                "largest_difference": max(float(np.abs(answers[name] - answers["ours"]).max()) for name in ways),
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

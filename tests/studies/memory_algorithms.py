@@ -12,16 +12,20 @@ import tempfile
 from pathlib import Path
 
 import torch
-from fixtures.memory_learner import LORA, learner_config, real_peaks
 
+from fixtures.memory_learner import LORA, learner_config, real_peaks
 from rlproxi.planning.memory import estimate
 
 _MIB = 1024**2
 CASES = [
-    ("R0, gradient step by step", "r0", {}), ("R0, gradient through all steps", "r0", {"checkpoint_steps": False}),
-    ("R0+", "r0", {"plus": True}), ("R0, guidance as a reward", "r0", {"guidance_weight": 0.5}),
-    ("DI", "didr", {"reward": "none"}), ("DI++", "didr", {"reward": "terminal"}),
-    ("DI*", "didr", {"reward": "terminal", "divergence": "score"}), ("DIDR, m=1, damped", "didr", {}),
+    ("R0, gradient step by step", "r0", {}),
+    ("R0, gradient through all steps", "r0", {"checkpoint_steps": False}),
+    ("R0+", "r0", {"plus": True}),
+    ("R0, guidance as a reward", "r0", {"guidance_weight": 0.5}),
+    ("DI", "didr", {"reward": "none"}),
+    ("DI++", "didr", {"reward": "terminal"}),
+    ("DI*", "didr", {"reward": "terminal", "divergence": "score"}),
+    ("DIDR, m=1, damped", "didr", {}),
     ("DIDR, m=2, 2 particles", "didr", {"damped": False, "reward_steps": 2, "particles": 2}),
     ("GRPO with the last step's gradient", "grpo", {"last_step_weight": 1.0}),
 ]
@@ -38,8 +42,11 @@ def main() -> None:
                 config = learner_config(Path(root), algorithm, kind, model, size, 4, **settings)
                 measured = max(real_peaks(config).values()) / _MIB
                 estimated = estimate(config).roles[0].parts["activations"] / _MIB
-                print(f"| {title} | {kind} | {precision} | {'LoRA' if lora else 'all'} | {estimated:.2f} "
-                      f"| {measured:.2f} | {estimated / measured - 1:+.1%} |", flush=True)
+                print(
+                    f"| {title} | {kind} | {precision} | {'LoRA' if lora else 'all'} | {estimated:.2f} "
+                    f"| {measured:.2f} | {estimated / measured - 1:+.1%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from fixtures.memory import profiled_peak, real_network, real_step, small_folder
 
+from fixtures.memory import profiled_peak, real_network, real_step, small_folder
 from rlproxi.config.loading import Config, build_config, load_config
 from rlproxi.models.autoencoder import Autoencoder
 from rlproxi.models.folders import parts_folder
@@ -35,8 +35,10 @@ _MIB = 1024**2
 
 
 def small_table() -> None:
-    print(f"{'network':12} {'precision':9} {'trained':7} {'checkpointing':13} {'estimate':>9} {'measured':>9} MiB"
-          f" {'error':>7}")
+    print(
+        f"{'network':12} {'precision':9} {'trained':7} {'checkpointing':13} {'estimate':>9} {'measured':>9} MiB"
+        f" {'error':>7}"
+    )
     with tempfile.TemporaryDirectory() as root:
         either = (False, True)
         for case in itertools.product(("new", "sd15", "sd3-medium"), ("float32", "bfloat16"), either, either):
@@ -44,17 +46,28 @@ def small_table() -> None:
             if kind != "new" or not lora:  # adapters need something to adapt
                 config = _small(kind, precision, lora, checkpointing, Path(root) / "-".join(map(str, case)))
                 estimated, measured = (x / _MIB for x in (_activations(config), _measured(config)))
-                print(f"{kind:12} {precision:9} {'LoRA' if lora else 'all':7} {str(checkpointing):13} "
-                      f"{estimated:9.2f} {measured:9.2f}     {estimated / measured - 1:+7.2%}", flush=True)
+                print(
+                    f"{kind:12} {precision:9} {'LoRA' if lora else 'all':7} {checkpointing!s:13} "
+                    f"{estimated:9.2f} {measured:9.2f}     {estimated / measured - 1:+7.2%}",
+                    flush=True,
+                )
 
 
 def _small(kind: str, precision: str, lora: bool, checkpointing: bool, folder: Path) -> Config:
     model = {"channels": [32, 64]} if kind == "new" else {"init": str(small_folder(kind, folder))}
-    return build_config({
-        "run": {"stages": ["rl"]}, "data": {"size": 32 if kind == "new" else 128},
-        "model": {**model, "precision": precision, "gradient_checkpointing": checkpointing,
-                  "lora": {"rank": 4, "alpha": 4} if lora else None},
-        "grpo": {"group_size": 16, "prompts_per_step": 1, "groups_per_micro_batch": 1, "kl_coef": 0.0}})
+    return build_config(
+        {
+            "run": {"stages": ["rl"]},
+            "data": {"size": 32 if kind == "new" else 128},
+            "model": {
+                **model,
+                "precision": precision,
+                "gradient_checkpointing": checkpointing,
+                "lora": {"rank": 4, "alpha": 4} if lora else None,
+            },
+            "grpo": {"group_size": 16, "prompts_per_step": 1, "groups_per_micro_batch": 1, "kl_coef": 0.0},
+        }
+    )
 
 
 def _activations(config: Config) -> int:
@@ -78,8 +91,12 @@ class Recipe:
 
     def __init__(self, config: Config):
         # Without a reference: its forward is measured as the rollout's.
-        self.config = config.model_copy(update={"grpo": config.grpo.model_copy(update={"kl_coef": 0.0}),
-                                                "run": config.run.model_copy(update={"stages": ["rl"]})})
+        self.config = config.model_copy(
+            update={
+                "grpo": config.grpo.model_copy(update={"kl_coef": 0.0}),
+                "run": config.run.model_copy(update={"stages": ["rl"]}),
+            }
+        )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         gpus = dict.fromkeys(("learner_gpus", "rollout_gpus"), 1.0 if self.device == "cuda" else 0.0)
         self.config = self.config.model_copy(update={"resources": config.resources.model_copy(update=gpus)})
@@ -97,8 +114,9 @@ class Recipe:
         network = real_network(self.config, self.dtype, self.device)
         losses = [learner_losses(self.config, network, self.rows) for _ in range(3)]
         real_step(losses[0], self.dtype, self.device)
-        self._compare("loss and backward", _activations(self.config),
-                      lambda: real_step(losses[1], self.dtype, self.device))
+        self._compare(
+            "loss and backward", _activations(self.config), lambda: real_step(losses[1], self.dtype, self.device)
+        )
         return self._seconds(lambda: real_step(losses[2], self.dtype, self.device))
 
     def _forward(self) -> float:
@@ -146,8 +164,11 @@ class Recipe:
             measured = torch.cuda.max_memory_allocated() - before
         else:
             measured = profiled_peak(step)
-        print(f"{name}: estimate {estimated / _MIB:.1f} MiB, measured {measured / _MIB:.1f} MiB, "
-              f"{estimated / measured - 1:+.1%}", flush=True)
+        print(
+            f"{name}: estimate {estimated / _MIB:.1f} MiB, measured {measured / _MIB:.1f} MiB, "
+            f"{estimated / measured - 1:+.1%}",
+            flush=True,
+        )
 
     def _seconds(self, step) -> float:
         begun = time.perf_counter()

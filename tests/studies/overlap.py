@@ -25,8 +25,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from fixtures.run_processes import ROOT
 
+from fixtures.run_processes import ROOT
 from rlproxi.telemetry.runlog import read, series
 
 SPLITS = {"own": 1, "shared": 2}
@@ -40,14 +40,30 @@ def run_arm(source: Path, out: Path, split: str, staleness: int, seed: int, step
     models, n = source / "models", SPLITS[split]
     draft = base.with_name(f".{base.name}")
     arguments = [
-        str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={draft}", "run.stages=[rl]", f"run.seed={seed}",
-        f"model.init={models / 'pretrained'}", "rewards.heldout=[]", "telemetry.dashboard=false", "evaluate.every=0",
-        f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]", f"grpo.steps={steps}",
-        "grpo.decay_from=1.0", f"grpo.max_staleness={staleness}", f"grpo.checkpoint_every={steps}",
-        f"resources.rollout_actors={n}", f"resources.learner_workers={n}"]
+        str(ROOT / "configs" / "quickstart.yaml"),
+        f"run.dir={draft}",
+        "run.stages=[rl]",
+        f"run.seed={seed}",
+        f"model.init={models / 'pretrained'}",
+        "rewards.heldout=[]",
+        "telemetry.dashboard=false",
+        "evaluate.every=0",
+        f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]",
+        f"grpo.steps={steps}",
+        "grpo.decay_from=1.0",
+        f"grpo.max_staleness={staleness}",
+        f"grpo.checkpoint_every={steps}",
+        f"resources.rollout_actors={n}",
+        f"resources.learner_workers={n}",
+    ]
     print(f"{base.name}: ", end="", flush=True)
-    done = subprocess.run([sys.executable, "-m", "rlproxi.run", *arguments], cwd=ROOT, text=True, capture_output=True,
-                          env={**os.environ, "RAY_ADDRESS": "local"})
+    done = subprocess.run(
+        [sys.executable, "-m", "rlproxi.run", *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "RAY_ADDRESS": "local"},
+    )
     if done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
     draft.rename(base)
@@ -65,10 +81,12 @@ def told(base: Path) -> dict:
         "seconds/step": statistics.median(r["seconds/step"] for r in rl[2:]),
         "images/s": statistics.median(r["images_per_second"] for r in rl[2:]),
         **{key: statistics.mean(r[key] for r in rl[2:]) for key in idle},
-        "last reward": float(reward[-max(1, len(reward) // 10):].mean()),
+        "last reward": float(reward[-max(1, len(reward) // 10) :].mean()),
         "total": rl[-1]["time"] - begun,
-        "curve": [[r["time"] - begun, float(mean)] for r, mean in
-                  zip(rl[WINDOW - 1:], np.convolve(reward, np.ones(WINDOW) / WINDOW, "valid"))],
+        "curve": [
+            [r["time"] - begun, float(mean)]
+            for r, mean in zip(rl[WINDOW - 1 :], np.convolve(reward, np.ones(WINDOW) / WINDOW, "valid"))
+        ],
         "staleness": statistics.mean(series(records, "rl", "staleness/mean")[1][2:]),
         "clip": statistics.mean(series(records, "rl", "clip_fraction")[1] or [float("nan")]),
     }
@@ -79,17 +97,27 @@ def seconds_to(curve: list, level: float) -> float:
 
 
 def table(out: Path, plot: Path | None) -> None:
-    arms = {tuple(base.name.rsplit("-", 2)): told(base) for base in sorted(out.iterdir())
-            if base.is_dir() and not base.name.startswith(".")}
+    arms = {
+        tuple(base.name.rsplit("-", 2)): told(base)
+        for base in sorted(out.iterdir())
+        if base.is_dir() and not base.name.startswith(".")
+    }
     (out / "overlap.json").write_text(json.dumps({"-".join(key): value for key, value in arms.items()}))
-    print("| split | max_staleness | seed | s/iteration | images/s | idle rollout | idle reward | idle learner | reward, last tenth "
-          "| s to equal reward | total s |\n|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| split | max_staleness | seed | s/iteration | images/s | idle rollout | idle reward | idle learner | reward, last tenth "
+        "| s to equal reward | total s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    )
     for (split, staleness, seed), arm in arms.items():
         pair = [arms[split, other, seed] for other in ("0", "1") if (split, other, seed) in arms]
         level = min(each["curve"][-1][1] for each in pair)
-        idle = [next((f"{v:.0%}" for k, v in arm.items() if k == f"idle/{role}"), "") for role in ("rollout", "reward", "learner")]
-        print(f"| {split} | {staleness} | {seed} | {arm['seconds/step']:.2f} | {arm['images/s']:.1f} | {' | '.join(idle)} "
-              f"| {arm['last reward']:.3f} | {seconds_to(arm['curve'], level):.0f} | {arm['total']:.0f} |")
+        idle = [
+            next((f"{v:.0%}" for k, v in arm.items() if k == f"idle/{role}"), "")
+            for role in ("rollout", "reward", "learner")
+        ]
+        print(
+            f"| {split} | {staleness} | {seed} | {arm['seconds/step']:.2f} | {arm['images/s']:.1f} | {' | '.join(idle)} "
+            f"| {arm['last reward']:.3f} | {seconds_to(arm['curve'], level):.0f} | {arm['total']:.0f} |"
+        )
     if plot:
         draw(arms, plot)
 

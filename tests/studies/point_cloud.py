@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fixtures.closed_form import PointCloud
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fixtures.closed_form import PointCloud
 from rlproxi.proximal.samplers import plan, sample, smallest_backward_steps
 from rlproxi.proximal.schedule import VPSchedule
 from rlproxi.score.samplers import sample as score_sample
@@ -102,8 +102,13 @@ def picture(cloud: PointCloud, shown: dict, found: dict, floor: float, path: Pat
             axis.set_ylabel(name, fontsize=8) if j == 0 else None
     axis = figure.add_subplot(grid[:, 3:])
     for name, by_steps in found.items():
-        axis.plot(list(by_steps), [np.mean(values) for values in by_steps.values()], "o-" if name.startswith("prox") else "s--",
-                  label=name, markersize=4)
+        axis.plot(
+            list(by_steps),
+            [np.mean(values) for values in by_steps.values()],
+            "o-" if name.startswith("prox") else "s--",
+            label=name,
+            markersize=4,
+        )
     axis.axhline(floor, color="gray", linewidth=1, label="another draw of the target")
     axis.set(yscale="log", xlabel="steps", ylabel="W2 to the target")
     axis.legend(fontsize=8)

@@ -21,12 +21,14 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from fixtures import clip as clip_fixtures  # noqa: E402
-from fixtures import clip_models  # noqa: E402
+from fixtures import clip as clip_fixtures
+from fixtures import clip_models
 
-B32 = {"embed_dim": 512,
-       "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "patch_size": 32},
-       "text_cfg": {"context_length": 77, "vocab_size": clip_fixtures.VOCABULARY, "width": 512, "heads": 8, "layers": 12}}
+B32 = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "head_width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": clip_fixtures.VOCABULARY, "width": 512, "heads": 8, "layers": 12},
+}
 
 
 def main() -> None:
@@ -46,10 +48,14 @@ def main() -> None:
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
-    params = {"checkpoint": str(clip_models.save_open_clip(folder / "weights.pt", B32)), "precision": "float32",
-              "tokenizer": str(clip_models.save_tokenizer(folder / "tokenizer"))}
-    rewards = build_config({"rewards": {"train": [{"name": "hpsv2", "params": params, "num_cpus": 1}],
-                                        "heldout": []}}).rewards
+    params = {
+        "checkpoint": str(clip_models.save_open_clip(folder / "weights.pt", B32)),
+        "precision": "float32",
+        "tokenizer": str(clip_models.save_tokenizer(folder / "tokenizer")),
+    }
+    rewards = build_config(
+        {"rewards": {"train": [{"name": "hpsv2", "params": params, "num_cpus": 1}], "heldout": []}}
+    ).rewards
     scorer = build("hpsv2", params)
     rng = np.random.default_rng(0)
     groups = [rng.integers(0, 256, (8, options.size, options.size, 3), np.uint8) for _ in range(options.groups)]

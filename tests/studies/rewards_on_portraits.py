@@ -30,10 +30,21 @@ def go(start: Path, base: Path, name: str, iterations: int, *overrides: str) -> 
             return folder
 
     judge = f"{{name: judge, params: {{path: {start / 'models' / 'judge.safetensors'}}}}}"
-    code = main([str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={base}", f"run.name={name}",
-                 "run.stages=[before, rl, after, report]", f"model.init={start / 'models' / 'pretrained'}",
-                 f"grpo.steps={iterations}", "evaluate.steps=[3]", "evaluate.every=10", "evaluate.prompts=48",
-                 f"rewards.heldout=[{judge}]", *overrides])
+    code = main(
+        [
+            str(ROOT / "configs" / "quickstart.yaml"),
+            f"run.dir={base}",
+            f"run.name={name}",
+            "run.stages=[before, rl, after, report]",
+            f"model.init={start / 'models' / 'pretrained'}",
+            f"grpo.steps={iterations}",
+            "evaluate.steps=[3]",
+            "evaluate.every=10",
+            "evaluate.prompts=48",
+            f"rewards.heldout=[{judge}]",
+            *overrides,
+        ]
+    )
     assert code == 0, f"{name} ended with {code}"
     return next(base.glob(f"{name}-*"))
 
@@ -45,7 +56,7 @@ def curve(run_dir: Path, key: str, width: int = 5) -> tuple[list[int], list[floa
     from rlproxi.telemetry.runlog import read, series
 
     steps, values = series(read(run_dir), "rl", key)
-    return list(steps[width - 1:]), list(np.convolve(values, np.ones(width) / width, "valid"))
+    return list(steps[width - 1 :]), list(np.convolve(values, np.ones(width) / width, "valid"))
 
 
 def evaluations(run_dir: Path) -> list[dict]:
@@ -59,8 +70,11 @@ def evaluations(run_dir: Path) -> list[dict]:
 def tell(name: str, run_dir: Path) -> None:
     for e in evaluations(run_dir):
         told = {**e["heldout"], **e["train"]}
-        print(f"{name:8} iteration {e['iteration']:3}: "
-              + ", ".join(f"{key} {value['mean']:.3f} ± {value['sem']:.3f}" for key, value in told.items()), flush=True)
+        print(
+            f"{name:8} iteration {e['iteration']:3}: "
+            + ", ".join(f"{key} {value['mean']:.3f} ± {value['sem']:.3f}" for key, value in told.items()),
+            flush=True,
+        )
 
 
 def draw(none: Path, group: Path, hacked: Path, out: Path) -> None:
@@ -71,15 +85,24 @@ def draw(none: Path, group: Path, hacked: Path, out: Path) -> None:
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, 3)
-    for ax, key, label in ((axes[0], "reward/attributes", "attributes"), (axes[1], "reward/smallness", "100 x JPEG smallness")):
+    for ax, key, label in (
+        (axes[0], "reward/attributes", "attributes"),
+        (axes[1], "reward/smallness", "100 x JPEG smallness"),
+    ):
         for run_dir, name in ((none, "normalize: none"), (group, "normalize: group")):
             ax.plot(*curve(run_dir, key), label=name)
         ax.set(title=label, xlabel="RL iteration", ylabel="mean of 5 iterations")
         ax.legend(frameon=False)
     seen = evaluations(hacked)
     steps = [e["iteration"] for e in seen]
-    axes[2].errorbar(steps, [e["heldout"]["judge"]["mean"] for e in seen], [e["heldout"]["judge"]["sem"] for e in seen],
-                     color="C1", marker="o", capsize=3)
+    axes[2].errorbar(
+        steps,
+        [e["heldout"]["judge"]["mean"] for e in seen],
+        [e["heldout"]["judge"]["sem"] for e in seen],
+        color="C1",
+        marker="o",
+        capsize=3,
+    )
     axes[2].set(title="a reward that can be gamed", xlabel="RL iteration")
     axes[2].set_ylabel("held-out judge", color="C1")
     other = axes[2].twinx()
@@ -103,9 +126,18 @@ def main() -> None:
     start, base = options.run_dir.resolve(), options.base or Path(tempfile.mkdtemp(prefix="rewards-"))
     attributes = f"{{name: attributes, params: {{path: {start / 'models' / 'reward.safetensors'}}}}}"
     both = f"rewards.train=[{attributes}, {LOUD.format(weight=options.weight)}]"
-    runs = {name: go(start, base, name, options.iterations, both, f"rewards.normalize={name}") for name in ("none", "group")}
-    runs["hacked"] = go(start, base, "hacked", options.iterations, f"rewards.train=[{LOUD.format(weight=1)}]", "grpo.lr=3.0e-4",
-                        "evaluate.patience=3")
+    runs = {
+        name: go(start, base, name, options.iterations, both, f"rewards.normalize={name}") for name in ("none", "group")
+    }
+    runs["hacked"] = go(
+        start,
+        base,
+        "hacked",
+        options.iterations,
+        f"rewards.train=[{LOUD.format(weight=1)}]",
+        "grpo.lr=3.0e-4",
+        "evaluate.patience=3",
+    )
     for name, run_dir in runs.items():
         tell(name, run_dir)
     draw(*(runs[name] for name in ("none", "group", "hacked")), options.out)

@@ -25,14 +25,13 @@ from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from fixtures import virtual_time  # noqa: E402
-from fixtures.local_actors import Local  # noqa: E402
-from fixtures.simulated_roles import Log, Rollout, Store, Weights, brightness, handles  # noqa: E402
-
 from actors.rewards.service import RewardClient  # noqa: E402
 from actors.rl.loop import Loop  # noqa: E402
 from actors.rl.observer import Observer  # noqa: E402
 from actors.rl.pool import RolloutPool  # noqa: E402
+from fixtures import virtual_time  # noqa: E402
+from fixtures.local_actors import Local  # noqa: E402
+from fixtures.simulated_roles import Log, Rollout, Store, Weights, brightness, handles  # noqa: E402
 from rlproxi.algorithms import grpo  # noqa: E402
 from rlproxi.config.loading import Config, build_config  # noqa: E402
 from rlproxi.telemetry.timeline import Diary  # noqa: E402
@@ -192,14 +191,24 @@ class Simulation:
         prompts.write_text("".join(f"a photograph of subject {i} before a wall, soft light\n" for i in range(20_000)))
         w = self.work
         whole = self.gpus * w.micro_batches * w.group_size * (w.image_bytes + w.chain_bytes)
-        return build_config({
-            "grpo": {"steps": self.iterations, "prompts_per_step": self.gpus * w.micro_batches,
-                     "groups_per_micro_batch": 1, "group_size": w.group_size, "max_staleness": self.bound,
-                     "max_bytes_in_flight": (self.bound + 1) * whole},
-            "run": {"stages": ["rl"]}, "data": {"prompts": str(prompts)}, "evaluate": {"every": 0},
-            "telemetry": {"samples_every": 0},
-            "rewards": {"train": [{"name": "attributes"}], "replicas": self.gpus, "timeout_s": 3600},
-            "resources": {"learner_workers": self.gpus, "rollout_actors": self.gpus}})
+        return build_config(
+            {
+                "grpo": {
+                    "steps": self.iterations,
+                    "prompts_per_step": self.gpus * w.micro_batches,
+                    "groups_per_micro_batch": 1,
+                    "group_size": w.group_size,
+                    "max_staleness": self.bound,
+                    "max_bytes_in_flight": (self.bound + 1) * whole,
+                },
+                "run": {"stages": ["rl"]},
+                "data": {"prompts": str(prompts)},
+                "evaluate": {"every": 0},
+                "telemetry": {"samples_every": 0},
+                "rewards": {"train": [{"name": "attributes"}], "replicas": self.gpus, "timeout_s": 3600},
+                "resources": {"learner_workers": self.gpus, "rollout_actors": self.gpus},
+            }
+        )
 
     async def _learner(self, config: Config) -> None:
         w, now = self.work, asyncio.get_running_loop().time
@@ -277,16 +286,30 @@ class Simulation:
         step = statistics.mean(steady)
         images = self.gpus * self.work.micro_batches * self.work.group_size
         calls = sum(rollout.calls for rollout in self.rollouts)
-        return {"gpus": self.gpus, "bound": self.bound, "fan_out": self.fan_out,
-                "weights_bytes": self.work.weights_bytes, "failures": self.work.failures, "seconds/step": step,
-                "images/s/gpu": images / step / self.gpus,
-                "busy": statistics.mean(gpu.busy for gpu in self.devices) / self.ended[-1],
-                "learner_waits": statistics.mean(self.waited[1:]), "fan_out_s": max(self.nodes.seconds),
-                "bytes_in_flight": max(self.flight), "image_bytes/step": images * self.work.image_bytes,
-                "cpu/step": cpu / self.iterations, "staleness": max(self.stale), "lost": pool.lost,
-                "messages/step": {"sample": calls / self.iterations, "score": replicas.requests / self.iterations,
-                                  "next_batch": self.gpus, "weights": self.store.asked / self.iterations,
-                                  "scribe": told / self.iterations}}
+        return {
+            "gpus": self.gpus,
+            "bound": self.bound,
+            "fan_out": self.fan_out,
+            "weights_bytes": self.work.weights_bytes,
+            "failures": self.work.failures,
+            "seconds/step": step,
+            "images/s/gpu": images / step / self.gpus,
+            "busy": statistics.mean(gpu.busy for gpu in self.devices) / self.ended[-1],
+            "learner_waits": statistics.mean(self.waited[1:]),
+            "fan_out_s": max(self.nodes.seconds),
+            "bytes_in_flight": max(self.flight),
+            "image_bytes/step": images * self.work.image_bytes,
+            "cpu/step": cpu / self.iterations,
+            "staleness": max(self.stale),
+            "lost": pool.lost,
+            "messages/step": {
+                "sample": calls / self.iterations,
+                "score": replicas.requests / self.iterations,
+                "next_batch": self.gpus,
+                "weights": self.store.asked / self.iterations,
+                "scribe": told / self.iterations,
+            },
+        }
 
 
 def simulate(gpus: int, bound: int, work: Work = Work(), **more) -> dict:
@@ -298,21 +321,34 @@ def simulate(gpus: int, bound: int, work: Work = Work(), **more) -> dict:
 FULL = replace(Work(), weights_bytes=1e10, gradient_bytes=5e9)
 #: name -> (staleness bound, work, fan-out)
 SCENARIOS = {
-    "adapter, synchronous": (0, Work(), "ray"), "adapter, bound 1": (1, Work(), "ray"),
+    "adapter, synchronous": (0, Work(), "ray"),
+    "adapter, bound 1": (1, Work(), "ray"),
     "adapter, bound 1, actors die": (1, replace(Work(), failures=0.1), "ray"),
-    "full weights, synchronous": (0, FULL, "ray"), "full weights, bound 1": (1, FULL, "ray"),
-    "full weights, synchronous, owner only": (0, FULL, "owner"), "full weights, synchronous, tree": (0, FULL, "tree")}
+    "full weights, synchronous": (0, FULL, "ray"),
+    "full weights, bound 1": (1, FULL, "ray"),
+    "full weights, synchronous, owner only": (0, FULL, "owner"),
+    "full weights, synchronous, tree": (0, FULL, "tree"),
+}
 
 
 def table(rows: list[dict]) -> str:
     """Markdown."""
-    head = ("| scenario | GPUs | s/iteration | images/s/GPU | against the fewest | busy | weights to all nodes | "
-            "in flight | CPU/iteration |\n|---|---|---|---|---|---|---|---|---|")
+    head = (
+        "| scenario | GPUs | s/iteration | images/s/GPU | against the fewest | busy | weights to all nodes | "
+        "in flight | CPU/iteration |\n|---|---|---|---|---|---|---|---|---|"
+    )
     base = {row["scenario"]: row["images/s/gpu"] for row in reversed(rows)}
-    return "\n".join([head, *(
-        f"| {r['scenario']} | {r['gpus']} | {r['seconds/step']:.1f} | {r['images/s/gpu']:.3f} | "
-        f"{r['images/s/gpu'] / base[r['scenario']]:.0%} | {r['busy']:.0%} | {r['fan_out_s']:.1f} s | "
-        f"{r['bytes_in_flight'] / GB:.1f} GB | {r['cpu/step']:.2f} s |" for r in rows)])
+    return "\n".join(
+        [
+            head,
+            *(
+                f"| {r['scenario']} | {r['gpus']} | {r['seconds/step']:.1f} | {r['images/s/gpu']:.3f} | "
+                f"{r['images/s/gpu'] / base[r['scenario']]:.0%} | {r['busy']:.0%} | {r['fan_out_s']:.1f} s | "
+                f"{r['bytes_in_flight'] / GB:.1f} GB | {r['cpu/step']:.2f} s |"
+                for r in rows
+            ),
+        ]
+    )
 
 
 def plot(rows: list[dict], file: Path) -> None:

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from crosscheck import imagereward as authors  # noqa: E402
-from fixtures import clip as clip_fixtures  # noqa: E402
-from fixtures import clip_models  # noqa: E402
+from crosscheck import imagereward as authors
 
-from rlproxi.rewards import build  # noqa: E402
+from fixtures import clip as clip_fixtures
+from fixtures import clip_models
+from rlproxi.rewards import build
 
 
 def random_weights(shapes) -> dict[str, torch.Tensor]:
@@ -35,7 +35,9 @@ def random_weights(shapes) -> dict[str, torch.Tensor]:
 
 
 def hpsv2(folder: Path) -> dict:
-    torch.save({"state_dict": random_weights(clip_fixtures.open_clip_layout(clip_fixtures.VIT_H_14))}, folder / "hps.pt")
+    torch.save(
+        {"state_dict": random_weights(clip_fixtures.open_clip_layout(clip_fixtures.VIT_H_14))}, folder / "hps.pt"
+    )
     return {"checkpoint": str(folder / "hps.pt"), "tokenizer": str(clip_models.save_tokenizer(folder / "tokenizer"))}
 
 
@@ -43,11 +45,25 @@ def clip(folder: Path) -> dict:
     """ViT-L/14, whose image tower is also the aesthetic predictor's."""
     from transformers import CLIPConfig, CLIPModel
 
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-             "patch_size": 14, "image_size": 224, "projection_dim": 768}
-    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-            "vocab_size": 49408, "projection_dim": 768, "bos_token_id": clip_fixtures.VOCABULARY - 2,
-            "eos_token_id": clip_fixtures.VOCABULARY - 1}
+    tower = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+        "image_size": 224,
+        "projection_dim": 768,
+    }
+    text = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 49408,
+        "projection_dim": 768,
+        "bos_token_id": clip_fixtures.VOCABULARY - 2,
+        "eos_token_id": clip_fixtures.VOCABULARY - 1,
+    }
     CLIPModel(CLIPConfig(projection_dim=768, vision_config=tower, text_config=text)).save_pretrained(folder)
     clip_models.save_tokenizer(folder)
     return {"clip": str(folder)}
@@ -68,8 +84,9 @@ def measure(name: str, options: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         # The weights are written by another process, whose memory is not ours.
-        text = subprocess.run([sys.executable, __file__, "--write", name, folder], check=True, capture_output=True,
-                              text=True).stdout
+        text = subprocess.run(
+            [sys.executable, __file__, "--write", name, folder], check=True, capture_output=True, text=True
+        ).stdout
         params = json.loads(text.splitlines()[-1])
         scorer = build(name, {**params, "precision": options.precision, "micro_batch": options.images})
         images = np.random.default_rng(0).integers(0, 256, (options.images, options.size, options.size, 3), np.uint8)
@@ -81,9 +98,15 @@ def measure(name: str, options: argparse.Namespace) -> dict:
             seconds.append(time.perf_counter() - begun)
         gpu = scorer.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"scorer": name, "device": torch.cuda.get_device_name() if gpu else f"{options.threads} CPU threads",
-            "precision": options.precision, "images": options.images, "size": options.size,
-            "images_per_second": round(options.images / min(seconds[1:]), 3), "memory_gb": round(memory / 1e9, 2)}
+    return {
+        "scorer": name,
+        "device": torch.cuda.get_device_name() if gpu else f"{options.threads} CPU threads",
+        "precision": options.precision,
+        "images": options.images,
+        "size": options.size,
+        "images_per_second": round(options.images / min(seconds[1:]), 3),
+        "memory_gb": round(memory / 1e9, 2),
+    }
 
 
 def main() -> None:

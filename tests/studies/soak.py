@@ -26,9 +26,9 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+
 from fixtures import faults
 from fixtures.run_processes import launch
-
 from rlproxi.telemetry.runlog import read, series
 
 ROOT = Path(__file__).parents[2]
@@ -36,15 +36,31 @@ SMOKE = str(ROOT / "configs" / "smoke.yaml")
 #: Role -> (the title of its processes, the odds that it is drawn). A cluster has many actors and replicas, and one of each of
 #: the others; what the others cost to replace is longer than 20 s on two cores, and with even odds a run hardly moves.
 VICTIMS = {
-    "rollout actor": (faults.ROLLOUT, 8), "reward replica": (faults.REPLICA, 8), "learner rank": (faults.LEARNER, 1),
-    "weight owner": (r"^ray::WeightStore", 1), "conductor": (r"^ray::Conductor", 1), "scribe": (r"^ray::Scribe", 1),
-    "Train's controller": (r"^ray::TrainController", 1), "Serve's controller": (r"^ray::ServeController", 1),
+    "rollout actor": (faults.ROLLOUT, 8),
+    "reward replica": (faults.REPLICA, 8),
+    "learner rank": (faults.LEARNER, 1),
+    "weight owner": (r"^ray::WeightStore", 1),
+    "conductor": (r"^ray::Conductor", 1),
+    "scribe": (r"^ray::Scribe", 1),
+    "Train's controller": (r"^ray::TrainController", 1),
+    "Serve's controller": (r"^ray::ServeController", 1),
 }
 #: Whose memory is drawn as well, though nobody kills them.
 OTHERS = {"driver": r"rlproxi\.run", "raylet": r"raylet/raylet", "Ray's control store": r"gcs_server"}
-SETTINGS = ["run.stages=[rl]", "grpo.steps=1000000", "grpo.checkpoint_every=2", "evaluate.every=0", "telemetry.dashboard=false",
-            "resources.rollout_actors=2", "rewards.replicas=2", "faults.hang_timeout_s=30", "faults.max_restarts=1000",
-            "learner.max_failures=1000", "rewards.timeout_s=10", "rewards.retries=20"]
+SETTINGS = [
+    "run.stages=[rl]",
+    "grpo.steps=1000000",
+    "grpo.checkpoint_every=2",
+    "evaluate.every=0",
+    "telemetry.dashboard=false",
+    "resources.rollout_actors=2",
+    "rewards.replicas=2",
+    "faults.hang_timeout_s=30",
+    "faults.max_restarts=1000",
+    "learner.max_failures=1000",
+    "rewards.timeout_s=10",
+    "rewards.retries=20",
+]
 
 
 def role_of(title: str) -> str | None:
@@ -100,7 +116,9 @@ class Run:
         return max((r["step"] for r in self.records() if r["event"] == "metrics" and r["stage"] == "rl"), default=0)
 
     def wait_for(self, step: int, timeout: float) -> None:
-        faults.wait_for(lambda: (time.sleep(1), self.furthest() >= step)[1], lambda: self.process.poll() is None, timeout)
+        faults.wait_for(
+            lambda: (time.sleep(1), self.furthest() >= step)[1], lambda: self.process.poll() is None, timeout
+        )
 
     def end(self) -> int:
         """Asks it to end; its exit code (1: asked to end)."""
@@ -120,8 +138,11 @@ def starting_model(out: Path) -> list[str]:
         said = process.communicate()[0]
         assert process.returncode == 0, said[-3000:]
     models = next(base.iterdir()) / "models"
-    return [f"model.init={models / 'pretrained'}",
-            f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]", "rewards.heldout=[]"]
+    return [
+        f"model.init={models / 'pretrained'}",
+        f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]",
+        "rewards.heldout=[]",
+    ]
 
 
 def soak(run: Run, seconds: float, every: float, seed: int) -> tuple[list[tuple[float, str]], list[tuple[float, dict]]]:
@@ -160,12 +181,18 @@ def compared(ours: list[dict], theirs: list[dict]) -> tuple[int, list[str]]:
     last = min(end, max(series(theirs, "rl", "loss")[0]))
     masked = dict(zip(*series(ours, "rl", "groups/masked")))
     wrong = [f"step {step} was trained twice in one life" for step in faults.trained_twice(ours)]
-    wrong += [f"step {step}: {'not there' if step not in masked else 'groups were masked'}"
-              for step in range(last + 1, end + 1) if masked.get(step) != 0]
+    wrong += [
+        f"step {step}: {'not there' if step not in masked else 'groups were masked'}"
+        for step in range(last + 1, end + 1)
+        if masked.get(step) != 0
+    ]
     for key in faults.EXACT:
         a, b = (dict(zip(*series(records, "rl", key))) for records in (ours, theirs))
-        wrong += [f"{key} of step {step}: {a.get(step)} and {b.get(step)}"
-                  for step in range(1, last + 1) if a.get(step) is None or a.get(step) != b.get(step)]
+        wrong += [
+            f"{key} of step {step}: {a.get(step)} and {b.get(step)}"
+            for step in range(1, last + 1)
+            if a.get(step) is None or a.get(step) != b.get(step)
+        ]
     return last, wrong
 
 
@@ -173,8 +200,10 @@ def growth(used: list[tuple[float, dict]], role: str) -> tuple[float, float]:
     """(median MiB of a role's largest process in the second fifth of the time, in the last fifth)."""
     told = [(at, max(found[role])) for at, found in used if found.get(role)]
     end = max(at for at, _ in used)
-    return tuple(statistics.median([size for at, size in told if low * end <= at <= high * end] or [float("nan")])
-                 for low, high in ((0.2, 0.4), (0.8, 1.0)))
+    return tuple(
+        statistics.median([size for at, size in told if low * end <= at <= high * end] or [float("nan")])
+        for low, high in ((0.2, 0.4), (0.8, 1.0))
+    )
 
 
 def plot(told: dict, path: Path) -> None:
@@ -184,7 +213,9 @@ def plot(told: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(1, 1.6))
-    top.step([at / 60 for at, _ in told["progress"]], [step for _, step in told["progress"]], where="post", color="black")
+    top.step(
+        [at / 60 for at, _ in told["progress"]], [step for _, step in told["progress"]], where="post", color="black"
+    )
     top.set_ylabel("step reached")
     colours = dict(zip([*VICTIMS, *OTHERS], pyplot.get_cmap("tab20").colors))
     for at, role in told["kills"]:
@@ -192,7 +223,11 @@ def plot(told: dict, path: Path) -> None:
     for role, colour in colours.items():
         points = [(at / 60, sum(found[role]) / len(found[role])) for at, found in told["memory"] if found.get(role)]
         bottom.plot(*zip(*points), ".", markersize=3, color=colour, label=role) if points else None
-    bottom.set(xlabel="minutes; lines above: kills, in the colour of who was killed", ylabel="MiB of a process's own", ylim=(0, None))
+    bottom.set(
+        xlabel="minutes; lines above: kills, in the colour of who was killed",
+        ylabel="MiB of a process's own",
+        ylim=(0, None),
+    )
     bottom.legend(fontsize=8, ncol=2, markerscale=3)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -217,8 +252,11 @@ def main() -> int:
     records = run.records()
     steps = progress([r for r in records if r["time"] >= begun], begun)
     still = [b[0] - a[0] for a, b in zip([(0.0, 0), *steps], steps)]
-    print(f"asked to end: exit code {code}; step {run.furthest()} after {len(kills)} kills {dict(Counter(r for _, r in kills))}; "
-          f"longest without a new step {max(still):.0f} s", flush=True)
+    print(
+        f"asked to end: exit code {code}; step {run.furthest()} after {len(kills)} kills {dict(Counter(r for _, r in kills))}; "
+        f"longest without a new step {max(still):.0f} s",
+        flush=True,
+    )
 
     told = {"kills": kills, "memory": used, "progress": steps, "exit": code}
     (options.out / "soak.json").write_text(json.dumps(told))  # half an hour's work, whatever becomes of the comparison
@@ -233,8 +271,11 @@ def main() -> int:
     for role in [*VICTIMS, *OTHERS]:
         print(f"{role:<20} {growth(used, role)[0]:7.0f} MiB -> {growth(used, role)[1]:7.0f} MiB")
     print(f"median seconds of a step: {speed[0]:.2f}, unbroken {speed[1]:.2f}")
-    print("\n".join(wrong[:20]) or f"{run.furthest()} steps, no group lost, masked or trained twice; "
-          f"every metric of the first {last} as in the unbroken run, to the bit")
+    print(
+        "\n".join(wrong[:20])
+        or f"{run.furthest()} steps, no group lost, masked or trained twice; "
+        f"every metric of the first {last} as in the unbroken run, to the bit"
+    )
     return int(bool(wrong))
 
 

@@ -21,8 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from few_step_study import arm_config, train
-from fixtures.run_processes import ROOT, launch
 
+from fixtures.run_processes import ROOT, launch
 from rlproxi.telemetry.runlog import read, series
 
 STEPS = 80
@@ -52,9 +52,18 @@ def pretrain(run_dir: Path) -> dict[str, float]:
     config = arm_config(run_dir, "T 0.8", STEPS, 0)
     before = plain(run_dir, config.resources.learner_workers)
     with tempfile.TemporaryDirectory() as folder:
-        finished([str(ROOT / "configs" / "quickstart.yaml"), f"run.dir={folder}", "run.stages=[prepare,pretrain]",
-                  "prepare.text_steps=20", "prepare.classifier_steps=20", "prepare.samples=256", f"pretrain.steps={STEPS}",
-                  "telemetry.dashboard=false"])
+        finished(
+            [
+                str(ROOT / "configs" / "quickstart.yaml"),
+                f"run.dir={folder}",
+                "run.stages=[prepare,pretrain]",
+                "prepare.text_steps=20",
+                "prepare.classifier_steps=20",
+                "prepare.samples=256",
+                f"pretrain.steps={STEPS}",
+                "telemetry.dashboard=false",
+            ]
+        )
         ours = statistics.median(series(read(next(Path(folder).iterdir())), "pretrain", "images_per_second")[1][2:])
     bare = statistics.mean([before, plain(run_dir, config.resources.learner_workers)])
     return {"images/s": ours, "plain loop": bare, "ratio": ours / bare}
@@ -74,8 +83,12 @@ def _loop(run: str, workers: int) -> float:
     config = arm_config(Path(run), "T 0.8", STEPS, 0)
     size = config.pretrain.batch_size // workers
     times: list[float] = []
-    config = config.model_copy(update={"pretrain": config.pretrain.model_copy(update={"batch_size": size}),
-                                       "model": config.model.model_copy(update={"precision": "auto"})})  # as the run that it is beside
+    config = config.model_copy(
+        update={
+            "pretrain": config.pretrain.model_copy(update={"batch_size": size}),
+            "model": config.model.model_copy(update={"precision": "auto"}),
+        }
+    )  # as the run that it is beside
     train(config, Path(run), lambda line: times.append(time.perf_counter()))
     return size * 20 * (len(times) - 2) / (times[-1] - times[1])
 

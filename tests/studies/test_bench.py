@@ -5,9 +5,14 @@ import threading
 from rlproxi.cli import bench
 from rlproxi.config.loading import build_config
 
-TINY = {"data": {"size": 16}, "model": {"channels": [32, 32]}, "sampler": {"num_inference_steps": 3},
-        "pretrain": {"candidates": [3]}, "evaluate": {"steps": [3]},
-        "grpo": {"prompts_per_step": 2, "groups_per_micro_batch": 2, "group_size": 2, "trained_steps": 2}}
+TINY = {
+    "data": {"size": 16},
+    "model": {"channels": [32, 32]},
+    "sampler": {"num_inference_steps": 3},
+    "pretrain": {"candidates": [3]},
+    "evaluate": {"steps": [3]},
+    "grpo": {"prompts_per_step": 2, "groups_per_micro_batch": 2, "group_size": 2, "trained_steps": 2},
+}
 
 
 def test_a_ratio_is_of_calls_of_the_same_moment(monkeypatch):
@@ -45,8 +50,13 @@ def test_bare_work_is_one_iterations_forwards_and_backwards(monkeypatch, tmp_pat
     monkeypatch.setattr(bench._Shapes, "forward", lambda self, times=1: calls.append(f"{times} forwards"))
     monkeypatch.setattr(bench._Shapes, "forward_backward", lambda self: calls.append("backward"))
     for ranks, micro_batches in ((1, 2), (2, 1)):
-        config = build_config({**TINY, "grpo": {**TINY["grpo"], "prompts_per_step": 4, "kl_coef": 0.1},
-                               "resources": {"learner_workers": ranks}})
+        config = build_config(
+            {
+                **TINY,
+                "grpo": {**TINY["grpo"], "prompts_per_step": 4, "kl_coef": 0.1},
+                "resources": {"learner_workers": ranks},
+            }
+        )
         calls.clear()
         seconds = bench._bare_iterations(config, bench._random_classifier(config, tmp_path), repeats=1)
         assert len(seconds) == 1 and seconds[0] > 0

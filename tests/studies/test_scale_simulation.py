@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from studies.scale_simulation import FULL, SCENARIOS, Work, plot, simulate, table
 
 
@@ -31,8 +32,9 @@ def test_dying_actors_cost_what_they_did_not_finish_and_no_group():
 
 def test_the_weights_of_a_large_network_wait_for_the_owners_link():
     """7 other nodes: seven times a node's share from one owner, three rounds as a tree."""
-    owner, ray, tree = (simulate(64, 0, FULL, fan_out=how, iterations=2)["fan_out_s"]
-                        for how in ("owner", "ray", "tree"))
+    owner, ray, tree = (
+        simulate(64, 0, FULL, fan_out=how, iterations=2)["fan_out_s"] for how in ("owner", "ray", "tree")
+    )
     assert owner == pytest.approx(7 * 0.8, rel=0.01) and ray == pytest.approx(owner, rel=0.2)
     assert tree == pytest.approx(3 * 0.8, rel=0.01)
 

@@ -142,13 +142,21 @@ class Seed:
     @torch.no_grad()
     def _probe(self, denoiser: nn.Module) -> Tensor:
         y = torch.randn((4, 3, self.config.data.size, self.config.data.size), generator=generator(7))
-        return denoiser(y, torch.linspace(0, 0.6, 4), torch.tensor([0.1, 0.5, 2.0, 4.0]),
-                        self.judged.text.encode(self.judged.prompts[:4]))
+        return denoiser(
+            y,
+            torch.linspace(0, 0.6, 4),
+            torch.tensor([0.1, 0.5, 2.0, 4.0]),
+            self.judged.text.encode(self.judged.prompts[:4]),
+        )
 
     def _train(self, arm: str, unet: ProximalUNet, steps: int, first: int) -> None:
         p, s, schedule = self.config.pretrain, self.config.sampler, self.judged.schedule
-        matching = Matching(p.model_copy(update={"steps": steps, "lr": p.lr / (4 if arm == "gentle" else 1)}), schedule,
-                         TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid), self.seed)
+        matching = Matching(
+            p.model_copy(update={"steps": steps, "lr": p.lr / (4 if arm == "gentle" else 1)}),
+            schedule,
+            TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid),
+            self.seed,
+        )
         score = ScoreModel(unet) if arm in ("half", "score") else None
         # Judged is the average of the weights, in a network of the same kind.
         ema, average = EMA(unet, p.ema), copy.deepcopy(unet)
@@ -162,8 +170,11 @@ class Seed:
             begin = time.process_time()
             images, text = self._batch(first + step)
             with autocast(self.judged.dtype, "cpu"):
-                loss = (self._score_loss(score, images, text, first + step) if score else
-                        next(matching.losses(denoiser, images, text, step))[0])
+                loss = (
+                    self._score_loss(score, images, text, first + step)
+                    if score
+                    else next(matching.losses(denoiser, images, text, step))[0]
+                )
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(unet.parameters(), p.grad_clip)
@@ -202,10 +213,27 @@ class Seed:
 
     def _record(self, arm: str, step: int, seconds: float, by_steps: dict[int, dict[str, float]]) -> None:
         with self.log.open("a") as log:
-            print(json.dumps({"seed": self.seed, "arm": arm, "step": step, "total": self.options.steps,
-                              "cpu_seconds": round(seconds, 1), "judge": by_steps}), file=log)
-        print(self.seed, arm, step, f"{seconds:.0f} s",
-              *(f"N={n} {v['mean']:.3f}±{v['sem']:.3f}" for n, v in by_steps.items()), flush=True)
+            print(
+                json.dumps(
+                    {
+                        "seed": self.seed,
+                        "arm": arm,
+                        "step": step,
+                        "total": self.options.steps,
+                        "cpu_seconds": round(seconds, 1),
+                        "judge": by_steps,
+                    }
+                ),
+                file=log,
+            )
+        print(
+            self.seed,
+            arm,
+            step,
+            f"{seconds:.0f} s",
+            *(f"N={n} {v['mean']:.3f}±{v['sem']:.3f}" for n, v in by_steps.items()),
+            flush=True,
+        )
 
 
 def read(file: Path) -> list[dict]:
@@ -242,8 +270,10 @@ def show(out: Path, image: Path) -> None:
                 print(f"  {arm:14} {step:5}: {values.mean():.3f} [{' '.join(f'{v:.3f}' for v in values)}]")
         for step, values in curve(records, "warm", count).items():
             print(f"  warm after {step}: prox needs {steps_to(curve(records, 'prox', count), values.mean()):.0f} steps")
-    print("\nCPU seconds a step:", *(f"{r['arm'][:-6]} {r['cpu_seconds'] / r['step']:.3f}" for r in records
-                                     if r["arm"].endswith(" final")))
+    print(
+        "\nCPU seconds a step:",
+        *(f"{r['arm'][:-6]} {r['cpu_seconds'] / r['step']:.3f}" for r in records if r["arm"].endswith(" final")),
+    )
     draw(records, max(r["total"] for r in records), image)
 
 
@@ -251,12 +281,14 @@ def draw(records: list[dict], total: int, image: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
-    lines = [("prox", 0, "C0", "-", "proximal matching from nothing"),
-             ("score", 0, "C7", "-", "score model, formula only"),
-             ("half", 0, "C1", ":", "score model for half the steps, formula only"),
-             ("warm", total // 2, "C1", "-", "... then warm-started proximal matching"),
-             ("warm", 0, "C2", "--", "the same, counting its proximal steps only"),
-             ("gentle", total // 2, "C3", ":", "warm-started at a quarter of the learning rate")]
+    lines = [
+        ("prox", 0, "C0", "-", "proximal matching from nothing"),
+        ("score", 0, "C7", "-", "score model, formula only"),
+        ("half", 0, "C1", ":", "score model for half the steps, formula only"),
+        ("warm", total // 2, "C1", "-", "... then warm-started proximal matching"),
+        ("warm", 0, "C2", "--", "the same, counting its proximal steps only"),
+        ("gentle", total // 2, "C3", ":", "warm-started at a quarter of the learning rate"),
+    ]
     for ax, count in zip(panels := figure.subplots(1, len(COUNTS), sharey=True), COUNTS):
         for arm, shift, colour, style, label in lines:
             points = curve(records, arm, count)

@@ -37,8 +37,11 @@ def ray_session():
 
     # Workers import tests/fixtures/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    for name, value in (("RAY_worker_niceness", "0"), ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"),
-                        ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")):
+    for name, value in (
+        ("RAY_worker_niceness", "0"),
+        ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"),
+        ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5"),
+    ):
         os.environ.setdefault(name, value)  # as cluster.connect does
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield ray
@@ -52,12 +55,14 @@ def ray_session():
 def start(ray_session, tmp_path_factory):
     """start(*overrides, code=0) -> Done: the smoke config through the front door, in this process; its run directory is made
     in ``base``, where that is given."""
+
     def run(*overrides: str, code: int = 0, base: Path | None = None) -> Done:
         base = base or tmp_path_factory.mktemp("runs")
         assert main([SMOKE, f"run.dir={base}", *overrides]) == code
         folders = list(base.iterdir())
         assert len(folders) == 1
         return Done(folders[0])
+
     return run
 
 
@@ -71,9 +76,11 @@ def smoke(start) -> Done:
 def from_smoke(smoke):
     """Overrides that start RL from the smoke run's models."""
     models = smoke.folder / "models"
-    return [f"model.init={models / 'pretrained'}",
-            f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]",
-            f"rewards.heldout=[{{name: judge, params: {{path: {models / 'judge.safetensors'}}}}}]"]
+    return [
+        f"model.init={models / 'pretrained'}",
+        f"rewards.train=[{{name: attributes, params: {{path: {models / 'reward.safetensors'}}}}}]",
+        f"rewards.heldout=[{{name: judge, params: {{path: {models / 'judge.safetensors'}}}}}]",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures.own_ray import ROOT, SMALL, OwnRay
 
+from fixtures.own_ray import ROOT, SMALL, OwnRay
 from rlproxi.telemetry.runlog import read
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes on a Ray of its own
@@ -24,14 +24,31 @@ def autoscaling() -> dict:
     group = {"node_config": {}, "min_workers": 0, "max_workers": 2}
     types = {role: {**group, "resources": {"CPU": 2, role: 1, "object_store_memory": 200_000_000}} for role in ROLES}
     return {
-        "cluster_name": "fake", "max_workers": 6, "upscaling_speed": 1.0, "idle_timeout_minutes": IDLE_S / 60,
-        "provider": {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
-                     "disable_launch_config_check": True, "launch_multiple": True},
+        "cluster_name": "fake",
+        "max_workers": 6,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": IDLE_S / 60,
+        "provider": {
+            "type": "fake_multinode",
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+        },
         "available_node_types": {HEAD: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **types},
-        "head_node_type": HEAD, "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [],
-        "file_mounts_sync_continuously": False, "initialization_commands": [], "setup_commands": [],
-        "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
-        "worker_start_ray_commands": []}
+        "head_node_type": HEAD,
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+    }
 
 
 WATCH = """
@@ -69,14 +86,33 @@ def test_a_run_grows_its_cluster_from_nothing_and_gives_it_back(tmp_path):
             own.wait_for(lambda: len(look()) == 1, 180)
             assert not any(role in look()[0] for role in ROLES) and not look()[0].get("CPU")
             run = subprocess.Popen(
-                [sys.executable, "-m", "rlproxi.run", str(ROOT / "configs" / "smoke.yaml"), f"run.dir={tmp_path}/runs",
-                 "resources.autoscaling=true", "resources.placement=roles", "resources.autoscaling_timeout_s=300", *SMALL],
-                env=own.clients, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                [
+                    sys.executable,
+                    "-m",
+                    "rlproxi.run",
+                    str(ROOT / "configs" / "smoke.yaml"),
+                    f"run.dir={tmp_path}/runs",
+                    "resources.autoscaling=true",
+                    "resources.placement=roles",
+                    "resources.autoscaling_timeout_s=300",
+                    *SMALL,
+                ],
+                env=own.clients,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
             placed: dict[str, str] = {}
 
             def rollouts_run() -> bool:
-                told = any(r["event"] == "stage" and r["name"] == "rl" for d in Path(tmp_path, "runs").glob("*") for r in read(d))
+                told = any(
+                    r["event"] == "stage" and r["name"] == "rl"
+                    for d in Path(tmp_path, "runs").glob("*")
+                    for r in read(d)
+                )
                 return told or run.poll() is not None
+
             own.wait_for(rollouts_run, 400)
             if run.poll() is None:
                 answer = own.python(ACTORS)
@@ -96,7 +132,11 @@ def test_a_run_grows_its_cluster_from_nothing_and_gives_it_back(tmp_path):
     assert set(kinds.values()) == set(ROLES), "a group of each role was started"
     assert kinds[placed["RolloutActor"]] == "rollout"
     assert kinds[placed["ServeReplica:" + next(n for n in placed if n.startswith("ServeReplica:"))[13:]]] == "reward"
-    away = {name: kinds[node] for name, node in placed.items() if name in ("Conductor", "Scribe", "WeightStore") and node in kinds}
+    away = {
+        name: kinds[node]
+        for name, node in placed.items()
+        if name in ("Conductor", "Scribe", "WeightStore") and node in kinds
+    }
     assert not away, "what a run cannot do without stays on the driver's node"
     assert max(len(rows) for _, rows in seen) <= 7
     (folder,) = Path(tmp_path, "runs").iterdir()

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from fixtures import curation as fixtures
 from fixtures import curation_models
 from fixtures.run_processes import kill_when, launch
-
 from rlproxi.cli.run import main
 from rlproxi.data.shards import read_shard
 from rlproxi.telemetry.runlog import read
@@ -25,8 +25,19 @@ def _manifest(out: Path) -> list[dict]:
 
 def _run(base: Path, raw: Path, *overrides: str, code: int = 0) -> Path:
     """The stage through the front door, in this process; returns the folder of the output."""
-    assert main([CONFIG, f"run.dir={base / 'runs'}", f"curate.urls=[{raw}]", f"curate.out={base / 'out'}",
-                 "curate.faces.min_size=64", *overrides]) == code
+    assert (
+        main(
+            [
+                CONFIG,
+                f"run.dir={base / 'runs'}",
+                f"curate.urls=[{raw}]",
+                f"curate.out={base / 'out'}",
+                "curate.faces.min_size=64",
+                *overrides,
+            ]
+        )
+        == code
+    )
     return base / "out"
 
 
@@ -60,7 +71,9 @@ def many(tmp_path_factory) -> tuple[Path, list[str]]:
     return base / "raw", [
         "curate.filters=[{name: bright, scorer: python, params: {function: 'fixtures.curation_functions:slow'}, min: 80}]",
         f"curate.caption={{model: {blip}, max_tokens: 6, precision: float32}}",
-        "curate.samples_per_shard=1", "curate.workers=1"]
+        "curate.samples_per_shard=1",
+        "curate.workers=1",
+    ]
 
 
 @pytest.mark.parametrize("stages", [("written",), pytest.param(("examined", "written"), marks=pytest.mark.exhaustive)])
@@ -73,9 +86,15 @@ def test_killed_and_resumed(stages, ray_session, many, tmp_path, monkeypatch):
     examined, written = out / "steps" / "examined", out / "steps" / "written"
     count = lambda folder: len(list(folder.glob("[0-9]*.jsonl")))  # noqa: E731
     ages = lambda folder: {p.name: p.stat().st_mtime_ns for p in folder.glob("[0-9]*.jsonl")}  # noqa: E731
-    start = [CONFIG, f"run.dir={runs}", f"curate.urls=[{raw}]", f"curate.out={out}", "curate.faces.min_size=64",
-             *overrides]
-    resume, before = lambda: ["--resume", str(next(runs.iterdir()))], {}  # noqa: E731
+    start = [
+        CONFIG,
+        f"run.dir={runs}",
+        f"curate.urls=[{raw}]",
+        f"curate.out={out}",
+        "curate.faces.min_size=64",
+        *overrides,
+    ]
+    resume, before = lambda: ["--resume", str(next(runs.iterdir()))], {}
     process = launch(start)
     if "examined" in stages:
         kill_when(process, lambda: count(examined) >= 3)
@@ -106,10 +125,14 @@ def test_a_worker_that_dies_repeats_its_shard(ray_session, many, tmp_path):
     raw, marker = tmp_path / "raw", tmp_path / "died"
     for n in range(3):
         captions = [f"die {marker}" if (n, i) == (1, 2) else "a face" for i in range(4)]
-        samples = [(f"{n}{i:04d}", fixtures.encoded(fixtures.real_face(4 * n + i)), caption, None)
-                   for i, caption in enumerate(captions)]
+        samples = [
+            (f"{n}{i:04d}", fixtures.encoded(fixtures.real_face(4 * n + i)), caption, None)
+            for i, caption in enumerate(captions)
+        ]
         fixtures.write_tar(raw / f"{n}.tar", samples)
-    scorer = "curate.filters=[{name: bright, scorer: python, params: {function: 'fixtures.curation_functions:die_once'}}]"
+    scorer = (
+        "curate.filters=[{name: bright, scorer: python, params: {function: 'fixtures.curation_functions:die_once'}}]"
+    )
     first = _run(tmp_path / "first", raw, scorer)
     assert marker.exists(), "the worker was killed"
     second = _run(tmp_path / "second", raw, scorer)

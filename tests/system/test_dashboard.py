@@ -10,8 +10,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from fixtures.run_processes import kill_when, launch
 
+from fixtures.run_processes import kill_when, launch
 from rlproxi.telemetry.runlog import read
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # minutes of a browser beside a run
@@ -39,8 +39,17 @@ def browser():
 @pytest.fixture
 def run(tmp_path):
     """(process, its lines so far, run directory's parent): a smoke run with a gallery after each iteration."""
-    process = launch([str(SMOKE), f"run.dir={tmp_path}", "telemetry.dashboard_port=0", "telemetry.samples_every=1",
-                      f"grpo.steps={STEPS}", "evaluate.every=10", "evaluate.steps=[2, 4]"])
+    process = launch(
+        [
+            str(SMOKE),
+            f"run.dir={tmp_path}",
+            "telemetry.dashboard_port=0",
+            "telemetry.samples_every=1",
+            f"grpo.steps={STEPS}",
+            "evaluate.every=10",
+            "evaluate.steps=[2, 4]",
+        ]
+    )
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
@@ -63,9 +72,9 @@ def reach(page, chart: str, step: int) -> int:
     canvas = f'.chart[data-metric="{chart}"] canvas'
     page.wait_for_selector(canvas, timeout=PATIENCE)
     page.locator(canvas).scroll_into_view_if_needed()
-    page.wait_for_function("([at, step]) => Number(document.querySelector(at).dataset.last) >= step",
-                           arg=[canvas, step],
-                           timeout=PATIENCE)
+    page.wait_for_function(
+        "([at, step]) => Number(document.querySelector(at).dataset.last) >= step", arg=[canvas, step], timeout=PATIENCE
+    )
     return int(page.locator(canvas).get_attribute("data-last"))
 
 
@@ -104,7 +113,7 @@ def test_a_browser_follows_a_run(run, browser):
     assert process.wait(PATIENCE / 1000) == 0
     process.reader.join(10)
     assert sum(line.startswith("dashboard ") for line in lines) == 1
-    folder, = base.iterdir()
+    (folder,) = base.iterdir()
     assert [r["step"] for r in read(folder) if r["event"] == "samples"][-1] == STEPS
     with pytest.raises(urllib.error.URLError):  # it ended with the run
         urllib.request.urlopen(url, timeout=10)
@@ -117,19 +126,22 @@ def newest_samples(page) -> None:
     page.wait_for_selector(f"{body} canvas[data-drawn]", timeout=PATIENCE)
     seen = int(page.locator(body).get_attribute("data-step"))
     if seen < STEPS:
-        page.wait_for_function("([at, step]) => Number(document.querySelector(at).dataset.step) > step",
-                               arg=[body, seen],
-                               timeout=PATIENCE)
+        page.wait_for_function(
+            "([at, step]) => Number(document.querySelector(at).dataset.step) > step", arg=[body, seen], timeout=PATIENCE
+        )
     words = page.locator(body).inner_text()
     assert "best" in words and "worst" in words
-    page.wait_for_function("""(at) => { const c = document.querySelector(at);
+    page.wait_for_function(
+        """(at) => { const c = document.querySelector(at);
         return c && new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size > 8; }""",
-                           arg=f"{body} canvas[data-drawn]")
+        arg=f"{body} canvas[data-drawn]",
+    )
 
 
 def the_timeline_has_its_lanes(page) -> None:
-    page.wait_for_function("() => Number(document.querySelector('#timeline canvas').dataset.lanes) >= 3",
-                           timeout=PATIENCE)
+    page.wait_for_function(
+        "() => Number(document.querySelector('#timeline canvas').dataset.lanes) >= 3", timeout=PATIENCE
+    )
     lanes = page.locator("#timeline tbody th").all_inner_texts()
     assert {lane.split()[0] for lane in lanes} >= {"rollout", "reward", "learner"}
 

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures import faults
-from fixtures.faults import MATRIX, SETTINGS, Fault
-from fixtures.run_processes import has_step, launch
 from ray.cluster_utils import Cluster
 
 from actors.rl.stops import LOST
@@ -21,6 +18,9 @@ from actors.run.driver import Driver
 from actors.run.log_writer import Scribe
 from actors.run.supervisor import Leaving, Watch
 from actors.train.jobs import LearnerSetup, RanksFailed, _bearers, _placement_groups, train_on_ray
+from fixtures import faults
+from fixtures.faults import MATRIX, SETTINGS, Fault
+from fixtures.run_processes import has_step, launch
 from rlproxi.config.loading import load_config
 from rlproxi.errors import RunStopped
 from rlproxi.telemetry.runlog import last_step, read
@@ -54,6 +54,7 @@ def end_all(process: subprocess.Popen) -> None:
 @pytest.fixture
 def hit_run(from_smoke, unbroken, tmp_path):
     """hit_run(fault) -> Outcome of a run in a process and on a Ray of its own."""
+
     def run(fault: Fault) -> faults.Outcome:
         process = launch([SMOKE, f"run.dir={tmp_path}", *SETTINGS, *from_smoke])
         try:
@@ -68,6 +69,7 @@ def hit_run(from_smoke, unbroken, tmp_path):
         outcome = faults.judge(fault.name, hit_at, only_folder(tmp_path), unbroken)
         print(outcome)
         return outcome
+
     return run
 
 
@@ -88,8 +90,12 @@ def test_a_conductor_that_dies_while_no_rank_lives_is_missed_by_the_next(from_sm
         hit_at = time.time()
         faults.hit(fault["Train's controller killed"], process.pid)
         titles = lambda: [title for _, title in faults.processes(process.pid)]  # noqa: E731
-        faults.wait_for(lambda: not any(re.search(faults.LEARNER, title) for title in titles()), lambda: process.poll() is None)
-        faults.wait_for(lambda: any(re.search("^ray::TrainController", title) for title in titles()), lambda: process.poll() is None)
+        faults.wait_for(
+            lambda: not any(re.search(faults.LEARNER, title) for title in titles()), lambda: process.poll() is None
+        )
+        faults.wait_for(
+            lambda: any(re.search("^ray::TrainController", title) for title in titles()), lambda: process.poll() is None
+        )
         faults.hit(fault["conductor killed"], process.pid)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output[-4000:]
@@ -108,8 +114,10 @@ def test_a_lost_node_is_replaced_by_the_next(from_smoke, unbroken, tmp_path):
     try:
         first = cluster.add_node(**node)
         cluster.wait_for_nodes()
-        process = launch([SMOKE, f"run.dir={tmp_path}", *SETTINGS, *from_smoke, "resources.placement=roles"],
-                         {**os.environ, "RAY_ADDRESS": cluster.address})
+        process = launch(
+            [SMOKE, f"run.dir={tmp_path}", *SETTINGS, *from_smoke, "resources.placement=roles"],
+            {**os.environ, "RAY_ADDRESS": cluster.address},
+        )
         try:
             faults.wait_for(lambda: reached(tmp_path, 3), lambda: process.poll() is None)
             hit_at = time.time()
@@ -166,8 +174,14 @@ def test_what_dies_is_replaced_and_two_rollout_actors_do_what_one_does(start, fr
 
     thread = threading.Thread(target=strike, daemon=True)
     thread.start()
-    run = start(*faults.PATIENT, *from_smoke, "run.stages=[before, rl, after]", "resources.rollout_actors=2", "evaluate.every=0",
-                base=base)
+    run = start(
+        *faults.PATIENT,
+        *from_smoke,
+        "run.stages=[before, rl, after]",
+        "resources.rollout_actors=2",
+        "evaluate.every=0",
+        base=base,
+    )
     thread.join(1)
     outcome = faults.judge("all three", when[0], run.folder, smoke.folder)
     assert outcome.exact and outcome.reached >= 1 and len(when) == 3, outcome
@@ -183,7 +197,9 @@ def test_what_dies_is_replaced_and_two_rollout_actors_do_what_one_does(start, fr
 def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_session, tmp_path):
     """SIGTERM, as a scheduler or a cloud sends it: the run ends after the iteration under way, and goes on from there."""
     environment = {**os.environ, "RAY_ADDRESS": ray_session.get_runtime_context().gcs_address}
-    process = launch([SMOKE, f"run.dir={tmp_path}", *faults.PATIENT, *rl_alone, "grpo.checkpoint_every=100"], environment)
+    process = launch(
+        [SMOKE, f"run.dir={tmp_path}", *faults.PATIENT, *rl_alone, "grpo.checkpoint_every=100"], environment
+    )
     faults.wait_for(lambda: reached(tmp_path, 1), lambda: process.poll() is None)
     asked = time.time()
     os.kill(process.pid, signal.SIGTERM)
@@ -222,6 +238,7 @@ def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_ses
             if isinstance(error, RunStopped):
                 ray.get(driver.scribe.stop.remote(str(error), LOST))
             raise error
+
         return work
 
     ranks, lost = RanksFailed("[Rank 0]\n  File x.py\nValueError: boom\n"), RunStopped("the weight store is lost")
@@ -230,7 +247,9 @@ def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_ses
     with pytest.raises(RunStopped, match=r"^the weight store is lost$"):
         driver._until_it_stands("rl", failing((6, lost), (7, lost), (7, lost)))
     assert ray.get(driver.scribe.stop_kind.remote()) == LOST
-    with pytest.raises(RunStopped, match=r"rl: the learner failed \(ValueError: boom\) in 4 attempts without a new step after 8"):
+    with pytest.raises(
+        RunStopped, match=r"rl: the learner failed \(ValueError: boom\) in 4 attempts without a new step after 8"
+    ):
         driver._until_it_stands("rl", failing((8, ranks), (8, ranks)))
     assert "File x.py" in capsys.readouterr().err, "the traceback is shown"
     ray.kill(driver.scribe)

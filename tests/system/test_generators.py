@@ -5,21 +5,41 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures import made_up_algorithm
-from fixtures.run_processes import has_step, kill_when, launch
 from safetensors.torch import load_file
 
+from fixtures import made_up_algorithm
+from fixtures.run_processes import has_step, kill_when, launch
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.telemetry.runlog import read, series
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
-R0 = ["run.algorithm=r0", "r0.steps=3", "r0.prompts_per_step=8", "r0.groups_per_micro_batch=4", "r0.lr=1.0e-3",
-      "r0.warmup_steps=1", "r0.ema=0.9", "r0.distribution_weight=0.5", "r0.fake_updates=1",
-      "sampler.num_inference_steps=3"]
-DIDR = ["run.algorithm=didr", "didr.steps=5", "didr.prompts_per_step=8", "didr.groups_per_micro_batch=4", "didr.lr=1.0e-3",
-        "didr.fake_lr=1.0e-3", "didr.warmup_steps=1", "didr.ema=0.9", "didr.anchor=1.0e-3", "didr.checkpoint_every=2",
-        "sampler.num_inference_steps=1", "evaluate.steps=[1]"]
+R0 = [
+    "run.algorithm=r0",
+    "r0.steps=3",
+    "r0.prompts_per_step=8",
+    "r0.groups_per_micro_batch=4",
+    "r0.lr=1.0e-3",
+    "r0.warmup_steps=1",
+    "r0.ema=0.9",
+    "r0.distribution_weight=0.5",
+    "r0.fake_updates=1",
+    "sampler.num_inference_steps=3",
+]
+DIDR = [
+    "run.algorithm=didr",
+    "didr.steps=5",
+    "didr.prompts_per_step=8",
+    "didr.groups_per_micro_batch=4",
+    "didr.lr=1.0e-3",
+    "didr.fake_lr=1.0e-3",
+    "didr.warmup_steps=1",
+    "didr.ema=0.9",
+    "didr.anchor=1.0e-3",
+    "didr.checkpoint_every=2",
+    "sampler.num_inference_steps=1",
+    "evaluate.steps=[1]",
+]
 TWO = ["learner.zero_stage=3", "resources.learner_workers=2"]
 
 
@@ -68,9 +88,12 @@ def test_didr_killed_and_resumed_is_the_unbroken_run_for_both_networks(didr, fro
     """Weights, moments, start and average of the generator, weights and moments of the fake score: all go on."""
     smoke = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
     folder = lambda: next(iter(tmp_path.iterdir()))  # noqa: E731
-    first = launch([smoke, f"run.dir={tmp_path}", "run.stages=[before, rl, after, report]", "evaluate.every=3", *DIDR,
-                     *from_smoke])
-    kill_when(first, lambda: any(tmp_path.iterdir()) and (folder() / "metrics.jsonl").exists() and has_step(folder(), "rl", 3))
+    first = launch(
+        [smoke, f"run.dir={tmp_path}", "run.stages=[before, rl, after, report]", "evaluate.every=3", *DIDR, *from_smoke]
+    )
+    kill_when(
+        first, lambda: any(tmp_path.iterdir()) and (folder() / "metrics.jsonl").exists() and has_step(folder(), "rl", 3)
+    )
     last = launch(["--resume", str(folder())])
     output = last.communicate(timeout=240)[0]
     assert last.returncode == 0, output[-3000:]
@@ -84,9 +107,17 @@ def test_didr_killed_and_resumed_is_the_unbroken_run_for_both_networks(didr, fro
 def test_an_algorithm_of_ones_own_is_a_class_and_a_key(start, rl_alone):
     source = Path(made_up_algorithm.__file__).read_text().partition("class ")[2]
     assert len(source.splitlines()) < 40
-    run = start(*rl_alone, "run.algorithm=fixtures.made_up_algorithm:RewardWeighted", "custom.steps=2",
-                "custom.prompts_per_step=4", "custom.group_size=4", "custom.groups_per_micro_batch=2",
-                "custom.params={temperature: 0.1}", "custom.lr=1.0e-4", "custom.warmup_steps=0")
+    run = start(
+        *rl_alone,
+        "run.algorithm=fixtures.made_up_algorithm:RewardWeighted",
+        "custom.steps=2",
+        "custom.prompts_per_step=4",
+        "custom.group_size=4",
+        "custom.groups_per_micro_batch=2",
+        "custom.params={temperature: 0.1}",
+        "custom.lr=1.0e-4",
+        "custom.warmup_steps=0",
+    )
     steps, losses = run.series("rl", "loss")
     assert steps == [1, 2] and losses[1] != losses[0]
     assert (run.folder / "models" / "final" / "unet").is_dir()

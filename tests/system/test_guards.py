@@ -7,8 +7,15 @@ import pytest
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]
 
 # One update at this rate, and the weights are of the order of the rate.
-WILD = ["pretrain.lr=1.0e30", "pretrain.steps=6", "pretrain.log_every=1", "resources.learner_workers=2", "learner.zero_stage=2",
-        "model.precision=float32", "evaluate.every=1"]
+WILD = [
+    "pretrain.lr=1.0e30",
+    "pretrain.steps=6",
+    "pretrain.log_every=1",
+    "resources.learner_workers=2",
+    "learner.zero_stage=2",
+    "model.precision=float32",
+    "evaluate.every=1",
+]
 
 
 def warnings(run):
@@ -51,5 +58,8 @@ def test_an_evaluation_of_such_weights_ends_nothing_and_is_made_again(recovered)
 
 def test_the_config_may_end_the_run_instead(start):
     stopped = start("run.stages=[prepare, pretrain]", "guards.on_nonfinite=stop", *WILD, code=1)
-    assert any(w.startswith("run stopped: pretrain: step 4: an update of 'policy' is skipped, 3 in a row") and
-               "(guards.on_nonfinite = stop): lower pretrain.lr" in w for w in warnings(stopped))
+    assert any(
+        w.startswith("run stopped: pretrain: step 4: an update of 'policy' is skipped, 3 in a row")
+        and "(guards.on_nonfinite = stop): lower pretrain.lr" in w
+        for w in warnings(stopped)
+    )

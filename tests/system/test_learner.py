@@ -6,8 +6,10 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
 # Every stage on one rank, in one process, against torch's own AdamW: tests/algorithms/test_anchor.py.
-@pytest.mark.parametrize("stage,ranks", [*(pytest.param(*case, marks=pytest.mark.exhaustive)
-                                           for case in ((1, 1), (2, 1), (3, 1), (0, 2))), (3, 2)])
+@pytest.mark.parametrize(
+    "stage,ranks",
+    [*(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, 1), (2, 1), (3, 1), (0, 2))), (3, 2)],
+)
 def test_same_first_step(stage, ranks, start, rl_alone, smoke):
     run = start("grpo.steps=1", f"learner.zero_stage={stage}", f"resources.learner_workers={ranks}", *rl_alone)
     first = lambda done: [done.series("rl", key)[1][0] for key in ("loss", "grad_norm", "reward/mean")]  # noqa: E731
@@ -21,8 +23,13 @@ def test_same_first_step(stage, ranks, start, rl_alone, smoke):
 @pytest.mark.exhaustive  # in every test run by tests/actors/test_two_ranks.py
 @pytest.mark.parametrize("stage,ranks", [(3, 2)])
 def test_pretraining_takes_the_same_first_steps(stage, ranks, start, smoke):
-    settings = ["run.stages=[prepare, pretrain]", "pretrain.steps=2", "pretrain.micro_batch_size=8", "pretrain.log_every=1",
-                "pretrain.batch_size=16"]
+    settings = [
+        "run.stages=[prepare, pretrain]",
+        "pretrain.steps=2",
+        "pretrain.micro_batch_size=8",
+        "pretrain.log_every=1",
+        "pretrain.batch_size=16",
+    ]
     plain = start(*settings)
     other = start(*settings, f"learner.zero_stage={stage}", f"resources.learner_workers={ranks}")
     for key in ("loss", "grad_norm"):

@@ -34,11 +34,27 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # m
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 #: What a GRPO run on CPUs and portraits does not log. A second scribe on the same Ray is given records of them.
-ELSEWHERE = {"last_step/reward", "<network>/loss", "<network>/grad_norm", "<network>/lr", "images_per_second/gpu",
-             "shards", "samples", "skipped", "passed", "other/<name>"}
+ELSEWHERE = {
+    "last_step/reward",
+    "<network>/loss",
+    "<network>/grad_norm",
+    "<network>/lr",
+    "images_per_second/gpu",
+    "shards",
+    "samples",
+    "skipped",
+    "passed",
+    "other/<name>",
+}
 
-PORTS = ("dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port",
-         "metrics-export-port", "node-manager-port")
+PORTS = (
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+    "node-manager-port",
+)
 
 ANOTHER_SCRIBE = """
 import sys, time
@@ -102,13 +118,17 @@ def watched(from_smoke, tmp_path_factory):
         # Ray's sockets want a short path.
         ray_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-            "RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "500", "RAY_worker_niceness": "0",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_metrics_report_interval_ms": "500",
+            "RAY_worker_niceness": "0",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
 
         def start(name: str, *command: str) -> subprocess.Popen:
             log = stack.enter_context(open(folder / f"{name}.log", "w"))
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-                                       start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             stack.callback(end, process)
             return process
 
@@ -123,10 +143,19 @@ def watched(from_smoke, tmp_path_factory):
             """Its address. Ray gives up on a node that takes 30 s to start, which a busy machine may: then again."""
             for _ in range(5):
                 gcs, *ports = free_ports(7)
-                process = start("ray", str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
-                                "--disable-usage-stats", "--num-cpus=6", f"--port={gcs}",
-                                "--node-ip-address=127.0.0.1", f"--temp-dir={ray_folder}",
-                                *(f"--{name}={port}" for name, port in zip(PORTS, ports)))
+                process = start(
+                    "ray",
+                    str(Path(sys.executable).with_name("ray")),
+                    "start",
+                    "--head",
+                    "--block",
+                    "--disable-usage-stats",
+                    "--num-cpus=6",
+                    f"--port={gcs}",
+                    "--node-ip-address=127.0.0.1",
+                    f"--temp-dir={ray_folder}",
+                    *(f"--{name}={port}" for name, port in zip(PORTS, ports)),
+                )
                 up = lambda: "block forever" in (folder / "ray.log").read_text()  # noqa: E731
                 until(lambda: up() or process.poll() is not None, "Ray")
                 if up():
@@ -143,11 +172,22 @@ def watched(from_smoke, tmp_path_factory):
         shutil.copy(Path(from_smoke[0].split("=")[1]).parents[1] / "config.yaml", other)  # the smoke run's config
         begun = time.time()
         start("scribe", sys.executable, "-c", ANOTHER_SCRIBE, str(other))
-        run = start("run", sys.executable, "-m", "rlproxi.run", str(ROOT / "configs" / "smoke.yaml"),
-                    f"run.dir={folder}/runs", *from_smoke, "run.stages=[before, rl, after]", f"grpo.steps={STEPS}",
-                    "evaluate.every=4",
-                    "telemetry.samples_every=5", "telemetry.samples_groups=3", "telemetry.tensorboard=true",
-                    "telemetry.dashboard=false")
+        run = start(
+            "run",
+            sys.executable,
+            "-m",
+            "rlproxi.run",
+            str(ROOT / "configs" / "smoke.yaml"),
+            f"run.dir={folder}/runs",
+            *from_smoke,
+            "run.stages=[before, rl, after]",
+            f"grpo.steps={STEPS}",
+            "evaluate.every=4",
+            "telemetry.samples_every=5",
+            "telemetry.samples_groups=3",
+            "telemetry.tensorboard=true",
+            "telemetry.dashboard=false",
+        )
         until(lambda: run.poll() is not None, "the end of the run", 500)
         assert run.returncode == 0, (folder / "run.log").read_text()[-3000:]
         (run_dir,) = (folder / "runs").iterdir()
@@ -160,8 +200,13 @@ def _start_prometheus(start, folder: Path, nodes: Path, port: str) -> None:
     text = (ROOT / "cluster" / "monitoring" / "prometheus.yml").read_text()
     text = text.replace("/tmp/ray/prom_metrics_service_discovery.json", str(nodes))
     (folder / "prometheus.yml").write_text(text.replace("interval: 10s", "interval: 1s"))
-    start("prometheus", "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
-          f"--web.listen-address=127.0.0.1:{port}")
+    start(
+        "prometheus",
+        "prometheus",
+        f"--config.file={folder}/prometheus.yml",
+        f"--storage.tsdb.path={folder}/data",
+        f"--web.listen-address=127.0.0.1:{port}",
+    )
 
 
 def test_every_panel_returns_data(watched):
@@ -169,8 +214,12 @@ def test_every_panel_returns_data(watched):
     board = json.loads(files()["grafana/dashboards/rlproxi.json"])
     panels = [panel for top in board["panels"] for panel in (top["panels"] if top["type"] == "row" else [top])]
     assert len(panels) == len(CATALOGUE)
-    empty = [target["expr"] for panel in panels for target in panel["targets"]
-             if not prometheus.numbers(target["expr"].replace("$run", ".*"), begun, ended)]
+    empty = [
+        target["expr"]
+        for panel in panels
+        for target in panel["targets"]
+        if not prometheus.numbers(target["expr"].replace("$run", ".*"), begun, ended)
+    ]
     assert not empty, "\n".join(empty)
 
 
@@ -181,7 +230,8 @@ def test_every_alert_could_fire_and_none_has_an_error(watched):
     rules = {rule["name"]: rule for rule in prometheus.ask("rules")["groups"][0]["rules"]}
     assert set(rules) == {alert.name for alert in ALERTS}
     assert {(name, rule["health"], rule.get("lastError", "")) for name, rule in rules.items()} == {
-        (name, "ok", "") for name in rules}
+        (name, "ok", "") for name in rules
+    }
 
 
 def test_what_is_scraped_is_what_was_logged(watched):
@@ -217,8 +267,16 @@ def test_the_catalogue_knows_whatever_the_run_logged(watched):
     logged = {key for r in records if r["event"] == "metrics" for key in r if key not in ("time", "event", "stage")}
     assert not [name for name in logged if lookup(name) is None]
     known = {lookup(name).name for name in logged} | {
-        "heldout/<name>", "heldout_sem/<name>", "evaluation/<name>", "diversity", "distance/total", "distance/layout",
-        "distance/texture", "warnings", "alarms"}
+        "heldout/<name>",
+        "heldout_sem/<name>",
+        "evaluation/<name>",
+        "diversity",
+        "distance/total",
+        "distance/layout",
+        "distance/texture",
+        "warnings",
+        "alarms",
+    }
     assert known | ELSEWHERE == {metric.name for metric in CATALOGUE} and not known & ELSEWHERE
     assert not [r["message"] for r in records if r["event"] == "warning"]
 
@@ -230,8 +288,14 @@ def test_the_timeline_agrees_with_the_log(watched):
     records = {r["step"]: r for r in read(run_dir) if r["event"] == "metrics" and "seconds/step" in r}
     for before, line in zip(lines, lines[1:]):
         record, spans = records[line["step"]], line["spans"]
-        assert {(s.role, s.phase) for s in spans} >= {("rollout", "sample"), ("reward", "score"), ("learner", "train"),
-                                                      ("learner", "wait"), ("learner", "sync"), ("weights", "sync")}
+        assert {(s.role, s.phase) for s in spans} >= {
+            ("rollout", "sample"),
+            ("reward", "score"),
+            ("learner", "train"),
+            ("learner", "wait"),
+            ("learner", "sync"),
+            ("weights", "sync"),
+        }
         ended = records[line["step"]]["time"]
         begun = records[before["step"]]["time"]
         # One rollout actor, synchronous: nothing reaches from one iteration into the next, so the lines tell it again.

@@ -60,8 +60,15 @@ def small_chip(monkeypatch, ray_session, tmp_path):
 
 @pytest.mark.parametrize("stages", [["rl"], pytest.param(["pretrain", "rl"], marks=pytest.mark.exhaustive)])
 def test_stages_halve_their_micro_batches(stages, start, rl_alone, small_chip):
-    folder = start(*rl_alone, f"run.stages=[{', '.join(stages)}]", "pretrain.steps=2", "pretrain.batch_size=8",
-                   "pretrain.log_every=1", "grpo.steps=2", "learner.max_failures=1").folder
+    folder = start(
+        *rl_alone,
+        f"run.stages=[{', '.join(stages)}]",
+        "pretrain.steps=2",
+        "pretrain.batch_size=8",
+        "pretrain.log_every=1",
+        "grpo.steps=2",
+        "learner.max_failures=1",
+    ).folder
     records = read(folder)
     told = [r["message"] for r in records if r["event"] == "warning" and "going on with" in r["message"]]
     assert len(told) == len(stages)

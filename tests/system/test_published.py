@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from fixtures import tiny_checkpoints
 from fixtures.shards import jpeg, sample, write_tar
-
 from rlproxi.models import lora
 from rlproxi.models.loading import load_denoiser
 from rlproxi.models.pipeline import TextToImage
@@ -24,18 +24,43 @@ def shards(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind, adapters", [
-    ("sd3", True),  # all of them without Ray: tests/models, tests/test_memory.py
-    *(pytest.param(*case, marks=pytest.mark.exhaustive)
-      for case in (("sd15", False), ("sd15", True), ("sdxl", False), ("sdxl", True), ("sd3", False)))])
-def test_shards_are_encoded_once_for_a_step_of_pretraining_and_an_iteration_of_grpo(kind, adapters, start, shards, tmp_path):
+@pytest.mark.parametrize(
+    "kind, adapters",
+    [
+        ("sd3", True),  # all of them without Ray: tests/models, tests/test_memory.py
+        *(
+            pytest.param(*case, marks=pytest.mark.exhaustive)
+            for case in (("sd15", False), ("sd15", True), ("sdxl", False), ("sdxl", True), ("sd3", False))
+        ),
+    ],
+)
+def test_shards_are_encoded_once_for_a_step_of_pretraining_and_an_iteration_of_grpo(
+    kind, adapters, start, shards, tmp_path
+):
     folder, cache = getattr(tiny_checkpoints, kind)(tmp_path / "checkpoint"), tmp_path / "cache"
-    run = start(f"model.init={folder}", "data.source=shards", f"data.urls=[{shards}]", "data.size=64",
-                f"data.cache={cache}", "data.cache_text=true", "run.stages=[encode, pretrain, rl]",
-                "rewards.train=[{name: jpeg}]", "rewards.heldout=[]", "pretrain.steps=1", "pretrain.batch_size=4",
-                "pretrain.log_every=1", "grpo.steps=1", "grpo.kl_coef=0.1", "grpo.prompts_per_step=2", "grpo.group_size=2",
-                "grpo.groups_per_micro_batch=1", "evaluate.every=0", "evaluate.prompts=1", "sampler.guidance_scale=2.0",
-                *(["model.lora={rank: 4, alpha: 8}"] if adapters else []))
+    run = start(
+        f"model.init={folder}",
+        "data.source=shards",
+        f"data.urls=[{shards}]",
+        "data.size=64",
+        f"data.cache={cache}",
+        "data.cache_text=true",
+        "run.stages=[encode, pretrain, rl]",
+        "rewards.train=[{name: jpeg}]",
+        "rewards.heldout=[]",
+        "pretrain.steps=1",
+        "pretrain.batch_size=4",
+        "pretrain.log_every=1",
+        "grpo.steps=1",
+        "grpo.kl_coef=0.1",
+        "grpo.prompts_per_step=2",
+        "grpo.group_size=2",
+        "grpo.groups_per_micro_batch=1",
+        "evaluate.every=0",
+        "evaluate.prompts=1",
+        "sampler.guidance_scale=2.0",
+        *(["model.lora={rank: 4, alpha: 8}"] if adapters else []),
+    )
     told = next(r for r in run.records if r["event"] == "metrics" and r["stage"] == "encode")
     assert told["step"] == 1
     manifest = next(cache.glob("manifest-*.jsonl")).read_text().splitlines()

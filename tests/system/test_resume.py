@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fixtures.run_processes import has_step, kill_when, launch
 from safetensors.torch import load_file
 
+from fixtures.run_processes import has_step, kill_when, launch
 from rlproxi.telemetry.runlog import read, series
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -15,11 +15,18 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 
 
-@pytest.mark.parametrize("points, stages", [
-    # RL is in every test run asked to end and resumed by test_faults.py.
-    (("pretrain 11",), ("prepare", "pretrain")),
-    pytest.param(("prepare", "pretrain 11", "before", "rl 3", "after"),
-                 ("prepare", "pretrain", "before", "rl", "after", "report"), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "points, stages",
+    [
+        # RL is in every test run asked to end and resumed by test_faults.py.
+        (("pretrain 11",), ("prepare", "pretrain")),
+        pytest.param(
+            ("prepare", "pretrain 11", "before", "rl 3", "after"),
+            ("prepare", "pretrain", "before", "rl", "after", "report"),
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
+)
 def test_killed_in_its_stages_and_resumed(points, stages, smoke, tmp_path):
     folder = lambda: next(iter(tmp_path.iterdir()))  # noqa: E731
 
@@ -31,8 +38,10 @@ def test_killed_in_its_stages_and_resumed(points, stages, smoke, tmp_path):
             return has_step(folder(), stage, int(step))
         return any(r["event"] == "stage" and r["name"] == stage for r in read(folder()))
 
-    kill_when(launch([SMOKE, f"run.dir={tmp_path}", "pretrain.log_every=1", f"run.stages=[{', '.join(stages)}]"]),
-              lambda: reached(points[0]))
+    kill_when(
+        launch([SMOKE, f"run.dir={tmp_path}", "pretrain.log_every=1", f"run.stages=[{', '.join(stages)}]"]),
+        lambda: reached(points[0]),
+    )
     resume = ["--resume", str(folder())]
     told = ""
     for point in points[1:]:
@@ -46,9 +55,11 @@ def test_killed_in_its_stages_and_resumed(points, stages, smoke, tmp_path):
     assert not any(words in told for words in ("Dataset", "Progress bars", "raylet")), "Ray's own words break into ours"
 
     records = read(folder())
-    for stage, point, saved, steps in (("pretrain", "pretrain 11", 10, 20), ("rl", "rl 3", 2, 4))[:1 + ("rl" in stages)]:
+    for stage, point, saved, steps in (("pretrain", "pretrain 11", 10, 20), ("rl", "rl 3", 2, 4))[
+        : 1 + ("rl" in stages)
+    ]:
         hit = point in points
-        assert [r["step"] for r in records if r["event"] == "resume" and r["stage"] == stage] == [0, saved][:1 + hit]
+        assert [r["step"] for r in records if r["event"] == "resume" and r["stage"] == stage] == [0, saved][: 1 + hit]
         said = f"{stage}: goes on from step {saved} of {steps}, bit for bit the unbroken run"
         assert [r["message"] for r in records if r["event"] == "note"].count(said) == hit and told.count(said) == hit
     for key in ("loss", "grad_norm", "lr"):

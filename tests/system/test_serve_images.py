@@ -152,27 +152,35 @@ def test_the_queue_is_bounded_and_the_rest_is_told_to_come_back(service, model):
     assert ask(service["alone"] + "/generate", {"prompt": "x"})[0] == 200, "it serves on"
 
 
-@pytest.mark.parametrize("body, status, words", [
-    ({"prompt": "x", "steps": 101}, 422, "steps: 101, at most 100 are allowed"),
-    ({"prompt": "x", "steps": 0}, 422, "steps: Input should be greater than or equal to 1, not 0"),
-    ({"prompt": "x", "steps": 2.5}, 422, "steps: Input should be a valid integer, not 2.5"),
-    ({"prompt": "x", "steps": True}, 422, "steps: Input should be a valid integer, not true"),
-    ({"prompt": "x", "seed": -1}, 422, "seed: Input should be greater than or equal to 0, not -1"),
-    ({"prompt": "x", "seed": 2**53}, 422, "seed: Input should be less than or equal to 9007199254740991"),
-    ({"prompt": "x", "guidance_scale": 101}, 422, "guidance_scale: Input should be less than or equal to 100, not 101"),
-    ({"prompt": "x" * 2001}, 422, "prompt: 2001 characters, at most 2000 are allowed"),
-    ({"prompt": ["x"]}, 422, 'prompt: Input should be a valid string, not ["x"]'),
-    ({}, 422, "prompt: missing"),
-    ({"prompt": "x", "width": 512}, 422, "width: unknown field; known are prompt, seed, steps, guidance_scale"),
-    (["x"], 400, 'the body must be a JSON object, not ["x"]'),
-    (b'{"prompt": "x", "guidance_scale": NaN}', 400, "NaN is not a JSON number"),
-    (b'{"prompt": "x", "guidance_scale": 1e999}', 422, "guidance_scale: Input should be a finite number"),
-    (b'{"prompt": "\\ud800"}', 422, "prompt: half of a surrogate pair"),
-    (b"prompt=x", 400, "the body is not JSON"), (b"\xff\xfe", 400, "the body is not JSON"),
-    (b"", 400, "the body is not JSON"),
-    (b"[" * 20000, 400, "the body is not JSON"),
-    (b'{"prompt": "' + b"x" * 40000 + b'"}', 413, "the body is larger than 28096 bytes"),
-])
+@pytest.mark.parametrize(
+    "body, status, words",
+    [
+        ({"prompt": "x", "steps": 101}, 422, "steps: 101, at most 100 are allowed"),
+        ({"prompt": "x", "steps": 0}, 422, "steps: Input should be greater than or equal to 1, not 0"),
+        ({"prompt": "x", "steps": 2.5}, 422, "steps: Input should be a valid integer, not 2.5"),
+        ({"prompt": "x", "steps": True}, 422, "steps: Input should be a valid integer, not true"),
+        ({"prompt": "x", "seed": -1}, 422, "seed: Input should be greater than or equal to 0, not -1"),
+        ({"prompt": "x", "seed": 2**53}, 422, "seed: Input should be less than or equal to 9007199254740991"),
+        (
+            {"prompt": "x", "guidance_scale": 101},
+            422,
+            "guidance_scale: Input should be less than or equal to 100, not 101",
+        ),
+        ({"prompt": "x" * 2001}, 422, "prompt: 2001 characters, at most 2000 are allowed"),
+        ({"prompt": ["x"]}, 422, 'prompt: Input should be a valid string, not ["x"]'),
+        ({}, 422, "prompt: missing"),
+        ({"prompt": "x", "width": 512}, 422, "width: unknown field; known are prompt, seed, steps, guidance_scale"),
+        (["x"], 400, 'the body must be a JSON object, not ["x"]'),
+        (b'{"prompt": "x", "guidance_scale": NaN}', 400, "NaN is not a JSON number"),
+        (b'{"prompt": "x", "guidance_scale": 1e999}', 422, "guidance_scale: Input should be a finite number"),
+        (b'{"prompt": "\\ud800"}', 422, "prompt: half of a surrogate pair"),
+        (b"prompt=x", 400, "the body is not JSON"),
+        (b"\xff\xfe", 400, "the body is not JSON"),
+        (b"", 400, "the body is not JSON"),
+        (b"[" * 20000, 400, "the body is not JSON"),
+        (b'{"prompt": "' + b"x" * 40000 + b'"}', 413, "the body is larger than 28096 bytes"),
+    ],
+)
 def test_bad_requests_are_refused_in_words(service, body, status, words):
     before = info(service["alone"])
     raw = body if isinstance(body, bytes) else None
@@ -185,8 +193,13 @@ def test_bad_requests_are_refused_in_words(service, body, status, words):
 
 def test_a_body_without_a_length_is_bounded_too(service, port):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/alone/generate", iter([b" " * 10000] * 5), encode_chunked=True,
-                       headers={"Transfer-Encoding": "chunked"})
+    connection.request(
+        "POST",
+        "/alone/generate",
+        iter([b" " * 10000] * 5),
+        encode_chunked=True,
+        headers={"Transfer-Encoding": "chunked"},
+    )
     answer = connection.getresponse()
     assert answer.status == 413 and "larger than" in json.loads(answer.read())["error"]
     connection.close()
@@ -241,12 +254,29 @@ def test_the_command_serves_until_ctrl_c_and_takes_its_application_down(ray_sess
     from ray import serve
 
     address = ray_session.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "rlproxi", "serve", str(folder), "--port", str(port), "--cpus", "0.5",
-               "--max-steps", "7"]
+    command = [
+        sys.executable,
+        "-m",
+        "rlproxi",
+        "serve",
+        str(folder),
+        "--port",
+        str(port),
+        "--cpus",
+        "0.5",
+        "--max-steps",
+        "7",
+    ]
     # A shell's background jobs, this one's parents perhaps, hand on an ignored SIGINT; a terminal does not.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).parents[2], env={**os.environ, "RAY_ADDRESS": address},
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "RAY_ADDRESS": address},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     guard = threading.Timer(240, process.kill)
     guard.start()
     try:

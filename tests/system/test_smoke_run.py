@@ -69,4 +69,3 @@ def test_no_starting_policy(start, capsys, tmp_path):
     assert "no starting policy" in capsys.readouterr().err
     assert main([SMOKE, f"run.dir={tmp_path}", "run.stages=[rl]", "model.init=/nowhere"]) == 2
     assert "/nowhere" in capsys.readouterr().err
-

@@ -21,13 +21,18 @@ def test_every_entry_is_complete_and_has_a_name_of_its_own_in_prometheus():
     assert {m.section for m in CATALOGUE} == set(SECTIONS)
 
 
-@pytest.mark.parametrize("name, prometheus, labels", [
-    ("reward/mean", "rlproxi_reward_mean", ("run", "stage")),
-    ("reward/<name>", "rlproxi_reward", ("run", "stage", "name")),
-    ("<network>/loss", "rlproxi_network_loss", ("run", "stage", "network")),
-    ("groups/masked", "rlproxi_groups_masked_total", ("run", "stage")),
-    ("restarts", "rlproxi_restarts_total", ("run", "stage")),
-    ("seconds/step", "rlproxi_seconds_step", ("run", "stage")), ("kl", "rlproxi_kl", ("run", "stage"))])
+@pytest.mark.parametrize(
+    "name, prometheus, labels",
+    [
+        ("reward/mean", "rlproxi_reward_mean", ("run", "stage")),
+        ("reward/<name>", "rlproxi_reward", ("run", "stage", "name")),
+        ("<network>/loss", "rlproxi_network_loss", ("run", "stage", "network")),
+        ("groups/masked", "rlproxi_groups_masked_total", ("run", "stage")),
+        ("restarts", "rlproxi_restarts_total", ("run", "stage")),
+        ("seconds/step", "rlproxi_seconds_step", ("run", "stage")),
+        ("kl", "rlproxi_kl", ("run", "stage")),
+    ],
+)
 def test_names_and_labels_in_prometheus(name, prometheus, labels):
     assert prometheus_name(entry(name)) == prometheus and entry(name).labels == labels
     assert series(name) == f"ray_{prometheus}"
@@ -38,11 +43,18 @@ def test_only_entries_have_series():
         series("reward/attributes")
 
 
-@pytest.mark.parametrize("logged, metric, part", [
-    ("reward/std", "reward/std", ""), ("reward/attributes", "reward/<name>", "attributes"),
-    ("fake/loss", "<network>/loss", "fake"), ("reward/loss", "reward/<name>", "loss"),
-    ("heldout/lr", "heldout/<name>", "lr"), ("idle/rollout", "idle/<role>", "rollout"),
-    ("last_step/reward", "last_step/reward", "")])
+@pytest.mark.parametrize(
+    "logged, metric, part",
+    [
+        ("reward/std", "reward/std", ""),
+        ("reward/attributes", "reward/<name>", "attributes"),
+        ("fake/loss", "<network>/loss", "fake"),
+        ("reward/loss", "reward/<name>", "loss"),
+        ("heldout/lr", "heldout/<name>", "lr"),
+        ("idle/rollout", "idle/<role>", "rollout"),
+        ("last_step/reward", "last_step/reward", ""),
+    ],
+)
 def test_what_stands_for_the_part(logged, metric, part):
     found = lookup(logged)
     assert found.name == metric and found.part_of(logged) == part
@@ -56,10 +68,22 @@ def told(event, headline=None, **fields) -> dict:
 
 
 def test_a_metrics_record_tells_its_numbers():
-    record = {"stage": "rl", "step": 3, "kl": 0.5, "reward/hat": 1, "loss": None, "lr": float("nan"), "mine": 7,
-              "words": "no"}
-    assert told("metrics", **record) == {("step", "rl", 3): 3, ("kl", "rl", 3): 0.5, ("reward/hat", "rl", 3): 1,
-                                         ("mine", "rl", 3): 7}
+    record = {
+        "stage": "rl",
+        "step": 3,
+        "kl": 0.5,
+        "reward/hat": 1,
+        "loss": None,
+        "lr": float("nan"),
+        "mine": 7,
+        "words": "no",
+    }
+    assert told("metrics", **record) == {
+        ("step", "rl", 3): 3,
+        ("kl", "rl", 3): 0.5,
+        ("reward/hat", "rl", 3): 1,
+        ("mine", "rl", 3): 7,
+    }
     by_name = {o.name: o for o in observations("metrics", record)}
     assert by_name["reward/hat"].labels("r1") == {"run": "r1", "stage": "rl", "name": "hat"}
     assert by_name["mine"].metric is entry("other/<name>") and by_name["mine"].part == "mine"
@@ -67,11 +91,25 @@ def test_a_metrics_record_tells_its_numbers():
 
 
 def test_an_evaluation_tells_its_headline():
-    record = {"stage": "rl", "tag": "before", "step": 0, "steps": 4, "heldout": {"judge": {"mean": 0.5, "sem": 0.1}},
-              "train": {"hat": {"mean": None, "sem": None}}, "details": {}, "diversity": 0.3,
-              "distance": {"total": 3.0, "layout": 1.0, "texture": 2.0}}
-    expected = {"heldout/judge": 0.5, "heldout_sem/judge": 0.1, "diversity": 0.3, "distance/total": 3.0,
-                "distance/layout": 1.0, "distance/texture": 2.0}
+    record = {
+        "stage": "rl",
+        "tag": "before",
+        "step": 0,
+        "steps": 4,
+        "heldout": {"judge": {"mean": 0.5, "sem": 0.1}},
+        "train": {"hat": {"mean": None, "sem": None}},
+        "details": {},
+        "diversity": 0.3,
+        "distance": {"total": 3.0, "layout": 1.0, "texture": 2.0},
+    }
+    expected = {
+        "heldout/judge": 0.5,
+        "heldout_sem/judge": 0.1,
+        "diversity": 0.3,
+        "distance/total": 3.0,
+        "distance/layout": 1.0,
+        "distance/texture": 2.0,
+    }
     assert told("evaluation", 4, **record) == {(name, "rl", 0): value for name, value in expected.items()}
     assert told("evaluation", 8, **record) == {} and len(told("evaluation", None, **record)) == len(expected)
 

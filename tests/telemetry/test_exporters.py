@@ -5,9 +5,9 @@ import time
 
 import pytest
 import yaml
-from fixtures.local_actors import local_scribe
 
 from actors.run.metric_exporters import Exporters, RayMetrics
+from fixtures.local_actors import local_scribe
 from rlproxi.config.sections import Telemetry
 from rlproxi.telemetry import exporters
 from rlproxi.telemetry.catalogue import prometheus_name
@@ -42,13 +42,17 @@ def test_tensorboard_files_hold_each_stage_and_drop_what_a_resume_supersedes(tmp
     board.tell("metrics", {"stage": "pretrain", "step": 10, "loss": 2.0})
     for step in (1, 2, 3):
         board.tell("metrics", {"stage": "rl", "step": step, "kl": step / 10, "loss": None})
-    evaluation = {"stage": "rl", "tag": "before", "step": 0, "steps": 4,
-                  "heldout": {"judge": {"mean": 0.5, "sem": 0.1}}}
+    evaluation = {
+        "stage": "rl",
+        "tag": "before",
+        "step": 0,
+        "steps": 4,
+        "heldout": {"judge": {"mean": 0.5, "sem": 0.1}},
+    }
     board.tell("evaluation", evaluation)
     board.tell("evaluation", {**evaluation, "steps": 8})
     board.tell("warning", {"message": "not a scalar"})
-    expected = {"kl": [(1, 0.1), (2, 0.2), (3, 0.3)], "heldout/judge": [(0, 0.5)],
-                "heldout_sem/judge": [(0, 0.1)]}
+    expected = {"kl": [(1, 0.1), (2, 0.2), (3, 0.3)], "heldout/judge": [(0, 0.5)], "heldout_sem/judge": [(0, 0.1)]}
     end = time.time() + 30
     while scalars(tmp_path / "tensorboard" / "rl") != expected:  # without close: a run may be killed
         assert time.time() < end, scalars(tmp_path / "tensorboard" / "rl")
@@ -79,8 +83,14 @@ def test_ray_metrics_are_made_once_with_the_catalogues_words():
     metrics = RayMetrics("a-run")
     for step in (1, 2):
         metrics.tell("metrics", {"stage": "rl", "step": step, "kl": 0.1, "seconds/step": 1.5, "reward/hat": 0.3})
-    names = {"rlproxi_warnings_total", "rlproxi_alarms_total", "rlproxi_step", "rlproxi_kl", "rlproxi_seconds_step",
-             "rlproxi_reward"}
+    names = {
+        "rlproxi_warnings_total",
+        "rlproxi_alarms_total",
+        "rlproxi_step",
+        "rlproxi_kl",
+        "rlproxi_seconds_step",
+        "rlproxi_reward",
+    }
     assert set(metrics.made) == names
     made = metrics.made["rlproxi_reward"].info
     assert made["tag_keys"] == ("run", "stage", "name") and "before its weight" in made["description"]

@@ -20,8 +20,16 @@ def test_pictures_hold_the_samples_side_by_side(tmp_path):
     told = json.loads((tmp_path / "samples" / "000010.json").read_text())
     assert (told["step"], told["version"]) == (10, 9)
     first, second = told["groups"]
-    assert first == {"prompt": "a hat", "index": 7, "rewards": [0.5, None, 1.5], "parts": {"hat": [1.0, None, 3.0]},
-                     "best": 2, "worst": 0, "size": [6, 4], "image": "samples/000010-0.png"}
+    assert first == {
+        "prompt": "a hat",
+        "index": 7,
+        "rewards": [0.5, None, 1.5],
+        "parts": {"hat": [1.0, None, 3.0]},
+        "best": 2,
+        "worst": 0,
+        "size": [6, 4],
+        "image": "samples/000010-0.png",
+    }
     assert (second["prompt"], second["best"], second["worst"], second["rewards"]) == ("é", None, None, [None, None])
     for entry, made in zip(told["groups"], groups):
         picture = np.array(Image.open(tmp_path / entry["image"]))

@@ -58,7 +58,7 @@ def test_buckets_hold_the_points_that_were_added(points, limit):
     edges = list(zip(series.first, series.last))
     assert [e for first, last in edges for e in range(first, last + 1)] == list(range(len(points)))
     for i, (first, last) in enumerate(edges):
-        inside = [v for v in points[first:last + 1] if v is not None]
+        inside = [v for v in points[first : last + 1] if v is not None]
         assert series.size[i] == last - first + 1 and series.count[i] == len(inside)
         if inside:
             assert series.low[i] == min(inside) and series.high[i] == max(inside)
@@ -87,6 +87,7 @@ def test_a_small_curve_is_exact_and_the_last_of_two_records_of_a_step_wins():
 
 
 # -- lines ------------------------------------------------------------------------------------
+
 
 def test_lines_are_followed_by_offset_and_a_torn_one_waits(tmp_path):
     file = tmp_path / "log"
@@ -125,6 +126,7 @@ def test_a_sample_of_a_file_covers_its_whole_range_with_whole_lines(tmp_path):
 
 # -- a run --------------------------------------------------------------------------------------
 
+
 def write(log: RunLog, steps, stage="rl", **more):
     for step in steps:
         log.append("metrics", stage=stage, step=step, **{"reward/mean": step / 1000, **more})
@@ -136,21 +138,39 @@ def test_curves_events_and_progress_of_a_run(tmp_path):
         log.append("stage", name="rl", status="start")
         log.append("resume", stage="rl", step=0)
         write(log, range(1, 11), text="words", flag=True, many=[1, 2], huge=10**400)
-        log.append("evaluation", stage="rl", tag="before", step=0, steps=3,
-                   heldout={"judge": {"mean": 0.5, "sem": 0.01, "missing": 2}}, train={"a": {"mean": 0.4, "sem": 0.0}},
-                   details={"judge": {"hat": 0.9}}, diversity=0.2, distance={"total": 1.5})
+        log.append(
+            "evaluation",
+            stage="rl",
+            tag="before",
+            step=0,
+            steps=3,
+            heldout={"judge": {"mean": 0.5, "sem": 0.01, "missing": 2}},
+            train={"a": {"mean": 0.4, "sem": 0.0}},
+            details={"judge": {"hat": 0.9}},
+            diversity=0.2,
+            distance={"total": 1.5},
+        )
         log.append("samples", stage="rl", step=10, file="samples/000010.json")
         log.append("warning", message="x" * 5000)
     run = opened(tmp_path)
     found = run.snapshot()
     json.dumps(found, allow_nan=False)
     assert set(found["curves"]["rl"]) == {"reward/mean", "huge"}
-    assert found["curves"]["rl"]["reward/mean"] == {"stride": 1, "x": [*range(1, 11)],
-                                                    "y": [i / 1000 for i in range(1, 11)]}
+    assert found["curves"]["rl"]["reward/mean"] == {
+        "stride": 1,
+        "x": [*range(1, 11)],
+        "y": [i / 1000 for i in range(1, 11)],
+    }
     assert found["curves"]["rl"]["huge"]["y"] == [None] * 10
     assert {name: c["y"] for name, c in found["curves"]["evaluation@3"].items()} == {
-        "heldout/judge": [0.5], "heldout/judge/sem": [0.01], "train/a": [0.4], "train/a/sem": [0.0],
-        "details/judge/hat": [0.9], "diversity": [0.2], "distance/total": [1.5]}
+        "heldout/judge": [0.5],
+        "heldout/judge/sem": [0.01],
+        "train/a": [0.4],
+        "train/a/sem": [0.0],
+        "details/judge/hat": [0.9],
+        "diversity": [0.2],
+        "distance/total": [1.5],
+    }
     assert found["galleries"] == [10] and len(found["events"]["warning"][0]["message"]) == 600
     assert found["events"]["resume"][0]["restart"] is False
     assert found["exact"] and found["read"] == 1.0 and found["malformed"] == 0
@@ -182,8 +202,9 @@ def test_news_are_what_has_come_since(tmp_path):
         assert settle(run).snapshot()["curves"]["rl"]["reward/mean"]["x"][-1] == 1999
 
 
-@pytest.mark.parametrize("cuts",
-                         [[(900, 100)], [(3000, 2990), (3500, 17), (2000, 16)], [(5000, 0)], [(2500, 2499)] * 3])
+@pytest.mark.parametrize(
+    "cuts", [[(900, 100)], [(3000, 2990), (3500, 17), (2000, 16)], [(5000, 0)], [(2500, 2499)] * 3]
+)
 def test_a_resumed_run_is_what_the_run_log_says_it_is(tmp_path, cuts):
     """Against runlog.series, which holds everything: also where a resume goes back into merged points."""
     rng = random.Random(0)
@@ -201,8 +222,9 @@ def test_a_resumed_run_is_what_the_run_log_says_it_is(tmp_path, cuts):
     steps, wanted = runlog.series(runlog.read(tmp_path), "rl", "v")
     curve, shown = run.digest.curves["rl"]["v"], run.snapshot()
     assert shown["exact"] and curve.first[0] == steps[0] and curve.last[-1] == steps[-1]
-    assert list(curve.tail) == list(zip(steps, wanted))[-TAIL:][-len(curve.tail):] and len(curve.tail) >= min(TAIL,
-                                                                                                              1100)
+    assert list(curve.tail) == list(zip(steps, wanted))[-TAIL:][-len(curve.tail) :] and len(curve.tail) >= min(
+        TAIL, 1100
+    )
     at = {step: value for step, value in zip(steps, wanted)}
     for first, last, size, total in zip(curve.first, curve.last, curve.size, curve.total):
         inside = [at[s] for s in range(first, last + 1) if s in at]
@@ -212,17 +234,31 @@ def test_a_resumed_run_is_what_the_run_log_says_it_is(tmp_path, cuts):
 def test_what_is_no_record_is_survived_and_counted(tmp_path):
     with RunLog(tmp_path) as log:
         write(log, [1])
-    bad = [b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"event": 5}', b'{"event": "metrics", "stage": "rl"}',
-           b'{"event": "metrics", "stage": 3, "step": 2}', b'{"event": "metrics", "stage": "rl", "step": true}',
-           b'{"event": "resume", "stage": "rl", "step": "2"}', b"[" * 100_000,
-           b'{"event":"metrics","stage":"rl","step":1e3}',
-           b'{"event": "metrics", "stage": "rl", "step": ' + b"9" * 5000 + b"}", b"x" * 2_000_000]
-    good = [b'{"event": "metrics", "stage": "rl", "step": 3, "reward/mean": NaN, "time": "now"}',
-            b'{"event": "unheard of"}',
-            b'{"event": "evaluation", "steps": {}, "step": []}',
-            b'{"event": "evaluation", "stage": [], "steps": 3, "step": 1, "heldout": [1], '
-            b'"train": {"a": {"b": {"c": {"d": 1}}}}}',
-            b'{"event": "stage", "name": ["rl"], "status": 1, "time": 1e999}', b'{"event": "warning", "message": null}']
+    bad = [
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b'{"event": 5}',
+        b'{"event": "metrics", "stage": "rl"}',
+        b'{"event": "metrics", "stage": 3, "step": 2}',
+        b'{"event": "metrics", "stage": "rl", "step": true}',
+        b'{"event": "resume", "stage": "rl", "step": "2"}',
+        b"[" * 100_000,
+        b'{"event":"metrics","stage":"rl","step":1e3}',
+        b'{"event": "metrics", "stage": "rl", "step": ' + b"9" * 5000 + b"}",
+        b"x" * 2_000_000,
+    ]
+    good = [
+        b'{"event": "metrics", "stage": "rl", "step": 3, "reward/mean": NaN, "time": "now"}',
+        b'{"event": "unheard of"}',
+        b'{"event": "evaluation", "steps": {}, "step": []}',
+        b'{"event": "evaluation", "stage": [], "steps": 3, "step": 1, "heldout": [1], '
+        b'"train": {"a": {"b": {"c": {"d": 1}}}}}',
+        b'{"event": "stage", "name": ["rl"], "status": 1, "time": 1e999}',
+        b'{"event": "warning", "message": null}',
+    ]
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b"\n".join([*bad, *good]) + b'\n{"event": "metrics", "stage": "rl", "st')
     run = opened(tmp_path)
@@ -251,8 +287,9 @@ def test_a_log_that_is_replaced_is_read_anew(tmp_path):
 def test_what_is_kept_is_bounded(tmp_path):
     with open(tmp_path / "metrics.jsonl", "w") as file:
         for i in range(3000):
-            file.write(json.dumps({"event": "metrics", "stage": f"s{i}", "step": 1, f"name{i}": 1.0,
-                                   "y" * 500: 1}) + "\n")
+            file.write(
+                json.dumps({"event": "metrics", "stage": f"s{i}", "step": 1, f"name{i}": 1.0, "y" * 500: 1}) + "\n"
+            )
             file.write(json.dumps({"event": "warning", "message": f"number {i}", "time": i}) + "\n")
             file.write(json.dumps({"event": "samples", "stage": "rl", "step": i, "file": "x"}) + "\n")
     found = opened(tmp_path).snapshot()
@@ -289,16 +326,23 @@ def long_log(folder: Path, count: int) -> None:
     tails = [", ".join(f'"v{k}": {math.sin(i * k):.6f}' for k in range(1, 5)) for i in range(499)]
     with open(folder / "metrics.jsonl", "w", buffering=1 << 20) as file:
         for i in range(1, count + 1):
-            file.write(f'{{"time": {1.7e9 + i}, "event": "metrics", "stage": "rl", "step": {i}, "v0": {i}, '
-                       f'{tails[i % 499]}}}\n')
+            file.write(
+                f'{{"time": {1.7e9 + i}, "event": "metrics", "stage": "rl", "step": {i}, "v0": {i}, '
+                f"{tails[i % 499]}}}\n"
+            )
 
 
 # The time is held where it is asked for: beside other tests the machine, not the page, would be measured.
 @pytest.mark.parametrize("count", [100_000, pytest.param(1_000_000, marks=pytest.mark.exhaustive)])
 def test_a_long_log_opens_in_two_seconds_and_300_mb(tmp_path, count):
     long_log(tmp_path, count)
-    answer = subprocess.run([sys.executable, "-c", BIG, str(tmp_path), "120"], cwd=ROOT, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    answer = subprocess.run(
+        [sys.executable, "-c", BIG, str(tmp_path), "120"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert answer.returncode == 0, answer.stderr
     told = json.loads(answer.stdout)
     assert not told["heavy"]
@@ -317,6 +361,7 @@ def test_a_long_log_opens_in_two_seconds_and_300_mb(tmp_path, count):
 
 # -- other files ----------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def run_dir(tmp_path):
     """A run with a gallery and an evaluation as the run writes them."""
@@ -324,19 +369,40 @@ def run_dir(tmp_path):
     (folder / "evaluation").mkdir(parents=True)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (12, 8, 6, 3), dtype=np.uint8)
-    gallery.write(folder, 10, 9, [gallery.Group("a <b>hat</b>", 3, images[:4], np.array([0.1, np.nan, 0.9, 0.5]),
-                                                {"judge": np.array([0.1, np.nan, 0.9, 0.5])})])
+    gallery.write(
+        folder,
+        10,
+        9,
+        [
+            gallery.Group(
+                "a <b>hat</b>",
+                3,
+                images[:4],
+                np.array([0.1, np.nan, 0.9, 0.5]),
+                {"judge": np.array([0.1, np.nan, 0.9, 0.5])},
+            )
+        ],
+    )
     np.savez_compressed(folder / "samples" / "before-N3.npz", images=images, heldout=np.arange(12, dtype=np.float32))
-    (folder / "evaluation" / "before.json").write_text(json.dumps(
-        {"tag": "before", "iteration": 0, "prompts": ["p", "q", "r"], "samples": 4, "headline_steps": 3,
-         "by_steps": {"3": {}, "5": {}}}))
+    (folder / "evaluation" / "before.json").write_text(
+        json.dumps(
+            {
+                "tag": "before",
+                "iteration": 0,
+                "prompts": ["p", "q", "r"],
+                "samples": 4,
+                "headline_steps": 3,
+                "by_steps": {"3": {}, "5": {}},
+            }
+        )
+    )
     return folder, images
 
 
 def test_a_gallery_as_the_run_writes_it(run_dir):
     folder, images = run_dir
     found = live_files.gallery(folder, 10)
-    group, = found["groups"]
+    (group,) = found["groups"]
     assert found["step"] == 10 and group["prompt"] == "a <b>hat</b>" and group["rewards"] == [0.1, None, 0.9, 0.5]
     assert (group["best"], group["worst"], group["size"], group["picture"]) == (2, 0, [8, 6], True)
     picture = np.array(Image.open(io.BytesIO(live_files.gallery_picture(folder, 10, 0))))
@@ -348,13 +414,18 @@ def test_a_gallery_as_the_run_writes_it(run_dir):
 
 def test_pictures_of_an_evaluation_are_its_prompts_samples(run_dir):
     folder, images = run_dir
-    entry, = live_files.evaluations(folder)
+    (entry,) = live_files.evaluations(folder)
     assert entry["steps"] == [3] and entry["prompts"] == ["p", "q", "r"] and entry["samples"] == 4
     data, scores = live_files.evaluation_picture(folder, "before", 3, 2)
     assert (np.array(Image.open(io.BytesIO(data))) == np.concatenate(list(images[8:]), 1)).all()
     assert scores == [8.0, 9.0, 10.0, 11.0]
-    for tag, steps, prompt in (("before", 3, 3), ("before", 5, 0), ("after", 3, 0), ("../run/before", 3, 0),
-                               ("", 3, 0)):
+    for tag, steps, prompt in (
+        ("before", 3, 3),
+        ("before", 5, 0),
+        ("after", 3, 0),
+        ("../run/before", 3, 0),
+        ("", 3, 0),
+    ):
         with pytest.raises(NotThere):
             live_files.evaluation_picture(folder, tag, steps, prompt)
 
@@ -363,10 +434,12 @@ def test_damaged_and_hostile_archives_are_refused(run_dir):
     folder, _ = run_dir
     file = folder / "samples" / "before-N3.npz"
     whole = file.read_bytes()
-    hostile = {"pickled": {"images": np.array([{}] * 12, object), "heldout": np.zeros(12)},
-               "floats": {"images": np.zeros((12, 2, 2, 3)), "heldout": np.zeros(12)},
-               "columns": {"images": np.asfortranarray(np.zeros((12, 2, 2, 3), np.uint8)), "heldout": np.zeros(12)},
-               "no scores": {"images": np.zeros((12, 2, 2, 3), np.uint8)}}
+    hostile = {
+        "pickled": {"images": np.array([{}] * 12, object), "heldout": np.zeros(12)},
+        "floats": {"images": np.zeros((12, 2, 2, 3)), "heldout": np.zeros(12)},
+        "columns": {"images": np.asfortranarray(np.zeros((12, 2, 2, 3), np.uint8)), "heldout": np.zeros(12)},
+        "no scores": {"images": np.zeros((12, 2, 2, 3), np.uint8)},
+    }
     for arrays in hostile.values():
         np.savez(file, **arrays)
         with pytest.raises(NotThere):
@@ -385,9 +458,20 @@ def test_nothing_outside_the_run_directory_is_read(run_dir, tmp_path):
     (samples / "link.png").symlink_to(secret)
     os.mkfifo(samples / "pipe.png")
     (samples / "text.png").write_text("no picture")
-    for image in ("../secret.png", "samples/../../secret.png", str(secret), "samples/link.png", "samples/pipe.png", 5,
-                  None,
-                  "config.yaml", "samples/text.png", "samples/", "samples/\0.png", "samples/missing.png"):
+    for image in (
+        "../secret.png",
+        "samples/../../secret.png",
+        str(secret),
+        "samples/link.png",
+        "samples/pipe.png",
+        5,
+        None,
+        "config.yaml",
+        "samples/text.png",
+        "samples/",
+        "samples/\0.png",
+        "samples/missing.png",
+    ):
         (samples / "000020.json").write_text(json.dumps({"groups": [{"image": image, "rewards": [1]}]}))
         with pytest.raises(NotThere):
             live_files.gallery_picture(folder, 20, 0)
@@ -407,15 +491,21 @@ def test_the_timeline_is_the_newest_iterations(tmp_path):
     assert [line["step"] for line in follow.read()] == [3, 4, 5]
     assert follow.read()[-1]["spans"] == [["rollout", 0, "sample", 105.0, 0.5]]
     with open(tmp_path / "timeline.jsonl", "a") as file:
-        file.write('{"stage": "rl", "step": 6, "spans": [[1]]}\nnot json\n'
-                   '{"stage": "rl", "step": 7, "spans": [["a", "b", "c", "d", 1]]}\n')
+        file.write(
+            '{"stage": "rl", "step": 6, "spans": [[1]]}\nnot json\n'
+            '{"stage": "rl", "step": 7, "spans": [["a", "b", "c", "d", 1]]}\n'
+        )
     timeline.append(tmp_path, "rl", 5, [timeline.Span("learner", 1, "train", 107.0, 0.5)])  # resumed
-    assert [(line["step"], line["spans"][0][0]) for line in follow.read()] == [(3, "rollout"), (4, "rollout"),
-                                                                               (5, "learner")]
+    assert [(line["step"], line["spans"][0][0]) for line in follow.read()] == [
+        (3, "rollout"),
+        (4, "rollout"),
+        (5, "learner"),
+    ]
     assert [line["step"] for line in Timeline(tmp_path, tail=300).read()][-1] == 5
 
 
 # -- several runs -----------------------------------------------------------------------------------
+
 
 def test_a_hub_numbers_the_news_of_its_runs(tmp_path):
     logs = {name: RunLog(tmp_path / name) for name in "ab"}
@@ -445,5 +535,3 @@ def test_a_hub_refuses_what_is_no_run(tmp_path):
         Hub([tmp_path / "no"])
     with pytest.raises(FileNotFoundError, match="is not a run directory and holds none"):
         Hub([tmp_path])
-
-

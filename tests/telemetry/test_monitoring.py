@@ -14,8 +14,11 @@ from rlproxi.telemetry.catalogue import CATALOGUE, entry, series
 from rlproxi.telemetry.monitoring import files, main
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "monitoring"
-SERIES = {series(m.name) + suffix: m for m in CATALOGUE
-          for suffix in (("",) if m.kind != "histogram" else ("_bucket", "_sum", "_count"))}
+SERIES = {
+    series(m.name) + suffix: m
+    for m in CATALOGUE
+    for suffix in (("",) if m.kind != "histogram" else ("_bucket", "_sum", "_count"))
+}
 
 
 def panels() -> list[dict]:
@@ -30,7 +33,8 @@ def used(expression: str) -> set[str]:
 def test_generated_files_are_up_to_date(tmp_path):
     for name, text in files().items():
         assert (FOLDER / name).read_text(encoding="utf-8") == text, (
-            "run: python -m rlproxi.telemetry.monitoring cluster/monitoring")
+            "run: python -m rlproxi.telemetry.monitoring cluster/monitoring"
+        )
     main(str(tmp_path))
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(files())
 
@@ -70,8 +74,9 @@ def test_alert_rules_are_about_the_catalogues_series_and_say_what_to_do():
         assert f"**{alert.name}**" in page
 
 
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None,
-                                    reason="promtool is missing (Debian: apt install prometheus)")
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool is missing (Debian: apt install prometheus)"
+)
 
 
 @needs_promtool
@@ -101,11 +106,19 @@ def told(metric: str, values: str, **labels) -> dict:
     return {"series": f"{series(metric)}{{{inside}}}", "values": values}
 
 
-STEADY = [told("reward/mean", "1x400"), told("reward/std", "0.2x400"), told("groups", "10x400"),
-          told("step", "0+1x400"), told("heldout/<name>", "3x400", name="judge"),
-          told("heldout_sem/<name>", "0.1x400", name="judge"), told("idle/<role>", "0.5x400", role="reward"),
-          *(told(name, "0x400") for name in ("groups/masked", "restarts", "warnings", "alarms",
-                                             "advantages/zero_variance_groups"))]
+STEADY = [
+    told("reward/mean", "1x400"),
+    told("reward/std", "0.2x400"),
+    told("groups", "10x400"),
+    told("step", "0+1x400"),
+    told("heldout/<name>", "3x400", name="judge"),
+    told("heldout_sem/<name>", "0.1x400", name="judge"),
+    told("idle/<role>", "0.5x400", role="reward"),
+    *(
+        told(name, "0x400")
+        for name in ("groups/masked", "restarts", "warnings", "alarms", "advantages/zero_variance_groups")
+    ),
+]
 #: alert -> what is otherwise than in a steady run; each goes wrong about minute 200.
 WRONG = {
     "RewardFalling": [told("reward/mean", "1x199 0.8x200")],
@@ -125,21 +138,29 @@ def test_each_alert_fires_where_it_should_and_nowhere_else(tmp_path):
     """promtool plays the minutes, and is asked what fires before and after something went wrong."""
     assert set(WRONG) == {alert.name for alert in ALERTS}
     cases = [("steady", [], 245, None)]
-    cases += [(name, changed, minute, name if minute > 200 else None) for name, changed in WRONG.items()
-              for minute in (195, 245)]
+    cases += [
+        (name, changed, minute, name if minute > 200 else None)
+        for name, changed in WRONG.items()
+        for minute in (195, 245)
+    ]
     tests = []
     for name, changed, minute, expected in cases:
         replaced = {each["series"] for each in changed}
         inputs = [each for each in STEADY if each["series"] not in replaced] + changed
         rule = next((alert for alert in ALERTS if alert.name == expected), None)
         fires = [{"alertname": expected, "eval_time": f"{minute}m", "exp_alerts": [_expected(rule)]}] if rule else []
-        silent = [{"alertname": alert.name, "eval_time": f"{minute}m", "exp_alerts": []} for alert in ALERTS
-                  if alert.name != expected]
-        tests.append({"name": f"{name} at {minute}", "interval": "1m", "input_series": inputs,
-                      "alert_rule_test": fires + silent})
+        silent = [
+            {"alertname": alert.name, "eval_time": f"{minute}m", "exp_alerts": []}
+            for alert in ALERTS
+            if alert.name != expected
+        ]
+        tests.append(
+            {"name": f"{name} at {minute}", "interval": "1m", "input_series": inputs, "alert_rule_test": fires + silent}
+        )
     shutil.copy(FOLDER / "alerts.yml", tmp_path)
-    (tmp_path / "tests.yml").write_text(yaml.safe_dump({"rule_files": ["alerts.yml"], "evaluation_interval": "1m",
-                                                        "tests": tests}))
+    (tmp_path / "tests.yml").write_text(
+        yaml.safe_dump({"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": tests})
+    )
     done = subprocess.run(["promtool", "test", "rules", str(tmp_path / "tests.yml")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fixtures.local_actors import Local, local_scribe
 from ray.exceptions import ActorDiedError
 
 from actors.rewards.service import RewardClient
 from actors.rl.observer import Observer, over_the_wire
 from actors.rl.pool import RolloutPool
 from actors.rl.scored import Scored
+from fixtures.local_actors import Local, local_scribe
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
@@ -21,8 +21,11 @@ from rlproxi.telemetry import timeline
 from rlproxi.telemetry.runlog import read
 from rlproxi.telemetry.timeline import Diary, Span
 
-CONFIG = {"resources": {"rollout_actors": 2}, "rewards": {"train": [{"name": "attributes"}]},
-          "telemetry": {"samples_every": 2, "samples_groups": 3}}
+CONFIG = {
+    "resources": {"rollout_actors": 2},
+    "rewards": {"train": [{"name": "attributes"}]},
+    "telemetry": {"samples_every": 2, "samples_groups": 3},
+}
 
 
 def make(folder, all_roles=True, lost=lambda: 0, **sections) -> Observer:
@@ -52,8 +55,12 @@ def test_an_iterations_line_and_its_idle_shares(tmp_path):
     observer.committed(1, 1010.0, 1020.0, 16, [])
     asyncio.run(observer.close())
     first, second = timeline.read(tmp_path)
-    assert first["spans"] == [("rollout", 0, "sample", 1000.0, 5.0), ("reward", "attributes", "score", 1005.0, 1.0),
-                              ("learner", 0, "wait", 1000.0, 6.0), ("learner", 0, "train", 1006.0, 4.0)]
+    assert first["spans"] == [
+        ("rollout", 0, "sample", 1000.0, 5.0),
+        ("reward", "attributes", "score", 1005.0, 1.0),
+        ("learner", 0, "wait", 1000.0, 6.0),
+        ("learner", 0, "train", 1006.0, 4.0),
+    ]
     assert (first["stage"], first["step"], second["step"]) == ("rl", 1, 2)
     assert [s.who for s in second["spans"]] == [1], "what ended since; each span is in one line"
 
@@ -90,10 +97,15 @@ def test_the_first_groups_of_some_iterations_become_a_gallery(tmp_path):
         observer.show(iteration, iteration, [scored(observer, iteration, j, 10 * j) for j in range(3)])
     asyncio.run(observer.close())
     assert [(r["step"], r["file"]) for r in told(tmp_path, "samples")] == [
-        (1, "samples/000001.json"), (2, "samples/000002.json")]
+        (1, "samples/000001.json"),
+        (2, "samples/000002.json"),
+    ]
     shown = json.loads((tmp_path / "samples" / "000001.json").read_text())["groups"]
     assert [(g["prompt"], g["rewards"], g["best"], g["worst"]) for g in shown] == [
-        ("prompt 0", [0, 1], 1, 0), ("prompt 1", [None, 2], 1, 1), ("prompt 0", [0, 1], 1, 0)], "three groups, no more"
+        ("prompt 0", [0, 1], 1, 0),
+        ("prompt 1", [None, 2], 1, 1),
+        ("prompt 0", [0, 1], 1, 0),
+    ], "three groups, no more"
 
 
 def test_a_fault_of_the_disk_is_told_once(tmp_path):
@@ -158,13 +170,19 @@ def test_the_reward_client_notes_who_scored_when_and_which_replicas_were_lost(tm
             if error:
                 raise error
             return np.zeros(2)
+
         return answer()
 
     async def main():
         client = object.__new__(RewardClient)
         handle = SimpleNamespace(score=SimpleNamespace(remote=method), provenance=SimpleNamespace(remote=method))
-        client.__dict__.update(rewards=SimpleNamespace(retries=0, timeout_s=5), diary=Diary(), lost=set(),
-                               handles={"hat": handle}, places={"hat": asyncio.Semaphore(1)})
+        client.__dict__.update(
+            rewards=SimpleNamespace(retries=0, timeout_s=5),
+            diary=Diary(),
+            lost=set(),
+            handles={"hat": handle},
+            places={"hat": asyncio.Semaphore(1)},
+        )
         for _ in range(2):
             with pytest.raises(RewardError):
                 await client.score("hat", np.zeros((2, 1, 1, 3)), "a hat")

@@ -20,16 +20,34 @@ def metrics(log: RunLog, step: int, **values) -> None:
 def test_records_come_back_in_order_with_plain_values(tmp_path):
     with RunLog(tmp_path / "run") as log:
         log.append("stage", name="pretrain", status="start")
-        metrics(log, np.int64(1), a=np.float32(0.5), b=torch.tensor(2.0), c=float("nan"), d=np.inf, e=[np.bool_(True)],
-                f={"x": np.arange(2)}, g=tmp_path, h="Größe")
+        metrics(
+            log,
+            np.int64(1),
+            a=np.float32(0.5),
+            b=torch.tensor(2.0),
+            c=float("nan"),
+            d=np.inf,
+            e=[np.bool_(True)],
+            f={"x": np.arange(2)},
+            g=tmp_path,
+            h="Größe",
+        )
         log.append("stage", name="pretrain", status="done", seconds=1.5)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 3 and all("NaN" not in line and "Infinity" not in line for line in lines)
     first, second, third = read(tmp_path / "run")
     assert first["event"] == "stage" and first["time"] > 1.6e9 and first["time"] <= third["time"]
-    assert {k: second[k] for k in "step a b c d e f g h".split()} == {
-        "step": 1, "a": 0.5, "b": 2.0, "c": None, "d": None, "e": [True], "f": {"x": [0, 1]}, "g": str(tmp_path),
-        "h": "Größe"}
+    assert {k: second[k] for k in ["step", "a", "b", "c", "d", "e", "f", "g", "h"]} == {
+        "step": 1,
+        "a": 0.5,
+        "b": 2.0,
+        "c": None,
+        "d": None,
+        "e": [True],
+        "f": {"x": [0, 1]},
+        "g": str(tmp_path),
+        "h": "Größe",
+    }
     assert runlog.stage_seconds([first, second, third]) == {"pretrain": 1.5}
 
 
@@ -121,9 +139,11 @@ def test_series_honours_resume_duplicates_and_gaps(tmp_path):
 
 
 def test_several_processes_may_append_to_one_file(tmp_path):
-    program = ("import sys; from rlproxi.telemetry.runlog import RunLog\n"
-               "log = RunLog(sys.argv[1])\n"
-               "for i in range(300): log.append('note', message=sys.argv[2] * 50, i=i)")
+    program = (
+        "import sys; from rlproxi.telemetry.runlog import RunLog\n"
+        "log = RunLog(sys.argv[1])\n"
+        "for i in range(300): log.append('note', message=sys.argv[2] * 50, i=i)"
+    )
     writers = [subprocess.Popen([sys.executable, "-c", program, str(tmp_path), name]) for name in "ab"]
     assert [w.wait() for w in writers] == [0, 0]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

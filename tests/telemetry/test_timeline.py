@@ -15,12 +15,18 @@ def test_idle_shares_of_a_schedule_made_by_hand():
     Actor 0 samples 0-4 and 3-5 (overlapping, 5 s busy), actor 1 from before until 2 (2 s): idle (0.5 + 0.8) / 2. The
     scorer scores 4-6 and beyond the end from 9: 3 s busy. The learner waits 0-6, trains 6-8, writes 8-8.5, syncs 8.5-9.
     """
-    spans = [Span("rollout", 0, "sample", 100, 4), Span("rollout", 0, "sample", 103, 2),
-             Span("rollout", 1, "sample", 90, 12),
-             Span("reward", "hat", "score", 104, 2), Span("reward", "hat", "score", 109, 50),
-             Span("learner", 0, "wait", 100, 6), Span("learner", 0, "train", 106, 2),
-             Span("learner", 0, "checkpoint", 108, 0.5),
-             Span("learner", 0, "sync", 108.5, 0.5), Span("weights", 0, "sync", 108.5, 0.5)]
+    spans = [
+        Span("rollout", 0, "sample", 100, 4),
+        Span("rollout", 0, "sample", 103, 2),
+        Span("rollout", 1, "sample", 90, 12),
+        Span("reward", "hat", "score", 104, 2),
+        Span("reward", "hat", "score", 109, 50),
+        Span("learner", 0, "wait", 100, 6),
+        Span("learner", 0, "train", 106, 2),
+        Span("learner", 0, "checkpoint", 108, 0.5),
+        Span("learner", 0, "sync", 108.5, 0.5),
+        Span("weights", 0, "sync", 108.5, 0.5),
+    ]
     found = idle_shares(spans, 100, 110, {"rollout": [0, 1], "reward": ["hat"], "learner": [0]})
     assert found == pytest.approx({"rollout": 0.65, "reward": 0.7, "learner": 0.7})
     assert idle_shares(spans, 100, 110, {"reward": ["hat", "unused"]}) == pytest.approx({"reward": 0.85})
@@ -72,11 +78,17 @@ def test_what_was_cleared_does_not_come_back_and_memory_is_bounded():
 
 
 def test_short_steps_are_joined():
-    spans = [each for i in range(50) for each in (Span("learner", 0, "wait", i * 0.1, 0.004),
-                                                  Span("learner", 0, "train", i * 0.1 + 0.005, 0.09))]
+    spans = [
+        each
+        for i in range(50)
+        for each in (Span("learner", 0, "wait", i * 0.1, 0.004), Span("learner", 0, "train", i * 0.1 + 0.005, 0.09))
+    ]
     spans += [Span("learner", 0, "wait", 5.0, 3.0), Span("learner", 0, "checkpoint", 8.0, 0.5)]
     assert [(s.phase, round(s.start, 3), round(s.seconds, 3)) for s in joined(spans)] == [
-        ("train", 0.005, 4.99), ("wait", 5.0, 3.0), ("checkpoint", 8.0, 0.5)]
+        ("train", 0.005, 4.99),
+        ("wait", 5.0, 3.0),
+        ("checkpoint", 8.0, 0.5),
+    ]
     before, after = (idle_shares(each, 0, 8.5, {"learner": [0]})["learner"] for each in (spans, joined(spans)))
     assert after == pytest.approx(before, abs=0.06)
 

@@ -19,8 +19,10 @@ class Evaluated:
     diversity: float | None = None
 
 
-_UNSEEN = (", while the held-out reward is {now.heldout:.3f}, which may not see it: look at the pictures; raise the algorithm's "
-           "anchor or kl_coef, or lower its lr")
+_UNSEEN = (
+    ", while the held-out reward is {now.heldout:.3f}, which may not see it: look at the pictures; raise the algorithm's "
+    "anchor or kl_coef, or lower its lr"
+)
 
 
 class OverOptimisation:
@@ -42,8 +44,13 @@ class OverOptimisation:
         drift, sameness: None looks at no distance, at no diversity.
     """
 
-    def __init__(self, sigmas: float = 2.0, patience: int | None = None, drift: float | None = None,
-                 sameness: float | None = None):
+    def __init__(
+        self,
+        sigmas: float = 2.0,
+        patience: int | None = None,
+        drift: float | None = None,
+        sameness: float | None = None,
+    ):
         self.sigmas = sigmas
         self.patience = patience
         self.drift = drift
@@ -67,8 +74,10 @@ class OverOptimisation:
         near = self.nearest
         if now.distance <= self.drift * near.distance:
             return None
-        return (f"drift: the distance to the data went from {near.distance:.3f} at iteration {near.iteration} to "
-                f"{now.distance:.3f} at {now.iteration}{_UNSEEN.format(now=now)} (evaluate.alarm_drift)")
+        return (
+            f"drift: the distance to the data went from {near.distance:.3f} at iteration {near.iteration} to "
+            f"{now.distance:.3f} at {now.iteration}{_UNSEEN.format(now=now)} (evaluate.alarm_drift)"
+        )
 
     def _look_at_diversity(self, now: Evaluated) -> str | None:
         if self.sameness is None or now.diversity is None:
@@ -78,8 +87,10 @@ class OverOptimisation:
         wide = self.widest
         if now.diversity >= self.sameness * wide.diversity:
             return None
-        return (f"sameness: the diversity of a prompt's samples fell from {wide.diversity:.3f} at iteration {wide.iteration} to "
-                f"{now.diversity:.3f} at {now.iteration}{_UNSEEN.format(now=now)} (evaluate.alarm_sameness)")
+        return (
+            f"sameness: the diversity of a prompt's samples fell from {wide.diversity:.3f} at iteration {wide.iteration} to "
+            f"{now.diversity:.3f} at {now.iteration}{_UNSEEN.format(now=now)} (evaluate.alarm_sameness)"
+        )
 
     def _look_at_reward(self, now: Evaluated) -> str | None:
         if self.best is None or now.heldout > self.best.heldout:
@@ -91,11 +102,15 @@ class OverOptimisation:
             self.below = 0
             return None
         self.below += 1
-        told = (f"the held-out reward fell from {best.heldout:.3f} at iteration {best.iteration} to {now.heldout:.3f} at "
-                f"{now.iteration} (standard error of the difference {error:.3f})")
+        told = (
+            f"the held-out reward fell from {best.heldout:.3f} at iteration {best.iteration} to {now.heldout:.3f} at "
+            f"{now.iteration} (standard error of the difference {error:.3f})"
+        )
         if now.train >= best.train:
-            return (f"over-optimisation: {told}, while the training reward went from {best.train:.3f} to {now.train:.3f}; "
-                    "lower grpo.lr or raise grpo.kl_coef")
+            return (
+                f"over-optimisation: {told}, while the training reward went from {best.train:.3f} to {now.train:.3f}; "
+                "lower grpo.lr or raise grpo.kl_coef"
+            )
         return f"collapse: {told}, and the training reward with it, from {best.train:.3f} to {now.train:.3f}; lower grpo.lr"
 
     @property

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
-from typing import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -88,8 +88,11 @@ def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
     limit = [noise_free(step, s.name) for step in s.plan(schedule)]
     known = {"hybrid": {"name": "ode"}, **{name: {"eta": 0.0} for name in AFTER}}.get(s.name, {})
     plan = s.model_copy(update=known).plan(schedule) if s.name != "backward" else limit
-    if any(abs(a - b) > 1e-6 * max(1.0, abs(b)) for one, two in zip(limit, plan, strict=True)
-           for a, b in zip(astuple(one), astuple(two))):
+    if any(
+        abs(a - b) > 1e-6 * max(1.0, abs(b))
+        for one, two in zip(limit, plan, strict=True)
+        for a, b in zip(astuple(one), astuple(two))
+    ):
         return math.inf
     ours, theirs = (_taken(steps[len(steps) // 2], x, ask) for steps, ask in ((limit, trained), (plan, sampled)))
     found = float((ours - theirs).abs().max() / theirs.square().mean().sqrt().clamp_min(1e-12))
@@ -109,4 +112,5 @@ def accept(found: float, config: Config) -> None:
             f"by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): the network that is "
             "trained does not compute what samplers ask of it. Take dropout and whatever else differs between training and "
             "evaluation out of the network (model.init), check that its weights are finite, set model.compile=false and "
-            "model.precision=float32 to rule out rounding, or raise the tolerance")
+            "model.precision=float32 to rule out rounding, or raise the tolerance"
+        )

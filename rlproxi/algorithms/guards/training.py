@@ -6,8 +6,8 @@ being wrong is told again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from statistics import median
-from typing import Iterator, Mapping
 
 from ...config.guards import Guards
 from ..base import AlgorithmStopped
@@ -36,10 +36,12 @@ class Mismatch:
         if self.told:
             return None
         self.told = True
-        return (f"iteration {iteration}: rollout and learner disagree before the first update, most at sampling step {index}, "
-                f"by {found[index]:.2e} in the log-ratio (grpo.first_ratio_tolerance = {self.tolerance:.0e}), though the samples "
-                "are of the same weights: see whether a rollout actor was restarted on another kind of chip, and set "
-                "model.precision=float32 to rule out rounding")
+        return (
+            f"iteration {iteration}: rollout and learner disagree before the first update, most at sampling step {index}, "
+            f"by {found[index]:.2e} in the log-ratio (grpo.first_ratio_tolerance = {self.tolerance:.0e}), though the samples "
+            "are of the same weights: see whether a rollout actor was restarted on another kind of chip, and set "
+            "model.precision=float32 to rule out rounding"
+        )
 
 
 class FlatGroups:
@@ -55,9 +57,11 @@ class FlatGroups:
         self.row = self.row + 1 if flat + masked >= groups else 0
         if self.row != self.patience:
             return None
-        return (f"iteration {iteration}: not one of {groups} groups had rewards that differ, {self.row} iterations in a row "
-                "(guards.flat_iterations): nothing is learnt. Take a finer reward or harder prompts (data.prompts), or a larger "
-                "grpo.group_size; with grpo.same_noise=true set it to false")
+        return (
+            f"iteration {iteration}: not one of {groups} groups had rewards that differ, {self.row} iterations in a row "
+            "(guards.flat_iterations): nothing is learnt. Take a finer reward or harder prompts (data.prompts), or a larger "
+            "grpo.group_size; with grpo.same_noise=true set it to false"
+        )
 
 
 class FallingReward:
@@ -84,12 +88,14 @@ class FallingReward:
             self.best, self.low = (*now, iteration), 0
             return None
         middle, spread, at = self.best
-        self.low = self.low + 1 if middle - now[0] > 3 * (spread**2 + now[1]**2) ** 0.5 else 0
+        self.low = self.low + 1 if middle - now[0] > 3 * (spread**2 + now[1] ** 2) ** 0.5 else 0
         if self.low != 2:
             return None
-        return (f"iteration {iteration}: the training reward has been falling: its median over {self.window} iterations is "
-                f"{now[0]:.4g}, and was {middle:.4g} up to iteration {at} (guards.falling_window): lower the algorithm's lr or raise its "
-                "kl_coef or anchor, and look at the held-out reward and the pictures")
+        return (
+            f"iteration {iteration}: the training reward has been falling: its median over {self.window} iterations is "
+            f"{now[0]:.4g}, and was {middle:.4g} up to iteration {at} (guards.falling_window): lower the algorithm's lr or raise its "
+            "kl_coef or anchor, and look at the held-out reward and the pictures"
+        )
 
     def _summary(self, values: list[float]) -> tuple[float, float]:
         """The median and its standard error."""
@@ -111,9 +117,11 @@ class Watch:
         Raises AlgorithmStopped with them where the config says that it ends the run.
         """
         mismatch = self.mismatch.see(iteration, metrics) if self.mismatch and fresh else None
-        for words, action, key in ((mismatch, self.settings.on_mismatch, "on_mismatch"),
-                                   (self.flat.see(iteration, metrics, groups), self.settings.on_flat, "on_flat"),
-                                   (self.falling.see(iteration, metrics.get("reward/mean")), "warn", "")):
+        for words, action, key in (
+            (mismatch, self.settings.on_mismatch, "on_mismatch"),
+            (self.flat.see(iteration, metrics, groups), self.settings.on_flat, "on_flat"),
+            (self.falling.see(iteration, metrics.get("reward/mean")), "warn", ""),
+        ):
             if words and action == "stop":
                 raise AlgorithmStopped(f"{words} (guards.{key} = stop)")
             if words:

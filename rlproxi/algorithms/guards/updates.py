@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 from ...config.guards import Guards
 from ..base import AlgorithmStopped
 
-_REMEDY = ("set model.precision=float32 to see whether rounding is the cause, and look at the data and the rewards of that "
-           "step")
+_REMEDY = (
+    "set model.precision=float32 to see whether rounding is the cause, and look at the data and the rewards of that "
+    "step"
+)
 
 
 class GoBack(Exception):
@@ -54,11 +56,14 @@ class UpdateGuard:
         """
         s = self.settings
         for key, value, bound, what in (
-                ("max_log_ratio", metrics.get("ratio/max_log"), s.max_log_ratio, "the largest |log-ratio|"),
-                ("max_clip_fraction", metrics.get("clip_fraction"), s.max_clip_fraction, "the share of clipped ratios")):
+            ("max_log_ratio", metrics.get("ratio/max_log"), s.max_log_ratio, "the largest |log-ratio|"),
+            ("max_clip_fraction", metrics.get("clip_fraction"), s.max_clip_fraction, "the share of clipped ratios"),
+        ):
             if value is not None and bound is not None and value > bound:
-                words = (f"{what} is {value:.3g} (guards.{key} = {bound:g}): the policy has left the one that sampled; "
-                         f"lower {self.lr_key}, or use fewer grpo.updates_per_step or a smaller grpo.max_staleness")
+                words = (
+                    f"{what} is {value:.3g} (guards.{key} = {bound:g}): the policy has left the one that sampled; "
+                    f"lower {self.lr_key}, or use fewer grpo.updates_per_step or a smaller grpo.max_staleness"
+                )
                 if s.on_ratio == "stop":
                     raise AlgorithmStopped(words)
                 return words
@@ -76,20 +81,26 @@ class UpdateGuard:
         """
         s = self.settings
         self.streaks[network] = count = self.streaks.get(network, 0) + 1
-        words = (f"step {step}: an update of {network!r} is skipped, {count} in a row (guards.skips_in_a_row = "
-                 f"{s.skips_in_a_row}): {why}")
+        words = (
+            f"step {step}: an update of {network!r} is skipped, {count} in a row (guards.skips_in_a_row = "
+            f"{s.skips_in_a_row}): {why}"
+        )
         if count < s.skips_in_a_row:
             return words
         if s.on_nonfinite == "stop":
-            raise AlgorithmStopped(f"{words}. Training ends here (guards.on_nonfinite = stop): lower {self.lr_key}, or "
-                                   f"{_REMEDY}")
+            raise AlgorithmStopped(
+                f"{words}. Training ends here (guards.on_nonfinite = stop): lower {self.lr_key}, or {_REMEDY}"
+            )
         spoilt = network not in self.learnt
         if spoilt and self.at_start:
-            raise AlgorithmStopped(f"{words}. Not one update of it was made, so {self.lr_key} has no part in it: "
-                                   f"{_REMEDY}")
+            raise AlgorithmStopped(
+                f"{words}. Not one update of it was made, so {self.lr_key} has no part in it: {_REMEDY}"
+            )
         if self.rollbacks >= s.max_rollbacks:
-            raise AlgorithmStopped(f"{words}. It went back {self.rollbacks} times (guards.max_rollbacks), with {self.lr_key} "
-                                   f"down to {self.lr_scale:g} of the config's: {_REMEDY}")
+            raise AlgorithmStopped(
+                f"{words}. It went back {self.rollbacks} times (guards.max_rollbacks), with {self.lr_key} "
+                f"down to {self.lr_scale:g} of the config's: {_REMEDY}"
+            )
         raise GoBack(words, spoilt)
 
     def went_back(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +24,26 @@ class Captioner:
 
         self.settings, self.device = settings, torch.device(device)
         self.dtype = compute_dtype(settings.precision, self.device)
-        self.processor = models.load(settings.model, KEY, lambda name: AutoProcessor.from_pretrained(
-            name, trust_remote_code=False))
-        self.model = models.load(settings.model, KEY, lambda name: AutoModelForImageTextToText.from_pretrained(
-            name, dtype=self.dtype, trust_remote_code=False)).eval().to(self.device)
+        self.processor = models.load(
+            settings.model, KEY, lambda name: AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        )
+        self.model = (
+            models.load(
+                settings.model,
+                KEY,
+                lambda name: AutoModelForImageTextToText.from_pretrained(
+                    name, dtype=self.dtype, trust_remote_code=False
+                ),
+            )
+            .eval()
+            .to(self.device)
+        )
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and settings.prompt is None:
-            raise ValueError(f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, "
-                             "for example 'Describe this picture of a person in one detailed sentence.'")
+            raise ValueError(
+                f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, "
+                "for example 'Describe this picture of a person in one detailed sentence.'"
+            )
         if self.chats:
             self.processor.tokenizer.padding_side = "left"  # answers begin where questions end
 
@@ -69,7 +82,15 @@ class Captioner:
         if not self.chats:
             text = {} if prompts[0] is None else {"text": prompts}
             return self.processor(images=images, return_tensors="pt", **text)
-        chats = [[{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
-                 for image, prompt in zip(images, prompts)]
-        return self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                                  return_tensors="pt", processor_kwargs={"padding": True})
+        chats = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
+            for image, prompt in zip(images, prompts)
+        ]
+        return self.processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )

@@ -19,9 +19,11 @@ _CHUNK = 1 << 22
 
 def bands(count: int, distance: int) -> int:
     """The number of bands that is cheapest for ``count`` hashes, by the expected work on random ones."""
+
     def work(parts: int) -> float:
         bits = (parts - distance) * (64 // parts)
         return comb(parts, distance) * (count * 20.0 + count * count / 2.0 ** (bits + 1))
+
     return min(range(distance + 1, min(distance + 6, 64) + 1), key=work)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator
 
 import numpy as np
 from PIL import Image
@@ -32,7 +32,7 @@ class Tools:
     scorers: dict[str, Scorer] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, settings: Curate, device: str) -> "Tools":
+    def load(cls, settings: Curate, device: str) -> Tools:
         """Raises ImportError, FileNotFoundError or ValueError where one cannot be had."""
         scorers = {}
         for f in settings.filters:

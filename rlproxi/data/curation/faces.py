@@ -26,8 +26,9 @@ def load_opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(f'face detection needs OpenCV ({error}): pip install "rlproxi[data]", or set '
-                          "curate.faces=null") from None
+        raise ImportError(
+            f'face detection needs OpenCV ({error}): pip install "rlproxi[data]", or set curate.faces=null'
+        ) from None
     return cv2
 
 
@@ -42,8 +43,10 @@ class Haar:
     def __init__(self, settings: Faces):
         cv2 = self.cv2 = load_opencv()
         if not hasattr(cv2, "CascadeClassifier"):
-            raise ImportError(f"OpenCV {cv2.__version__} has no cascades: pip install \"rlproxi[data]\" (version 4), "
-                              "or set curate.faces.detector=yunet and its model")
+            raise ImportError(
+                f'OpenCV {cv2.__version__} has no cascades: pip install "rlproxi[data]" (version 4), '
+                "or set curate.faces.detector=yunet and its model"
+            )
         file = Path(settings.model or Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml")
         if not file.is_file():
             raise FileNotFoundError(f"curate.faces.model: cascade {str(file)!r} does not exist")
@@ -57,8 +60,9 @@ class Haar:
 
     def __call__(self, image: np.ndarray) -> list[dict]:
         grey = self.cv2.cvtColor(image, self.cv2.COLOR_RGB2GRAY)
-        boxes, _, sums = self.cascade.detectMultiScale3(grey, scaleFactor=1.1, minNeighbors=3,
-                                                        minSize=(self.smallest, self.smallest), outputRejectLevels=True)
+        boxes, _, sums = self.cascade.detectMultiScale3(
+            grey, scaleFactor=1.1, minNeighbors=3, minSize=(self.smallest, self.smallest), outputRejectLevels=True
+        )
         return _sorted(np.reshape(boxes, (-1, 4)), np.ravel(sums), 1.0)
 
 
@@ -68,15 +72,18 @@ class YuNet:
     def __init__(self, settings: Faces):
         cv2 = self.cv2 = load_opencv()
         if not Path(settings.model).is_file():
-            raise FileNotFoundError(f"curate.faces.model: {settings.model!r} does not exist; it is "
-                                    "face_detection_yunet_2023mar.onnx of OpenCV's model zoo")
+            raise FileNotFoundError(
+                f"curate.faces.model: {settings.model!r} does not exist; it is "
+                "face_detection_yunet_2023mar.onnx of OpenCV's model zoo"
+            )
         try:
             # Half of the threshold: a face that is not certain enough is told from no face.
             side = (_YUNET_SIDE, _YUNET_SIDE)
             self.network = cv2.FaceDetectorYN.create(settings.model, "", side, settings.confidence / 2)
         except cv2.error as error:
-            raise ValueError(f"curate.faces.model: OpenCV cannot read {settings.model} "
-                             f"({str(error).strip()})") from None
+            raise ValueError(
+                f"curate.faces.model: OpenCV cannot read {settings.model} ({str(error).strip()})"
+            ) from None
 
     def __call__(self, image: np.ndarray) -> list[dict]:
         height, width = image.shape[:2]
@@ -92,8 +99,10 @@ class YuNet:
 
 
 def _sorted(boxes: np.ndarray, confidences: np.ndarray, scale: float) -> list[dict]:
-    faces = [dict(zip("xywh", (round(float(v) * scale) for v in box)), confidence=round(float(c), 4))
-             for box, c in zip(boxes, confidences)]
+    faces = [
+        dict(zip("xywh", (round(float(v) * scale) for v in box)), confidence=round(float(c), 4))
+        for box, c in zip(boxes, confidences)
+    ]
     return sorted(faces, key=lambda f: (-size(f), f["x"], f["y"]))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,14 +31,19 @@ class Detector:
         self.settings, self.device = settings, torch.device(device)
         config = models.load(settings.model, KEY, transformers.AutoConfig.from_pretrained)
         self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
-        kind = (transformers.AutoModelForZeroShotObjectDetection if self.zero_shot
-                else transformers.AutoModelForObjectDetection)
+        kind = (
+            transformers.AutoModelForZeroShotObjectDetection
+            if self.zero_shot
+            else transformers.AutoModelForObjectDetection
+        )
         processor = transformers.AutoProcessor if self.zero_shot else transformers.AutoImageProcessor
         self.wanted = {label.lower() for label in settings.labels}
         known = {str(name).lower() for name in config.id2label.values()}
         if not self.zero_shot and not self.wanted & known:
-            raise ValueError(f"curate.hands.detector.labels: {settings.model!r} knows none of {settings.labels}; its "
-                             f"classes are {', '.join(sorted(known)[:20])}")
+            raise ValueError(
+                f"curate.hands.detector.labels: {settings.model!r} knows none of {settings.labels}; its "
+                f"classes are {', '.join(sorted(known)[:20])}"
+            )
         self.processor = models.load(settings.model, KEY, processor.from_pretrained)
         self.model = models.load(settings.model, KEY, kind.from_pretrained).eval().to(self.device)
 
@@ -63,8 +69,9 @@ class Detector:
 
     def _results(self, outputs: Any, inputs: Any, sizes: torch.Tensor) -> list[dict]:
         if not self.zero_shot:
-            return self.processor.post_process_object_detection(outputs, threshold=self.settings.min_score,
-                                                                target_sizes=sizes)
+            return self.processor.post_process_object_detection(
+                outputs, threshold=self.settings.min_score, target_sizes=sizes
+            )
         process = self.processor.post_process_grounded_object_detection
         given = {"outputs": outputs, "threshold": self.settings.min_score, "target_sizes": sizes}
         if "input_ids" in inspect.signature(process).parameters:
@@ -80,6 +87,14 @@ class Detector:
         hands = []
         for name, score, (left, top, right, bottom) in zip(names, result["scores"].tolist(), result["boxes"].tolist()):
             if self.zero_shot or str(name).lower() in self.wanted:
-                hands.append({"x": round(left), "y": round(top), "w": round(right - left), "h": round(bottom - top),
-                              "confidence": round(score, 4), "label": str(name)})
+                hands.append(
+                    {
+                        "x": round(left),
+                        "y": round(top),
+                        "w": round(right - left),
+                        "h": round(bottom - top),
+                        "confidence": round(score, 4),
+                        "label": str(name),
+                    }
+                )
         return hands

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from ...config.curation import Curate
 from ...errors import ConfigError
@@ -44,8 +44,9 @@ def check(settings: Curate, out: str | os.PathLike) -> list[str]:
 def _check_out(out: Path, shards: Sequence[str]) -> None:
     inside = [s for s in shards if Path(s).resolve().parent == out.resolve()]
     if inside:
-        raise ConfigError(f"curate.out: {str(out)!r} holds the raw shard {os.path.basename(inside[0])}; choose "
-                          "another folder")
+        raise ConfigError(
+            f"curate.out: {str(out)!r} holds the raw shard {os.path.basename(inside[0])}; choose another folder"
+        )
     if out.is_dir() and not Place(out).examined.is_dir() and any(out.glob("*.tar")):
         raise ConfigError(f"curate.out: {str(out)!r} holds tars of something else; choose an empty folder")
 

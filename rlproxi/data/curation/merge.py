@@ -8,8 +8,8 @@ import os
 import zlib
 from array import array
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Iterator, Sequence
 
 import numpy as np
 
@@ -68,9 +68,15 @@ class Statistics:
 
     def summary(self) -> dict:
         """curation.json."""
-        return {"raw_shards": self.shards, "samples": self.total, "kept": self.total - sum(self.dropped.values()),
-                "tags": dict(self.tags), "shards": len(self.kept_per_shard), "funnel": self.funnel(),
-                "settings": self.settings.model_dump(mode="json")}
+        return {
+            "raw_shards": self.shards,
+            "samples": self.total,
+            "kept": self.total - sum(self.dropped.values()),
+            "tags": dict(self.tags),
+            "shards": len(self.kept_per_shard),
+            "funnel": self.funnel(),
+            "settings": self.settings.model_dump(mode="json"),
+        }
 
     def drop(self, record: Record, shard: str, stage: str, reason: str) -> None:
         """Counts a sample that ``stage`` dropped."""
@@ -89,13 +95,15 @@ class Statistics:
         self.total += 1
         kept = stage is None
         self.tags.update(tags)
-        values = {"shorter side, px": record.width and min(record.width, record.height),
-                  "aspect (longer : shorter side)":
-                      record.width and max(record.width, record.height) / min(record.width, record.height),
-                  "largest face, px": max((faces.size(f) for f in record.faces), default=None),
-                  "face confidence": max((f["confidence"] for f in record.faces), default=None),
-                  **{f"score {name}": score for name, score in record.scores.items()},
-                  "caption, words": words}
+        values = {
+            "shorter side, px": record.width and min(record.width, record.height),
+            "aspect (longer : shorter side)": record.width
+            and max(record.width, record.height) / min(record.width, record.height),
+            "largest face, px": max((faces.size(f) for f in record.faces), default=None),
+            "face confidence": max((f["confidence"] for f in record.faces), default=None),
+            **{f"score {name}": score for name, score in record.scores.items()},
+            "caption, words": words,
+        }
         for name, value in values.items():
             if value is not None:
                 self.series.setdefault(name, Series()).add(value, kept)
@@ -117,8 +125,9 @@ class Statistics:
         return [entry[3] for entry in sorted(self._picks.get(stage, []), key=lambda e: e[:3], reverse=True)]
 
 
-def merge(place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output],
-          settings: Curate) -> Statistics:
+def merge(
+    place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output], settings: Curate
+) -> Statistics:
     """Writes manifest.jsonl, one line for every raw sample in the order (shard, index), and returns the statistics."""
     statistics = Statistics(settings, shards=len(shards), kept_per_shard=[len(plan) for plan in plans])
     draft = place.out / f".manifest.jsonl.{os.getpid()}"
@@ -132,8 +141,9 @@ def merge(place: Place, shards: Sequence[str], found: Survivors, plans: Sequence
     return statistics
 
 
-def _lines(place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output],
-           statistics: Statistics) -> Iterator[dict]:
+def _lines(
+    place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output], statistics: Statistics
+) -> Iterator[dict]:
     originals = _originals(place, shards, found)
     written = (row for plan in plans for row in read_lines(place.part(plan.number)))
     at = 0
@@ -149,8 +159,9 @@ def _lines(place: Place, shards: Sequence[str], found: Survivors, plans: Sequenc
                 else:
                     row = next(written)
                     if (row["shard"], row["index"]) != (shard, record.index):
-                        raise RuntimeError(f"{place.written} does not belong to these records; delete it and resume "
-                                           "the run")
+                        raise RuntimeError(
+                            f"{place.written} does not belong to these records; delete it and resume the run"
+                        )
                 at += 1
             if row is None:
                 line |= {"status": "dropped", "stage": stage, "reason": reason}
@@ -176,8 +187,10 @@ def _originals(place: Place, shards: Sequence[str], found: Survivors) -> dict[in
 def _copy_of(original: tuple[str, Record], record: Record) -> str:
     shard, best = original
     bits = distance(int(best.phash, 16), int(record.phash, 16))
-    return (f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
-            f"this one is {record.width} x {record.height}")
+    return (
+        f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
+        f"this one is {record.width} x {record.height}"
+    )
 
 
 def write_summary(place: Place, summary: dict) -> None:

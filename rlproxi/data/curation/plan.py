@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import numpy as np
 
@@ -50,8 +50,9 @@ def survivors(place: Place, shards: Sequence[str], settings: Curate) -> Survivor
     arrays = {name: np.frombuffer(column, column.typecode) for name, column in columns.items()}
     duplicate = np.full(len(names), -1)
     if settings.duplicates and len(names):
-        duplicate = duplicate_of(arrays["phash"], arrays["pixels"], np.frombuffer(names, "i"),
-                                 settings.duplicates.distance)
+        duplicate = duplicate_of(
+            arrays["phash"], arrays["pixels"], np.frombuffer(names, "i"), settings.duplicates.distance
+        )
     return Survivors(**arrays, duplicate=duplicate)
 
 
@@ -78,7 +79,10 @@ def outputs(found: Survivors, shards: Sequence[str], settings: Curate) -> list[O
         sources = []
         for shard in np.unique(found.shard[part]):
             sources.append((shards[shard], tuple(found.index[part][found.shard[part] == shard].tolist())))
-        mark = fingerprint(number, settings.model_dump(mode="json", include={"caption", "hands"}),
-                           [(shard, indices, examine_fingerprint(settings, shard)) for shard, indices in sources])
+        mark = fingerprint(
+            number,
+            settings.model_dump(mode="json", include={"caption", "hands"}),
+            [(shard, indices, examine_fingerprint(settings, shard)) for shard, indices in sources],
+        )
         plans.append(Output(number, tuple(sources), mark))
     return plans

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 from ...config.curation import Curate
 
@@ -20,8 +21,13 @@ UNREADABLE, SIZE, FACES, DUPLICATES = "unreadable", "size", "faces", "duplicates
 
 def stages(settings: Curate) -> list[str]:
     """The names of the stages that can drop a sample, in their order."""
-    return [UNREADABLE, SIZE, *([FACES] if settings.faces else []), *(filter_stage(f.name) for f in settings.filters),
-            *([DUPLICATES] if settings.duplicates else [])]
+    return [
+        UNREADABLE,
+        SIZE,
+        *([FACES] if settings.faces else []),
+        *(filter_stage(f.name) for f in settings.filters),
+        *([DUPLICATES] if settings.duplicates else []),
+    ]
 
 
 def filter_stage(name: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import numpy as np
 
@@ -25,11 +25,13 @@ class WriteTools:
     detector: Detector | None = None
 
     @classmethod
-    def load(cls, settings: Curate, device: str) -> "WriteTools":
+    def load(cls, settings: Curate, device: str) -> WriteTools:
         """Raises FileNotFoundError or ValueError where one cannot be had."""
         hands = settings.hands.detector if settings.hands else None
-        return cls(Captioner(settings.caption, device) if settings.caption else None,
-                   Detector(hands, device) if hands else None)
+        return cls(
+            Captioner(settings.caption, device) if settings.caption else None,
+            Detector(hands, device) if hands else None,
+        )
 
 
 def write(plan: Output, place: Place, settings: Curate, tools: WriteTools) -> int:
@@ -70,20 +72,24 @@ def _chosen(plan: Output, place: Place) -> Iterator[_Chosen]:
             record = records.get(index)
             if record is not None:
                 if not isinstance(item, Sample) or item.key != record.key:
-                    raise ShardUnreadable(f"{shard} has changed since it was examined: sample {index} was "
-                                          f"{record.key!r} and is "
-                                          f"{item.key!r}; delete {place.records(shard)} and resume")
+                    raise ShardUnreadable(
+                        f"{shard} has changed since it was examined: sample {index} was "
+                        f"{record.key!r} and is "
+                        f"{item.key!r}; delete {place.records(shard)} and resume"
+                    )
                 yield _Chosen(shard, item, record)
                 left -= 1
             if not left:
                 break
         if left:
-            raise ShardUnreadable(f"{shard}: {left} samples that were there when it was examined cannot be read any "
-                                  "more")
+            raise ShardUnreadable(
+                f"{shard}: {left} samples that were there when it was examined cannot be read any more"
+            )
 
 
-def _finish(waiting: list[_Chosen], plan: Output, settings: Curate, tools: WriteTools,
-            rows: list[dict]) -> Iterator[Sample]:
+def _finish(
+    waiting: list[_Chosen], plan: Output, settings: Curate, tools: WriteTools, rows: list[dict]
+) -> Iterator[Sample]:
     captions = [one.sample.caption for one in waiting]
     found: list[list[dict]] = [[] for _ in waiting]
     if waiting and (tools.captioner or tools.detector):
@@ -105,10 +111,18 @@ def _finished(one: _Chosen, key: str, caption: str, hands: list[dict], settings:
     words = hand_words(f"{original}\n{caption}", settings.hands.words) if settings.hands else []
     tags = ["hands"] if words or hands else []
     meta = {
-        **one.sample.meta, "key": key, "caption": caption,
+        **one.sample.meta,
+        "key": key,
+        "caption": caption,
         "caption_original": one.sample.meta.get("caption_original", original),
-        "width": record.width, "height": record.height, "phash": record.phash, "faces": record.faces,
-        "scores": record.scores, "tags": tags, "hand_words": words, "hands": hands,
+        "width": record.width,
+        "height": record.height,
+        "phash": record.phash,
+        "faces": record.faces,
+        "scores": record.scores,
+        "tags": tags,
+        "hand_words": words,
+        "hands": hands,
         "source": {"shard": one.shard, "key": record.key},
     }
     return Sample(key, one.sample.image, caption, meta), {"output_key": key, "tags": tags, "caption": caption}

@@ -94,7 +94,7 @@ class Digest:
     def cut(self, stage: str, step: int) -> None:
         """Drops a stage's points behind ``step``; with RL's those of its evaluations."""
         for name, curves in self.curves.items():
-            if name == stage or stage == "rl" and name.startswith("evaluation@"):
+            if name == stage or (stage == "rl" and name.startswith("evaluation@")):
                 for curve in curves.values():
                     self.sharp &= curve.cut(step)
         self.times.pop(stage, None)
@@ -128,8 +128,12 @@ class Digest:
         if type(step) is not int or type(steps) is not int or abs(step) > _FARTHEST:
             return None
         self.counts["evaluation"] += 1
-        values = {key: value for part in ("heldout", "train", "details", "diversity", "distance") if part in record
-                  for key, value in _flat(part, record[part]).items()}
+        values = {
+            key: value
+            for part in ("heldout", "train", "details", "diversity", "distance")
+            if part in record
+            for key, value in _flat(part, record[part]).items()
+        }
         stage = evaluation_stage(steps)
         self._add(stage, step, values)
         return ["points", stage, step, values]
@@ -160,11 +164,18 @@ class Digest:
 
     def snapshot(self) -> dict:
         """Curves and events as JSON can hold them."""
-        return {"curves": {stage: {name: curve.buckets() for name, curve in curves.items()}
-                           for stage, curves in self.curves.items()},
-                "events": {name: list(found) for name, found in self.listed.items()},
-                "counts": dict(self.counts), "galleries": self.galleries, "records": self.records,
-                "refused": self.refused, "exact": self.sharp and not self.sampled}
+        return {
+            "curves": {
+                stage: {name: curve.buckets() for name, curve in curves.items()}
+                for stage, curves in self.curves.items()
+            },
+            "events": {name: list(found) for name, found in self.listed.items()},
+            "counts": dict(self.counts),
+            "galleries": self.galleries,
+            "records": self.records,
+            "refused": self.refused,
+            "exact": self.sharp and not self.sampled,
+        }
 
     def progress(self, totals: dict[str, int]) -> dict:
         """Where the run is: {"stage", "step", "total", "seconds_per_step", "eta", "started", "updated", "done"}.
@@ -184,9 +195,17 @@ class Digest:
             pace = max(0.0, (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0]))
         step, total = self.reached.get(seen or ""), totals.get(seen or "")
         eta = max(0, total - step) * pace if pace is not None and total is not None and not done else None
-        return {"stage": running or seen, "metrics": seen, "step": step, "total": total, "seconds_per_step": pace,
-                "eta": eta,
-                "started": self.first_time, "updated": self.last_time, "done": done}
+        return {
+            "stage": running or seen,
+            "metrics": seen,
+            "step": step,
+            "total": total,
+            "seconds_per_step": pace,
+            "eta": eta,
+            "started": self.first_time,
+            "updated": self.last_time,
+            "done": done,
+        }
 
 
 def _number(value: int | float | None) -> float | None:
@@ -217,11 +236,13 @@ def _flat(name: str, value: Any, depth: int = 0) -> dict[str, float | None]:
 
 def _short(record: dict) -> dict:
     """An event with its texts bounded, and without what is large."""
-    return {key[:MAX_NAME]: value[:MAX_MESSAGE] if isinstance(value, str) else value for key, value in
-            list(record.items())[:12] if value is None or isinstance(value,
-                                                                     (str, bool, int, float)) and _sendable(value)}
+    return {
+        key[:MAX_NAME]: value[:MAX_MESSAGE] if isinstance(value, str) else value
+        for key, value in list(record.items())[:12]
+        if value is None or (isinstance(value, (str, bool, int, float)) and _sendable(value))
+    }
 
 
 def _sendable(value: Any) -> bool:
     """Whether JSON and a browser can hold a number."""
-    return isinstance(value, str) or math.isfinite(_number(value) or 0.0) and abs(value) < 1e300
+    return isinstance(value, str) or (math.isfinite(_number(value) or 0.0) and abs(value) < 1e300)

@@ -80,11 +80,14 @@ def _group(group: Any) -> dict:
     rewards, parts = _numbers(group.get("rewards")), group.get("parts")
     size = group.get("size")
     known = isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 8192 for n in size)
-    return {"prompt": _text(group.get("prompt")), "rewards": rewards, "size": size if known else None,
-            "parts": {str(k)[:100]: _numbers(v) for k, v in list(parts.items())[:16]} if isinstance(parts,
-                                                                                                    dict) else {},
-            **{key: _whole(group.get(key)) for key in ("index", "best", "worst")},
-            "picture": isinstance(group.get("image"), str) and bool(_PICTURE.fullmatch(group["image"]))}
+    return {
+        "prompt": _text(group.get("prompt")),
+        "rewards": rewards,
+        "size": size if known else None,
+        "parts": {str(k)[:100]: _numbers(v) for k, v in list(parts.items())[:16]} if isinstance(parts, dict) else {},
+        **{key: _whole(group.get(key)) for key in ("index", "best", "worst")},
+        "picture": isinstance(group.get("image"), str) and bool(_PICTURE.fullmatch(group["image"])),
+    }
 
 
 def gallery_picture(run_dir: Path, step: int, number: int) -> bytes:
@@ -126,9 +129,14 @@ def evaluation(run_dir: Path, tag: str) -> dict:
     prompts, by_steps = values.get("prompts"), values.get("by_steps")
     prompts = [_text(p) for p in prompts[:_MAX_PROMPTS]] if isinstance(prompts, list) else []
     steps = [int(n) for n in by_steps if n.isdecimal() and len(n) < 6] if isinstance(by_steps, dict) else []
-    return {"tag": tag, "iteration": _whole(values.get("iteration")), "prompts": prompts,
-            "samples": _whole(values.get("samples")) or 1, "headline": _whole(values.get("headline_steps")),
-            "steps": [n for n in steps if (Path(run_dir) / "samples" / f"{tag}-N{n}.npz").is_file()]}
+    return {
+        "tag": tag,
+        "iteration": _whole(values.get("iteration")),
+        "prompts": prompts,
+        "samples": _whole(values.get("samples")) or 1,
+        "headline": _whole(values.get("headline_steps")),
+        "steps": [n for n in steps if (Path(run_dir) / "samples" / f"{tag}-N{n}.npz").is_file()],
+    }
 
 
 def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tuple[bytes, list[float | None]]:
@@ -162,8 +170,9 @@ def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
     if archive.getinfo(member).file_size > ARCHIVE_LIMIT:
         raise ValueError(f"{member} is larger than {ARCHIVE_LIMIT} bytes")
     with archive.open(member) as file:
-        read_header = {(1, 0): layout.read_array_header_1_0,
-                       (2, 0): layout.read_array_header_2_0}.get(layout.read_magic(file))
+        read_header = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}.get(
+            layout.read_magic(file)
+        )
         shape, by_column, dtype = read_header(file) if read_header else ((), True, np.dtype(object))
         if by_column or dtype.hasobject or not shape or not 0 <= start <= start + count <= shape[0] or not count:
             raise ValueError(f"{member} has no rows {start} to {start + count}")
@@ -204,9 +213,16 @@ class Timeline:
     def _take(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            spans = [[str(role)[:40], who if type(who) is int else str(who)[:60], str(phase)[:40], float(start),
-                      float(seconds)]
-                     for role, who, phase, start, seconds in record["spans"][:SPANS]]
+            spans = [
+                [
+                    str(role)[:40],
+                    who if type(who) is int else str(who)[:60],
+                    str(phase)[:40],
+                    float(start),
+                    float(seconds),
+                ]
+                for role, who, phase, start, seconds in record["spans"][:SPANS]
+            ]
             step, stage = record["step"], str(record["stage"])[:40]
         except (ValueError, RecursionError, KeyError, TypeError, OverflowError):
             return

@@ -83,8 +83,15 @@ class Hub:
 
     def listing(self) -> list[dict]:
         """[{"id", "changed" (unix seconds), "bytes", "finished"}]; nothing of the log is read."""
-        return [{"id": name, "changed": _changed(path), "bytes": _size(path / FILE_NAME),
-                 "finished": (path / "summary.json").is_file()} for name, path in self.folders().items()]
+        return [
+            {
+                "id": name,
+                "changed": _changed(path),
+                "bytes": _size(path / FILE_NAME),
+                "finished": (path / "summary.json").is_file(),
+            }
+            for name, path in self.folders().items()
+        ]
 
     def opened(self, name: str) -> Opened:
         """A run, being read from now on. Raises KeyError for an unknown id."""
@@ -145,7 +152,7 @@ class Hub:
             self._number += 1
             self._news.append((self._number, name, text))
             self._bytes += len(text)
-            while len(self._news) > KEPT_NEWS or self._bytes > KEPT_BYTES and len(self._news) > 1:
+            while len(self._news) > KEPT_NEWS or (self._bytes > KEPT_BYTES and len(self._news) > 1):
                 self._bytes -= len(self._news.popleft()[2])
 
     def _follow(self) -> None:

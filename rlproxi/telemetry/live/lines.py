@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 #: A longer line is no record of ours: it is passed over and counted, and never held in memory.
 LINE_LIMIT = 1 << 20

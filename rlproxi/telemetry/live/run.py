@@ -28,7 +28,7 @@ _CONFIG_LIMIT = 1 << 20
 class _Pass:
     """One reading of the log from its start to its end, and on."""
 
-    def __init__(self, path: Path, cuts: dict[str, "_Cuts"]):
+    def __init__(self, path: Path, cuts: dict[str, _Cuts]):
         self.lines, self.digest, self.cuts = Lines(path), Digest(), cuts
         self.malformed = 0
 
@@ -59,8 +59,12 @@ class _Pass:
 
     def _superseded(self, record: dict, offset: int) -> bool:
         cuts = self.cuts.get(record.get("stage")) if self.cuts and isinstance(record.get("stage"), str) else None
-        return bool(cuts) and record["event"] in ("metrics", "evaluation", "samples") and \
-            type(record.get("step")) is int and cuts.after(offset) < record["step"]
+        return (
+            bool(cuts)
+            and record["event"] in ("metrics", "evaluation", "samples")
+            and type(record.get("step")) is int
+            and cuts.after(offset) < record["step"]
+        )
 
 
 class _Cuts:
@@ -180,8 +184,13 @@ class LiveRun:
 
     def snapshot(self) -> dict:
         """Curves, events and progress. "exact": all of the log, nothing superseded; else "read" is the share read."""
-        return {**self.digest.snapshot(), "exact": self.complete and self.digest.sharp, "read": self.share_read(),
-                "malformed": self._exact.malformed + self._exact.lines.dropped, "progress": self.progress()}
+        return {
+            **self.digest.snapshot(),
+            "exact": self.complete and self.digest.sharp,
+            "read": self.share_read(),
+            "malformed": self._exact.malformed + self._exact.lines.dropped,
+            "progress": self.progress(),
+        }
 
     def share_read(self) -> float:
         reader = self._second or self._exact
@@ -207,6 +216,7 @@ class LiveRun:
 
 def totals(config: dict) -> dict[str, int]:
     """Steps of each stage whose number a config tells."""
+
     def steps(section: object, key: str = "steps") -> int | None:
         part = config.get(section) if isinstance(section, str) else None
         found = part.get(key) if isinstance(part, dict) else None
@@ -214,7 +224,11 @@ def totals(config: dict) -> dict[str, int]:
 
     run = config.get("run")
     algorithm = run.get("algorithm", "grpo") if isinstance(run, dict) else "grpo"
-    found = {"pretrain": steps("pretrain"), "rl": steps(algorithm if algorithm in ("grpo", "r0", "didr") else "custom"),
-             "prepare/text": steps("prepare", "text_steps"), "prepare/reward": steps("prepare", "classifier_steps"),
-             "prepare/judge": steps("prepare", "classifier_steps")}
+    found = {
+        "pretrain": steps("pretrain"),
+        "rl": steps(algorithm if algorithm in ("grpo", "r0", "didr") else "custom"),
+        "prepare/text": steps("prepare", "text_steps"),
+        "prepare/reward": steps("prepare", "classifier_steps"),
+        "prepare/judge": steps("prepare", "classifier_steps"),
+    }
     return {stage: count for stage, count in found.items() if count is not None}

@@ -21,7 +21,7 @@ class Series:
     mean. Memory does not grow with the number of points.
     """
 
-    __slots__ = ("limit", "stride", "first", "last", "size", "count", "total", "low", "high", "tail")
+    __slots__ = ("count", "first", "high", "last", "limit", "low", "size", "stride", "tail", "total")
 
     def __init__(self, limit: int = BUCKETS, tail: int = TAIL):
         if limit < 2 or limit % 2:
@@ -70,15 +70,22 @@ class Series:
     def buckets(self, digits: int = 6) -> dict[str, list]:
         """Columns for a page: "x" the last step of each bucket and "y" its mean (None in a gap); with a stride above 1
         also "first", "low", "high", and "tail", the newest points as they were."""
+
         def short(value: float) -> float | None:
             return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
         mean = [short(t / n) if n else None for t, n in zip(self.total, self.count)]
         if self.stride == 1 and all(n <= 1 for n in self.size):
             return {"stride": 1, "x": self.last.tolist(), "y": mean}
-        return {"stride": self.stride, "x": self.last.tolist(), "y": mean, "first": self.first.tolist(),
-                "low": [short(v) for v in self.low], "high": [short(v) for v in self.high],
-                "tail": [[step, None if value is None else short(value)] for step, value in self.tail]}
+        return {
+            "stride": self.stride,
+            "x": self.last.tolist(),
+            "y": mean,
+            "first": self.first.tolist(),
+            "low": [short(v) for v in self.low],
+            "high": [short(v) for v in self.high],
+            "tail": [[step, None if value is None else short(value)] for step, value in self.tail],
+        }
 
     def newest(self) -> tuple[int, float | None] | None:
         return self.tail[-1] if self.tail else None
@@ -90,8 +97,15 @@ class Series:
 
     def _insert(self, at: int, step: int, value: float | None) -> None:
         known = value is not None
-        cells = (step, step, 1, int(known), value if known else 0.0, value if known else math.inf,
-                 value if known else -math.inf)
+        cells = (
+            step,
+            step,
+            1,
+            int(known),
+            value if known else 0.0,
+            value if known else math.inf,
+            value if known else -math.inf,
+        )
         for column, cell in zip(self._columns(), cells):
             column.insert(at, cell)
 
@@ -122,11 +136,14 @@ class Series:
         self.stride *= 2
         pairs = [slice(0, None, 2), slice(1, None, 2)]
         joined = {
-            "first": array("q", self.first[pairs[0]]), "last": array("q", self.last[pairs[1]]),
+            "first": array("q", self.first[pairs[0]]),
+            "last": array("q", self.last[pairs[1]]),
             "low": array("d", map(min, self.low[pairs[0]], self.low[pairs[1]])),
             "high": array("d", map(max, self.high[pairs[0]], self.high[pairs[1]])),
-            **{name: array(kind, (a + b for a, b in zip(getattr(self, name)[pairs[0]], getattr(self, name)[pairs[1]])))
-               for name, kind in (("size", "q"), ("count", "q"), ("total", "d"))},
+            **{
+                name: array(kind, (a + b for a, b in zip(getattr(self, name)[pairs[0]], getattr(self, name)[pairs[1]])))
+                for name, kind in (("size", "q"), ("count", "q"), ("total", "d"))
+            },
         }
         for name, column in joined.items():
             setattr(self, name, column)

@@ -12,7 +12,9 @@ from rlproxi.config.loading import build_config, dump_config
 from rlproxi.telemetry.runlog import RunLog
 
 
-def made(m=64, a=1.0, b=0.0, c=64.0, s=0.0, split=Split(1, 1, 1), gpus=(1.0, 0.0, 1.0), overlapped=False, **more) -> Measured:
+def made(
+    m=64, a=1.0, b=0.0, c=64.0, s=0.0, split=Split(1, 1, 1), gpus=(1.0, 0.0, 1.0), overlapped=False, **more
+) -> Measured:
     return Measured(m, a, b, c, s, 1.0, split, gpus, overlapped, **more)
 
 
@@ -47,9 +49,9 @@ def test_with_several_it_errs_by_less_than_a_round_of_the_faster_role(m, a, b, n
 
 def test_overlapped_is_as_slow_as_the_slowest_role():
     what = made(m=8, a=2.0, b=1.0, c=12.0, s=0.5, overlapped=True)
-    assert what.seconds(Split(2, 1, 2)) == 8.0        # rollouts: 4 rounds of 2 s
-    assert what.seconds(Split(4, 2, 1)) == 12.5       # learner: 12 s + sync
-    assert what.seconds(Split(8, 1, 4)) == 8.0        # rewards: 8 x 1 s
+    assert what.seconds(Split(2, 1, 2)) == 8.0  # rollouts: 4 rounds of 2 s
+    assert what.seconds(Split(4, 2, 1)) == 12.5  # learner: 12 s + sync
+    assert what.seconds(Split(8, 1, 4)) == 8.0  # rewards: 8 x 1 s
     assert what.seconds(Split(2, 1, 2), overlapped=False) == 10.0 + 6.5  # the first is sampled, then 8 x 1 s
 
 
@@ -76,27 +78,47 @@ def test_fractions_whole_ranks_and_too_few_places():
     split = best(what, 4)
     assert what.used(split) <= 4 and split.learner in (1, 3)
     assert best(what, 1.5) is None and "too few" in describe(what, 1.5)[-1]
-    assert best(made(gpus=(1.0, 0.0, 1.0), split=Split(1, 5, 1)), 2).reward == 5, "what needs no GPU is not short of them"
+    assert best(made(gpus=(1.0, 0.0, 1.0), split=Split(1, 5, 1)), 2).reward == 5, (
+        "what needs no GPU is not short of them"
+    )
     assert sum(best(made(gpus=(0.0, 0.0, 0.0), b=1.0), 9)) <= 9, "without GPUs processes are counted"
 
 
 def write_run(folder, steps, **resources):
-    values = {"resources": resources, "grpo": {"prompts_per_step": 8, "groups_per_micro_batch": 1},
-              "rewards": {"train": [{"name": "jpeg"}], "heldout": [], "replicas": 2}}
+    values = {
+        "resources": resources,
+        "grpo": {"prompts_per_step": 8, "groups_per_micro_batch": 1},
+        "rewards": {"train": [{"name": "jpeg"}], "heldout": [], "replicas": 2},
+    }
     folder.mkdir()
     dump_config(build_config(values), folder / "config.yaml")
     with RunLog(folder) as log:
         for i, (rollout, reward, train, sync, step) in enumerate(steps):
-            log.append("metrics", stage="rl", step=i + 1, **{
-                "seconds/rollout": rollout, "seconds/reward": reward, "seconds/train": train, "seconds/sync": sync,
-                "seconds/step": step})
+            log.append(
+                "metrics",
+                stage="rl",
+                step=i + 1,
+                **{
+                    "seconds/rollout": rollout,
+                    "seconds/reward": reward,
+                    "seconds/train": train,
+                    "seconds/sync": sync,
+                    "seconds/step": step,
+                },
+            )
     return folder
 
 
 def test_a_run_log_becomes_numbers_and_lines(tmp_path):
     steady = (16.0, 4.0, 3.0, 0.5, 12.0)
-    folder = write_run(tmp_path / "run", [(99.0, 99.0, 99.0, 99.0, 99.0), *[steady] * 3], rollout_actors=2, learner_workers=2,
-                       rollout_gpus=1, learner_gpus=1)
+    folder = write_run(
+        tmp_path / "run",
+        [(99.0, 99.0, 99.0, 99.0, 99.0), *[steady] * 3],
+        rollout_actors=2,
+        learner_workers=2,
+        rollout_gpus=1,
+        learner_gpus=1,
+    )
     what = measured(folder)
     assert (what.micro_batches, what.rollout, what.reward, what.learner, what.sync) == (8, 2.0, 0.5, 6.0, 0.5)
     assert what.split == Split(2, 2, 2) and what.gpus == (1.0, 0.0, 1.0) and not what.overlapped

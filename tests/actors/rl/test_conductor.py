@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fixtures.local_actors import local_scribe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import RayTaskError
 
 from actors.rl.loop import Loop
 from actors.rl.stops import LOST
+from fixtures.local_actors import local_scribe
 from rlproxi.algorithms import grpo
 from rlproxi.algorithms.guards.over_optimisation import Evaluated, OverOptimisation
 from rlproxi.config.loading import build_config
@@ -48,10 +48,20 @@ class Pool:
 
 def make(folder, bound: int = 1, **sections) -> Loop:
     """The loop as the conductor's ``connect`` makes it; two micro-batches an iteration."""
-    config = build_config({
-        "grpo": {"steps": STEPS, "prompts_per_step": 2, "groups_per_micro_batch": 1, "group_size": 2,
-                 "max_staleness": bound}, "rewards": {"train": [{"name": "attributes"}]}, "evaluate": {"every": 0},
-        **sections})
+    config = build_config(
+        {
+            "grpo": {
+                "steps": STEPS,
+                "prompts_per_step": 2,
+                "groups_per_micro_batch": 1,
+                "group_size": 2,
+                "max_staleness": bound,
+            },
+            "rewards": {"train": [{"name": "attributes"}]},
+            "evaluate": {"every": 0},
+            **sections,
+        }
+    )
     return Loop(config, grpo.GRPO(config), Pool(), Client(), local_scribe(folder))
 
 
@@ -148,10 +158,17 @@ class Play:
 
 
 @settings(max_examples=150)
-@given(data=st.data(), bound=st.integers(0, 3), ranks=st.integers(2, 3), may_stop=st.booleans(),
-       finish=st.none() | st.integers(1, STEPS - 1), broken=st.none() | st.integers(0, STEPS - 1))
-def test_every_rank_is_told_the_same_in_any_order_of_events(tmp_path_factory, data, bound, ranks, may_stop, finish,
-                                                            broken):
+@given(
+    data=st.data(),
+    bound=st.integers(0, 3),
+    ranks=st.integers(2, 3),
+    may_stop=st.booleans(),
+    finish=st.none() | st.integers(1, STEPS - 1),
+    broken=st.none() | st.integers(0, STEPS - 1),
+)
+def test_every_rank_is_told_the_same_in_any_order_of_events(
+    tmp_path_factory, data, bound, ranks, may_stop, finish, broken
+):
     conductor = make(tmp_path_factory.mktemp("run"), bound, evaluate={"every": 1})
     play = Play(conductor, lambda n: data.draw(st.integers(0, n - 1)), ranks, finish, broken, may_stop)
     told = asyncio.run(play.run())
@@ -273,7 +290,8 @@ def test_a_commit_waits_until_its_record_is_in_the_log(tmp_path):
     async def main():
         conductor, written = make(tmp_path), asyncio.Event()
         conductor.scribe = SimpleNamespace(
-            append=SimpleNamespace(remote=lambda event, fields: written.wait() if event == "metrics" else None))
+            append=SimpleNamespace(remote=lambda event, fields: written.wait() if event == "metrics" else None)
+        )
         await conductor.begin(0)
         await conductor.next_batch(0)
         commit = asyncio.ensure_future(conductor.commit(0, {}))
@@ -285,10 +303,17 @@ def test_a_commit_waits_until_its_record_is_in_the_log(tmp_path):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("cause, kind, words", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), OUT_OF_MEMORY,
-     "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."),
-    (ValueError("a shape"), "", "RayTaskError(ValueError): ")])
+@pytest.mark.parametrize(
+    "cause, kind, words",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            OUT_OF_MEMORY,
+            "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ),
+        (ValueError("a shape"), "", "RayTaskError(ValueError): "),
+    ],
+)
 def test_a_fault_of_a_rollout_actor_stops_with_its_kind(tmp_path, cause, kind, words):
     async def fails(request, version):
         raise RayTaskError("sample", f"Traceback\n{cause}", cause, "actor", 1, "127.0.0.1").as_instanceof_cause()
@@ -348,8 +373,11 @@ async def half_broken(request, version, every: bool = False):
 @pytest.mark.parametrize("on_failure, missing", [("drop_group", [True, True]), ("mask_sample", [True, False])])
 def test_a_sample_that_is_no_image_is_a_missing_score(tmp_path, on_failure, missing):
     async def main():
-        conductor = make(tmp_path, bound=0, rewards={"train": [{"name": "attributes"}], "on_failure": on_failure,
-                                                     "max_masked_fraction": 1.0})
+        conductor = make(
+            tmp_path,
+            bound=0,
+            rewards={"train": [{"name": "attributes"}], "on_failure": on_failure, "max_masked_fraction": 1.0},
+        )
         conductor.pool.sample = half_broken
         await conductor.begin(0)
         batch, _ = await both(conductor, 0, settled)
@@ -357,8 +385,13 @@ def test_a_sample_that_is_no_image_is_a_missing_score(tmp_path, on_failure, miss
         assert all(not np.ma.isMaskedArray(e.images) for e in conductor.ready[0].values())
 
     asyncio.run(main())
-    assert sum("count as missing, because some of a group's are NaN or Inf: lower the learning rate" in w
-               for w in warnings(tmp_path)) == 2
+    assert (
+        sum(
+            "count as missing, because some of a group's are NaN or Inf: lower the learning rate" in w
+            for w in warnings(tmp_path)
+        )
+        == 2
+    )
 
 
 def test_too_many_broken_samples_are_the_learners_to_skip(tmp_path):
@@ -367,8 +400,14 @@ def test_too_many_broken_samples_are_the_learners_to_skip(tmp_path):
         conductor.pool.sample = lambda request, version: half_broken(request, version, every=True)
         await conductor.begin(0)
         one, two = await both(conductor, 0, settled)
-        assert one["refused"] == two["refused"] == ("4 of its 4 samples are NaN or Inf, and 100% of the groups have no score "
-                                                    "(rewards.max_masked_fraction = 0.5)")
+        assert (
+            one["refused"]
+            == two["refused"]
+            == (
+                "4 of its 4 samples are NaN or Inf, and 100% of the groups have no score "
+                "(rewards.max_masked_fraction = 0.5)"
+            )
+        )
         assert np.isnan(one["rewards"]).all() and conductor.stopped is None
         await conductor.commit(0, {})
         await settled()

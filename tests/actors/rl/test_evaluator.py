@@ -3,17 +3,21 @@ import json
 
 import numpy as np
 import pytest
-from fixtures.local_actors import local_scribe
 
 from actors.rl.evaluator import Evaluator
+from fixtures.local_actors import local_scribe
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
 from rlproxi.telemetry.runlog import read
 
-CONFIG = build_config({
-    "sampler": {"num_inference_steps": 4}, "grpo": {"groups_per_micro_batch": 2, "group_size": 4},
-    "rewards": {"train": [{"name": "attributes"}], "heldout": [{"name": "judge"}]},
-    "evaluate": {"prompts": 6, "samples": 2, "patience": 2}})
+CONFIG = build_config(
+    {
+        "sampler": {"num_inference_steps": 4},
+        "grpo": {"groups_per_micro_batch": 2, "group_size": 4},
+        "rewards": {"train": [{"name": "attributes"}], "heldout": [{"name": "judge"}]},
+        "evaluate": {"prompts": 6, "samples": 2, "patience": 2},
+    }
+)
 JUDGED = {0: 10, 10: 30, 20: 20, 30: 20}  # iteration -> held-out score; the training reward is the iteration
 
 
@@ -89,7 +93,8 @@ def test_a_missing_score_is_told_once_and_counted(run):
     assert entry["train"]["attributes"] == {"mean": 10, "sem": 0, "missing": 2}
     assert entry["heldout"]["judge"]["missing"] == 2 and entry["details"]["judge"]["hat"] == 1
     assert [r["message"] for r in run.events("warning")] == [
-        f"evaluation: {run.client.lost!r} has no score: no score today"] * 2, "of each scorer"
+        f"evaluation: {run.client.lost!r} has no score: no score today"
+    ] * 2, "of each scorer"
 
 
 @pytest.mark.parametrize("every", [False, True])
@@ -100,7 +105,7 @@ def test_a_sample_that_is_no_image_is_a_missing_score(run, every):
     async def broken(request, version):
         images, *more = await whole(request, version)
         mask = np.zeros(images.shape, bool)
-        mask[:None if every else 1] = request.images == 8  # the first of two pieces
+        mask[: None if every else 1] = request.images == 8  # the first of two pieces
         return np.ma.masked_array(images, mask), *more
 
     run.evaluator.sample = broken
@@ -109,7 +114,8 @@ def test_a_sample_that_is_no_image_is_a_missing_score(run, every):
     assert entry["train"]["attributes"] == {"mean": 10, "sem": 0, "missing": missing}
     assert entry["heldout"]["judge"]["missing"] == missing and "distance" not in entry and "diversity" not in entry
     assert [r["message"] for r in run.events("warning")] == [
-        f"evaluation: {missing} of 12 samples of 4 steps count as missing, because they are NaN or Inf"]
+        f"evaluation: {missing} of 12 samples of 4 steps count as missing, because they are NaN or Inf"
+    ]
     kept = np.load(run.folder / "samples" / "step-000010-N4.npz")
     assert np.isnan(kept["heldout"]).sum() == np.isnan(kept["correct"]).sum() == missing
 

@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from fixtures import virtual_time
-from fixtures.local_actors import Local
-from fixtures.simulated_roles import Log, Rollout, Store, Weights, brightness, handles, made_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError
@@ -21,6 +18,9 @@ from actors.rl.loop import Loop
 from actors.rl.pool import RolloutPool
 from actors.rl.scored import Scored
 from actors.rl.staleness import Stamp
+from fixtures import virtual_time
+from fixtures.local_actors import Local
+from fixtures.simulated_roles import Log, Rollout, Store, Weights, brightness, handles, made_of
 from rlproxi.algorithms import grpo
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
@@ -43,14 +43,24 @@ class World:
     at: int = 0  # the newest checkpoint
 
     def __post_init__(self):
-        config = build_config({
-            "grpo": {"steps": STEPS, "prompts_per_step": 4, "groups_per_micro_batch": 1, "group_size": 2,
-                     "max_staleness": self.bound},
-            "rewards": {"train": [{"name": "attributes"}], "max_masked_fraction": 1.0}, "evaluate": {"every": 0},
-            "resources": {"learner_workers": RANKS}})
+        config = build_config(
+            {
+                "grpo": {
+                    "steps": STEPS,
+                    "prompts_per_step": 4,
+                    "groups_per_micro_batch": 1,
+                    "group_size": 2,
+                    "max_staleness": self.bound,
+                },
+                "rewards": {"train": [{"name": "attributes"}], "max_masked_fraction": 1.0},
+                "evaluate": {"every": 0},
+                "resources": {"learner_workers": RANKS},
+            }
+        )
         self.log, self.store = Log(), Store(self.bound + 2)
-        self.rollouts = [Rollout(lambda request: self.pause(2.0), restart_s=self.dice.uniform(0.1, 9.0))
-                         for _ in range(self.actors)]
+        self.rollouts = [
+            Rollout(lambda request: self.pause(2.0), restart_s=self.dice.uniform(0.1, 9.0)) for _ in range(self.actors)
+        ]
         self.pool = RolloutPool(handles(self.rollouts), Local(self.store), Local(self.log))
         self.algorithm = grpo.GRPO(config)
         self.loop = Loop(config, self.algorithm, self.pool, self, Local(self.log))
@@ -71,6 +81,7 @@ class World:
 
     async def call(self, method, *arguments):
         """A call to the conductor: it takes its time, and arrives even where its caller dies meanwhile."""
+
         async def sent():
             await self.pause(0.5)
             return await method(*arguments)
@@ -88,8 +99,9 @@ class World:
             chains = {j: chain for each in told for j, chain in each["chains"].items()}
             assert sorted(chains) == list(range(4)) and all(each["versions"] == told[0]["versions"] for each in told)
             await self.pause(3.0)
-            self.trained.append((self.life, iteration, [(chains[j], told[0]["versions"][j]) for j in range(4)],
-                                 told[0]["rewards"]))
+            self.trained.append(
+                (self.life, iteration, [(chains[j], told[0]["versions"][j]) for j in range(4)], told[0]["rewards"])
+            )
             self.store.publish(iteration + 1, Weights(self.life, iteration + 1))
             if iteration % 4 == 3 or iteration + 1 == STEPS:
                 self.at = iteration + 1
@@ -141,8 +153,14 @@ def check(world: World) -> None:
 
 
 @settings(max_examples=80)
-@given(seed=st.integers(0, 2**32 - 1), bound=st.integers(0, 3), actors=st.integers(1, 5), deaths=st.integers(0, 6),
-       restarts=st.integers(0, 3), lost=st.sampled_from([0.0, 0.2, 1.0]))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    bound=st.integers(0, 3),
+    actors=st.integers(1, 5),
+    deaths=st.integers(0, 6),
+    restarts=st.integers(0, 3),
+    lost=st.sampled_from([0.0, 0.2, 1.0]),
+)
 def test_any_schedule_of_deaths_losses_and_restarts_trains_each_group_once(seed, bound, actors, deaths, restarts, lost):
     world = World(random.Random(seed), bound, actors, deaths, restarts, lost)
     check(virtual_time.run(world.run()))
@@ -157,8 +175,11 @@ def test_bound_zero_is_the_synchronous_loop(seed, deaths):
     for iteration in range(STEPS):
         for j, request in enumerate(world.algorithm.requests(iteration)):
             plain.append((iteration, request, Weights(0, iteration), brightness(made_of(request)).tolist()))
-    assert plain == [(iteration, chain.request, chain.weights, rewards[j].tolist())
-                     for _, iteration, made, rewards in world.trained for j, (chain, _) in enumerate(made)]
+    assert plain == [
+        (iteration, chain.request, chain.weights, rewards[j].tolist())
+        for _, iteration, made, rewards in world.trained
+        for j, (chain, _) in enumerate(made)
+    ]
 
 
 def test_a_learner_that_starts_far_before_the_newest_version_finds_its_weights():
@@ -173,6 +194,7 @@ def test_a_learner_that_starts_far_before_the_newest_version_finds_its_weights()
 
 def test_what_a_version_is_after_a_restart_is_sampled_with():
     """An actor that holds version 2 of the life before takes version 2 of this one."""
+
     async def main():
         store, rollout = Store(keep=2), Rollout(lambda request: asyncio.sleep(1))
         pool = RolloutPool(handles([rollout]), Local(store), Local(Log()))

@@ -4,10 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from fixtures.local_actors import Local, local_scribe
 from ray.exceptions import ActorDiedError
 
 from actors.rl import pool
+from fixtures.local_actors import Local, local_scribe
 from rlproxi.telemetry.runlog import read
 
 
@@ -68,7 +68,9 @@ def test_who_dies_while_it_loads_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "_LOOK_AFTER", (0.001, 0.01))
 
     def ready(*actors):
-        return asyncio.run(pool.RolloutPool([Local(actor) for actor in actors], Local(Store()), local_scribe(tmp_path)).ready())
+        return asyncio.run(
+            pool.RolloutPool([Local(actor) for actor in actors], Local(Store()), local_scribe(tmp_path)).ready()
+        )
 
     assert ready(Loading(), Loading(0)) == 2 and ready(Loading(1000), Loading(0)) == 1
     with pytest.raises(RuntimeError, match="all 1 rollout actors died while they loaded the model"):

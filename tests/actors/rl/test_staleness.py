@@ -16,8 +16,9 @@ class Pending:
     scored: bool = False
 
 
-def simulate(pick, bound: int, iterations: int, micro_batches: int, size: int,
-             limit: int) -> tuple[list[str], list[int]]:
+def simulate(
+    pick, bound: int, iterations: int, micro_batches: int, size: int, limit: int
+) -> tuple[list[str], list[int]]:
     """A dispatcher, rollouts that answer in any order, and a learner; ``pick(n)`` chooses what happens next.
 
     Bytes are taken for each micro-batch and given back for an iteration at once, as the conductor does.
@@ -59,13 +60,19 @@ def simulate(pick, bound: int, iterations: int, micro_batches: int, size: int,
 
 
 @settings(max_examples=120)
-@given(data=st.data(), bound=st.integers(0, 4), iterations=st.integers(1, 7), micro_batches=st.integers(1, 3),
-       size=st.integers(1, 10), room=st.integers(0, 40))
+@given(
+    data=st.data(),
+    bound=st.integers(0, 4),
+    iterations=st.integers(1, 7),
+    micro_batches=st.integers(1, 3),
+    size=st.integers(1, 10),
+    room=st.integers(0, 40),
+)
 def test_no_schedule_exceeds_the_bound_or_the_budget_or_stops(data, bound, iterations, micro_batches, size, room):
     limit = micro_batches * size + room
     pick = lambda n: data.draw(st.integers(0, n - 1))  # noqa: E731
     happened, stale = simulate(pick, bound, iterations, micro_batches, size, limit)
-    assert len(stale) == iterations * micro_batches and 0 <= min(stale) and max(stale) <= bound
+    assert len(stale) == iterations * micro_batches and min(stale) >= 0 and max(stale) <= bound
     count = Counter(happened)
     assert count == {"dispatch": len(stale), "score": len(stale), "train": iterations}
 
@@ -194,7 +201,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.trained == list(range(self.start, ledger.version)), "each once, in order"
         assert ledger.budget.used == 10 * (ledger.next - ledger.version) <= max(10, self.limit)
         assert ledger.next - ledger.version <= self.bound + 1
-        assert ledger.next > ledger.version or ledger.within_bound() and ledger.has_room(), "something can happen"
+        assert ledger.next > ledger.version or (ledger.within_bound() and ledger.has_room()), "something can happen"
 
 
 TestLedger = LedgerMachine.TestCase

@@ -41,7 +41,9 @@ def test_a_finished_checkpoint_comes_back_with_its_facts(tmp_path):
     assert folder == final == tmp_path / "rl" / "step-000020" and warnings == []
     assert facts["step"] == 20 and facts["world"] == 1 and facts["seed"] == 7
     assert {name: size for name, (size, _) in facts["files"].items()} == {
-        "ema.safetensors": (folder / "ema.safetensors").stat().st_size, "engine/rank0.bin": 700}
+        "ema.safetensors": (folder / "ema.safetensors").stat().st_size,
+        "engine/rank0.bin": 700,
+    }
     assert all(checkpoints.digest(folder / name) == checksum for name, (_, checksum) in facts["files"].items())
     assert (folder / "engine" / "rank0.bin").read_text() == "weights" * 100
 
@@ -112,16 +114,23 @@ def edit(folder, **files):
     mark.write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (cut, "damaged: engine/rank0.bin (missing or cut short)"),
-    (lose, "damaged: ema.safetensors (missing or cut short)"),
-    (flip, "damaged: ema.safetensors (changed since it was written)"),
-    (plant, "damaged: engine/state-00009.safetensors (not one of its files)"),
-    (lambda folder: edit(folder, **{"../ema.safetensors": [1, "00"]}), "files outside of the folder"),
-    (lambda folder: edit(folder, **{"/etc/passwd": [1, "00"]}), "files outside of the folder"),
-    (lambda folder: edit(folder, **{"ema.safetensors": 7}), "no checksums"),
-    (lambda folder: folder.joinpath(checkpoints.MARK).write_text("[" * 100_000), "unusable"),
-    (garble, "unusable"), (halve, "unusable"), (unmark, "unusable"), (empty, "unusable")])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (cut, "damaged: engine/rank0.bin (missing or cut short)"),
+        (lose, "damaged: ema.safetensors (missing or cut short)"),
+        (flip, "damaged: ema.safetensors (changed since it was written)"),
+        (plant, "damaged: engine/state-00009.safetensors (not one of its files)"),
+        (lambda folder: edit(folder, **{"../ema.safetensors": [1, "00"]}), "files outside of the folder"),
+        (lambda folder: edit(folder, **{"/etc/passwd": [1, "00"]}), "files outside of the folder"),
+        (lambda folder: edit(folder, **{"ema.safetensors": 7}), "no checksums"),
+        (lambda folder: folder.joinpath(checkpoints.MARK).write_text("[" * 100_000), "unusable"),
+        (garble, "unusable"),
+        (halve, "unusable"),
+        (unmark, "unusable"),
+        (empty, "unusable"),
+    ],
+)
 def test_damage_is_named_and_the_one_before_taken(tmp_path, damage, words):
     write(tmp_path, 20)
     damage(write(tmp_path, 40))
@@ -195,9 +204,11 @@ def test_files_and_folders_are_on_the_disk_before_the_checkpoint_has_its_name(tm
     monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), sync(handle)))
     monkeypatch.setattr(os, "replace", lambda one, other: (done.append("named"), replace(one, other)))
     write(tmp_path, 20)
-    before, after = done[:done.index("named")], done[done.index("named") + 1:]
+    before, after = done[: done.index("named")], done[done.index("named") + 1 :]
     written = str(checkpoints.scratch(tmp_path, 20))
-    assert {f"{written}{end}" for end in ("", "/engine", "/engine/rank0.bin", "/ema.safetensors", "/complete.json")} == set(before)
+    assert {
+        f"{written}{end}" for end in ("", "/engine", "/engine/rank0.bin", "/ema.safetensors", "/complete.json")
+    } == set(before)
     assert after == [str(tmp_path)]
 
 
@@ -229,7 +240,9 @@ def test_a_planted_pickle_is_not_executed_and_the_one_before_is_taken(form, tmp_
 
 
 @settings(max_examples=40)  # each writes and synchronises two checkpoints
-@given(st.binary(max_size=200), st.sampled_from(["ema.safetensors", checkpoints.MARK, "engine/rank0.bin"]), st.booleans())
+@given(
+    st.binary(max_size=200), st.sampled_from(["ema.safetensors", checkpoints.MARK, "engine/rank0.bin"]), st.booleans()
+)
 def test_random_bytes_in_any_file_are_passed_over(tmp_path_factory, content, name, sealed):
     root = tmp_path_factory.mktemp("random")
     write(root, 20)

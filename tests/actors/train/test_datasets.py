@@ -8,12 +8,12 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from fixtures.shards import jpeg, sample, write_tar
 from ray.data.dataset import MaterializedDataset
 
 from actors.data import encoder
 from actors.run.log_writer import Scribe
 from actors.train import datasets as ingest
+from fixtures.shards import jpeg, sample, write_tar
 from rlproxi.config.loading import build_config
 from rlproxi.data.cache import CachedShard, prompts_path, read_index
 from rlproxi.data.encode import Encoder, build_recipe
@@ -37,8 +37,13 @@ def ray_here():
 
 
 def shard_config(folder, workers=1, steps=20, **data):
-    return build_config({"data": {"source": "shards", "urls": [str(folder)], "buckets": True, **data},
-                         "pretrain": {"batch_size": 8, "steps": steps}, "resources": {"learner_workers": workers}})
+    return build_config(
+        {
+            "data": {"source": "shards", "urls": [str(folder)], "buckets": True, **data},
+            "pretrain": {"batch_size": 8, "steps": steps},
+            "resources": {"learner_workers": workers},
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +63,14 @@ def encoded(ray_here, tmp_path_factory):
 def test_encode_counts_and_tells_its_progress(encoded):
     config, cache, facts, run_dir = encoded
     assert {k: facts[k] for k in ("shards", "encoded", "samples", "skipped", "reasons", "unused", "prompts")} == {
-        "shards": 6, "encoded": 5, "samples": 100, "skipped": 6, "reasons": {"empty caption": 5, "unreadable file": 1},
-        "unused": 0, "prompts": 100}
+        "shards": 6,
+        "encoded": 5,
+        "samples": 100,
+        "skipped": 6,
+        "reasons": {"empty caption": 5, "unreadable file": 1},
+        "unused": 0,
+        "prompts": 100,
+    }
     steps, samples = series(read(run_dir), "encode", "samples")
     assert list(steps) == [2, 3, 4, 5, 6] and list(samples) == [20, 40, 60, 80, 100]
     assert len(prompts_path(config, cache).read_text().splitlines()) == 100
@@ -86,6 +97,7 @@ def test_data_without_a_usable_sample_or_a_whole_batch_stops_the_run(tmp_path):
         url = write_tar(tmp_path / "0.tar", samples)
         result = Encoder(build_recipe(config, None), None).shard(url, tmp_path / "0.safetensors")
         return encoder._finish(config, tmp_path, [result], 1, time.time())
+
     with pytest.raises(ValueError, match=r"none of 1 shards held a usable sample; skipped: \{'empty caption': 1\}"):
         finish(sample(0, caption=""))
     with pytest.raises(ValueError, match="no bucket fills a batch of 8"):
@@ -97,8 +109,9 @@ def test_a_killed_worker_costs_nothing_but_time(ray_here, tmp_path):
     urls = [write_tar(tmp_path / f"{n}.tar", [sample(i, image=image) for i in range(300)]) for n in range(4)]
     config, cache = shard_config(tmp_path), tmp_path / "cache"
     result = {}
-    thread = threading.Thread(target=lambda: result.update(
-        encoder.encode(config, cache, None, Scribe.remote(str(tmp_path / "run")))))
+    thread = threading.Thread(
+        target=lambda: result.update(encoder.encode(config, cache, None, Scribe.remote(str(tmp_path / "run"))))
+    )
     thread.start()
     victim = None
     while victim is None and thread.is_alive():

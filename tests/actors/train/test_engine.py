@@ -18,8 +18,18 @@ def outputs(engine: Engine, x: torch.Tensor) -> torch.dtype:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_engine_computes_in_the_dtype_it_is_told_whatever_deepspeed_thinks_of_autocast(process_group, dtype):
-    engine = Engine(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)), torch.device("cpu"), 0, 2, 1, 1e-3, (0.9, 0.99), 0.0, 1.0,
-                    dtype)
+    engine = Engine(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)),
+        torch.device("cpu"),
+        0,
+        2,
+        1,
+        1e-3,
+        (0.9, 0.99),
+        0.0,
+        1.0,
+        dtype,
+    )
     x = torch.ones(2, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         assert outputs(engine, x) is dtype
@@ -34,8 +44,18 @@ def test_the_engine_computes_in_the_dtype_it_is_told_whatever_deepspeed_thinks_o
 
 def small(stage: int, accumulation: int = 2) -> Engine:
     torch.manual_seed(0)
-    return Engine(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.device("cpu"), stage, 5, accumulation, 0.05, (0.9, 0.99),
-                  0.0, 1.0, anchor=0.1)
+    return Engine(
+        nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)),
+        torch.device("cpu"),
+        stage,
+        5,
+        accumulation,
+        0.05,
+        (0.9, 0.99),
+        0.0,
+        1.0,
+        anchor=0.1,
+    )
 
 
 def losses(engine: Engine, number: int, spoil=None):
@@ -74,7 +94,11 @@ def test_an_update_that_is_refused_changes_nothing_and_the_next_is_one_like_any_
     expected = state(reference)
     reference.close()
     engine = small(stage)
-    spoils = {"NaN": lambda loss: loss * float("nan"), "Inf": lambda loss: loss + float("inf"), "gradient": InfiniteGradient.apply}
+    spoils = {
+        "NaN": lambda loss: loss * float("nan"),
+        "Inf": lambda loss: loss + float("inf"),
+        "gradient": InfiniteGradient.apply,
+    }
     for number in range(4):
         if number in (0, 2):  # before the optimizer has a state, and after
             before = state(engine)
@@ -103,7 +127,9 @@ def test_metrics_over_losses_leave_out_what_is_missing_and_a_maximum_does_not(pr
     engine = small(0)
 
     def told():
-        for (loss, _), metrics in zip(losses(engine, 0), ({"a": 1.0, "max": 3.0, "gone": float("nan")}, {"a": float("nan"), "max": 2.0})):
+        for (loss, _), metrics in zip(
+            losses(engine, 0), ({"a": 1.0, "max": 3.0, "gone": float("nan")}, {"a": float("nan"), "max": 2.0})
+        ):
             yield loss, metrics
 
     metrics = engine.update(told(), 0.05).metrics

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fixtures.small_rank import engine_of, same, state, train
 from safetensors.torch import load_file, save_file
+
+from fixtures.small_rank import engine_of, same, state, train
 
 MORE = [pytest.param(kind, stage, marks=pytest.mark.exhaustive) for kind in ("lora", "buffers") for stage in (1, 3)]
 
@@ -29,8 +30,10 @@ def broken(kind, stage, folder, then=None):
     return found
 
 
-@pytest.mark.parametrize("kind, stage", [("plain", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("lora", 0), ("buffers", 0),
-                                         ("lora", 2), *MORE])
+@pytest.mark.parametrize(
+    "kind, stage",
+    [("plain", 0), ("plain", 1), ("plain", 2), ("plain", 3), ("lora", 0), ("buffers", 0), ("lora", 2), *MORE],
+)
 def test_weights_moments_start_and_metrics_are_those_of_the_unbroken_run(kind, stage, process_group, tmp_path):
     (metrics, expected), *others = broken(kind, stage, tmp_path)
     assert any(key.startswith("exp_avg_sq/") for key in expected) and any(key.startswith("start/") for key in expected)
@@ -39,8 +42,10 @@ def test_weights_moments_start_and_metrics_are_those_of_the_unbroken_run(kind, s
         assert same(tensors, expected)
 
 
-@pytest.mark.parametrize("before, after", [(0, 3), (3, 0), *(pytest.param(a, b, marks=pytest.mark.exhaustive) for a, b in
-                                                             ((0, 1), (1, 2), (2, 3), (3, 1)))])
+@pytest.mark.parametrize(
+    "before, after",
+    [(0, 3), (3, 0), *(pytest.param(a, b, marks=pytest.mark.exhaustive) for a, b in ((0, 1), (1, 2), (2, 3), (3, 1)))],
+)
 def test_another_zero_stage_goes_on_from_the_same_state(before, after, process_group, tmp_path):
     (metrics, expected), _, (found, tensors) = broken("plain", before, tmp_path, then=after)
     assert tensors.keys() == expected.keys()

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.local_actors import local_scribe
 from torch import nn
 
 from actors.train import checkpoints, rollback
 from actors.train.engine import Engine
 from actors.train.rank import Rank
+from fixtures.local_actors import local_scribe
 from rlproxi.algorithms.base import Update
 from rlproxi.algorithms.guards.updates import UpdateGuard
 from rlproxi.config.loading import build_config
@@ -55,7 +55,10 @@ class OneRank(Rank):
 
     def build(self):
         torch.manual_seed(0)
-        self.engines = {name: Engine(nn.Linear(3, 2), self.device, 1, 4, 1, 0.1, (0.9, 0.99), 0.0, 1.0) for name in ("policy", "fake")}
+        self.engines = {
+            name: Engine(nn.Linear(3, 2), self.device, 1, 4, 1, 0.1, (0.9, 0.99), 0.0, 1.0)
+            for name in ("policy", "fake")
+        }
         self.algorithm = Fit(self, self.nan)
 
     def begin(self, start):
@@ -65,7 +68,9 @@ class OneRank(Rank):
         return step
 
     def done(self, step, batch, metrics):
-        self.seen.append(SimpleNamespace(step=step, lr=metrics.get("lr"), skipped=metrics["skipped_updates"], weights=self.weights()))
+        self.seen.append(
+            SimpleNamespace(step=step, lr=metrics.get("lr"), skipped=metrics["skipped_updates"], weights=self.weights())
+        )
 
     def stop(self, error):
         self.scribe.stop.remote(f"{self.stage}: {error}")
@@ -74,8 +79,10 @@ class OneRank(Rank):
         self.ended = True
 
     def weights(self):
-        return {name: torch.cat([p.detach().reshape(-1).clone() for p in engine.module.module.parameters()])
-                for name, engine in self.engines.items()}
+        return {
+            name: torch.cat([p.detach().reshape(-1).clone() for p in engine.module.module.parameters()])
+            for name, engine in self.engines.items()
+        }
 
 
 @pytest.fixture
@@ -106,8 +113,10 @@ def test_one_bad_update_is_skipped_counted_and_told(make):
     assert [seen.skipped for seen in rank.seen] == [0, 0, 0, 1, 0, 0, 0, 0]
     before, at = rank.seen[2].weights, rank.seen[3].weights
     assert torch.equal(before["policy"], at["policy"]) and not torch.equal(before["fake"], at["fake"])
-    assert warnings(rank) == ["rl: step 4: an update of 'policy' is skipped, 1 in a row (guards.skips_in_a_row = 3): 1 of its losses "
-                              "are NaN or Inf"]
+    assert warnings(rank) == [
+        "rl: step 4: an update of 'policy' is skipped, 1 in a row (guards.skips_in_a_row = 3): 1 of its losses "
+        "are NaN or Inf"
+    ]
     # Step 4's checkpoint, due amid skipped updates, waits for a good one.
     assert not (rank.root / "step-000004").exists()
 
@@ -123,7 +132,8 @@ def test_the_third_in_a_row_takes_all_networks_back_with_a_lower_rate_that_a_res
         assert torch.equal(rank.seen[1].weights[name], good.seen[1].weights[name])
         assert not torch.equal(rank.seen[5].weights[name], rank.seen[2].weights[name]), "another rate"
     assert "3 in a row" in warnings(rank)[-1] and warnings(rank)[-1].endswith(
-        "Going back to step 2, with 0.5 of grpo.lr from now on (guards.lr_factor)")
+        "Going back to step 2, with 0.5 of grpo.lr from now on (guards.lr_factor)"
+    )
     # What a resume from the same checkpoint, in another process, would do: the same.
     resumed = make(fails)
     assert resumed.guard.lr_scale == 0.5 and resumed.seen == [] and resumed.ended
@@ -134,28 +144,36 @@ def test_the_third_in_a_row_takes_all_networks_back_with_a_lower_rate_that_a_res
 
 
 def test_without_a_checkpoint_training_begins_anew(make):
-    rank = make(lambda step, rollbacks: 1 <= step and not rollbacks)
+    rank = make(lambda step, rollbacks: step >= 1 and not rollbacks)
     assert rank.begun == [0, 0] and steps(rank) == [0, 1, 2, *range(STEPS)]
     lower = rank.seen[3:]
     assert [seen.lr for seen in lower] == [0.05] * STEPS
     # As a new run that was told of the one rollback by its file.
     rollback.remember(checkpoints.root(rank.run_dir.parent / "fresh", "rl"), 1)
     fresh = make(lambda step, rollbacks: False, "fresh")
-    assert all(torch.equal(one.weights["policy"], two.weights["policy"]) for one, two in zip(lower, fresh.seen, strict=True))
+    assert all(
+        torch.equal(one.weights["policy"], two.weights["policy"]) for one, two in zip(lower, fresh.seen, strict=True)
+    )
 
 
 def test_a_checkpoint_that_leads_nowhere_is_set_aside(make):
     rank = make(lambda step, rollbacks: step >= 4 and not rollbacks)
     assert rank.begun == [0, 2] and rank.ended
     assert (rank.root / "spoilt-step-000004").is_dir() and (rank.root / "step-000008").is_dir()
-    assert any("step-000004 is set aside as spoilt-step-000004: nothing could be learnt from there" in w for w in warnings(rank))
+    assert any(
+        "step-000004 is set aside as spoilt-step-000004: nothing could be learnt from there" in w
+        for w in warnings(rank)
+    )
 
 
 def test_what_goes_on_ends_the_run_in_words(make):
     rank = make(lambda step, rollbacks: step >= 3, max_rollbacks=1)
     assert rank.begun == [0, 2] and rank.stopped and not rank.ended
     assert rank.scribe.thing.stop_reason().startswith("rl: step 6: an update of 'policy' is skipped, 3 in a row")
-    assert "It went back 1 times (guards.max_rollbacks), with grpo.lr down to 0.5 of the config's" in rank.scribe.thing.stop_reason()
+    assert (
+        "It went back 1 times (guards.max_rollbacks), with grpo.lr down to 0.5 of the config's"
+        in rank.scribe.thing.stop_reason()
+    )
     first = make(lambda step, rollbacks: True, "first")
     assert "so grpo.lr has no part in it" in first.scribe.thing.stop_reason() and first.begun == [0]
     stops = make(lambda step, rollbacks: step >= 3, "stops", on_nonfinite="stop", skips_in_a_row=1)
@@ -166,7 +184,12 @@ def test_a_batch_that_is_refused_counts_as_a_skipped_update(make, monkeypatch):
     monkeypatch.setattr(OneRank, "refused", lambda self, batch: "all NaN" if batch == 3 else None)
     rank = make(lambda step, rollbacks: False)
     same = lambda name: torch.equal(rank.seen[2].weights[name], rank.seen[3].weights[name])  # noqa: E731
-    assert rank.ended and same("policy") and same("fake") and warnings(rank)[0].endswith("(guards.skips_in_a_row = 3): all NaN")
+    assert (
+        rank.ended
+        and same("policy")
+        and same("fake")
+        and warnings(rank)[0].endswith("(guards.skips_in_a_row = 3): all NaN")
+    )
 
 
 def test_data_that_begin_later_need_a_resume(make, monkeypatch):

@@ -19,20 +19,31 @@ def of(stage="rl", device="cpu", **changes):
     return json.loads(json.dumps(circumstances(build_config(values), stage, device, VERSIONS)))
 
 
-@pytest.mark.parametrize("stage, changes", [
-    ("rl", {"pretrain__steps": 7, "telemetry__timeline": False, "evaluate__every": 3, "run__name": "other"}),
-    ("rl", {"grpo__checkpoint_every": 7, "learner__keep_checkpoints": 5, "learner__max_failures": 0}),
-    ("rl", {"resources__rollout_actors": 2, "rewards__replicas": 2}),
-    ("pretrain", {"grpo__lr": 1.0e-4, "pretrain__log_every": 1})])
+@pytest.mark.parametrize(
+    "stage, changes",
+    [
+        ("rl", {"pretrain__steps": 7, "telemetry__timeline": False, "evaluate__every": 3, "run__name": "other"}),
+        ("rl", {"grpo__checkpoint_every": 7, "learner__keep_checkpoints": 5, "learner__max_failures": 0}),
+        ("rl", {"resources__rollout_actors": 2, "rewards__replicas": 2}),
+        ("pretrain", {"grpo__lr": 1.0e-4, "pretrain__log_every": 1}),
+    ],
+)
 def test_what_does_not_reach_the_numbers_leaves_it_exact(stage, changes):
     assert reasons(of(stage), of(stage, **changes)) == []
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"resources__learner_workers": 2}, ["resources.learner_workers was 1, is 2", "sums are rounded in another order"]),
-    ({"learner__zero_stage": 3}, ["learner.zero_stage was 0, is 3", "sums are rounded in another order"]),
-    ({"grpo__lr": 1.0e-4}, ["grpo.lr was 2e-05, is 0.0001"]),
-    ({"run__seed": 5}, ["run.seed was 0, is 5"])])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"resources__learner_workers": 2},
+            ["resources.learner_workers was 1, is 2", "sums are rounded in another order"],
+        ),
+        ({"learner__zero_stage": 3}, ["learner.zero_stage was 0, is 3", "sums are rounded in another order"]),
+        ({"grpo__lr": 1.0e-4}, ["grpo.lr was 2e-05, is 0.0001"]),
+        ({"run__seed": 5}, ["run.seed was 0, is 5"]),
+    ],
+)
 def test_what_does_is_named_with_both_values(changes, words):
     assert reasons(of(), of(**changes)) == words
 
@@ -46,4 +57,6 @@ def test_devices_versions_and_overlap_count_too():
 
 def test_the_sentence():
     assert sentence("rl", 40, 100, []) == "rl: goes on from step 40 of 100, bit for bit the unbroken run"
-    assert sentence("rl", 40, 100, ["a", "b"]) == "rl: goes on from step 40 of 100, not bit for bit the unbroken run: a; b"
+    assert (
+        sentence("rl", 40, 100, ["a", "b"]) == "rl: goes on from step 40 of 100, not bit for bit the unbroken run: a; b"
+    )

@@ -5,9 +5,9 @@ import resource
 import subprocess
 
 import pytest
-from fixtures.small_rank import SmallRank, same
 
 from actors.train import checkpoints
+from fixtures.small_rank import SmallRank, same
 from rlproxi.telemetry.runlog import read
 
 
@@ -21,11 +21,14 @@ def said(run_dir, event="warning"):
 
 
 QUICK = ["train 1", "train 3", "write 3", "done 3", "write 5"]
-POINTS = [f"{where} {step}" for step in range(1, 6) for where in ("train", "write", "done") if where != "write" or step % 2]
+POINTS = [
+    f"{where} {step}" for step in range(1, 6) for where in ("train", "write", "done") if where != "write" or step % 2
+]
 
 
-@pytest.mark.parametrize("kill", [
-    *QUICK, *(pytest.param(point, marks=pytest.mark.exhaustive) for point in POINTS if point not in QUICK)])
+@pytest.mark.parametrize(
+    "kill", [*QUICK, *(pytest.param(point, marks=pytest.mark.exhaustive) for point in POINTS if point not in QUICK)]
+)
 def test_killed_at_any_point_it_goes_on_as_the_unbroken_run(kill, unbroken, tmp_path):
     """Two networks, an average, accumulation, a schedule, and noise of torch's own generator."""
     first = SmallRank(tmp_path, kill=kill).live()
@@ -39,7 +42,9 @@ def test_killed_at_any_point_it_goes_on_as_the_unbroken_run(kill, unbroken, tmp_
     if second.start:
         assert same(second.last, unbroken.last)
         assert same(second.ema.state_dict(), unbroken.ema.state_dict())
-        assert said(tmp_path, "note") == [f"pretrain: goes on from step {second.start} of 6, bit for bit the unbroken run"]
+        assert said(tmp_path, "note") == [
+            f"pretrain: goes on from step {second.start} of 6, bit for bit the unbroken run"
+        ]
         assert second.scribe.thing.hear() == [("note", said(tmp_path, "note")[0])] and second.scribe.thing.hear() == []
     assert not [p for p in checkpoints.root(tmp_path, "pretrain").iterdir() if p.name.startswith(".")]
 
@@ -61,8 +66,10 @@ def test_what_is_not_exact_is_said_and_why(process_group, tmp_path):
     SmallRank(tmp_path, kill="done 2", steps=4).live()
     second = SmallRank(tmp_path, stage=1, steps=4).live()
     assert second.start == 2 and sorted(second.seen) == [2, 3]
-    assert said(tmp_path, "note") == ["pretrain: goes on from step 2 of 4, not bit for bit the unbroken run: learner.zero_stage "
-                                      "was 0, is 1; sums are rounded in another order"]
+    assert said(tmp_path, "note") == [
+        "pretrain: goes on from step 2 of 4, not bit for bit the unbroken run: learner.zero_stage "
+        "was 0, is 1; sums are rounded in another order"
+    ]
 
 
 class Full:
@@ -71,8 +78,12 @@ class Full:
     def __init__(self, folder):
         self.folder, self.filler = folder, folder / "filler"
         folder.mkdir()
-        self.mounted = os.geteuid() == 0 and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True).returncode
+        self.mounted = (
+            os.geteuid() == 0
+            and not subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder], capture_output=True
+            ).returncode
+        )
         self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(self):
@@ -119,7 +130,9 @@ def test_training_outlives_a_full_disk_and_writes_again_when_there_is_room(unbro
     (warning,) = said(tmp_path)
     assert warning.startswith("pretrain: no checkpoint of step 4: ") and "keep_checkpoints=1" in warning
     if disk.mounted:
-        assert "No space left on device" in warning and f"the disk at {disk.folder} has 0 of 409,600 bytes free" in warning
+        assert (
+            "No space left on device" in warning and f"the disk at {disk.folder} has 0 of 409,600 bytes free" in warning
+        )
     names = sorted(p.name for p in checkpoints.root(disk.folder, "pretrain").iterdir())
     assert names == ["step-000002", "step-000006"]
 

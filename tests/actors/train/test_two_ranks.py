@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fixtures.small_rank import SmallRank, engine_of, state, train
 
 from actors.train import checkpoints
+from fixtures.small_rank import SmallRank, engine_of, state, train
 from rlproxi.telemetry.runlog import read
 
 #: (stage of the one rank, stage of the two): each way over.
@@ -126,5 +126,7 @@ def test_a_run_of_two_ranks_goes_on_as_one_and_says_so(root):
     one = SmallRank(root / "run", noise=False, steps=8).live()
     assert one.start == 6 and sorted(one.seen) == [6, 7]
     (note,) = [r["message"] for r in read(root / "run") if r["event"] == "note"]
-    assert note == ("pretrain: goes on from step 6 of 8, not bit for bit the unbroken run: learner.zero_stage was 1, is 0; "
-                    "resources.learner_workers was 2, is 1; sums are rounded in another order")
+    assert note == (
+        "pretrain: goes on from step 6 of 8, not bit for bit the unbroken run: learner.zero_stage was 1, is 0; "
+        "resources.learner_workers was 2, is 1; sums are rounded in another order"
+    )

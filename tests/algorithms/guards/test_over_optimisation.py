@@ -51,11 +51,15 @@ def test_seeing_the_same_evaluation_again_changes_nothing():
 
 def test_leaving_the_data_is_told_though_the_judge_is_pleased():
     guard = OverOptimisation(drift=1.5)
-    said = [guard.see(Evaluated(10 * i, reward, reward, 0.01, distance))
-            for i, (reward, distance) in enumerate([(0.5, 0.9), (0.6, 0.2), (0.7, 0.29), (0.9, 0.31), (0.95, None)])]
+    said = [
+        guard.see(Evaluated(10 * i, reward, reward, 0.01, distance))
+        for i, (reward, distance) in enumerate([(0.5, 0.9), (0.6, 0.2), (0.7, 0.29), (0.9, 0.31), (0.95, None)])
+    ]
     assert said[:3] == [None, None, None] and said[4] is None
-    assert said[3].startswith("drift: the distance to the data went from 0.200 at iteration 10 to 0.310 at 30, while the held-out "
-                              "reward is 0.900")
+    assert said[3].startswith(
+        "drift: the distance to the data went from 0.200 at iteration 10 to 0.310 at 30, while the held-out "
+        "reward is 0.900"
+    )
     assert guard.best.iteration == 40 and guard.below == 0
     assert OverOptimisation().see(Evaluated(0, 1, 1, 0.1, 5.0)) is None
 
@@ -68,11 +72,23 @@ def test_a_fallen_judge_is_told_before_the_distance():
 
 def test_samples_that_become_alike_are_told_though_the_judge_is_pleased():
     guard = OverOptimisation(drift=1.5, sameness=0.65)
-    said = [guard.see(Evaluated(10 * i, reward, reward, 0.01, distance, diversity))
-            for i, (reward, distance, diversity) in enumerate([(0.5, 0.2, 0.12), (0.6, 0.2, 0.14), (0.7, 0.2, 0.10),
-                                                               (0.8, 0.2, 0.09), (0.9, None, None), (0.95, 0.4, 0.08)])]
+    said = [
+        guard.see(Evaluated(10 * i, reward, reward, 0.01, distance, diversity))
+        for i, (reward, distance, diversity) in enumerate(
+            [
+                (0.5, 0.2, 0.12),
+                (0.6, 0.2, 0.14),
+                (0.7, 0.2, 0.10),
+                (0.8, 0.2, 0.09),
+                (0.9, None, None),
+                (0.95, 0.4, 0.08),
+            ]
+        )
+    ]
     assert said[:3] == [None, None, None] and said[4] is None
-    assert said[3].startswith("sameness: the diversity of a prompt's samples fell from 0.140 at iteration 10 to 0.090 at 30, while "
-                              "the held-out reward is 0.800")
+    assert said[3].startswith(
+        "sameness: the diversity of a prompt's samples fell from 0.140 at iteration 10 to 0.090 at 30, while "
+        "the held-out reward is 0.800"
+    )
     assert said[5].startswith("drift: ")  # one of them is told
     assert OverOptimisation().see(Evaluated(0, 1, 1, 0.1, 5.0, 0.0)) is None

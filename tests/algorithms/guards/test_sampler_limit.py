@@ -6,21 +6,37 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.generators import Encoder
 from torch import nn
 
+from fixtures.generators import Encoder
 from rlproxi.algorithms.guards import sampler_limit as limit
 from rlproxi.algorithms.guards.sampler_limit import LimitError, accept, check, deviation, noise_free
 from rlproxi.config.loading import build_config
 
-SAMPLERS = [{"name": "hybrid"}, {"name": "ode"}, {"name": "ddim", "eta": 0.7}, {"name": "ddim", "eta": 1.0}, {"name": "ddim"}, {"name": "matched"}, {"name": "matched", "eta": 0.6},
-            {"name": "matched", "eta": 1.0},
-            {"name": "euler", "eta": 1.0}, {"name": "euler", "eta": 0.4}, {"name": "backward", "num_inference_steps": 16}]
+SAMPLERS = [
+    {"name": "hybrid"},
+    {"name": "ode"},
+    {"name": "ddim", "eta": 0.7},
+    {"name": "ddim", "eta": 1.0},
+    {"name": "ddim"},
+    {"name": "matched"},
+    {"name": "matched", "eta": 0.6},
+    {"name": "matched", "eta": 1.0},
+    {"name": "euler", "eta": 1.0},
+    {"name": "euler", "eta": 0.4},
+    {"name": "backward", "num_inference_steps": 16},
+]
 
 
 def config(sampler):
-    return build_config({"run": {"stages": ["pretrain"]}, "sampler": sampler, "pretrain": {"candidates": [16]},
-                         "evaluate": {"steps": [16]}})
+    return build_config(
+        {
+            "run": {"stages": ["pretrain"]},
+            "sampler": sampler,
+            "pretrain": {"candidates": [16]},
+            "evaluate": {"steps": [16]},
+        }
+    )
 
 
 def prox(z, t, lam):
@@ -28,7 +44,12 @@ def prox(z, t, lam):
 
 
 def test_each_step_without_its_noise_is_the_deterministic_samplers_own():
-    for name, known in (("hybrid", {"name": "ode"}), ("ddim", {"eta": 0.0}), ("euler", {"eta": 0.0}), ("matched", {"eta": 0.0})):
+    for name, known in (
+        ("hybrid", {"name": "ode"}),
+        ("ddim", {"eta": 0.0}),
+        ("euler", {"eta": 0.0}),
+        ("matched", {"eta": 0.0}),
+    ):
         s = config({"name": name, "eta": 0.0 if name == "hybrid" else 0.6}).sampler
         schedule = config({}).schedule.build()
         for one, two in zip(s.plan(schedule), s.model_copy(update=known).plan(schedule), strict=True):
@@ -43,15 +64,23 @@ def test_every_sampler_passes_with_a_network_that_is_a_function(sampler):
     accept(found, c)
 
 
-@pytest.mark.parametrize("spoil, least", [
-    (lambda z, t, lam: prox(z, t, lam) + 0.1, 0.05), (lambda z, t, lam: prox(z, t, 2 * lam), 0.02),
-    (lambda z, t, lam: prox(z, t, lam) * math.nan, math.inf)])
+@pytest.mark.parametrize(
+    "spoil, least",
+    [
+        (lambda z, t, lam: prox(z, t, lam) + 0.1, 0.05),
+        (lambda z, t, lam: prox(z, t, 2 * lam), 0.02),
+        (lambda z, t, lam: prox(z, t, lam) * math.nan, math.inf),
+    ],
+)
 def test_another_network_another_lam_and_nan_are_found(spoil, least):
     c = config({"name": "hybrid"})
     found = deviation(c, torch.randn(2, 3, 4, 4), spoil, prox)
     assert found >= least
-    with pytest.raises(LimitError, match=r"a noise-free step of sampler 'hybrid' is off .* \(guards.sampler_tolerance = 0.01\)"
-                                         ".*dropout.*model.compile=false"):
+    with pytest.raises(
+        LimitError,
+        match=r"a noise-free step of sampler 'hybrid' is off .* \(guards.sampler_tolerance = 0.01\)"
+        ".*dropout.*model.compile=false",
+    ):
         accept(found, c)
 
 
@@ -73,7 +102,9 @@ class Network(nn.Module):
 def test_dropout_in_training_is_what_it_is_for(dropout):
     network = Network(dropout).train()
     network.layer.eval()
-    parts = SimpleNamespace(networks={"policy": network}, encoder=Encoder(), sample_shape=(3, 4, 4), device=torch.device("cpu"))
+    parts = SimpleNamespace(
+        networks={"policy": network}, encoder=Encoder(), sample_shape=(3, 4, 4), device=torch.device("cpu")
+    )
     c = config({"name": "hybrid"})
     found = check(c, parts, "a face")
     assert network.dropout.training and not network.layer.training, "as it was"

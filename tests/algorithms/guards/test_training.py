@@ -14,7 +14,9 @@ FINE = {"advantages/zero_variance_groups": 3.0, "groups/masked": 0.0}
 def test_a_mismatch_is_told_once_with_step_and_size_and_anew_after_it_was_well():
     seen, off = Mismatch(1e-6), {"ratio/first_max/0": 1e-7, "ratio/first_max/3": 2e-3}
     words = seen.see(7, off)
-    assert words.startswith("iteration 7: rollout and learner disagree before the first update, most at sampling step 3, by 2.00e-03")
+    assert words.startswith(
+        "iteration 7: rollout and learner disagree before the first update, most at sampling step 3, by 2.00e-03"
+    )
     assert "grpo.first_ratio_tolerance = 1e-06" in words and "model.precision=float32" in words
     assert seen.see(8, off) is None and seen.see(9, {"ratio/first_max/1": 1e-6}) is None and seen.see(10, off)
     assert Mismatch(1e-6).see(0, {"ratio/max_log": 9.0}) is None
@@ -22,13 +24,17 @@ def test_a_mismatch_is_told_once_with_step_and_size_and_anew_after_it_was_well()
 
 def test_groups_without_variance_are_told_after_so_many_iterations_in_a_row():
     seen = FlatGroups(3)
-    assert [bool(seen.see(i, m, 4)) for i, m in enumerate([FLAT, FLAT, FINE, FLAT, FLAT, FLAT, FLAT])] == [False] * 5 + [True, False]
+    assert [bool(seen.see(i, m, 4)) for i, m in enumerate([FLAT, FLAT, FINE, FLAT, FLAT, FLAT, FLAT])] == [
+        False
+    ] * 5 + [True, False]
     masked = {"advantages/zero_variance_groups": 2.0, "groups/masked": 2.0}
     nothing = {"advantages/zero_variance_groups": 0.0, "groups/masked": 4.0}
     seen = FlatGroups(2)
     assert seen.see(0, masked, 4) is None and seen.see(1, nothing, 4) is None
     words = seen.see(2, FLAT, 4)
-    assert words.startswith("iteration 2: not one of 4 groups had rewards that differ, 2 iterations in a row (guards.flat_iterations)")
+    assert words.startswith(
+        "iteration 2: not one of 4 groups had rewards that differ, 2 iterations in a row (guards.flat_iterations)"
+    )
     assert "grpo.group_size" in words
     assert FlatGroups(None).see(0, FLAT, 4) is None and FlatGroups(1).see(0, {"loss": 1.0}, 4) is None
 
@@ -44,9 +50,11 @@ def test_a_reward_that_falls_for_long_is_told_once_and_noise_and_progress_are_no
     assert not fed(0.5 + noise) and not fed(np.linspace(0.3, 0.8, 200) + noise)
     dip = np.where((np.arange(200) >= 100) & (np.arange(200) < 115), 0.3, 0.6)
     assert not fed(dip + noise), "an excursion is no fall"
-    (at, words), = fed(np.concatenate([np.linspace(0.4, 0.7, 100), np.linspace(0.7, 0.4, 100)]) + noise)
+    ((at, words),) = fed(np.concatenate([np.linspace(0.4, 0.7, 100), np.linspace(0.7, 0.4, 100)]) + noise)
     assert 119 <= at <= 179
-    assert words.startswith(f"iteration {at}: the training reward has been falling: its median over 20 iterations is 0.")
+    assert words.startswith(
+        f"iteration {at}: the training reward has been falling: its median over 20 iterations is 0."
+    )
     assert "(guards.falling_window)" in words and "lr" in words
 
 

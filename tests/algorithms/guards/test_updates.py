@@ -27,8 +27,10 @@ def test_the_third_in_a_row_goes_back_and_says_why():
     seen = guard()
     seen.made("policy")
     said = [seen.skipped(step, "policy", WHY) for step in (11, 12)]
-    assert said[0] == ("step 11: an update of 'policy' is skipped, 1 in a row (guards.skips_in_a_row = 3): its gradient is NaN or "
-                       "Inf (grad_norm nan)")
+    assert said[0] == (
+        "step 11: an update of 'policy' is skipped, 1 in a row (guards.skips_in_a_row = 3): its gradient is NaN or "
+        "Inf (grad_norm nan)"
+    )
     assert not seen.steady
     with pytest.raises(GoBack, match="step 13: .* 3 in a row") as error:
         seen.skipped(13, "policy", WHY)
@@ -63,25 +65,40 @@ def test_a_checkpoint_from_which_nothing_was_learnt_is_spoilt_whatever_the_learn
 def test_the_very_first_updates_are_no_matter_of_the_learning_rate():
     seen = guard(skips_in_a_row=1)
     seen.begun(at_start=True)
-    with pytest.raises(AlgorithmStopped, match="Not one update of it was made, so grpo.lr has no part in it: set model.precision=float32"):
+    with pytest.raises(
+        AlgorithmStopped,
+        match="Not one update of it was made, so grpo.lr has no part in it: set model.precision=float32",
+    ):
         seen.skipped(1, "policy", WHY)
 
 
 def test_stopping_is_the_configs_choice_and_names_the_keys():
-    with pytest.raises(AlgorithmStopped, match=r"step 4: .*grad_norm nan.*\(guards.on_nonfinite = stop\): lower grpo.lr, or set "
-                                               "model.precision=float32"):
+    with pytest.raises(
+        AlgorithmStopped,
+        match=r"step 4: .*grad_norm nan.*\(guards.on_nonfinite = stop\): lower grpo.lr, or set "
+        "model.precision=float32",
+    ):
         guard(skips_in_a_row=1, on_nonfinite="stop").skipped(4, "policy", WHY)
 
 
 def test_going_back_has_an_end():
-    with pytest.raises(AlgorithmStopped, match=r"It went back 2 times \(guards.max_rollbacks\), with grpo.lr down to 0.25 of"):
+    with pytest.raises(
+        AlgorithmStopped, match=r"It went back 2 times \(guards.max_rollbacks\), with grpo.lr down to 0.25 of"
+    ):
         guard(rollbacks=2, max_rollbacks=2, skips_in_a_row=1).skipped(4, "policy", WHY)
 
 
-@pytest.mark.parametrize("metrics, words", [
-    ({"ratio/max_log": 11.0}, r"the largest \|log-ratio\| is 11 \(guards.max_log_ratio = 10\).*lower grpo.lr"),
-    ({"ratio/max_log": math.inf}, r"is inf \(guards.max_log_ratio = 10\)"),
-    ({"ratio/max_log": 0.1, "clip_fraction": 0.7}, r"the share of clipped ratios is 0.7 \(guards.max_clip_fraction = 0.5\)")])
+@pytest.mark.parametrize(
+    "metrics, words",
+    [
+        ({"ratio/max_log": 11.0}, r"the largest \|log-ratio\| is 11 \(guards.max_log_ratio = 10\).*lower grpo.lr"),
+        ({"ratio/max_log": math.inf}, r"is inf \(guards.max_log_ratio = 10\)"),
+        (
+            {"ratio/max_log": 0.1, "clip_fraction": 0.7},
+            r"the share of clipped ratios is 0.7 \(guards.max_clip_fraction = 0.5\)",
+        ),
+    ],
+)
 def test_a_ratio_out_of_bounds_is_refused_or_ends_the_run(metrics, words):
     import re
 
