@@ -7,8 +7,8 @@ from typing import Any
 
 import ray
 
+from rlproxi.algorithms.preparation import train_classifier, train_text_encoder
 from rlproxi.config.loading import Config
-from rlproxi.data.preparation import train_classifier, train_text_encoder
 
 
 def _report(scribe: Any, name: str, total: int):

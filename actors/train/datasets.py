@@ -14,8 +14,8 @@ import ray.data
 from rlproxi.config.loading import Config
 from rlproxi.data import faces
 from rlproxi.data.cache import CachedShard, read_index
+from rlproxi.data.faces import collection
 from rlproxi.data.order import Order
-from rlproxi.data.preparation import collection
 
 # On the terminal its words on every dataset would break into the progress bars; its log file keeps them.
 for _handler in logging.getLogger("ray.data").handlers:

@@ -15,7 +15,6 @@ from ..config.loading import Config
 from ..config.sections import Pretrain as Settings
 from ..data import cache as cached
 from ..data import faces
-from ..data.preparation import collection
 from ..models.autoencoder import Autoencoder
 from ..models.loading import build_denoiser
 from ..models.text import TextEncoder, TextStates
@@ -130,7 +129,7 @@ def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, co
     if cache is not None:
         return torch.from_numpy(cached.first_samples(config, Path(cache), count))
     images = faces.batch(
-        collection(config.run.seed, "pretrain"),
+        faces.collection(config.run.seed, "pretrain"),
         np.arange(count if vae is None else count // 8),
         config.data.size,
         config.data.hand_fraction,

@@ -22,7 +22,7 @@ import torch
 
 from ..config.loading import Config, build_config, config_folder, dump_config, load_config
 from ..data import faces
-from ..data.preparation import collection
+from ..data.faces import collection
 from ..models.loading import build_denoiser
 from ..models.precision import autocast, compute_dtype, has_fast_bfloat16
 from ..models.text import TextEncoder, TextStates, build_text_encoder, operator

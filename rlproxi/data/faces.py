@@ -12,6 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..seeds import seed_of
+
+#: Collections of portraits never overlap: (run seed, purpose) names one.
+PURPOSES = {"text": 1, "reward": 2, "judge": 3, "pretrain": 4, "train_prompts": 5, "heldout_prompts": 6}
+
 #: attribute -> its values, in the order of the classifier's logits.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "skin": ("pale", "tan", "dark"),
@@ -103,6 +108,11 @@ def draw_attributes(rng: np.random.Generator, hand_fraction: float = 0.25) -> di
     fingers = ATTRIBUTES["hand"][1 + int(rng.integers(5))]
     attributes["hand"] = fingers if rng.random() < hand_fraction else "none"
     return attributes
+
+
+def collection(seed: int, purpose: str) -> int:
+    """The seed of the endless collection of portraits for one purpose of the run with ``seed``."""
+    return seed_of(seed, PURPOSES[purpose])
 
 
 def portrait(seed: int, index: int, hand_fraction: float = 0.25) -> Portrait:

@@ -18,7 +18,6 @@ import numpy as np
 from ..config.loading import Config
 from ..seeds import rng
 from . import faces
-from .preparation import collection
 
 _ORDER = 0x9407
 
@@ -42,7 +41,7 @@ def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
         return indices, [
             prompts[_shuffled(config.run.seed, i // len(prompts), len(prompts))[i % len(prompts)]] for i in indices
         ]
-    source, held = collection(config.run.seed, "train_prompts"), frozenset(_heldout_file(config) or ())
+    source, held = faces.collection(config.run.seed, "train_prompts"), frozenset(_heldout_file(config) or ())
     return indices, [_unreserved(config, source, i, held) for i in indices]
 
 
@@ -162,7 +161,7 @@ def _unreserved(config: Config, source: int, index: int, held: frozenset[str]) -
 
 
 def _heldout_portraits(config: Config) -> list[str]:
-    source = collection(config.run.seed, "heldout_prompts")
+    source = faces.collection(config.run.seed, "heldout_prompts")
     captions: list[str] = []
     index = 0
     while len(captions) < config.evaluate.prompts:

@@ -10,7 +10,7 @@ from rlproxi.algorithms.pretrain import Matching, drop_captions, first_samples, 
 from rlproxi.config.loading import build_config
 from rlproxi.config.sections import Pretrain
 from rlproxi.data import faces
-from rlproxi.data.preparation import collection
+from rlproxi.data.faces import collection
 from rlproxi.models.loading import build_denoiser
 from rlproxi.models.text import TextStates
 from rlproxi.proximal.matching import TimeTable

@@ -25,7 +25,7 @@ from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import Config, build_config, config_folder, load_config
 from rlproxi.config.sections import Sampler
 from rlproxi.data import faces
-from rlproxi.data.preparation import collection
+from rlproxi.data.faces import collection
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation.drawers import Own
 from rlproxi.evaluation.heldout import mean_and_error

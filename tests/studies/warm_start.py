@@ -37,7 +37,7 @@ from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, drop_captions, first_samples, start_denoiser
 from rlproxi.config.loading import Config, load_config
 from rlproxi.data import faces
-from rlproxi.data.preparation import collection
+from rlproxi.data.faces import collection
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation.heldout import mean_and_error
 from rlproxi.models.pipeline import to_uint8

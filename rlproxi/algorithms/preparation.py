@@ -1,5 +1,8 @@
-"""What the embedded default has to build because nothing is downloaded: a text encoder, a reward
-classifier and a held-out judge, each by a minute of plain supervised training on one core or two."""
+"""Training of the parts that the embedded default builds, because nothing is downloaded.
+
+They are a text encoder, a reward classifier and a held-out judge. Each takes a minute of supervised training on one
+or two cores.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,10 @@ import torch
 from torch import nn
 
 from ..config.loading import Config
+from ..data import faces
 from ..models.text import TextEncoder, build_text_encoder
 from ..rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
-from ..seeds import generator, rng, seed_of
-from . import faces
-
-#: Collections of portraits never overlap: (run seed, purpose) names one.
-PURPOSES = {"text": 1, "reward": 2, "judge": 3, "pretrain": 4, "train_prompts": 5, "heldout_prompts": 6}
-
-
-def collection(seed: int, purpose: str) -> int:
-    """The seed of the endless collection of portraits for one purpose of one run."""
-    return seed_of(seed, PURPOSES[purpose])
+from ..seeds import generator, rng
 
 
 def _decay(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
@@ -31,12 +26,12 @@ def _decay(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -
 
 
 def train_text_encoder(config: Config, progress: Callable[[int, float], None] = lambda s, x: None) -> TextEncoder:
-    """A text encoder whose pooled vector tells every attribute of a caption apart; then frozen.
+    """Train a text encoder whose pooled vector separates every attribute of a caption, and freeze it.
 
-    It is trained with linear heads on its pooled output, which are thrown away.
+    Linear heads on the pooled output are trained with it and thrown away. ``progress`` gets (step, loss).
     """
     p, seed = config.prepare, config.run.seed
-    source = collection(seed, "text")
+    source = faces.collection(seed, "text")
     captions = [faces.portrait(source, i, 0.5) for i in range(4096)]
     encoder = build_text_encoder(
         [c.caption for c in captions] + [""],
@@ -68,17 +63,18 @@ def train_text_encoder(config: Config, progress: Callable[[int, float], None] = 
 def train_classifier(
     config: Config, purpose: str, file: Path, progress: Callable[[int, float], None] = lambda s, x: None
 ) -> float:
-    """Trains the ``reward`` or the ``judge`` classifier and saves it; returns its accuracy on fresh portraits.
+    """Train the ``reward`` or the ``judge`` classifier, save it in ``file`` and return its accuracy on new portraits.
 
-    The two differ in data (other seeds) and initial weights. Noise, blur and shifts keep
-    both from leaning on single pixels.
+    The two differ in their data (other seeds) and in their initial weights. Noise, blur and shifts keep both from
+    relying on single pixels. ``progress`` gets (step, loss).
     """
     p, seed, size = config.prepare, config.run.seed, config.data.size
-    source = collection(seed, purpose)
+    source = faces.collection(seed, purpose)
     images, _, labels = faces.batch(source, np.arange(p.samples), size, 0.5)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source)
-        model = AttributeClassifier(size).to(memory_format=torch.channels_last)
+        # torch's stubs lack this overload of `to`.
+        model = AttributeClassifier(size).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, weight_decay=1e-2)
     for step in range(p.classifier_steps):
         _decay(optimizer, p.lr, step, p.classifier_steps)
