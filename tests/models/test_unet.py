@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from fixtures.closed_form import Gaussian, alpha_bar
+from fixtures.score import ScoreModel
 from rlproxi.models.text import TextStates
 from rlproxi.models.transformer import ProximalTransformer
 from rlproxi.models.unet import ProximalUNet
 from rlproxi.proximal import ProximalOperator
-from rlproxi.score import ScoreModel
 
 
 def text(batch: int, length: int = 5, dim: int = 16) -> TextStates:
@@ -51,7 +51,10 @@ def test_zero_head_is_the_exact_gaussian_prox(kind):
 @both_kinds
 @torch.no_grad()
 def test_the_networks_share_is_what_y_leaves_open_of_its_target(kind):
-    """N(0, 0.25 I): F's factor is the deviation of n2, or of E[n2 | y, x0], about its mean given y. F = 0 stays the Gaussian's prox."""
+    """N(0, 0.25 I): F's factor is the deviation of n2, or of E[n2 | y, x0], about its mean given y.
+
+    F = 0 stays the Gaussian's prox.
+    """
     ab = alpha_bar(T)
     total = 0.25 * ab + 1 - ab + LAM
     left = {"noise": 1 - LAM / total, "expected": LAM * ab * 0.25 / ((1 - ab + LAM) * total)}

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
+from fixtures import score
 from fixtures.closed_form import Gaussian, alpha_bar, gamma
 from rlproxi.proximal import ProximalOperator, VPSchedule, WarmStart, plan, sample
-from rlproxi.score import samplers as score
 
 SCHEDULE = VPSchedule()
 TARGET = Gaussian(0.4, 0.3)

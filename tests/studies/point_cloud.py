@@ -1,9 +1,9 @@
-"""Proximal and score samplers on a cloud of points, with the exact prox and the exact score: ProxDM's synthetic experiment.
+"""Proximal and score samplers on a cloud of points, with the exact prox and score: ProxDM's synthetic experiment.
 
     PYTHONPATH=.:tests python tests/studies/point_cloud.py [--plot docs/images/point_cloud.png] [--json FILE]
 
-No network and no training: what differs is the sampler alone. W2 is the exact optimal transport between as many samples as
-the target has points, and has a floor: a second draw of as many points from the same spiral.
+No network and no training: only the sampler differs. W2 is the exact optimal transport between as many samples as the
+target has points. It has a floor: the W2 of a second draw of as many points from the same spiral.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fixtures.closed_form import PointCloud
+from fixtures.score import sample as score_sample
 from rlproxi.proximal.samplers import plan, sample, smallest_backward_steps
 from rlproxi.proximal.schedule import VPSchedule
-from rlproxi.score.samplers import sample as score_sample
 
 COUNTS = (5, 7, 10, 20, 30, 40)
 SCHEDULE = VPSchedule()

@@ -1,7 +1,7 @@
 """A score model, warm-started, against proximal pre-training from nothing: the figures of docs/warm-start.md.
 
-    PYTHONPATH=. python tests/studies/warm_start.py --run RUN_DIR --out FOLDER [--seeds 0 1] [--steps 1040]
-    PYTHONPATH=. python tests/studies/warm_start.py --out FOLDER --plot [--image docs/images/warm_start.png]
+    PYTHONPATH=.:tests python tests/studies/warm_start.py --run RUN_DIR --out FOLDER [--seeds 0 1] [--steps 1040]
+    PYTHONPATH=.:tests python tests/studies/warm_start.py --out FOLDER --plot [--image docs/images/warm_start.png]
 
 RUN_DIR is a quickstart run whose ``prepare`` stage is done (run.stages=[prepare]): its config, text encoder and judge
 are used. A seed names initial weights, portraits and draws; prompts, evaluation noise, text encoder and judge are the
@@ -33,6 +33,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fixtures.score import ScoreModel, draw_times, matching_loss, perturb
+from fixtures.score import sample as score_sample
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, drop_captions, first_samples, start_denoiser
 from rlproxi.config.loading import Config, load_config
@@ -49,8 +51,6 @@ from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.samplers import plan, sample
 from rlproxi.proximal.warmstart import WarmStart
 from rlproxi.rewards.attributes import AttributeJudge
-from rlproxi.score import ScoreModel, draw_times, matching_loss, perturb
-from rlproxi.score import sample as score_sample
 from rlproxi.seeds import NamedNoise, generator, rng
 
 ROOT = Path(__file__).parents[2]

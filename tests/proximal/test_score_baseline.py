@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,10 +6,10 @@ import pytest
 import torch
 
 from fixtures.closed_form import Gaussian, affine_moments, alpha_bar, exact_normals, gamma
+from fixtures.score import SAMPLERS, draw_times, guided, matching_loss, perturb, sample
 from rlproxi.proximal.samplers import plan
 from rlproxi.proximal.samplers import sample as proximal_sample
 from rlproxi.proximal.schedule import VPSchedule
-from rlproxi.score import SAMPLERS, draw_times, guided, matching_loss, perturb, sample
 
 SCHEDULE = VPSchedule()
 TARGET = Gaussian(0.4, 0.3)
@@ -84,7 +85,7 @@ def test_converges_to_the_target(sampler, options):
             else recursion(sampler, SCHEDULE.grid(n), TARGET, **options)
         )
         errors.append(abs(mean - TARGET.mean) + abs(math.sqrt(variance) - TARGET.std))
-    assert all(b < a / 2 for a, b in zip(errors, errors[1:])), errors
+    assert all(b < a / 2 for a, b in itertools.pairwise(errors)), errors
     assert errors[-1] < 5e-3
 
 
