@@ -307,7 +307,7 @@ def test_run_and_bench_get_everything_behind_the_word(command, monkeypatch, caps
                 raise result
             return result
 
-        monkeypatch.setitem(sys.modules, f"rlproxi.{command}", types.SimpleNamespace(main=target))
+        monkeypatch.setitem(sys.modules, f"rlproxi.cli.{command}", types.SimpleNamespace(main=target))
 
     module(None)
     assert cli.main([command, "--dry-run", "grpo.lr=1e-5"]) == 0 and seen == [["--dry-run", "grpo.lr=1e-5"]]
