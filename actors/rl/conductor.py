@@ -46,14 +46,11 @@ class Conductor:
         self.evaluator = Evaluator(config, self.run_dir, self.scribe, client, pool.sample, pool.save, pool.diary)
         if "rl" in config.run.stages:
             algorithm = registry.build(config)
-            observer = Observer(
-                config,
-                self.run_dir,
-                self.scribe,
-                pool.diary,
-                lambda: pool.lost + len(client.lost),
-                algorithm.needs_rollouts,
-            )
+
+            def lost() -> int:
+                return pool.lost + len(client.lost)
+
+            observer = Observer(config, self.run_dir, self.scribe, pool.diary, lost, algorithm.needs_rollouts)
             self.loop = Loop(config, algorithm, pool, client, self.scribe, self.evaluator, observer)
         await log_provenance([*config.rewards.train, *config.rewards.heldout], client, self.scribe)
         return await pool.ready()

@@ -110,14 +110,14 @@ class Loop:
             if iteration not in self.answers:
                 self.answers[iteration] = self._answer(iteration)
             answer = self.answers[iteration]
-        return self._share(answer, rank, world) if isinstance(answer, Ready) else answer
+        return self._share(answer, rank, world) if isinstance(answer, Ready) and answer.chains else answer
 
     def _share(self, answer: Ready, rank: int, world: int) -> Ready:
         """One rank's part. If each rank got all chains, the conductor would serialise, and count references to, the
         square of their number (docs/scaling.md)."""
         updates, count = self.config.rl.updates_per_step, self.config.rl.micro_batches
-        mine = {j for update in range(updates) for j in share(count, updates, world, update, rank)}
-        return replace(answer, chains={j: chain for j, chain in answer.chains.items() if j in mine})
+        mine = [j for update in range(updates) for j in share(count, updates, world, update, rank)]
+        return replace(answer, chains={j: answer.chains[j] for j in mine})
 
     def _complete(self, iteration: int) -> bool:
         return len(self.ready.get(iteration, {})) == self.config.rl.micro_batches
@@ -143,19 +143,17 @@ class Loop:
         limit = self.config.rewards.max_masked_fraction
         rewards = np.concatenate([e.rewards for e in scored])
         masked, broken, refused = float((~np.isfinite(rewards)).all(1).mean()), sum(e.broken for e in scored), None
-        if masked > limit and broken:
+        if masked > limit:
+            setting = f"(rewards.max_masked_fraction = {limit})"
+            if not broken:
+                self._mark_stopped(
+                    f"{masked:.0%} of the groups of iteration {iteration} have no score {setting}; "
+                    "the warnings in metrics.jsonl say what the scorers answered"
+                )
+                return Stopped()
             # Not the scorers' fault: the learner skips it, and goes back to better weights if that goes on.
-            refused = (
-                f"{broken} of its {rewards.size} samples are NaN or Inf, and {masked:.0%} of the groups have no score "
-                f"(rewards.max_masked_fraction = {limit})"
-            )
-        elif masked > limit:
-            self._mark_stopped(
-                f"{masked:.0%} of the groups of iteration {iteration} have no score "
-                f"(rewards.max_masked_fraction = {limit}); "
-                "the warnings in metrics.jsonl say what the scorers answered"
-            )
-            return Stopped()
+            samples = f"{broken} of its {rewards.size} samples are NaN or Inf"
+            refused = f"{samples}, and {masked:.0%} of the groups have no score {setting}"
         versions, chains = tuple(e.stamp.version for e in scored), {j: e.chain for j, e in enumerate(scored)}
         return Ready(pickled, versions, rewards, chains, refused)
 

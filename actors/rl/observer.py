@@ -80,7 +80,7 @@ class Observer:
         if groups:
             self._later(lambda: self._write(iteration + 1, scored[0].stamp.version, groups))
 
-    def _write(self, step: int, version: int, groups: list[gallery.Group]) -> None:
+    def _write(self, step: int, version: int, groups: list[gallery.GalleryGroup]) -> None:
         file = gallery.write(self.run_dir, step, version, groups)
         self.scribe.append.remote("samples", {"stage": "rl", "step": step, "file": file})
 
@@ -102,14 +102,14 @@ class Observer:
         await asyncio.to_thread(self.writer.shutdown)
 
 
-def _groups(scored: Scored) -> list[gallery.Group]:
+def _groups(scored: Scored) -> list[gallery.GalleryGroup]:
     """The groups of a micro-batch that its gallery shows."""
     if scored.images is None:
         return []
     request = scored.request
     images = scored.images.reshape(-1, request.group_size, *scored.images.shape[1:])
     return [
-        gallery.Group(
+        gallery.GalleryGroup(
             request.prompts[i],
             request.indices[i],
             images[i],
