@@ -74,44 +74,47 @@ class Evaluator:
         Returns what it writes to ``evaluation/<tag>.json`` (see ``rlproxi.evaluation.heldout``).
         """
         with self.diary.span("evaluation", 0, "evaluate"):
-            return await self._evaluate(tag, step_counts, version, guidance_scale)
-
-    async def _evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float) -> dict:
-        samples = self.config.evaluate.samples
-        indices, prompts = heldout_prompts(self.config)
-        by_steps: dict[str, dict] = {}
-        result: dict[str, Any] = {
-            "tag": tag,
-            "iteration": version,
-            "prompts": prompts,
-            "samples": samples,
-            "guidance_scale": guidance_scale,
-            "headline_steps": self.config.sampler.num_inference_steps,
-            "by_steps": by_steps,
-        }
-        pictures, judged, correct = {}, {}, {}
-        for count in step_counts:
-            whole = SampleRequest(
-                "heldout", 0, tuple(prompts), tuple(indices), samples, num_steps=count, guidance_scale=guidance_scale
-            )
-            images, finite = await self._images(whole, version)
-            scores, details = await self._judge(images, finite, prompts)
-            # A grey image in the place of a broken one would change diversity and distance.
-            seen = await self._compare(images) if finite.all() else {}
-            entry = heldout.summarise(scores, details, self.judges, samples, seen)
-            by_steps[str(count)] = entry
-            pictures[count] = images
-            judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
-            correct[count] = details[self.judges[0]] if self.judges else {}
-            self.scribe.append.remote(
-                "evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
-            )
-        if self.comparison.data:
-            result["data"] = self.comparison.data
-        # The best model first: once the file of an evaluation exists, its best model is saved too.
-        await self._watch(result)
-        heldout.write(self.run_dir, tag, result, pictures, judged, correct)
-        return result
+            samples = self.config.evaluate.samples
+            indices, prompts = heldout_prompts(self.config)
+            by_steps: dict[str, dict] = {}
+            result: dict[str, Any] = {
+                "tag": tag,
+                "iteration": version,
+                "prompts": prompts,
+                "samples": samples,
+                "guidance_scale": guidance_scale,
+                "headline_steps": self.config.sampler.num_inference_steps,
+                "by_steps": by_steps,
+            }
+            pictures, judged, correct = {}, {}, {}
+            for count in step_counts:
+                whole = SampleRequest(
+                    "heldout",
+                    0,
+                    tuple(prompts),
+                    tuple(indices),
+                    samples,
+                    num_steps=count,
+                    guidance_scale=guidance_scale,
+                )
+                images, finite = await self._images(whole, version)
+                scores, details = await self._judge(images, finite, prompts)
+                # A grey image in the place of a broken one would change diversity and distance.
+                seen = await self._compare(images) if finite.all() else {}
+                entry = heldout.summarise(scores, details, self.judges, samples, seen)
+                by_steps[str(count)] = entry
+                pictures[count] = images
+                judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
+                correct[count] = details[self.judges[0]] if self.judges else {}
+                self.scribe.append.remote(
+                    "evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
+                )
+            if self.comparison.data:
+                result["data"] = self.comparison.data
+            # The best model first: once the file of an evaluation exists, its best model is saved too.
+            await self._watch(result)
+            heldout.write(self.run_dir, tag, result, pictures, judged, correct)
+            return result
 
     async def _images(self, whole: SampleRequest, version: int) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [P * S, H, W, 3], and which are finite, bool [P * S]. Micro-batches are about as large as in

@@ -20,13 +20,9 @@ class StalenessPolicy:
         if self.bound < 0:
             raise ValueError(f"the staleness bound is {self.bound}; it counts versions and cannot be negative")
 
-    def may_dispatch(self, iteration: int, version: int) -> bool:
-        """Whether groups of ``iteration`` may be sampled now, by weights of ``version``."""
+    def allows(self, iteration: int, version: int) -> bool:
+        """Whether weights of ``version`` may sample groups of ``iteration``, and the iteration train on them."""
         return 0 <= iteration - version <= self.bound
-
-    def may_train(self, iteration: int, group_version: int) -> bool:
-        """Whether ``iteration`` may train on a group that ``group_version`` made."""
-        return 0 <= iteration - group_version <= self.bound
 
 
 class ByteBudget:
@@ -85,7 +81,7 @@ class Ledger:
 
     def within_bound(self) -> bool:
         """Whether the next iteration may be sampled by the newest weights."""
-        return self.policy.may_dispatch(self.next, self.version)
+        return self.policy.allows(self.next, self.version)
 
     def has_room(self) -> bool:
         """Whether the bytes of one more iteration fit."""
@@ -113,9 +109,7 @@ class Ledger:
         """Raises RuntimeError unless ``iteration`` may be trained on groups of these stamps."""
         for stamp in stamps:
             if not (
-                self.in_flight(stamp)
-                and stamp.iteration == iteration
-                and self.policy.may_train(iteration, stamp.version)
+                self.in_flight(stamp) and stamp.iteration == iteration and self.policy.allows(iteration, stamp.version)
             ):
                 raise RuntimeError(f"iteration {iteration} of attempt {self.attempt} was given a group of {stamp}")
 

@@ -280,7 +280,7 @@ class Simulation:
         observer.writer.shutdown()
         return self._result(cpu, pool, replicas, len(log.records))
 
-    def _result(self, cpu: float, pool: RolloutPool, replicas: Replicas, told: int) -> dict:
+    def _result(self, cpu: float, pool: RolloutPool, replicas: Replicas, records: int) -> dict:
         # Without the iterations in which the pipeline fills, or runs empty.
         steady = [b - a for a, b in zip(self.ended, self.ended[1:])][1 + self.bound : self.iterations - self.bound]
         step = statistics.mean(steady)
@@ -307,7 +307,7 @@ class Simulation:
                 "score": replicas.requests / self.iterations,
                 "next_batch": self.gpus,
                 "weights": self.store.asked / self.iterations,
-                "scribe": told / self.iterations,
+                "scribe": records / self.iterations,
             },
         }
 

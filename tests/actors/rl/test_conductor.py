@@ -331,8 +331,8 @@ def test_a_fault_of_a_rollout_actor_stops_with_its_kind(tmp_path, cause, kind, w
         return conductor.stopped
 
     assert asyncio.run(main()).startswith(words)
-    (told,) = [r for r in read(tmp_path) if r["event"] == "warning"]
-    assert told["message"].startswith(f"run stopped: {words}") and told.get("kind", "") == kind
+    (warning,) = [r for r in read(tmp_path) if r["event"] == "warning"]
+    assert warning["message"].startswith(f"run stopped: {words}") and warning.get("kind", "") == kind
 
 
 def test_the_first_stop_stays_until_it_is_cleared(tmp_path):

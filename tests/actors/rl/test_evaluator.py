@@ -87,7 +87,7 @@ def test_requests_are_no_larger_than_trainings_micro_batches(run):
     assert [(r.images, r.num_steps, version) for r, version in run.requests] == [(8, 4, 10), (4, 4, 10)]
 
 
-def test_a_missing_score_is_told_once_and_counted(run):
+def test_a_missing_score_is_one_warning_and_counted(run):
     run.evaluate(0)
     run.client.lost = run.requests[0][0].prompts[1]
     entry = run.evaluate(10)["by_steps"]["4"]
@@ -120,7 +120,7 @@ def test_a_broken_sample_is_a_missing_score(run, every):
     assert np.isnan(kept["heldout"]).sum() == np.isnan(kept["correct"]).sum() == missing
 
 
-def test_an_evaluation_without_a_headline_says_nothing_about_stopping(run):
+def test_an_evaluation_without_a_headline_does_not_end_rl(run):
     for version in (10, 20, 30):
         run.evaluate(version)
     assert run.evaluator.early_end

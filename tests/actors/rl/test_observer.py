@@ -37,7 +37,7 @@ def request(groups: int = 2, size: int = 2) -> SampleRequest:
     return SampleRequest("train", 0, tuple(f"prompt {i}" for i in range(groups)), tuple(range(groups)), size)
 
 
-def told(folder, event) -> list[dict]:
+def records(folder, event) -> list[dict]:
     return [r for r in read(folder) if r["event"] == event]
 
 
@@ -63,7 +63,7 @@ def test_an_iterations_line_and_its_idle_shares(tmp_path):
         ("learner", 0, "train", 1006.0, 4.0),
     ]
     assert (first["stage"], first["step"], second["step"]) == ("rl", 1, 2)
-    assert [s.who for s in second["spans"]] == [1], "what ended since; each span is in one line"
+    assert [s.who for s in second["spans"]] == [1], "each span is in one line: that of the iteration in which it ended"
 
 
 def test_roles_that_an_algorithm_does_not_use_are_not_idle(tmp_path):
@@ -98,7 +98,7 @@ def test_the_first_groups_of_some_iterations_become_a_gallery(tmp_path):
     for iteration in range(3):
         observer.show(iteration, [scored(observer, iteration, j, 10 * j) for j in range(3)])
     asyncio.run(observer.close())
-    assert [(r["step"], r["file"]) for r in told(tmp_path, "samples")] == [
+    assert [(r["step"], r["file"]) for r in records(tmp_path, "samples")] == [
         (1, "samples/000001.json"),
         (2, "samples/000002.json"),
     ]
@@ -110,7 +110,7 @@ def test_the_first_groups_of_some_iterations_become_a_gallery(tmp_path):
     ], "three groups, no more"
 
 
-def test_a_fault_of_the_disk_is_told_once(tmp_path):
+def test_a_fault_of_the_disk_is_one_warning(tmp_path):
     observer = make(tmp_path)
     (tmp_path / "samples").write_text("in the way")
     (tmp_path / timeline.FILE_NAME).mkdir()
@@ -118,7 +118,7 @@ def test_a_fault_of_the_disk_is_told_once(tmp_path):
         observer.committed(Trained(1, iteration, {}), 0.0, 1.0, 1)
         observer.show(iteration, [scored(observer, iteration, 0, 0)])
     asyncio.run(observer.close())
-    (warning,) = told(tmp_path, "warning")
+    (warning,) = records(tmp_path, "warning")
     assert warning["message"].startswith("telemetry: timeline or gallery cannot be written: IsADirectoryError")
 
 

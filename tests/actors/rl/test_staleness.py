@@ -30,7 +30,7 @@ def simulate(
     happened, stale = [], []
     while version < iterations:
         moves = []
-        if at < iterations and policy.may_dispatch(at, version) and budget.admits(size):
+        if at < iterations and policy.allows(at, version) and budget.admits(size):
             moves.append("dispatch")
         waiting = [p for p in flying if not p.scored]
         moves += ["score"] * len(waiting)
@@ -47,7 +47,7 @@ def simulate(
         elif move == "score":
             waiting[choice - moves.index("score")].scored = True
         else:
-            assert all(policy.may_train(version, p.version) for p in mine)
+            assert all(policy.allows(version, p.version) for p in mine)
             stale += [version - p.version for p in mine]
             flying = [p for p in flying if p.iteration != version]
             budget.give_back(micro_batches * size)
@@ -107,7 +107,7 @@ def test_the_budget_limits_how_far_ahead_the_dispatcher_gets():
 def test_the_rule(bound, iteration, version):
     policy = StalenessPolicy(bound)
     allowed = version <= iteration <= version + bound
-    assert policy.may_dispatch(iteration, version) == policy.may_train(iteration, version) == allowed
+    assert policy.allows(iteration, version) == allowed
 
 
 def test_a_negative_bound_is_refused():
