@@ -189,6 +189,6 @@ class Evaluator:
             self.scribe.append.remote(
                 "alarm", {"stage": "rl", "step": now.iteration, "message": alarm, "best": best.iteration}
             )
-        if best is now and now.iteration > 0:
+        if self.guard.best is now and now.iteration > 0:
             await self.save(now.iteration, str(self.run_dir / "models" / "best"))
             self.scribe.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})

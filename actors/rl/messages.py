@@ -1,18 +1,23 @@
-"""What the roles of the stage rl send to each other: one frozen dataclass for each message. Imports no torch."""
+"""What the roles of the stage rl send to each other: one frozen dataclass for each message.
+
+Imports no torch: the weight store needs this module, and its process should stay small.
+"""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ray import ObjectRef
 
-from rlproxi.algorithms.requests import SampleRequest
-from rlproxi.telemetry.timeline import Span
-
 from .staleness import Stamp
+
+if TYPE_CHECKING:
+    from rlproxi.algorithms.requests import SampleRequest
+    from rlproxi.telemetry.timeline import Span
 
 # -- weights and samples ------------------------------------------------------------------
 

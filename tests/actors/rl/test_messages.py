@@ -30,7 +30,7 @@ def test_a_message_is_equal_to_its_copy(message):
     assert pickle.loads(pickle.dumps(message)) == message
 
 
-def test_messages_import_no_torch():
+def test_the_weight_store_imports_no_torch():
     subprocess.run(
-        [sys.executable, "-c", "import sys, actors.rl.messages; assert 'torch' not in sys.modules"], check=True
+        [sys.executable, "-c", "import sys, actors.rl.weights; assert 'torch' not in sys.modules"], check=True
     )
