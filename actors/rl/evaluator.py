@@ -1,4 +1,4 @@
-"""Evaluations on the held-out prompts, the alarm they may raise, and the best model so far."""
+"""Evaluations on the held-out prompts, the alarm on over-optimisation, and the best model so far."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlproxi.algorithms.guards.over_optimisation import OverOptimisation
-from rlproxi.algorithms.requests import SampleRequest, no_images, split_request
+from rlproxi.algorithms.requests import SampleRequest, split_request
 from rlproxi.config.loading import Config
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
@@ -19,18 +19,19 @@ from rlproxi.rewards import RewardError
 from rlproxi.telemetry.timeline import Diary
 
 from ..rewards.service import RewardClient
+from .messages import Sampled
 
 
 class Evaluator:
-    """Samples, scores, writes and watches evaluations.
+    """Samples, scores and writes evaluations, and looks for over-optimisation in them.
 
-    ``guard`` is the one that saw the newest evaluation, and before it those of earlier iterations in the run
-    directory: it is made anew each time, so a resumed run's and an unbroken run's know the same.
+    ``guard`` has seen the newest evaluation, and before it those of earlier iterations in the run directory. Each
+    evaluation makes a new one, so that a resumed run decides as an unbroken one does.
 
     Args:
-        sample: (request, version) -> (images uint8 [P * S, H, W, 3], anything more). Asked for many pieces at once.
+        sample: (request, version) -> samples; called for many requests at once.
         save: (version, folder) -> None; writes the model with the weights of that version.
-        diary: of when evaluations were.
+        diary: takes the spans of evaluations.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Evaluator:
         run_dir: Path,
         scribe: Any,
         client: RewardClient,
-        sample: Callable[[SampleRequest, int], Awaitable[tuple]],
+        sample: Callable[[SampleRequest, int], Awaitable[Sampled]],
         save: Callable[[int, str], Awaitable[None]],
         diary: Diary | None = None,
     ):
@@ -48,72 +49,93 @@ class Evaluator:
         self.sample, self.save = sample, save
         self.scorers = [r.name for r in [*config.rewards.train, *config.rewards.heldout]]
         self.judges = [r.name for r in config.rewards.heldout]
-        self.compare, self.told = Comparison(config), None
+        self.comparison = Comparison(config)
+        self.noted: str | None = None  # what the log already says of missing comparisons
         self.guard = self._new_guard()
 
     def _new_guard(self) -> OverOptimisation:
         e = self.config.evaluate
         return OverOptimisation(e.alarm_sigmas, e.patience, e.alarm_drift, e.alarm_sameness)
 
-    async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
-        """Held-out prompts at each step count; writes and returns the evaluation (see evaluation.heldout)."""
-        with self.diary.span("evaluation", 0, "evaluate"):
-            return await self._evaluate(tag, step_counts, version, guidance_scale)
+    @property
+    def early_end(self) -> str | None:
+        """Why the newest evaluation ends RL (``evaluate.patience``); None where RL goes on."""
+        best = self.guard.best
+        if best is None or not self.guard.should_stop:
+            return None
+        return (
+            f"RL ends early: {self.guard.below} evaluations in a row far below iteration {best.iteration} "
+            "(evaluate.patience)"
+        )
 
-    async def _evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float) -> dict:
-        samples = self.config.evaluate.samples
-        indices, prompts = heldout_prompts(self.config)
-        result = {
-            "tag": tag,
-            "iteration": version,
-            "prompts": prompts,
-            "samples": samples,
-            "guidance_scale": guidance_scale,
-            "headline_steps": self.config.sampler.num_inference_steps,
-            "by_steps": {},
-        }
-        pictures, judged, correct = {}, {}, {}
-        for count in step_counts:
-            whole = SampleRequest(
-                "heldout", 0, tuple(prompts), tuple(indices), samples, num_steps=count, guidance_scale=guidance_scale
-            )
-            images, broken = await self._images(whole, version)
-            scores, details = await self._judge(images, broken, prompts)
-            # Grey in the place of what is no image would pass for diversity, and for distance.
-            seen = {} if broken.any() else await self._look(images)
-            entry = heldout.summarise(scores, details, self.judges, samples, seen)
-            result["by_steps"][str(count)] = entry
-            pictures[count] = images
-            judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
-            correct[count] = details[self.judges[0]] if self.judges else {}
-            self.scribe.append.remote(
-                "evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
-            )
-        if self.compare.data:
-            result["data"] = self.compare.data
-        # The best model first: an evaluation that can be read has been acted on.
-        await self._watch(result)
-        heldout.write(self.run_dir, tag, result, pictures, judged, correct)
-        return result
+    async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
+        """Evaluate the weights of ``version`` on the held-out prompts, at each number of sampler steps.
+
+        Returns what it writes to ``evaluation/<tag>.json`` (see ``rlproxi.evaluation.heldout``).
+        """
+        with self.diary.span("evaluation", 0, "evaluate"):
+            samples = self.config.evaluate.samples
+            indices, prompts = heldout_prompts(self.config)
+            by_steps: dict[str, dict] = {}
+            result: dict[str, Any] = {
+                "tag": tag,
+                "iteration": version,
+                "prompts": prompts,
+                "samples": samples,
+                "guidance_scale": guidance_scale,
+                "headline_steps": self.config.sampler.num_inference_steps,
+                "by_steps": by_steps,
+            }
+            pictures, judged, correct = {}, {}, {}
+            for count in step_counts:
+                whole = SampleRequest(
+                    "heldout",
+                    0,
+                    tuple(prompts),
+                    tuple(indices),
+                    samples,
+                    num_steps=count,
+                    guidance_scale=guidance_scale,
+                )
+                images, finite = await self._images(whole, version)
+                scores, details = await self._judge(images, finite, prompts)
+                # A grey image in the place of a broken one would change diversity and distance.
+                seen = await self._compare(images) if finite.all() else {}
+                entry = heldout.summarise(scores, details, self.judges, samples, seen)
+                by_steps[str(count)] = entry
+                pictures[count] = images
+                judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
+                correct[count] = details[self.judges[0]] if self.judges else {}
+                self.scribe.append.remote(
+                    "evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
+                )
+            if self.comparison.data:
+                result["data"] = self.comparison.data
+            # The best model first: once the file of an evaluation exists, its best model is saved too.
+            await self._watch(result)
+            heldout.write(self.run_dir, tag, result, pictures, judged, correct)
+            return result
 
     async def _images(self, whole: SampleRequest, version: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [P * S, H, W, 3], made in micro-batches of about the training's size, and which are none, bool [P * S]."""
-        g = self.config.rl
-        groups = max(1, g.groups_per_micro_batch * g.group_size // whole.group_size)
-        pieces = await asyncio.gather(*(self.sample(request, version) for request in split_request(whole, groups)))
-        broken = np.concatenate([no_images(piece[0]) for piece in pieces])
-        if broken.any():
+        """Images uint8 [P * S, H, W, 3], and which are finite, bool [P * S]. Micro-batches are about as large as in
+        training."""
+        rl = self.config.rl
+        rows = rl.prompts_per_step // rl.micro_batches * rl.group_size
+        requests = split_request(whole, max(1, rows // whole.group_size))
+        pieces = await asyncio.gather(*(self.sample(request, version) for request in requests))
+        finite = np.concatenate([piece.finite for piece in pieces])
+        if not finite.all():
             message = (
-                f"evaluation: {int(broken.sum())} of {len(broken)} samples of {whole.num_steps} steps count as missing, because "
-                "they are NaN or Inf"
+                f"evaluation: {int((~finite).sum())} of {len(finite)} samples of {whole.num_steps} steps count as "
+                "missing, because they are NaN or Inf"
             )
             self.scribe.append.remote("warning", {"message": message})
-        return np.concatenate([np.asarray(piece[0]) for piece in pieces]), broken
+        return np.concatenate([piece.images for piece in pieces]), finite
 
-    async def _judge(self, images: np.ndarray, broken: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
+    async def _judge(self, images: np.ndarray, finite: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
         """({scorer: [P * S]}, {judge: {part: [P * S]}}); NaN is missing."""
         samples = self.config.evaluate.samples
-        rows = list(zip(np.split(images, len(prompts)), prompts))
+        rows = list(zip(np.split(images, len(prompts)), prompts, strict=True))
         scores = {
             name: np.concatenate(await asyncio.gather(*(self._score(name, *row) for row in rows)))
             for name in self.scorers
@@ -127,12 +149,12 @@ class Evaluator:
             }
 
         def present(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {name: np.where(broken, np.nan, column) for name, column in columns.items()}
+            return {name: np.where(finite, column, np.nan) for name, column in columns.items()}
 
         return present(scores), {name: present(columns) for name, columns in details.items()}
 
     async def _score(self, name: str, images: np.ndarray, prompt: str) -> np.ndarray:
-        """Scores of one prompt's samples; NaN, with a warning, where they cannot be had: an evaluation ends no run."""
+        """Scores of one prompt's samples; NaN, with a warning, where the scorer fails: an evaluation ends no run."""
         try:
             return await self.client.score(name, images, prompt)
         except RewardError as error:
@@ -143,18 +165,18 @@ class Evaluator:
         try:
             return await self.client.details(name, images, prompt)
         except RewardError:
-            return {}  # the same prompt's missing score was told of already
+            return {}  # the log already has a warning for this prompt's missing score
 
-    async def _look(self, images: np.ndarray) -> dict:
-        """Diversity and distance to data; what is missing of them is told once."""
-        seen = await asyncio.to_thread(self.compare, images)
-        if self.compare.note != self.told:
-            self.told = self.compare.note
-            self.scribe.append.remote("note", {"message": f"evaluation: {self.told}"})
+    async def _compare(self, images: np.ndarray) -> dict:
+        """Diversity and distance to data. The log says once which of them are missing and why."""
+        seen = await asyncio.to_thread(self.comparison, images)
+        if self.comparison.note != self.noted:
+            self.noted = self.comparison.note
+            self.scribe.append.remote("note", {"message": f"evaluation: {self.noted}"})
         return seen
 
     async def _watch(self, result: dict) -> None:
-        """Shows an evaluation to a guard that knows the earlier ones; passes its alarm on and keeps the best model."""
+        """Show an evaluation to a guard that has seen the earlier ones; log its alarm, and save the best model."""
         self.guard = self._new_guard()
         now = heldout.headline(result, self.config)
         if now is None:
@@ -162,9 +184,10 @@ class Evaluator:
         for seen in heldout.evaluated(self.run_dir, self.config, now.iteration - 1):
             self.guard.see(seen)
         alarm = self.guard.see(now)
-        if alarm:
+        best = self.guard.best
+        if alarm and best is not None:
             self.scribe.append.remote(
-                "alarm", {"stage": "rl", "step": now.iteration, "message": alarm, "best": self.guard.best.iteration}
+                "alarm", {"stage": "rl", "step": now.iteration, "message": alarm, "best": best.iteration}
             )
         if self.guard.best is now and now.iteration > 0:
             await self.save(now.iteration, str(self.run_dir / "models" / "best"))

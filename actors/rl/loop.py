@@ -1,15 +1,16 @@
-"""The loop of the stage rl, apart from Ray: it knows the other roles by what it can ask of them.
+"""The loop of the stage rl: it dispatches iterations, has them sampled and scored, and hands them to the learner.
 
-One loop serves every staleness bound: iteration i is dispatched when the policy allows it for
-the newest weights, sampled, scored group by group, and handed to the learner whole.
+One loop serves every staleness bound. It dispatches iteration i once the bound allows the newest weights to sample it,
+scores it group by group, and hands it to the learner as a whole. The loop itself needs no Ray, only objects that answer
+as the other roles do.
 """
 
 from __future__ import annotations
 
 import asyncio
-import pickle
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,18 @@ from ray.exceptions import RayActorError
 
 from rlproxi.algorithms.base import Algorithm, share
 from rlproxi.algorithms.grpo import bytes_per_micro_batch
-from rlproxi.algorithms.requests import SampleRequest, no_images
+from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import Config
+from rlproxi.config.sections import Reward
 from rlproxi.errors import is_out_of_memory
 from rlproxi.rewards import RewardError
+from rlproxi.rewards.combine import mean_present
 
 from ..rewards.service import RewardClient
 from .evaluator import Evaluator
-from .observer import Observer, Told
+from .messages import Answer, Dispatched, Ended, Leave, Lost, Ready, Sampled, Scored, Stopped, Trained
+from .observer import Observer
 from .pool import RolloutPool
-from .scored import Scored, tell_provenance, told_of_rollouts
 from .staleness import Ledger, StalenessPolicy, Stamp
 from .stops import LOST, OUT_OF_MEMORY
 
@@ -35,9 +38,9 @@ class Loop:
     """Runs rollouts and rewards ahead of the learner, as far as staleness and bytes allow.
 
     Args:
-        pool: samples (``sample``), and forgets what it knew of the learner before (``begin``). client: scores
-            (``total``, ``provenance``). scribe: an actor's handle, for ``append`` and ``stop``. evaluator:
-            ``evaluate``, ``guard``. observer: None where nothing is told beside the numbers.
+        pool: samples (``sample``), and forgets the learner before (``begin``). client: scores (``total``,
+            ``provenance``). scribe: an actor's handle, for ``append`` and ``stop``. evaluator: ``evaluate``,
+            ``early_end``. observer: None where the run keeps no timeline, galleries or idle shares.
     """
 
     def __init__(
@@ -47,12 +50,12 @@ class Loop:
         pool: RolloutPool,
         client: RewardClient,
         scribe: Any,
-        evaluator: Evaluator | None = None,
+        evaluator: Evaluator,
         observer: Observer | None = None,
     ):
         self.config, self.algorithm, self.pool, self.client = config, algorithm, pool, client
         self.scribe, self.evaluator, self.observer = scribe, evaluator, observer
-        # What the learner samples for itself is sampled with the weights it has.
+        # Where the learner samples, it does so with its newest weights.
         bound = config.rl.max_staleness if algorithm.needs_rollouts else 0
         self.ledger = Ledger(
             StalenessPolicy(bound),
@@ -61,63 +64,60 @@ class Loop:
         )
         self.changed = asyncio.Condition()
         self.begun: int | None = None  # the iteration that the learner started from
-        self.ready: dict[int, dict[int, Scored]] = {}
-        self.answers: dict[int, dict | None] = {}  # what the first rank was told of an iteration, all are told
+        self.ready: dict[int, dict[int, Dispatched]] = {}  # iteration -> number of a micro-batch -> micro-batch
+        self.answers: dict[int, Answer] = {}  # iteration -> the first rank's answer, which all ranks get
         self.stopped: str | None = None
         self.lost = False  # stopped because a role is lost that the driver replaces
-        self.leaving = False  # what is trained so far is saved, and no more is begun
-        self.end: int | None = None  # the first iteration that will not be trained; what is trained so far is saved
+        self.leaving = False  # the learner is to write a checkpoint and end
+        self.end: int | None = None  # the first iteration that will not be trained
         self.tasks: set[asyncio.Task] = set()
         self.last_commit = time.time()
 
     @property
     def version(self) -> int:
-        """That of the newest weights."""
+        """The version of the newest weights."""
         return self.ledger.version
 
     # -- the learner's side ---------------------------------------------------------------
 
     async def begin(self, iteration: int) -> int:
-        """The learner starts (again) at ``iteration`` and has published that version's weights. Returns its life.
+        """The learner starts (again) at ``iteration``, and has published that version's weights.
 
-        Whatever was in flight is dropped: names make the same groups again.
+        Drops all that is in flight: names make the same groups again. Returns the number of the learner's attempt.
         """
         self._drop_tasks()
         self.ready.clear()
         self.answers.clear()
         self.end = None
         self.begun = iteration
-        life = self.ledger.begin(iteration)
+        attempt = self.ledger.begin(iteration)
         self.pool.begin()
         if self.observer is not None:
             self.observer.begun()
         self.last_commit = time.time()
         self.scribe.append.remote("resume", {"stage": "rl", "step": iteration})
-        self._start(self._dispatch())
-        return life
+        self._start(self._dispatch(iteration))
+        return attempt
 
-    async def next_batch(self, iteration: int, rank: int = 0, world: int = 1) -> dict | None:
-        """The batch of ``iteration`` once it is all scored; None when the run was stopped, {} when RL ends before it,
-        {"leave": True} where a checkpoint is to be written first, {"lost": why} where the learner is to begin anew with others.
+    async def next_batch(self, iteration: int, rank: int = 0, world: int = 1) -> Answer:
+        """What ``rank`` of ``world`` is to do: train on the batch of ``iteration``, once all of it is scored, or end.
 
-        Returns {"requests" (pickled once, for all ranks), "rewards" [P, G] of all micro-batches in order, "versions",
-        "chains": {j: reference} of those that ``rank`` trains on, "refused": why nothing of it is, or None}; where the
-        learner samples, the requests, and None as rewards. Every rank is told the same of an iteration, whatever happens
-        between their calls: ranks that part wait for each other in a collective for ever.
+        Every rank gets the same answer for an iteration, whatever happens between their calls. Ranks with different
+        answers would wait for each other in a collective for ever.
         """
         async with self.changed:
             await self.changed.wait_for(lambda: self._has_answer(iteration))
             if iteration not in self.answers:
                 self.answers[iteration] = self._answer(iteration)
             answer = self.answers[iteration]
-        return self._share(answer, rank, world) if answer and "chains" in answer else answer
+        return self._share(answer, rank, world) if isinstance(answer, Ready) and answer.chains else answer
 
-    def _share(self, answer: dict, rank: int, world: int) -> dict:
-        """One rank's part. With all of it for all ranks, the conductor would serialise, and count references to, the
+    def _share(self, answer: Ready, rank: int, world: int) -> Ready:
+        """One rank's part. If each rank got all chains, the conductor would serialise, and count references to, the
         square of their number (docs/scaling.md)."""
         updates, count = self.config.rl.updates_per_step, self.config.rl.micro_batches
         mine = [j for update in range(updates) for j in share(count, updates, world, update, rank)]
-        return {**answer, "chains": {j: answer["chains"][j] for j in mine}}
+        return replace(answer, chains={j: answer.chains[j] for j in mine})
 
     def _complete(self, iteration: int) -> bool:
         return len(self.ready.get(iteration, {})) == self.config.rl.micro_batches
@@ -126,91 +126,86 @@ class Loop:
         ended = self.end is not None and iteration >= self.end
         return iteration in self.answers or self.stopped is not None or ended or self._complete(iteration)
 
-    def _answer(self, iteration: int) -> dict | None:
-        """What every rank is told of ``iteration``. What was complete when the run was stopped is still trained on."""
+    def _answer(self, iteration: int) -> Answer:
+        """The answer for every rank. A batch that was complete when the run stopped is still trained on."""
         if self.leaving:
-            return {"leave": True}
+            return Leave()
         if not self._complete(iteration):
-            return {} if self.stopped is None else {"lost": self.stopped} if self.lost else None
+            if self.stopped is None:
+                return Ended()
+            return Lost(self.stopped) if self.lost else Stopped()
         entries = [self.ready[iteration][j] for j in range(self.config.rl.micro_batches)]
         self.ledger.check(iteration, (e.stamp for e in entries))
-        requests = pickle.dumps([e.request for e in entries], protocol=pickle.HIGHEST_PROTOCOL)
-        if not self.algorithm.needs_rollouts:
-            return {"requests": requests, "rewards": None}
-        rewards = np.concatenate([e.rewards for e in entries])
-        masked, broken, refused = float((~np.isfinite(rewards)).all(1).mean()), sum(e.broken for e in entries), None
-        if masked > self.config.rewards.max_masked_fraction and broken:
+        pickled = Ready.pickle([e.request for e in entries])
+        scored = [e for e in entries if isinstance(e, Scored)]
+        if not scored:
+            return Ready(pickled)
+        limit = self.config.rewards.max_masked_fraction
+        rewards = np.concatenate([e.rewards for e in scored])
+        masked, broken, refused = float((~np.isfinite(rewards)).all(1).mean()), sum(e.broken for e in scored), None
+        if masked > limit:
+            setting = f"(rewards.max_masked_fraction = {limit})"
+            if not broken:
+                self._mark_stopped(
+                    f"{masked:.0%} of the groups of iteration {iteration} have no score {setting}; "
+                    "the warnings in metrics.jsonl say what the scorers answered"
+                )
+                return Stopped()
             # Not the scorers' fault: the learner skips it, and goes back to better weights if that goes on.
-            refused = (
-                f"{broken} of its {rewards.size} samples are NaN or Inf, and {masked:.0%} of the groups have no score "
-                f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction})"
-            )
-        elif masked > self.config.rewards.max_masked_fraction:
-            self._mark_stopped(
-                f"{masked:.0%} of the groups of iteration {iteration} have no score "
-                f"(rewards.max_masked_fraction = {self.config.rewards.max_masked_fraction}); "
-                "the warnings in metrics.jsonl say what the scorers answered"
-            )
-            return None
-        return {
-            "requests": requests,
-            "chains": {j: e.chain for j, e in enumerate(entries)},
-            "versions": [e.version for e in entries],
-            "rewards": rewards,
-            "refused": refused,
-        }
+            samples = f"{broken} of its {rewards.size} samples are NaN or Inf"
+            refused = f"{samples}, and {masked:.0%} of the groups have no score {setting}"
+        versions, chains = tuple(e.stamp.version for e in scored), {j: e.chain for j, e in enumerate(scored)}
+        return Ready(pickled, versions, rewards, chains, refused)
 
-    async def commit(
-        self, iteration: int, metrics: dict[str, float], spans: Sequence[Told] = (), life: int | None = None
-    ) -> None:
-        """Iteration done, and the weights of version ``iteration + 1`` published. ``spans``: see ``Observer``.
+    async def commit(self, trained: Trained) -> None:
+        """Take an iteration as done, once the weights of the next version are published.
 
-        Raises RuntimeError where it is not this iteration's turn, or not this learner's: ``life`` is what ``begin``
-        told it.
+        Returns when its record is in the log. Raises RuntimeError where it is another iteration's turn, or where the
+        learner that sends it was replaced.
         """
-        if self.answers.get(iteration) is None:
-            raise RuntimeError(f"iteration {iteration} is committed, and no learner of this life was given it")
+        iteration = trained.iteration
+        if not isinstance(self.answers.get(iteration), Ready):
+            raise RuntimeError(f"iteration {iteration} is committed, and no learner of this attempt was given it")
         in_flight = self.ledger.budget.used
-        self.ledger.commit(iteration, life)
+        self.ledger.commit(iteration, trained.attempt)
         done = self.ready.pop(iteration)
         self.answers.pop(iteration)  # every rank has trained on it, so none will ask
         async with self.changed:
             self.changed.notify_all()
         # Waited for: the learner goes on to write the checkpoint that has this step behind it.
-        await self._tell(iteration, [done[j] for j in sorted(done)], metrics, spans, in_flight)
+        await self._log(trained, [done[j] for j in sorted(done)], in_flight)
         if iteration == self.begun:
-            # By now they have measured their micro-batch.
+            # By now the replicas have measured their micro-batch.
             tuned = [reward for reward in self.config.rewards.train if reward.tune_micro_batch]
-            await tell_provenance(tuned, self.client, self.scribe)
+            await log_provenance(tuned, self.client, self.scribe)
 
-    def _tell(
-        self, iteration: int, entries: list[Scored], metrics: dict[str, float], spans: Sequence[Told], in_flight: int
-    ) -> Awaitable[None]:
-        """The iteration's record, and what the observer adds to it."""
-        now = time.time()
+    def _log(self, trained: Trained, entries: list[Dispatched], in_flight: int) -> Awaitable[None]:
+        """Write the iteration's record; ``in_flight``: bytes, before the iteration's were given back."""
+        now, iteration = time.time(), trained.iteration
         images = sum(e.request.images for e in entries)
+        scored = [e for e in entries if isinstance(e, Scored)]
         record = {
             "stage": "rl",
             "step": iteration + 1,
-            **metrics,
-            **(told_of_rollouts(entries, in_flight) if self.algorithm.needs_rollouts else {}),
+            **trained.metrics,
+            **(rollout_metrics(scored, in_flight) if scored else {}),
             "seconds/step": now - self.last_commit,
             "images_per_second": images / max(now - self.last_commit, 1e-9),
         }
         if self.observer is not None:
-            record |= self.observer.committed(iteration, self.last_commit, now, images, spans)
-            self.observer.show(iteration, entries[0].version, entries)
+            record |= self.observer.committed(trained, self.last_commit, now, images)
+            self.observer.show(iteration, scored)
         self.last_commit = now
         return self.scribe.append.remote("metrics", record)
 
     async def leave(self, reason: str) -> None:
-        """Ends the run with the iteration under way, whose weights the learner saves as a checkpoint."""
+        """End the run after the iteration under way; the learner saves its weights as a checkpoint."""
         async with self.changed:
             self.leaving = True
             self._mark_stopped(reason)
 
     async def stop(self, reason: str, kind: str = "") -> None:
-        """Ends the run with a message for the user (``kind``: see Scribe); an incomplete batch is None from now on."""
+        """End the run with a message for the user (``kind``: see Scribe). Ranks get no incomplete batch from now on."""
         async with self.changed:
             self._mark_stopped(reason, kind)
 
@@ -221,7 +216,7 @@ class Loop:
             self.changed.notify_all()  # so the caller holds the lock
 
     async def close(self) -> None:
-        """Drops what is in flight and waits until all is written."""
+        """Drop what is in flight, and wait until all is written."""
         self._drop_tasks()
         if self.observer is not None:
             await self.observer.close()
@@ -234,17 +229,17 @@ class Loop:
         self.tasks.clear()
 
     def _start(self, work: Coroutine) -> None:
-        task = asyncio.create_task(self._or_stop(work, self.ledger.life))
+        task = asyncio.create_task(self._or_stop(work, self.ledger.attempt))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _or_stop(self, work: Coroutine, life: int) -> None:
+    async def _or_stop(self, work: Coroutine, attempt: int) -> None:
         """Turns a fault of the loop into a stop with its words, instead of a learner that waits for ever."""
         try:
             await work
         except Exception as error:
-            if life != self.ledger.life:
-                return  # of work that was dropped
+            if attempt != self.ledger.attempt:
+                return  # an error of work that was dropped
             if is_out_of_memory(error):
                 await self.stop(f"out of memory: {getattr(error, 'cause', None) or error}", OUT_OF_MEMORY)
             elif isinstance(error, RayActorError):  # rollout actors are asked again, so it was the weight store
@@ -258,17 +253,17 @@ class Loop:
             await self.changed.wait_for(lambda: self.stopped is not None or condition())
         return self.stopped is None
 
-    async def _dispatch(self) -> None:
+    async def _dispatch(self, start: int) -> None:
         every = self.config.evaluate.every
-        for iteration in range(self.begun, self.algorithm.steps):
+        for iteration in range(start, self.algorithm.steps):
             if not await self._until(self.ledger.within_bound):
                 return
             if every and iteration % every == 0 and iteration > 0:
-                await self.evaluator.evaluate(
-                    f"step-{iteration:06d}", [self.config.sampler.num_inference_steps], self.version
-                )
-                if self.evaluator.guard.should_stop:
-                    return await self._finish(iteration)
+                steps = [self.config.sampler.num_inference_steps]
+                await self.evaluator.evaluate(f"step-{iteration:06d}", steps, self.version)
+                reason = self.evaluator.early_end
+                if reason is not None:
+                    return await self.end_before(iteration, reason)
             if not await self._until(self.ledger.has_room):
                 return
             stamp = self.ledger.dispatch()
@@ -276,67 +271,46 @@ class Loop:
                 if self.algorithm.needs_rollouts:
                     self._start(self._produce(j, request, stamp))
                 else:
-                    await self._hand_over(j, Scored(request, stamp))
+                    await self.hand_over(j, Dispatched(request, stamp))
 
-    async def _finish(self, end: int) -> None:
-        """RL ends before iteration ``end``; what was dispatched earlier is still trained on."""
-        guard = self.evaluator.guard
-        self.scribe.append.remote(
-            "note",
-            {
-                "message": f"RL ends early: {guard.below} evaluations in a row far below "
-                f"iteration {guard.best.iteration} (evaluate.patience)"
-            },
-        )
+    async def end_before(self, iteration: int, reason: str) -> None:
+        """End RL before ``iteration``; the learner still trains on what was dispatched earlier."""
+        self.scribe.append.remote("note", {"message": reason})
         async with self.changed:
-            self.end = end
+            self.end = iteration
             self.changed.notify_all()
 
     async def _produce(self, j: int, request: SampleRequest, stamp: Stamp) -> None:
-        images, chain, seconds = await self.pool.sample(request, stamp.version)
-        sampled = time.time()
-        broken = no_images(images)
-        images = np.asarray(images)
-        rewards, parts = await self._score(images, request)
-        if broken.any():
-            rewards = self._without_broken(rewards, broken, request)
-        shown = self.observer.keep(stamp.iteration, j, request, images) if self.observer is not None else None
-        await self._hand_over(
-            j,
-            Scored(
-                request,
-                stamp,
-                chain,
-                rewards,
-                parts,
-                {"rollout": seconds, "reward": time.time() - sampled},
-                shown,
-                int(broken.sum()),
-            ),
-        )
+        sampled = await self.pool.sample(request, stamp.version)
+        begun = time.time()
+        rewards, parts = await self._score(sampled, request)
+        shown = self.observer.keep(stamp.iteration, j, request, sampled.images) if self.observer is not None else None
+        broken = int((~sampled.finite).sum())
+        seconds = sampled.seconds, time.time() - begun
+        await self.hand_over(j, Scored(request, stamp, sampled.chain, rewards, parts, *seconds, broken, shown))
 
-    async def _hand_over(self, j: int, scored: Scored) -> None:
+    async def hand_over(self, j: int, entry: Dispatched) -> None:
+        """Take micro-batch ``j`` of an iteration for the learner; drop it where it is of no use any more."""
         async with self.changed:
-            # An iteration that a stop left incomplete stays so. What was cancelled may yet come: its answer was there.
-            if self.stopped is None and self.ledger.in_flight(scored.stamp):
-                entries = self.ready.setdefault(scored.stamp.iteration, {})
-                entries[j] = scored
-                if self._complete(scored.stamp.iteration):
+            # An iteration that a stop left incomplete stays so. A cancelled task may come here: its answer was there.
+            if self.stopped is None and self.ledger.in_flight(entry.stamp):
+                self.ready.setdefault(entry.stamp.iteration, {})[j] = entry
+                if self._complete(entry.stamp.iteration):
                     self.changed.notify_all()
 
-    async def _score(self, images: np.ndarray, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    async def _score(self, sampled: Sampled, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rewards [P, G] and their parts, each [P, G]."""
-        groups = np.split(images, len(request.prompts))
+        groups = np.split(sampled.images, len(request.prompts))
         answers = await asyncio.gather(
-            *(self._total(group, prompt, request.step) for group, prompt in zip(groups, request.prompts))
+            *(self._total(group, prompt, request.step) for group, prompt in zip(groups, request.prompts, strict=True))
         )
-        return (
-            np.stack([total for total, _ in answers]),
-            {name: np.stack([parts[name] for _, parts in answers]) for name in answers[0][1]},
-        )
+        rewards = np.stack([total for total, _ in answers])
+        if not sampled.finite.all():
+            rewards = self._without_broken(rewards, ~sampled.finite, request)
+        return rewards, {name: np.stack([parts[name] for _, parts in answers]) for name in answers[0][1]}
 
     def _without_broken(self, rewards: np.ndarray, broken: np.ndarray, request: SampleRequest) -> np.ndarray:
-        """Rewards [P, G] without those of samples that are no images: NaN, as rewards.on_failure says of a missing score."""
+        """Rewards [P, G], NaN for broken samples (for their whole groups, unless rewards.on_failure = mask_sample)."""
         broken = broken.reshape(rewards.shape)
         if self.config.rewards.on_failure != "mask_sample":
             broken = np.broadcast_to(broken.any(1, keepdims=True), rewards.shape)
@@ -348,7 +322,7 @@ class Loop:
         return np.where(broken, np.float32("nan"), rewards)
 
     async def _total(self, images: np.ndarray, prompt: str, step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Rewards [G] of a group and their parts; one that cannot be scored is NaN, logged, and counted later."""
+        """Rewards [G] of a group and their parts; NaN, with a warning, where the group cannot be scored."""
         try:
             return await self.client.total(images, prompt)
         except RewardError as error:
@@ -358,3 +332,29 @@ class Loop:
                 await self.stop(f"{error} (rewards.on_failure = stop)")
             missing = np.full(len(images), np.nan, np.float32)
             return missing, {r.name: missing for r in self.config.rewards.train}
+
+
+def rollout_metrics(scored: Sequence[Scored], in_flight: int) -> dict[str, float]:
+    """Metrics of an iteration's rollouts. ``in_flight``: bytes, before the iteration's were given back."""
+    parts = {
+        f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in scored])) for name in scored[0].parts
+    }
+    return {
+        **parts,
+        "staleness/mean": float(np.mean([e.stamp.iteration - e.stamp.version for e in scored])),
+        "groups": sum(len(e.request.prompts) for e in scored),
+        "seconds/rollout": sum(e.rollout_seconds for e in scored),
+        "seconds/reward": sum(e.reward_seconds for e in scored),
+        "bytes_in_flight": in_flight,
+    }
+
+
+async def log_provenance(rewards: Sequence[Reward], client: RewardClient, scribe: Any) -> None:
+    """Log where each reward's scores come from: the scorer's class and the checksums of its files."""
+    for reward in rewards:
+        try:
+            facts = await client.provenance(reward.name)
+            scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
+        except RewardError as error:  # the report lacks a line: no reason to end a run
+            message = f"reward {reward.name!r} does not say where its scores come from: {error}"
+            scribe.append.remote("warning", {"message": message})

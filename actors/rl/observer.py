@@ -1,10 +1,10 @@
-"""What the conductor tells of a run beside its numbers: who did what when, idle roles, restarts, galleries."""
+"""What the conductor records of a run beside its numbers: the timeline, idle shares, restarts, galleries."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,20 @@ import numpy as np
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import Config
 from rlproxi.telemetry import gallery, timeline
-from rlproxi.telemetry.timeline import Diary, Span
+from rlproxi.telemetry.timeline import Diary
 
 from ..cluster import resources as demand
-
-#: A learner's span as it comes over the wire: (role, phase, seconds from now to its start, seconds). Clocks differ.
-Told = tuple[str, str, float, float]
+from .messages import Scored, Trained
 
 
 class Observer:
-    """Writes ``timeline.jsonl`` and ``samples/`` in a thread of its own; a fault there is one warning in the run log.
+    """Writes ``timeline.jsonl`` and ``samples/`` in a thread of its own. A fault there is one warning in the run log.
 
     Args:
-        scribe: handle; is told of galleries and of what went wrong.
-        diary: where the pool, the rewards and the evaluator note their spans.
+        scribe: handle; takes the records of galleries and of faults.
+        diary: the spans that pool, rewards and evaluator add.
         lost: the number of actors and replicas that have died.
-        all_roles: rollout actors and rewards are part of an iteration; else the learner alone.
+        all_roles: rollout actors and rewards take part in an iteration; else only the learner does.
     """
 
     def __init__(
@@ -39,56 +37,56 @@ class Observer:
         self.diary, self.lost = diary, lost
         self.learners_begun = 0
         self.gpus = demand.totals(demand.asks(config, "rl"))["GPU"]
-        self.lanes: dict[str, list] = {"learner": [0]}
+        self.lanes: dict[str, Sequence[int | str]] = {"learner": [0]}
         if all_roles:
-            self.lanes |= {
-                "rollout": list(range(config.resources.rollout_actors)),
-                "reward": [reward.name for reward in config.rewards.train],
-            }
-        self.one = ThreadPoolExecutor(1)  # so that lines come in order
+            self.lanes["rollout"] = range(config.resources.rollout_actors)
+            self.lanes["reward"] = [reward.name for reward in config.rewards.train]
+        self.writer = ThreadPoolExecutor(1)  # one thread, so that lines stay in order
         self.warned = False
 
     def begun(self) -> None:
-        """A learner begins: what is in flight is dropped, and its spans with it."""
+        """A learner begins: drop the spans of what was in flight."""
         self.learners_begun += 1
         self.diary.clear()
 
     def keep(self, iteration: int, j: int, request: SampleRequest, images: np.ndarray) -> np.ndarray | None:
-        """Those images of micro-batch ``j`` that belong into the iteration's gallery; None where none does."""
+        """The images of micro-batch ``j`` that go into the iteration's gallery; None where none does."""
         groups = self.settings.samples_groups - j * len(request.prompts)
         if groups <= 0 or not gallery.due(iteration, self.settings.samples_every):
             return None
         return images[: groups * request.group_size]
 
-    def committed(
-        self, iteration: int, begun: float, ended: float, images: int, told: Iterable[Told]
-    ) -> dict[str, float]:
-        """Writes the iteration's line; returns its metrics. ``told``: rank 0's spans (ranks march in step)."""
-        for role, phase, start, seconds in told:
-            self.diary.note(role, 0, phase, ended + start, seconds)
+    def committed(self, trained: Trained, begun: float, ended: float, images: int) -> dict[str, float]:
+        """Write an iteration's line of the timeline; returns its metrics.
+
+        The iteration lasted from ``begun`` to ``ended`` (unix seconds, this machine's clock) and trained on ``images``.
+        The first rank's spans stand for all ranks, which work in step.
+        """
+        for span in trained.spans:
+            self.diary.note(span.role, 0, span.phase, ended + (span.start - trained.clock), span.seconds)
         spans = self.diary.take()
         idle = timeline.idle_shares([*spans, *self.diary.going_on(ended)], begun, ended, self.lanes)
         if self.settings.timeline:
-            self._later(lambda: timeline.append(self.run_dir, "rl", iteration + 1, spans))
+            self._later(lambda: timeline.append(self.run_dir, "rl", trained.iteration + 1, spans))
         metrics = {f"idle/{role}": share for role, share in idle.items()}
         metrics["restarts"] = self.lost() + max(0, self.learners_begun - 1)
         if self.gpus:
             metrics["images_per_second/gpu"] = images / max(ended - begun, 1e-9) / self.gpus
         return metrics
 
-    def show(self, iteration: int, version: int, scored: list) -> None:
-        """Writes the iteration's gallery, where images of it were kept. ``scored``: ``Scored`` of each micro-batch."""
-        groups = [group for each in scored if each.images is not None for group in _groups(each)]
+    def show(self, iteration: int, scored: Sequence[Scored]) -> None:
+        """Write the gallery of an iteration whose micro-batches are ``scored``, where they kept images for it."""
+        groups = [group for each in scored for group in _groups(each)]
         if groups:
-            self._later(lambda: self._write(iteration + 1, version, groups))
+            self._later(lambda: self._write(iteration + 1, scored[0].stamp.version, groups))
 
-    def _write(self, step: int, version: int, groups: list[gallery.Group]) -> None:
+    def _write(self, step: int, version: int, groups: list[gallery.GalleryGroup]) -> None:
         file = gallery.write(self.run_dir, step, version, groups)
         self.scribe.append.remote("samples", {"stage": "rl", "step": step, "file": file})
 
     def _later(self, work: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # closed: the run is over
-            self.one.submit(self._guarded, work)
+            self.writer.submit(self._guarded, work)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -100,26 +98,23 @@ class Observer:
                 self.scribe.append.remote("warning", {"message": message})
 
     async def close(self) -> None:
-        """Waits until all is written."""
-        await asyncio.to_thread(self.one.shutdown)
+        """Wait until all is written."""
+        await asyncio.to_thread(self.writer.shutdown)
 
 
-def _groups(scored: Any) -> list[gallery.Group]:
-    """The kept groups of a micro-batch."""
-    size = scored.request.group_size
-    images = scored.images.reshape(-1, size, *scored.images.shape[1:])
+def _groups(scored: Scored) -> list[gallery.GalleryGroup]:
+    """The groups of a micro-batch that its gallery shows."""
+    if scored.images is None:
+        return []
+    request = scored.request
+    images = scored.images.reshape(-1, request.group_size, *scored.images.shape[1:])
     return [
-        gallery.Group(
-            scored.request.prompts[i],
-            scored.request.indices[i],
+        gallery.GalleryGroup(
+            request.prompts[i],
+            request.indices[i],
             images[i],
             scored.rewards[i],
             {name: part[i] for name, part in scored.parts.items()},
         )
         for i in range(len(images))
     ]
-
-
-def over_the_wire(spans: list[Span], now: float) -> list[Told]:
-    """A learner's spans for ``Observer.committed``."""
-    return [(span.role, span.phase, span.start - now, span.seconds) for span in spans]

@@ -8,16 +8,18 @@ import ray
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import Config
 
+from .messages import Images
+
 
 @ray.remote(max_restarts=-1, max_task_retries=0)
 class RolloutActor:
     """Loads the model folder once; takes new weights when a request names a publication it does not hold.
 
-    Not a version: a restarted learner publishes a version again, and its weights need not be the same to the bit.
+    Weights come as an argument of their own and not inside a message: Ray fetches them before the call begins.
     """
 
     def __init__(self, config: Config, model_folder: str):
-        # Here and not above: the conductor imports this module and needs none of these.
+        # Not at the top of the module: the conductor imports it and needs none of these.
         import torch
 
         from rlproxi.algorithms.rollout import GroupSampler
@@ -28,16 +30,23 @@ class RolloutActor:
         self.publication: int | None = None
 
     def ready(self) -> bool:
+        """True; an answer shows that the model is loaded."""
         return True
 
     @ray.method(num_returns=2)
-    def sample(self, request: SampleRequest, publication: int, weights: np.ndarray):
-        """(images uint8 [P*G, H, W, 3], chain). Both are *returned*, so they outlive this actor."""
+    def sample(
+        self, request: SampleRequest, publication: int, weights: np.ndarray
+    ) -> tuple[Images, dict[str, np.ndarray]]:
+        """Sample a request. The chain is an object of its own: only the learner fetches it.
+
+        Both are returned, not put into the object store by this actor, so they outlive it.
+        """
         self._take(publication, weights)
-        return self.sampler.sample(request)
+        images, chain = self.sampler.sample(request)
+        return Images(images, chain.get("finite", np.ones(len(images), bool))), chain
 
     def save(self, publication: int, weights: np.ndarray, folder: str) -> None:
-        """Writes the model with these weights as a model folder."""
+        """Write the model with these weights as a model folder."""
         self._take(publication, weights)
         self.sampler.pipeline.save_pretrained(folder)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import ray
 
+from .messages import WeightsVersion
+
 
 @ray.remote(num_cpus=0)
 class WeightStore:
@@ -15,26 +17,29 @@ class WeightStore:
 
     def __init__(self, keep: int = 2):
         self.keep = keep
-        self.held: dict[int, tuple[ray.ObjectRef, int]] = {}  # version -> (reference, number of its publication)
+        self.held: dict[int, WeightsVersion] = {}
         self.published = 0
 
     def publish(self, version: int, flat: np.ndarray) -> int:
-        """Takes the weights of ``version``; returns their size in bytes.
+        """Take the weights of ``version``, flat float32; returns their size in bytes.
 
-        A learner that was restarted publishes an earlier version than the newest: those after it are another learner's
-        past, and are forgotten. They would be kept as the newest, and the one that is needed dropped.
+        A restarted learner publishes an earlier version than the newest. The later ones come from the learner before it
+        and are dropped: the store would keep them as the newest, and drop the one that is needed.
         """
         self.published += 1
         self.held = {old: kept for old, kept in self.held.items() if version - self.keep < old < version}
-        self.held[version] = ray.put(flat), self.published
+        self.held[version] = WeightsVersion(version, self.published, ray.put(flat))
         return flat.nbytes
 
     def alive(self) -> bool:
+        """True; an answer shows that the process runs."""
         return True
 
-    def get(self, version: int) -> tuple[ray.ObjectRef, int]:
-        """(reference, number of the publication) of a version. In a tuple, so that Ray hands on the reference, not the
-        array; the number tells weights of one version apart that were published before a restart and after it."""
+    def get(self, version: int) -> WeightsVersion:
+        """Where a version's weights are. Inside a message Ray hands on the reference, and not the array.
+
+        Raises KeyError where the store does not hold the version any more.
+        """
         if version not in self.held:
             raise KeyError(f"weights of version {version} are gone; held: {sorted(self.held)}")
         return self.held[version]

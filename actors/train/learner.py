@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -28,7 +27,7 @@ from rlproxi.models.lora import adapters_off, without_adapters
 from rlproxi.models.precision import autocast
 from rlproxi.rewards.gradients import RewardGradients
 
-from ..rl.observer import over_the_wire
+from ..rl.messages import Answer, Ended, Leave, Lost, Ready, Stopped, Trained
 from ..rl.stops import RoleLost
 from .engine import Engine
 from .jobs import LearnerSetup
@@ -44,7 +43,7 @@ class Learner(Rank):
         self.conductor, self.store = conductor, store
         self.checkpoint_every = config.rl.checkpoint_every
         self.checked = False
-        self.life: int | None = None  # what the conductor calls this learner; rank 0 knows it
+        self.attempt = 0  # the number that the conductor gave this learner; rank 0 knows it
         self.watch = Watch(config.guards, getattr(config.rl, "first_ratio_tolerance", None))
         self.build()
 
@@ -104,37 +103,43 @@ class Learner(Rank):
     def begin(self, start: int) -> None:
         self._publish(start)
         if self.rank == 0:
-            self.life = ray.get(self.conductor.begin.remote(start))
+            self.attempt = ray.get(self.conductor.begin.remote(start))
         dist.barrier()
 
     def next_batch(self, iteration: int) -> Batch | None:
-        """None: RL ends here. Every rank gets the same answer."""
-        found = ray.get(self.conductor.next_batch.remote(iteration, self.rank, self.world))
-        if found is None:
-            self.stopped = True  # the run was stopped: nothing is saved as its result
-            return None
-        if found.get("lost"):
-            raise RoleLost(found["lost"])
-        if found.get("leave"):
-            self.stopped = self.leaving = True
-            return None
-        if not found:
-            return None  # finished before its time
+        """The batch of ``iteration``; None where training ends before it. Every rank gets the same answer.
+
+        Raises RoleLost where the learner is to restart.
+        """
+        answer: Answer = ray.get(self.conductor.next_batch.remote(iteration, self.rank, self.world))
+        match answer:
+            case Ready():
+                batch = self._batch(iteration, answer)
+                return batch if self._accepted(batch) else None
+            case Ended():
+                return None
+            case Stopped():
+                self.stopped = True
+                return None
+            case Leave():
+                self.stopped = self.leaving = True
+                return None
+            case Lost(reason):
+                raise RoleLost(reason)
+
+    def _batch(self, iteration: int, ready: Ready) -> Batch:
         # Averaged weights sample what the learner's own would not.
-        fresh = all(version == iteration for version in found.get("versions", ())) and (
-            self.ema is None or iteration == 0
-        )
-        batch = Batch(
+        fresh = all(version == iteration for version in ready.versions) and (self.ema is None or iteration == 0)
+        return Batch(
             iteration,
-            pickle.loads(found["requests"]),
+            ready.requests(),
             self.rank,
             self.world,
-            found["rewards"],
-            lambda j: self._chain(found["chains"][j]),
+            ready.rewards,
+            lambda j: self._chain(ready.chains[j]),
             fresh,
-            found.get("refused"),
+            ready.refused,
         )
-        return batch if self._accepted(batch) else None
 
     def refused(self, batch: Batch) -> str | None:
         return batch.refused
@@ -196,9 +201,10 @@ class Learner(Rank):
         return bool(every) and version % every == 0
 
     def done(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
-        spans = over_the_wire(self.diary.take(), time.time())
+        spans = self.diary.take()  # on every rank, so that they do not pile up
         if self.rank == 0:
-            ray.get(self.conductor.commit.remote(iteration, metrics, spans, self.life))
+            trained = Trained(self.attempt, iteration, metrics, spans, time.time())
+            ray.get(self.conductor.commit.remote(trained))
 
     def finish(self) -> None:
         with self.engine.gathered() as weights:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 PURPOSES = {"train": 0, "heldout": 1}
 
 
@@ -53,9 +51,3 @@ def split_request(request: SampleRequest, groups: int) -> list[SampleRequest]:
         replace(request, prompts=request.prompts[i : i + groups], indices=request.indices[i : i + groups])
         for i in range(0, len(request.prompts), groups)
     ]
-
-
-def no_images(images: np.ndarray) -> np.ndarray:
-    """Which samples [B, H, W, 3] of a request are NaN or Inf, bool [B]: those that ``GroupSampler.sample`` has masked."""
-    mask = np.ma.getmask(images)
-    return np.zeros(len(images), bool) if mask is np.ma.nomask else mask[:, 0, 0, 0]

@@ -90,8 +90,7 @@ class GroupSampler:
         [K, P*G, C, H, W] for the K positions of ``request.window`` (empty arrays are left out), and, where it is to be kept,
         z_last [P*G, C, H, W].
 
-        A sample that is NaN or Inf is a missing one: the images are then a masked array with its whole image masked, grey
-        beneath, and the chain holds zeros for it and ``finite`` [P*G] bool.
+        Where a sample is NaN or Inf, its image is grey, its chain is zeros, and the chain holds ``finite`` [P*G] bool.
         """
         c = self.config
         names = request.names(c.run.seed)
@@ -124,5 +123,4 @@ class GroupSampler:
         for key, value in chain.items():
             value[~finite if key == "z_last" else np.s_[:, ~finite]] = 0
         images = to_uint8(torch.where(torch.from_numpy(finite).to(pixels.device)[:, None, None, None], pixels, 0.0))
-        masked = np.ma.masked_array(images, np.broadcast_to(~finite[:, None, None, None], images.shape))
-        return masked, {**chain, "finite": finite}
+        return images, {**chain, "finite": finite}

@@ -94,7 +94,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Row:
+class FrontierRow:
     """What is told of a label at a number of steps: figure -> (mean, half-width of its 95 % interval over runs and seeds).
 
     With a single measurement the interval of a reward is that over prompts, and the others have none (NaN).
@@ -252,7 +252,7 @@ def append(out: Path, measured: Measured) -> None:
 # -- what is told of them -----------------------------------------------------------------
 
 
-def rows(measured: Iterable[Measured]) -> list[Row]:
+def rows(measured: Iterable[Measured]) -> list[FrontierRow]:
     """One for each label and number of steps, in the order of the labels' first measurement."""
     groups: dict[tuple[str, int], list[Measured]] = {}
     order: dict[str, int] = {}
@@ -260,7 +260,7 @@ def rows(measured: Iterable[Measured]) -> list[Row]:
         order.setdefault(m.label, len(order))
         groups.setdefault((m.label, m.steps), []).append(m)
     return [
-        Row(label, steps, len(group), _figures(group))
+        FrontierRow(label, steps, len(group), _figures(group))
         for (label, steps), group in sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))
     ]
 
@@ -284,7 +284,7 @@ def interval(values: Sequence[float | None], error: float | None = None) -> tupl
     return float(np.mean(known)), t * float(np.std(known, ddof=1)) / math.sqrt(len(known))
 
 
-def reached(found: Sequence[Row], figure: str, level: float) -> dict[str, int | None]:
+def reached(found: Sequence[FrontierRow], figure: str, level: float) -> dict[str, int | None]:
     """label -> the smallest number of steps at which ``figure`` is at or above ``level``; None: at none."""
     labels = dict.fromkeys(row.label for row in found)
     return {
@@ -293,7 +293,7 @@ def reached(found: Sequence[Row], figure: str, level: float) -> dict[str, int | 
     }
 
 
-def table(found: Sequence[Row], figures: Sequence[str]) -> str:
+def table(found: Sequence[FrontierRow], figures: Sequence[str]) -> str:
     """Markdown: a line for each row, a column for each figure."""
     head = ["model", "steps", "n", *(f"{name}, ms" if name == "seconds" else name for name in figures)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -314,7 +314,7 @@ def _number(value: float | None) -> str:
     return "no score" if value is None else f"{value:.3f}"
 
 
-def write_csv(found: Sequence[Row], figures: Sequence[str], file: Path) -> None:
+def write_csv(found: Sequence[FrontierRow], figures: Sequence[str], file: Path) -> None:
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(
@@ -324,7 +324,7 @@ def write_csv(found: Sequence[Row], figures: Sequence[str], file: Path) -> None:
             writer.writerow([row.label, row.steps, row.count, *(x for name in figures for x in row.figures[name])])
 
 
-def plot(found: Sequence[Row], figures: Sequence[str], levels: dict[str, float] = {}) -> Figure:
+def plot(found: Sequence[FrontierRow], figures: Sequence[str], levels: dict[str, float] = {}) -> Figure:
     """Each figure against the number of steps, with its intervals. levels: figure -> a line to compare with.
 
     ``X`` and ``X + what was done to it`` have one colour, the latter dashed. Labels stand a little beside each other, so that

@@ -12,7 +12,7 @@ FOLDER = "samples"
 
 
 @dataclass
-class Group:
+class GalleryGroup:
     """One prompt's samples: images uint8 [G, H, W, 3], rewards [G] (the weighted sum; NaN is missing), their parts."""
 
     prompt: str
@@ -27,7 +27,7 @@ def due(iteration: int, every: int) -> bool:
     return bool(every) and (iteration == 0 or (iteration + 1) % every == 0)
 
 
-def write(run_dir: Path, step: int, version: int, groups: list[Group]) -> str:
+def write(run_dir: Path, step: int, version: int, groups: list[GalleryGroup]) -> str:
     """Writes the gallery of ``step``; returns its JSON file's path within the run directory. The pictures come first: a
     gallery that can be read is whole. Raises OSError."""
     from PIL import Image

@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from actors.rewards.service import RewardClient  # noqa: E402
 from actors.rl.loop import Loop  # noqa: E402
+from actors.rl.messages import Trained  # noqa: E402
 from actors.rl.observer import Observer  # noqa: E402
 from actors.rl.pool import RolloutPool  # noqa: E402
 from fixtures import virtual_time  # noqa: E402
@@ -212,31 +213,30 @@ class Simulation:
 
     async def _learner(self, config: Config) -> None:
         w, now = self.work, asyncio.get_running_loop().time
-        nodes = math.ceil(self.gpus / w.per_node)
         exchange = 2 * (self.gpus - 1) / self.gpus * w.gradient_bytes / w.all_reduce + 20e-6 * math.log2(self.gpus)
-        life = await self._publish_and(self.loop.begin, 0, nodes)
+        attempt = await self._publish_and(self.loop.begin, 0, 0)
         self.ended.append(now())
         for iteration in range(self.iterations):
             waits = now()
-            told = await asyncio.gather(*(self._rank(iteration, rank) for rank in range(self.gpus)))
-            self.waited.append(min(told) - waits)
+            had = await asyncio.gather(*(self._rank(iteration, rank) for rank in range(self.gpus)))
+            self.waited.append(min(had) - waits)
             await asyncio.sleep(exchange)
             self.flight.append(self.loop.ledger.budget.used)
-            await self._publish_and(self.loop.commit, iteration + 1, nodes, iteration, {}, (), life)
+            await self._publish_and(self.loop.commit, iteration + 1, Trained(attempt, iteration, {}))
             self.ended.append(now())
 
-    async def _publish_and(self, tell, version: int, nodes: int, *arguments):
+    async def _publish_and(self, call, version: int, argument):
         await asyncio.sleep(self.work.weights_bytes / self.work.copy)
         self.store.publish(version, Weights(0, version, int(self.work.weights_bytes)))
-        return await tell(*(arguments or (version,)))
+        return await call(argument)
 
     async def _rank(self, iteration: int, rank: int) -> float:
         """One rank's iteration; returns when it had its batch."""
-        told = await self.loop.next_batch(iteration, rank, self.gpus)
+        batch = await self.loop.next_batch(iteration, rank, self.gpus)
         had = asyncio.get_running_loop().time()
-        self.stale |= {iteration - version for version in told["versions"]}
-        assert all(chain.weights.version == told["versions"][j] for j, chain in told["chains"].items())
-        images = len(told["chains"]) * self.work.group_size
+        self.stale |= {iteration - version for version in batch.versions}
+        assert all(chain.weights.version == batch.versions[j] for j, chain in batch.chains.items())
+        images = len(batch.chains) * self.work.group_size
         await self.devices[rank].work(images * self.work.train_s * self.dice.lognormvariate(0, self.work.jitter / 5))
         return had
 
@@ -277,10 +277,10 @@ class Simulation:
         cpu = time.process_time() - begun
         killing.cancel()
         assert self.loop.stopped is None and not self.loop.ready and self.loop.ledger.budget.used == 0
-        observer.one.shutdown()
+        observer.writer.shutdown()
         return self._result(cpu, pool, replicas, len(log.records))
 
-    def _result(self, cpu: float, pool: RolloutPool, replicas: Replicas, told: int) -> dict:
+    def _result(self, cpu: float, pool: RolloutPool, replicas: Replicas, records: int) -> dict:
         # Without the iterations in which the pipeline fills, or runs empty.
         steady = [b - a for a, b in zip(self.ended, self.ended[1:])][1 + self.bound : self.iterations - self.bound]
         step = statistics.mean(steady)
@@ -307,7 +307,7 @@ class Simulation:
                 "score": replicas.requests / self.iterations,
                 "next_batch": self.gpus,
                 "weights": self.store.asked / self.iterations,
-                "scribe": told / self.iterations,
+                "scribe": records / self.iterations,
             },
         }
 

@@ -119,8 +119,8 @@ def weights(run_dir: Path, repeats: int = 5) -> dict[str, float]:
             if version > published[0]:
                 ray.get(store.publish.remote(version, np.array(flat)))
                 published[0] = version
-            reference, publication = ray.get(store.get.remote(version))
-            ray.get([ref for actor in actors for ref in actor.sample.remote(request, publication, reference)])
+            held = ray.get(store.get.remote(version))
+            ray.get([ref for actor in actors for ref in actor.sample.remote(request, held.publication, held.weights)])
             return time.perf_counter() - begun
 
         published, taken = [version], []

@@ -1,4 +1,4 @@
-"""The conductor's loop in this process, and the scribe: their own code, without Ray; rollouts and scorers are stood in for."""
+"""The loop and the scribe in this process: their own code, without Ray. Rollouts and scorers are simulated."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from ray.exceptions import RayTaskError
 
 from actors.rl.loop import Loop
+from actors.rl.messages import Ended, Leave, Lost, Ready, Sampled, Stopped, Trained
 from actors.rl.stops import LOST
 from fixtures.local_actors import local_scribe
 from rlproxi.algorithms import grpo
-from rlproxi.algorithms.guards.over_optimisation import Evaluated, OverOptimisation
 from rlproxi.config.loading import build_config
 from rlproxi.errors import OUT_OF_MEMORY
 from rlproxi.rewards import RewardError
@@ -62,11 +62,15 @@ def make(folder, bound: int = 1, **sections) -> Loop:
             **sections,
         }
     )
-    return Loop(config, grpo.GRPO(config), Pool(), Client(), local_scribe(folder))
+    return Loop(config, grpo.GRPO(config), Pool(), Client(), local_scribe(folder), evaluator=None)
 
 
-async def pictures(request, version, pixel: int = 100):
-    return np.full((request.images, 2, 2, 3), pixel, np.uint8), None, 0.0
+async def pictures(request, version, pixel: int = 100) -> Sampled:
+    return Sampled(np.full((request.images, 2, 2, 3), pixel, np.uint8), np.ones(request.images, bool), "chain", 0.0)
+
+
+async def commit(conductor: Loop, iteration: int) -> None:
+    await conductor.commit(Trained(conductor.ledger.attempt, iteration, {}))
 
 
 async def settled() -> None:
@@ -79,7 +83,7 @@ def warnings(folder) -> list[str]:
     return [r["message"] for r in read(folder) if r["event"] == "warning"]
 
 
-# -- all ranks are told the same ----------------------------------------------------------
+# -- all ranks get the same answers -------------------------------------------------------
 
 
 @dataclass
@@ -100,9 +104,8 @@ class Play:
 
     def __post_init__(self):
         self.conductor.pool.sample = self.sample
-        self.conductor.evaluator = SimpleNamespace(evaluate=self.evaluate, guard=OverOptimisation(patience=1))
-        self.conductor.evaluator.guard.see(Evaluated(0, 1.0, 1.0, 0.01))
-        self.told = [[] for _ in range(self.ranks)]
+        self.conductor.evaluator = SimpleNamespace(evaluate=self.evaluate, early_end=None)
+        self.answers = [[] for _ in range(self.ranks)]
 
     async def gate(self):
         self.waiting.append(asyncio.get_running_loop().create_future())
@@ -115,24 +118,24 @@ class Play:
     async def evaluate(self, tag, step_counts, version):
         await self.gate()
         iteration = int(tag.split("-")[1])
-        fallen = self.finish is not None and iteration >= self.finish
-        self.conductor.evaluator.guard.see(Evaluated(iteration, 1.0, 0.0 if fallen else 1.0 + iteration, 0.01))
+        if self.finish is not None and iteration >= self.finish:
+            self.conductor.evaluator.early_end = "the held-out reward fell"
 
     async def rank(self, number: int):
         for iteration in range(STEPS):
             await self.gate()
-            batch = await self.conductor.next_batch(iteration)
-            self.told[number].append("stop" if batch is None else "end" if not batch else tuple(batch["versions"]))
-            if not batch:
+            answer = await self.conductor.next_batch(iteration)
+            self.answers[number].append(answer.versions if isinstance(answer, Ready) else answer)
+            if not isinstance(answer, Ready):
                 return
             self.arrived[iteration] += 1
             while self.arrived[iteration] < self.ranks:  # a collective
                 await asyncio.sleep(0)
             if number == 0:
-                await self.conductor.commit(iteration, {})
+                await commit(self.conductor, iteration)
 
     async def run(self) -> list:
-        """What the ranks were told, which is the same for all."""
+        """The answers that the ranks got, which are the same for all."""
         self.arrived = [0] * STEPS
         await self.conductor.begin(0)
         learner = [asyncio.create_task(self.rank(r)) for r in range(self.ranks)]
@@ -142,7 +145,7 @@ class Play:
                 break
             self.waiting = [gate for gate in self.waiting if not gate.done()]
             moves = len(self.waiting) + self.may_stop
-            assert moves, f"the ranks wait for each other, told {self.told}"
+            assert moves, f"the ranks wait for each other, after {self.answers}"
             choice = self.pick(moves)
             if choice < len(self.waiting):
                 self.waiting[choice].set_result(None)
@@ -153,8 +156,8 @@ class Play:
             rank.result()
         for task in self.conductor.tasks:
             task.cancel()
-        assert all(told == self.told[0] for told in self.told), self.told
-        return self.told[0]
+        assert all(answers == self.answers[0] for answers in self.answers), self.answers
+        return self.answers[0]
 
 
 @settings(max_examples=150)
@@ -166,27 +169,28 @@ class Play:
     finish=st.none() | st.integers(1, STEPS - 1),
     broken=st.none() | st.integers(0, STEPS - 1),
 )
-def test_every_rank_is_told_the_same_in_any_order_of_events(
+def test_every_rank_gets_the_same_answer_in_any_order_of_events(
     tmp_path_factory, data, bound, ranks, may_stop, finish, broken
 ):
     conductor = make(tmp_path_factory.mktemp("run"), bound, evaluate={"every": 1})
     play = Play(conductor, lambda n: data.draw(st.integers(0, n - 1)), ranks, finish, broken, may_stop)
-    told = asyncio.run(play.run())
-    batches = [each for each in told if isinstance(each, tuple)]
+    answers = asyncio.run(play.run())
+    batches = [each for each in answers if isinstance(each, tuple)]
     assert all(0 <= i - version <= bound for i, versions in enumerate(batches) for version in versions)
-    assert told[: len(batches)] == batches and told[len(batches) :] in ([], ["stop"], ["end"])
-    if told[-1] == "stop":
+    assert answers[: len(batches)] == batches and answers[len(batches) :] in ([], [Stopped()], [Ended()])
+    if answers[-1] == Stopped():
         assert conductor.stopped
-    elif told[-1] == "end":
+    elif answers[-1] == Ended():
         assert len(batches) == conductor.end == finish
     if not may_stop or conductor.stopped is None:  # then the outcome is that of no order
         last = min(x for x in (finish, broken, STEPS) if x is not None)
         assert len(batches) == last
-        assert told[last:] == (["stop"] if last == broken and last != finish else ["end"] if last == finish else [])
+        end = Ended() if last == finish else Stopped() if last == broken else None
+        assert answers[last:] == ([end] if end else [])
 
 
 async def both(conductor, iteration: int, between) -> list:
-    """What two ranks are told of an iteration when ``between()`` happens after the first one's call."""
+    """What two ranks are answered for an iteration when ``between()`` happens after the first one's call."""
     first = asyncio.create_task(conductor.next_batch(iteration))
     await settled()
     await between()
@@ -199,9 +203,9 @@ def test_a_stop_between_two_ranks_calls_takes_no_batch_away(tmp_path):
         conductor = make(tmp_path)
         await conductor.begin(0)
         one, two = await both(conductor, 0, lambda: conductor.stop("enough"))
-        assert one["rewards"].shape == (2, 2) and two["rewards"] is one["rewards"]
-        await conductor.commit(0, {})
-        assert await both(conductor, 2, settled) == [None, None], "was not complete"
+        assert one.rewards.shape == (2, 2) and two.rewards is one.rewards
+        await commit(conductor, 0)
+        assert await both(conductor, 2, settled) == [Stopped()] * 2, "was not complete"
 
     asyncio.run(main())
 
@@ -221,7 +225,7 @@ def test_an_iteration_that_a_stop_left_incomplete_stays_so(tmp_path):
             await conductor.stop("enough")
             late.set()
 
-        assert await both(conductor, 0, stop_then_samples) == [None, None]
+        assert await both(conductor, 0, stop_then_samples) == [Stopped()] * 2
         assert conductor.ready == {} and not conductor.tasks
 
     asyncio.run(main())
@@ -230,15 +234,13 @@ def test_an_iteration_that_a_stop_left_incomplete_stays_so(tmp_path):
 def test_iterations_dispatched_before_an_early_end_are_trained(tmp_path):
     async def main():
         conductor = make(tmp_path, bound=1)
-        conductor.evaluator = SimpleNamespace(guard=OverOptimisation(patience=1))
-        for evaluated in (Evaluated(0, 1, 1, 0.01), Evaluated(1, 1, 0, 0.01)):
-            conductor.evaluator.guard.see(evaluated)
         await conductor.begin(0)
-        (one, two), ended = await both(conductor, 1, lambda: conductor._finish(2)), await both(conductor, 2, settled)
-        assert two["rewards"] is one["rewards"] and one["versions"] == [0, 0] and ended == [{}, {}]
+        one, two = await both(conductor, 1, lambda: conductor.end_before(2, "the held-out reward fell"))
+        assert two.rewards is one.rewards and one.versions == (0, 0)
+        assert await both(conductor, 2, settled) == [Ended()] * 2
         await conductor.begin(1)
         again = await asyncio.wait_for(conductor.next_batch(1), 1)
-        assert again["versions"] == [1, 1], "a restarted learner is told anew"
+        assert again.versions == (1, 1), "a restarted learner gets an answer of its own"
         assert conductor.end is None, "the same evaluation ends it again"
 
     asyncio.run(main())
@@ -249,27 +251,27 @@ def test_too_many_masked_groups_stop_every_rank_once(tmp_path):
         conductor = make(tmp_path, bound=0)
         conductor.pool.sample = lambda request, version: pictures(request, version, BROKEN)
         await conductor.begin(0)
-        assert await both(conductor, 0, settled) == [None, None]
+        assert await both(conductor, 0, settled) == [Stopped()] * 2
         assert conductor.stopped.startswith("100% of the groups of iteration 0 have no score")
 
     asyncio.run(main())
-    told = [message for message in warnings(tmp_path) if message.startswith("run stopped")]
-    assert len(told) == 1 and sum("has no score: no score today" in message for message in warnings(tmp_path)) == 2
+    stops = [message for message in warnings(tmp_path) if message.startswith("run stopped")]
+    assert len(stops) == 1 and sum("has no score: no score today" in message for message in warnings(tmp_path)) == 2
 
 
 # -- faults -------------------------------------------------------------------------------
 
 
-def test_rewards_that_do_not_tell_what_they_are_end_no_run(tmp_path):
+def test_rewards_without_provenance_end_no_run(tmp_path):
     async def main():
         conductor = make(tmp_path, rewards={"train": [{"name": "attributes", "tune_micro_batch": True}]})
         await conductor.begin(0)
         await conductor.next_batch(0)
-        await conductor.commit(0, {})
+        await commit(conductor, 0)
         assert conductor.version == 1 and conductor.stopped is None
 
     asyncio.run(main())
-    assert warnings(tmp_path) == ["reward 'attributes' does not tell what makes its score: attributes hangs"]
+    assert warnings(tmp_path) == ["reward 'attributes' does not say where its scores come from: attributes hangs"]
 
 
 def test_a_lost_role_sends_every_rank_back_to_begin_anew(tmp_path):
@@ -280,7 +282,7 @@ def test_a_lost_role_sends_every_rank_back_to_begin_anew(tmp_path):
         asked = asyncio.gather(conductor.next_batch(0, 0, 2), conductor.next_batch(0, 1, 2))
         await settled()
         await conductor.stop("the weight store is lost", LOST)
-        assert await asked == [{"lost": "the weight store is lost"}] * 2
+        assert await asked == [Lost("the weight store is lost")] * 2
         assert conductor.scribe.thing.stop_kind() == LOST
 
     asyncio.run(main())
@@ -294,11 +296,11 @@ def test_a_commit_waits_until_its_record_is_in_the_log(tmp_path):
         )
         await conductor.begin(0)
         await conductor.next_batch(0)
-        commit = asyncio.ensure_future(conductor.commit(0, {}))
+        committed = asyncio.ensure_future(commit(conductor, 0))
         await settled()
-        assert not commit.done() and conductor.version == 1, "sampling goes on meanwhile"
+        assert not committed.done() and conductor.version == 1, "sampling goes on meanwhile"
         written.set()
-        await commit
+        await committed
 
     asyncio.run(main())
 
@@ -322,15 +324,15 @@ def test_a_fault_of_a_rollout_actor_stops_with_its_kind(tmp_path, cause, kind, w
         conductor = make(tmp_path)
         conductor.pool.sample = fails
         await conductor.begin(0)
-        assert await both(conductor, 0, settled) == [None, None]
+        assert await both(conductor, 0, settled) == [Stopped()] * 2
         conductor.scribe.thing.clear_stop()  # as the driver does before it starts RL again
         await conductor.stop("a late one")
         assert conductor.scribe.thing.stop_reason() is None
         return conductor.stopped
 
     assert asyncio.run(main()).startswith(words)
-    (told,) = [r for r in read(tmp_path) if r["event"] == "warning"]
-    assert told["message"].startswith(f"run stopped: {words}") and told.get("kind", "") == kind
+    (warning,) = [r for r in read(tmp_path) if r["event"] == "warning"]
+    assert warning["message"].startswith(f"run stopped: {words}") and warning.get("kind", "") == kind
 
 
 def test_the_first_stop_stays_until_it_is_cleared(tmp_path):
@@ -350,28 +352,28 @@ def test_ranks_that_are_asked_to_leave_all_save_first(tmp_path):
     async def main():
         conductor = make(tmp_path, bound=0)
         await conductor.begin(0)
-        assert await both(conductor, 0, lambda: conductor.leave("asked to end")) != [None, None]
+        answers = await both(conductor, 0, lambda: conductor.leave("asked to end"))
+        assert all(isinstance(answer, Ready) for answer in answers), "the iteration under way is trained"
         conductor.answers.clear()
-        assert await both(conductor, 0, settled) == [{"leave": True}] * 2
+        assert await both(conductor, 0, settled) == [Leave()] * 2
 
     asyncio.run(main())
     assert warnings(tmp_path) == ["run stopped: asked to end"]
 
 
-# -- samples that are no images -----------------------------------------------------------
+# -- samples that are NaN or Inf ----------------------------------------------------------
 
 
-async def half_broken(request, version, every: bool = False):
-    """Images of which the first sample (or every one) is masked."""
-    images, chain, seconds = await pictures(request, version)
-    images[1:] += 50  # so that rewards differ
-    mask = np.zeros(images.shape, bool)
-    mask[: None if every else 1] = True
-    return np.ma.masked_array(images, mask), chain, seconds
+async def half_broken(request, version, every: bool = False) -> Sampled:
+    """Samples of which the first (or every one) is not finite."""
+    sampled = await pictures(request, version)
+    sampled.images[1:] += 50  # so that rewards differ
+    sampled.finite[: None if every else 1] = False
+    return sampled
 
 
 @pytest.mark.parametrize("on_failure, missing", [("drop_group", [True, True]), ("mask_sample", [True, False])])
-def test_a_sample_that_is_no_image_is_a_missing_score(tmp_path, on_failure, missing):
+def test_a_broken_sample_is_a_missing_score(tmp_path, on_failure, missing):
     async def main():
         conductor = make(
             tmp_path,
@@ -381,8 +383,7 @@ def test_a_sample_that_is_no_image_is_a_missing_score(tmp_path, on_failure, miss
         conductor.pool.sample = half_broken
         await conductor.begin(0)
         batch, _ = await both(conductor, 0, settled)
-        assert np.isnan(batch["rewards"]).tolist() == [missing] * 2 and batch["refused"] is None
-        assert all(not np.ma.isMaskedArray(e.images) for e in conductor.ready[0].values())
+        assert np.isnan(batch.rewards).tolist() == [missing] * 2 and batch.refused is None
 
     asyncio.run(main())
     assert (
@@ -401,15 +402,15 @@ def test_too_many_broken_samples_are_the_learners_to_skip(tmp_path):
         await conductor.begin(0)
         one, two = await both(conductor, 0, settled)
         assert (
-            one["refused"]
-            == two["refused"]
+            one.refused
+            == two.refused
             == (
                 "4 of its 4 samples are NaN or Inf, and 100% of the groups have no score "
                 "(rewards.max_masked_fraction = 0.5)"
             )
         )
-        assert np.isnan(one["rewards"]).all() and conductor.stopped is None
-        await conductor.commit(0, {})
+        assert np.isnan(one.rewards).all() and conductor.stopped is None
+        await commit(conductor, 0)
         await settled()
         assert conductor.version == 1
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from actors.rl.evaluator import Evaluator
+from actors.rl.messages import Sampled
 from fixtures.local_actors import local_scribe
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
@@ -51,7 +52,7 @@ class Run:
         self.requests.append((request, version))
         images = np.zeros((request.images, 2, 2, 3), np.uint8)
         images[..., 0], images[..., 1] = version, np.repeat(request.indices, request.group_size)[:, None, None]
-        return images, "chain", 0.1
+        return Sampled(images, np.ones(len(images), bool), "chain", 0.1)
 
     async def save(self, version, folder):
         self.saved.append((version, folder))
@@ -86,7 +87,7 @@ def test_requests_are_no_larger_than_trainings_micro_batches(run):
     assert [(r.images, r.num_steps, version) for r, version in run.requests] == [(8, 4, 10), (4, 4, 10)]
 
 
-def test_a_missing_score_is_told_once_and_counted(run):
+def test_a_missing_score_is_one_warning_and_counted(run):
     run.evaluate(0)
     run.client.lost = run.requests[0][0].prompts[1]
     entry = run.evaluate(10)["by_steps"]["4"]
@@ -98,15 +99,14 @@ def test_a_missing_score_is_told_once_and_counted(run):
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_a_sample_that_is_no_image_is_a_missing_score(run, every):
+def test_a_broken_sample_is_a_missing_score(run, every):
     run.evaluate(0)
     whole = run.sample
 
     async def broken(request, version):
-        images, *more = await whole(request, version)
-        mask = np.zeros(images.shape, bool)
-        mask[: None if every else 1] = request.images == 8  # the first of two pieces
-        return np.ma.masked_array(images, mask), *more
+        sampled = await whole(request, version)
+        sampled.finite[: None if every else 1] = request.images != 8  # broken in the first of two pieces
+        return sampled
 
     run.evaluator.sample = broken
     entry = run.evaluate(10)["by_steps"]["4"]
@@ -120,19 +120,21 @@ def test_a_sample_that_is_no_image_is_a_missing_score(run, every):
     assert np.isnan(kept["heldout"]).sum() == np.isnan(kept["correct"]).sum() == missing
 
 
-def test_an_evaluation_without_a_headline_says_nothing_about_stopping(run):
+def test_an_evaluation_without_a_headline_does_not_end_rl(run):
     for version in (10, 20, 30):
         run.evaluate(version)
-    assert run.evaluator.guard.should_stop
+    assert run.evaluator.early_end
     run.evaluate(30, counts=(2,))
-    assert not run.evaluator.guard.should_stop
+    assert run.evaluator.early_end is None
 
 
 def test_the_best_is_kept_and_a_fall_raises_the_alarm(run):
     for version, best, below in ((0, 0, 0), (10, 10, 0), (20, 10, 1), (30, 10, 2)):
         run.evaluate(version)
         assert (run.evaluator.guard.best.iteration, run.evaluator.guard.below) == (best, below)
-    assert run.evaluator.guard.should_stop
+    assert run.evaluator.early_end == (
+        "RL ends early: 2 evaluations in a row far below iteration 10 (evaluate.patience)"
+    )
     assert run.saved == [(10, str(run.folder / "models" / "best"))], "iteration 0 is models/pretrained"
     assert [(r["step"], round(r["heldout"])) for r in run.events("best")] == [(10, 30)]
     assert [(r["step"], r["best"]) for r in run.events("alarm")] == [(20, 10), (30, 10)]
@@ -145,5 +147,5 @@ def test_a_resumed_runs_guard_knows_what_came_before_and_counts_nothing_twice(ru
     resumed = Run(run.folder)
     resumed.evaluate(again)
     guard = resumed.evaluator.guard
-    assert (guard.best.iteration, guard.below) == (10, {10: 0, 20: 1}[again]) and not guard.should_stop
+    assert (guard.best.iteration, guard.below) == (10, {10: 0, 20: 1}[again]) and resumed.evaluator.early_end is None
     assert [version for version, _ in resumed.saved] == ([10] if again == 10 else []), "in case saving was cut short"

@@ -1,7 +1,7 @@
 """The conductor's loop, pool and weight store under random schedules of answers, deaths, losses and restarts.
 
-Their own code on virtual time; actors, rewards and ranks are simulated. A deadlock is found at once: nothing is left
-that could happen (``virtual_time.Deadlock``).
+Their own code on virtual time; actors, rewards and ranks are simulated. A deadlock shows at once: nothing is left that
+could happen (``virtual_time.Deadlock``).
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from actors.rl.loop import Loop
+from actors.rl.messages import Dispatched, Ready, Trained
 from actors.rl.pool import RolloutPool
-from actors.rl.scored import Scored
 from actors.rl.staleness import Stamp
 from fixtures import virtual_time
 from fixtures.local_actors import Local
@@ -38,8 +38,8 @@ class World:
     deaths: int = 0
     restarts: int = 0
     lost_scores: float = 0.0
-    trained: list = field(default_factory=list)  # (life, iteration, [(chain, version)], rewards)
-    life: int = 0
+    trained: list = field(default_factory=list)  # (attempt, iteration, [(chain, version)], rewards)
+    attempt: int = 0  # of a learner; the ledger counts from 1
     at: int = 0  # the newest checkpoint
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class World:
         ]
         self.pool = RolloutPool(handles(self.rollouts), Local(self.store), Local(self.log))
         self.algorithm = grpo.GRPO(config)
-        self.loop = Loop(config, self.algorithm, self.pool, self, Local(self.log))
+        self.loop = Loop(config, self.algorithm, self.pool, self, Local(self.log), evaluator=None)
 
     async def pause(self, most: float) -> None:
         await asyncio.sleep(self.dice.choice([0.0, self.dice.uniform(0, most), self.dice.expovariate(1 / most)]))
@@ -92,20 +92,22 @@ class World:
 
     async def learner(self):
         """Ranks that march in step; a checkpoint every four iterations, and at the end."""
-        self.store.publish(self.at, Weights(self.life, self.at))
-        start, life = self.at, await self.call(self.loop.begin, self.at)
+        self.store.publish(self.at, Weights(self.attempt, self.at))
+        start, number = self.at, await self.call(self.loop.begin, self.at)
         for iteration in range(start, STEPS):
-            told = await asyncio.gather(*(self.call(self.loop.next_batch, iteration, r, RANKS) for r in range(RANKS)))
-            chains = {j: chain for each in told for j, chain in each["chains"].items()}
-            assert sorted(chains) == list(range(4)) and all(each["versions"] == told[0]["versions"] for each in told)
-            await self.pause(3.0)
-            self.trained.append(
-                (self.life, iteration, [(chains[j], told[0]["versions"][j]) for j in range(4)], told[0]["rewards"])
+            answers = await asyncio.gather(
+                *(self.call(self.loop.next_batch, iteration, r, RANKS) for r in range(RANKS))
             )
-            self.store.publish(iteration + 1, Weights(self.life, iteration + 1))
+            assert all(isinstance(answer, Ready) for answer in answers), answers
+            chains = {j: chain for answer in answers for j, chain in answer.chains.items()}
+            versions, rewards = answers[0].versions, answers[0].rewards
+            assert sorted(chains) == list(range(4)) and all(answer.versions == versions for answer in answers)
+            await self.pause(3.0)
+            self.trained.append((self.attempt, iteration, [(chains[j], versions[j]) for j in range(4)], rewards))
+            self.store.publish(iteration + 1, Weights(self.attempt, iteration + 1))
             if iteration % 4 == 3 or iteration + 1 == STEPS:
                 self.at = iteration + 1
-            await self.call(self.loop.commit, iteration, {}, (), life)
+            await self.call(self.loop.commit, Trained(number, iteration, {}))
 
     async def kills(self):
         for _ in range(self.deaths):
@@ -121,8 +123,8 @@ class World:
             await asyncio.gather(running, return_exceptions=True)
             if self.at == STEPS:
                 break
-            self.life += 1
-        if self.at < STEPS or self.life == 0:
+            self.attempt += 1
+        if self.at < STEPS or self.attempt == 0:
             await self.learner()
         await killing
         await asyncio.sleep(100)  # whatever is late arrives
@@ -131,25 +133,25 @@ class World:
 
 def check(world: World) -> None:
     """Nothing lost, doubled, stale or mixed; nothing left over."""
-    for life in {life for life, *_ in world.trained}:
-        mine = [iteration for each, iteration, *_ in world.trained if each == life]
+    for attempt in {attempt for attempt, *_ in world.trained}:
+        mine = [iteration for each, iteration, *_ in world.trained if each == attempt]
         assert mine == list(range(mine[0], mine[0] + len(mine))), "each iteration once, in order"
-    last = {}  # the weights that count are those of the last life that trained an iteration
-    for life, iteration, made, rewards in world.trained:
-        last[iteration] = life
+    last = {}  # the weights that count are those of the last attempt that trained an iteration
+    for attempt, iteration, made, rewards in world.trained:
+        last[iteration] = attempt
         requests = world.algorithm.requests(iteration)
         assert rewards.shape == (4, 2)
         for j, (chain, version) in enumerate(made):
             assert chain.request == requests[j], "each group once, in its place"
-            assert chain.weights == Weights(life, version), "stamped with the weights that made it, of this life"
+            assert chain.weights == Weights(attempt, version), "stamped with the weights that made it, of this attempt"
             assert 0 <= iteration - version <= world.bound
             assert np.isnan(rewards[j]).all() or (rewards[j] == brightness(made_of(requests[j]))).all()
     assert sorted(last) == list(range(STEPS))
     loop, pool = world.loop, world.pool
     assert world.log.stopped is None and loop.stopped is None
     assert (loop.ready, loop.answers, loop.tasks, loop.ledger.budget.used) == ({}, {}, set(), 0)
-    assert pool.idle.qsize() == world.actors and not pool.busy and not pool.looked_for
-    assert pool.lost <= sum(rollout.deaths for rollout in world.rollouts), "each death is told once"
+    assert pool.idle.qsize() == world.actors and not pool.busy and not pool.fetching
+    assert pool.lost <= sum(rollout.deaths for rollout in world.rollouts), "each death counts once"
 
 
 @settings(max_examples=80)
@@ -173,7 +175,7 @@ def test_bound_zero_is_the_synchronous_loop(seed, deaths):
     world = virtual_time.run(World(random.Random(seed), 0, deaths=deaths).run())
     plain = []
     for iteration in range(STEPS):
-        for j, request in enumerate(world.algorithm.requests(iteration)):
+        for request in world.algorithm.requests(iteration):
             plain.append((iteration, request, Weights(0, iteration), brightness(made_of(request)).tolist()))
     assert plain == [
         (iteration, chain.request, chain.weights, rewards[j].tolist())
@@ -187,43 +189,43 @@ def test_a_learner_that_starts_far_before_the_newest_version_finds_its_weights()
     store = Store(keep=2)
     for version in (*range(8), 3):
         store.publish(version, Weights(int(version == 3), version))
-    assert asyncio.run(store.get(3))[0] == Weights(1, 3)
+    assert asyncio.run(store.get(3)).weights == Weights(1, 3)
     with pytest.raises(KeyError, match=r"weights of version 7 are gone; held: \[3\]"):
         asyncio.run(store.get(7))
 
 
-def test_what_a_version_is_after_a_restart_is_sampled_with():
-    """An actor that holds version 2 of the life before takes version 2 of this one."""
+def test_after_a_restart_an_actor_takes_the_new_weights_of_a_version():
+    """An actor that holds version 2 of the attempt before takes version 2 of this one."""
 
     async def main():
         store, rollout = Store(keep=2), Rollout(lambda request: asyncio.sleep(1))
         pool = RolloutPool(handles([rollout]), Local(store), Local(Log()))
         request = grpo.GRPO(build_config({})).requests(0)[0]
         made = []
-        for life in (0, 1):
-            store.publish(2, Weights(life, 2))
+        for attempt in (0, 1):
+            store.publish(2, Weights(attempt, 2))
             pool.begin()
-            made.append((await pool.sample(request, 2))[1].weights)
+            made.append((await pool.sample(request, 2)).chain.weights)
         return made
 
     assert virtual_time.run(main()) == [Weights(0, 2), Weights(1, 2)]
 
 
-def test_work_of_an_earlier_life_is_not_handed_over():
+def test_work_of_an_earlier_attempt_is_not_handed_over():
     async def main():
         world = World(random.Random(1), bound=1)
         world.store.publish(0, Weights(0, 0))
         assert [await world.loop.begin(0) for _ in range(2)] == [1, 2]
         await asyncio.sleep(0)
-        stamp = Stamp(life=1, iteration=1, version=0)
-        await world.loop._hand_over(3, Scored(world.algorithm.requests(1)[3], stamp))
+        stamp = Stamp(attempt=1, iteration=1, version=0)
+        await world.loop.hand_over(3, Dispatched(world.algorithm.requests(1)[3], stamp))
         assert world.loop.ready == {}
         await asyncio.wait_for(world.loop.next_batch(0), 100)
-        with pytest.raises(RuntimeError, match="committed by the learner of life 1, which life 2 replaced"):
-            await world.loop.commit(0, {}, (), 1)
-        with pytest.raises(RuntimeError, match="iteration 1 is committed, and no learner of this life was given it"):
-            await world.loop.commit(1, {}, (), 2)
-        await world.loop.commit(0, {}, (), 2)
+        with pytest.raises(RuntimeError, match="committed by the learner of attempt 1, which attempt 2 replaced"):
+            await world.loop.commit(Trained(1, 0, {}))
+        with pytest.raises(RuntimeError, match="iteration 1 is committed, and no learner of this attempt was given it"):
+            await world.loop.commit(Trained(2, 1, {}))
+        await world.loop.commit(Trained(2, 0, {}))
         assert world.loop.version == 1
         await world.loop.close()
 
@@ -245,8 +247,12 @@ def test_an_actor_that_is_being_restarted_is_asked_for_nothing_and_died_once():
         await asking
         return pool.lost, rollout.calls, [fields["message"] for _, fields in log.records]
 
-    lost, calls, told = virtual_time.run(main())
-    assert (lost, calls) == (1, 2) and len(told) == 1 and told[0].startswith("rollout actor lost, request repeated: ")
+    lost, calls, messages = virtual_time.run(main())
+    assert (
+        (lost, calls) == (1, 2)
+        and len(messages) == 1
+        and messages[0].startswith("rollout actor lost, request repeated: ")
+    )
 
 
 class Gone:
@@ -281,7 +287,7 @@ def test_a_store_that_is_gone_is_a_fault_of_the_run():
         pool = RolloutPool(handles([Gone()]), Local(Dead()), Local(Log()))
         with pytest.raises(ActorUnavailableError, match="the store is gone"):
             await asyncio.gather(pool.save(0, "best"), pool.save(0, "best"))
-        assert pool.looked_for == {}
+        assert pool.fetching == {}
 
     virtual_time.run(main())
 

@@ -1,4 +1,4 @@
-"""The rollout actors as one, in this process: one that hangs."""
+"""The pool of rollout actors, in this process: actors that hang, or die while they load."""
 
 import asyncio
 from types import SimpleNamespace
@@ -7,6 +7,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from actors.rl import pool
+from actors.rl.messages import WeightsVersion
 from fixtures.local_actors import Local, local_scribe
 from rlproxi.telemetry.runlog import read
 
@@ -29,7 +30,7 @@ class Hanging:
 
 class Store:
     async def get(self, version):
-        return "weights", 1
+        return WeightsVersion(version, 1, "weights")
 
 
 def test_an_actor_that_hangs_is_started_again_and_asked_again(tmp_path, monkeypatch):
@@ -47,8 +48,11 @@ def test_an_actor_that_hangs_is_started_again_and_asked_again(tmp_path, monkeypa
         return actor
 
     assert asyncio.run(main()).calls == 2
-    told = [r["message"] for r in read(tmp_path) if r["event"] == "warning"]
-    assert "rollout actor 0 has not answered for 0.05 s (faults.hang_timeout_s)" in told[0] and "repeated" in told[1]
+    warnings = [r["message"] for r in read(tmp_path) if r["event"] == "warning"]
+    assert (
+        "rollout actor 0 has not answered for 0.05 s (faults.hang_timeout_s)" in warnings[0]
+        and "repeated" in warnings[1]
+    )
 
 
 class Loading:
@@ -64,13 +68,10 @@ class Loading:
         return True
 
 
-def test_who_dies_while_it_loads_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(pool, "_LOOK_AFTER", (0.001, 0.01))
-
+def test_the_pool_waits_for_an_actor_that_dies_while_it_loads(tmp_path):
     def ready(*actors):
-        return asyncio.run(
-            pool.RolloutPool([Local(actor) for actor in actors], Local(Store()), local_scribe(tmp_path)).ready()
-        )
+        handles, scribe = [Local(actor) for actor in actors], local_scribe(tmp_path)
+        return asyncio.run(pool.RolloutPool(handles, Local(Store()), scribe, look_after_s=(0.001, 0.01)).ready())
 
     assert ready(Loading(), Loading(0)) == 2 and ready(Loading(1000), Loading(0)) == 1
     with pytest.raises(RuntimeError, match="all 1 rollout actors died while they loaded the model"):

@@ -21,7 +21,7 @@ def simulate(
 ) -> tuple[list[str], list[int]]:
     """A dispatcher, rollouts that answer in any order, and a learner; ``pick(n)`` chooses what happens next.
 
-    Bytes are taken for each micro-batch and given back for an iteration at once, as the conductor does.
+    Bytes are taken for each micro-batch and given back for an iteration at once, as the ledger does.
     Returns (what happened, the staleness of every micro-batch trained on).
     """
     policy, budget = StalenessPolicy(bound), ByteBudget(limit)
@@ -30,7 +30,7 @@ def simulate(
     happened, stale = [], []
     while version < iterations:
         moves = []
-        if at < iterations and policy.may_dispatch(at, version) and budget.admits(size):
+        if at < iterations and policy.allows(at, version) and budget.admits(size):
             moves.append("dispatch")
         waiting = [p for p in flying if not p.scored]
         moves += ["score"] * len(waiting)
@@ -47,7 +47,7 @@ def simulate(
         elif move == "score":
             waiting[choice - moves.index("score")].scored = True
         else:
-            assert all(policy.may_train(version, p.version) for p in mine)
+            assert all(policy.allows(version, p.version) for p in mine)
             stale += [version - p.version for p in mine]
             flying = [p for p in flying if p.iteration != version]
             budget.give_back(micro_batches * size)
@@ -107,7 +107,7 @@ def test_the_budget_limits_how_far_ahead_the_dispatcher_gets():
 def test_the_rule(bound, iteration, version):
     policy = StalenessPolicy(bound)
     allowed = version <= iteration <= version + bound
-    assert policy.may_dispatch(iteration, version) == policy.may_train(iteration, version) == allowed
+    assert policy.allows(iteration, version) == allowed
 
 
 def test_a_negative_bound_is_refused():
@@ -135,33 +135,33 @@ def test_an_iteration_larger_than_the_budget_still_reaches_the_learner():
         with pytest.raises(RuntimeError, match=words):
             ledger.dispatch()
         ledger.check(iteration, [stamp])
-        ledger.commit(iteration)
+        ledger.commit(iteration, 1)
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Any order of dispatches, arrivals, commits, losses and restarts, those of earlier lives among them."""
+    """Any order of dispatches, arrivals, commits, losses and restarts, those of earlier attempts among them."""
 
     @initialize(bound=st.integers(0, 3), limit=st.integers(1, 40), start=st.integers(0, 3))
     def begins(self, bound, limit, start):
         self.bound, self.limit = bound, limit
         self.ledger = Ledger(StalenessPolicy(bound), limit, 10)
-        self.flying: list[Stamp] = []  # of all lives
+        self.flying: list[Stamp] = []  # of all attempts
         self.arrived: list[Stamp] = []
         self.trained: list[int] = []
-        self.life, self.start = self.ledger.begin(start), start
+        self.attempt, self.start = self.ledger.begin(start), start
 
     @rule(back=st.integers(0, 3))
     def learner_restarts(self, back):
         self.start = max(0, self.ledger.version - back)
-        life = self.ledger.begin(self.start)
-        assert life > self.life and self.ledger.budget.used == 0
-        self.life, self.trained, self.arrived = life, [], []
+        attempt = self.ledger.begin(self.start)
+        assert attempt > self.attempt and self.ledger.budget.used == 0
+        self.attempt, self.trained, self.arrived = attempt, [], []
 
     @precondition(lambda self: self.ledger.within_bound() and self.ledger.has_room())
     @rule()
     def dispatches(self):
         stamp = self.ledger.dispatch()
-        assert (stamp.life, stamp.version) == (self.life, self.ledger.version)
+        assert (stamp.attempt, stamp.version) == (self.attempt, self.ledger.version)
         assert stamp.iteration - stamp.version <= self.bound
         self.flying.append(stamp)
 
@@ -173,7 +173,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not twice:
             self.flying.remove(stamp)
         if self.ledger.in_flight(stamp):
-            assert stamp.life == self.life and stamp.iteration not in self.trained
+            assert stamp.attempt == self.attempt and stamp.iteration not in self.trained
             self.arrived.append(stamp)
 
     @precondition(lambda self: any(s.iteration == self.ledger.version for s in self.arrived))
@@ -182,17 +182,17 @@ class LedgerMachine(RuleBasedStateMachine):
         now = self.ledger.version
         mine = [s for s in self.arrived if s.iteration == now]
         self.ledger.check(now, mine)
-        assert all(0 <= now - s.version <= self.bound and s.life == self.life for s in mine)
-        self.ledger.commit(now, self.life)
+        assert all(0 <= now - s.version <= self.bound and s.attempt == self.attempt for s in mine)
+        self.ledger.commit(now, self.attempt)
         self.trained.append(now)
         self.arrived = [s for s in self.arrived if s.iteration > now]
 
-    @rule(iteration=st.integers(0, 12), life=st.integers(0, 5))
-    def a_stranger_commits(self, iteration, life):
-        if (iteration, life) != (self.ledger.version, self.life) or self.ledger.next == self.ledger.version:
+    @rule(iteration=st.integers(0, 12), attempt=st.integers(0, 5))
+    def another_learner_commits(self, iteration, attempt):
+        if (iteration, attempt) != (self.ledger.version, self.attempt) or self.ledger.next == self.ledger.version:
             before = vars(self.ledger).copy(), self.ledger.budget.used
             with pytest.raises(RuntimeError, match=f"iteration {iteration} is committed"):
-                self.ledger.commit(iteration, life)
+                self.ledger.commit(iteration, attempt)
             assert (vars(self.ledger), self.ledger.budget.used) == before
 
     @invariant()

@@ -1,4 +1,4 @@
-"""What the conductor tells beside its numbers, and who notes the spans: pool, reward client, ranks. Without Ray."""
+"""What the observer records beside the numbers, and the spans that pool, reward client and ranks add. Without Ray."""
 
 import asyncio
 import json
@@ -10,9 +10,10 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from actors.rewards.service import RewardClient
-from actors.rl.observer import Observer, over_the_wire
+from actors.rl.messages import Images, Scored, Trained, WeightsVersion
+from actors.rl.observer import Observer
 from actors.rl.pool import RolloutPool
-from actors.rl.scored import Scored
+from actors.rl.staleness import Stamp
 from fixtures.local_actors import Local, local_scribe
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import build_config
@@ -36,7 +37,7 @@ def request(groups: int = 2, size: int = 2) -> SampleRequest:
     return SampleRequest("train", 0, tuple(f"prompt {i}" for i in range(groups)), tuple(range(groups)), size)
 
 
-def told(folder, event) -> list[dict]:
+def records(folder, event) -> list[dict]:
     return [r for r in read(folder) if r["event"] == event]
 
 
@@ -49,10 +50,10 @@ def test_an_iterations_line_and_its_idle_shares(tmp_path):
     learner = [Span("learner", 3, "wait", 70.0, 6.0), Span("learner", 3, "train", 76.0, 4.0)]
     with observer.diary.span("rollout", 1, "sample"):
         observer.diary.open = {k: s._replace(start=1008.0) for k, s in observer.diary.open.items()}
-        metrics = observer.committed(0, 1000.0, 1010.0, 16, over_the_wire(learner, 80.0))
+        metrics = observer.committed(Trained(1, 0, {}, learner, 80.0), 1000.0, 1010.0, 16)
     # Actor 0 was busy for 5 s, actor 1 for 2 s so far.
     assert metrics == pytest.approx({"idle/rollout": 0.65, "idle/reward": 0.9, "idle/learner": 0.6, "restarts": 0})
-    observer.committed(1, 1010.0, 1020.0, 16, [])
+    observer.committed(Trained(1, 1, {}), 1010.0, 1020.0, 16)
     asyncio.run(observer.close())
     first, second = timeline.read(tmp_path)
     assert first["spans"] == [
@@ -62,12 +63,12 @@ def test_an_iterations_line_and_its_idle_shares(tmp_path):
         ("learner", 0, "train", 1006.0, 4.0),
     ]
     assert (first["stage"], first["step"], second["step"]) == ("rl", 1, 2)
-    assert [s.who for s in second["spans"]] == [1], "what ended since; each span is in one line"
+    assert [s.who for s in second["spans"]] == [1], "each span is in one line: that of the iteration in which it ended"
 
 
 def test_roles_that_an_algorithm_does_not_use_are_not_idle(tmp_path):
     observer = make(tmp_path, all_roles=False, telemetry={"timeline": False})
-    metrics = observer.committed(0, 0.0, 10.0, 16, [("learner", "train", -5.0, 5.0)])
+    metrics = observer.committed(Trained(1, 0, {}, [Span("learner", 0, "train", 75.0, 5.0)], 80.0), 0.0, 10.0, 16)
     assert metrics == {"idle/learner": 0.5, "restarts": 0}
     asyncio.run(observer.close())
     assert not (tmp_path / timeline.FILE_NAME).exists(), "telemetry.timeline = false"
@@ -77,9 +78,9 @@ def test_restarts_and_gpus(tmp_path):
     gpus = {"rollout_actors": 2, "rollout_gpus": 1.0, "learner_gpus": 2.0}
     observer = make(tmp_path, lost=lambda: 3, resources=gpus)
     observer.begun()
-    assert observer.committed(0, 0.0, 10.0, 80, [])["restarts"] == 3
+    assert observer.committed(Trained(1, 0, {}), 0.0, 10.0, 80)["restarts"] == 3
     observer.begun()
-    metrics = observer.committed(0, 0.0, 10.0, 80, [])
+    metrics = observer.committed(Trained(1, 0, {}), 0.0, 10.0, 80)
     assert metrics["restarts"] == 4 and metrics["images_per_second/gpu"] == pytest.approx(8 / 4)
 
 
@@ -88,15 +89,16 @@ def scored(observer, iteration, j, pixel) -> Scored:
     images[2:] += 1
     rewards = np.array([[0.0, 1.0], [np.nan, 2.0]], np.float32)
     kept = observer.keep(iteration, j, request(), images)
-    return Scored(request(), 0, None, rewards, {"attributes": rewards}, {}, kept)
+    stamp = Stamp(1, iteration, iteration)
+    return Scored(request(), stamp, None, rewards, {"attributes": rewards}, 0.0, 0.0, 0, kept)
 
 
 def test_the_first_groups_of_some_iterations_become_a_gallery(tmp_path):
     observer = make(tmp_path)
     for iteration in range(3):
-        observer.show(iteration, iteration, [scored(observer, iteration, j, 10 * j) for j in range(3)])
+        observer.show(iteration, [scored(observer, iteration, j, 10 * j) for j in range(3)])
     asyncio.run(observer.close())
-    assert [(r["step"], r["file"]) for r in told(tmp_path, "samples")] == [
+    assert [(r["step"], r["file"]) for r in records(tmp_path, "samples")] == [
         (1, "samples/000001.json"),
         (2, "samples/000002.json"),
     ]
@@ -108,15 +110,15 @@ def test_the_first_groups_of_some_iterations_become_a_gallery(tmp_path):
     ], "three groups, no more"
 
 
-def test_a_fault_of_the_disk_is_told_once(tmp_path):
+def test_a_fault_of_the_disk_is_one_warning(tmp_path):
     observer = make(tmp_path)
     (tmp_path / "samples").write_text("in the way")
     (tmp_path / timeline.FILE_NAME).mkdir()
     for iteration in range(4):
-        observer.committed(iteration, 0.0, 1.0, 1, [])
-        observer.show(iteration, 0, [scored(observer, iteration, 0, 0)])
+        observer.committed(Trained(1, iteration, {}), 0.0, 1.0, 1)
+        observer.show(iteration, [scored(observer, iteration, 0, 0)])
     asyncio.run(observer.close())
-    (warning,) = told(tmp_path, "warning")
+    (warning,) = records(tmp_path, "warning")
     assert warning["message"].startswith("telemetry: timeline or gallery cannot be written: IsADirectoryError")
 
 
@@ -129,8 +131,12 @@ class Mortal:
     async def ready(self):
         return True
 
-    def sample(self, request, version, weights):
-        return self.save(), "chain"
+    def sample(self, request, publication, weights):
+        return self.images(), "chain"
+
+    async def images(self):
+        await self.save()
+        return Images(np.zeros((1, 2, 2, 3), np.uint8), np.ones(1, bool))
 
     async def save(self, *_):
         await asyncio.sleep(0.02)
@@ -141,7 +147,7 @@ class Mortal:
 
 class Store:
     async def get(self, version):
-        return "weights", 1
+        return WeightsVersion(version, 1, "weights")
 
 
 def test_the_pool_notes_who_sampled_when_and_counts_the_lost(tmp_path):
