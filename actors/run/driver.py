@@ -21,7 +21,7 @@ from rlproxi.algorithms.rollout import flatten
 from rlproxi.config.loading import Config, dump_config, smaller_micro_batch
 from rlproxi.config.sections import STAGES
 from rlproxi.errors import ConfigError, RunStopped
-from rlproxi.evaluation.heldout import write_json
+from rlproxi.files import write_json
 from rlproxi.models.folders import find_model, parts_folder
 from rlproxi.models.loading import trainable, training_form
 from rlproxi.planning.preflight import cache_folder, with_paths

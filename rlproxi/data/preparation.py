@@ -13,16 +13,13 @@ from torch import nn
 from ..config.loading import Config
 from ..models.text import TextEncoder, build_text_encoder
 from ..rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
-from ..seeds import generator, rng, seed_of
+from ..seeds import Collection, generator, rng, seed_of
 from . import faces
-
-#: Collections of portraits never overlap: (run seed, purpose) names one.
-PURPOSES = {"text": 1, "reward": 2, "judge": 3, "pretrain": 4, "train_prompts": 5, "heldout_prompts": 6}
 
 
 def collection(seed: int, purpose: str) -> int:
-    """The seed of the endless collection of portraits for one purpose of one run."""
-    return seed_of(seed, PURPOSES[purpose])
+    """The seed of the endless collection of portraits for one purpose of one run: a ``Collection`` in lower case."""
+    return seed_of(seed, Collection[purpose.upper()])
 
 
 def _decay(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
@@ -52,7 +49,7 @@ def train_text_encoder(config: Config, progress: Callable[[int, float], None] = 
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=p.lr)
     for step in range(p.text_steps):
         _decay(optimizer, p.lr, step, p.text_steps)
-        chosen = [captions[i] for i in rng(seed, 1, step).integers(len(captions), size=64)]
+        chosen = [captions[i] for i in rng(seed, Collection.TEXT, step).integers(len(captions), size=64)]
         ids, mask = encoder.tokenize([c.caption for c in chosen])
         targets = torch.from_numpy(np.stack([faces.labels(c.attributes) for c in chosen]))
         pooled = model(input_ids=ids, attention_mask=mask).pooler_output

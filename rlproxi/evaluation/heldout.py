@@ -9,6 +9,7 @@ import numpy as np
 
 from ..algorithms.guards.over_optimisation import Evaluated
 from ..config.loading import Config
+from ..files import write_json
 
 
 def mean_and_error(scores: np.ndarray, samples: int) -> dict[str, float | None]:
@@ -108,10 +109,3 @@ def write(
             run_dir / "samples" / f"{tag}-N{steps}.npz", images=pictures, heldout=judged[steps], **words
         )
     write_json(run_dir / "evaluation" / f"{tag}.json", evaluation)
-
-
-def write_json(file: Path, values: dict) -> None:
-    """Whole or not at all."""
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    draft.replace(file)

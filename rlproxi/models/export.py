@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..files import folder_draft
 from ..run_directory import RunDirectory, dig
 from ..run_directory import load as load_run
 from . import lora
@@ -90,10 +91,7 @@ def export(
     merged = has_adapters and not adapter_only and (published if merge is None else merge)
     if merged:
         model.merged()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{out.name}.export-{os.getpid()}")  # beside it: the rename stays on one file system
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
+    with folder_draft(out) as fresh:
         if adapter_only:
             _write_adapter(model, fresh)
         else:
@@ -103,9 +101,6 @@ def export(
             _cast(fresh, DTYPES[dtype])
         told = card(model, folder, out.name, has_adapters, merged, adapter_only, dtype)
         (fresh / CARD).write_text(told, encoding="utf-8")
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return out
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from ..config.loading import Config
@@ -103,19 +102,3 @@ def latent_space(config: Config) -> tuple[int, int]:
             f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})"
         )
     return channels, config.data.size // factor
-
-
-def link(source: Path, target: Path) -> None:
-    """Hard links for the files of a folder (or one file), copies where the file system cannot: models are never
-    written in place, so a link costs no space and stays what it was."""
-
-    def one(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=one)
-    else:
-        one(str(source), str(target))

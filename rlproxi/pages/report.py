@@ -16,6 +16,7 @@ import yaml
 
 from ..data.faces import parse_caption
 from ..evaluation.images import data_uri, score_colour
+from ..files import write_text
 from ..run_directory import RunDirectory, Samples, dig, load
 from ..telemetry import runlog
 from ..telemetry.catalogue import lookup
@@ -34,9 +35,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     """
     run = load(run_dir)
     path = run.path / "report.html"
-    draft = path.with_name(f".report-{os.getpid()}.html")
-    draft.write_text(render(run), encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, render(run))
     return path
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import draft, write_text
+
 FOLDER = "samples"
 
 
@@ -39,9 +41,8 @@ def write(run_dir: Path, step: int, version: int, groups: list[Group]) -> str:
         count, height, width, _ = group.images.shape
         picture = folder / f"{step:06d}-{number}.png"
         row = group.images.transpose(1, 0, 2, 3).reshape(height, count * width, 3)
-        draft = picture.with_name(f".{picture.name}.tmp")
-        Image.fromarray(np.ascontiguousarray(row)).save(draft, format="PNG")
-        draft.replace(picture)
+        with draft(picture) as scratch:
+            Image.fromarray(np.ascontiguousarray(row)).save(scratch, format="PNG")
         entries.append(
             {
                 "prompt": group.prompt,
@@ -54,11 +55,7 @@ def write(run_dir: Path, step: int, version: int, groups: list[Group]) -> str:
             }
         )
     file = folder / f"{step:06d}.json"
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(
-        json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False), encoding="utf-8"
-    )
-    draft.replace(file)
+    write_text(file, json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False))
     return f"{FOLDER}/{file.name}"
 
 
