@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from rlproxi import files
+from rlproxi.run_directory import RunDirectory
 
 MARK = "complete.json"
 #: What a full or failing disk raises; safetensors has an exception of its own for its writes.
@@ -26,7 +27,7 @@ _THREADS = 8  # hashlib lets go of the interpreter lock
 
 def root(run_dir: str | Path, stage: str) -> Path:
     """Where a stage's checkpoints lie."""
-    return Path(run_dir) / "checkpoints" / stage
+    return RunDirectory(run_dir).checkpoints(stage)
 
 
 def scratch(root: Path, step: int) -> Path:

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..files import folder_draft
-from ..run_directory import RunDirectory, dig
-from ..run_directory import load as load_run
+from ..run_directory import RunDirectory
+from ..telemetry.run_reader import RunReader, dig
 from . import lora
 from .backbone import ProximalBackbone
 from .folders import find_model
@@ -241,13 +241,14 @@ def _adapter_use(model: TextToImage) -> list[str]:
 
 def _results(folder: Path) -> list[str]:
     """What the run measured, for models/final and models/pretrained of a run directory; nothing for another folder."""
-    if folder.parent.name != "models" or folder.name not in ("final", "pretrained"):
+    files = RunDirectory(folder.parent.parent)
+    if folder not in (files.final, files.pretrained):
         return []
     try:
-        run = load_run(folder.parent.parent)
+        run = RunReader(files.path)
     except FileNotFoundError:
         return []
-    tuned = folder.name == "final"
+    tuned = folder == files.final
     rewards = dig(run.config, "rewards", "train") or []
     lines = [
         f"| training reward ({' + '.join(str(r.get('name')) for r in rewards)}), first and last iteration | "
@@ -276,7 +277,7 @@ def _results(folder: Path) -> list[str]:
     ]
 
 
-def _measured(run: RunDirectory, tag: str, mean: float | None) -> str:
+def _measured(run: RunReader, tag: str, mean: float | None) -> str:
     found = run.score(tag, run.judge) if mean is not None and run.judge else None
     return f"{_number(mean)} ± {found[1]:.4f}" if found else _number(mean)
 

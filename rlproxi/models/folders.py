@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..config.loading import Config
+from ..run_directory import RunDirectory
 from .autoencoder import latent_facts
 from .checkpoint_files import read_json
 
@@ -28,7 +29,7 @@ def find_model(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder: {EXPECTED}")
-    for folder in (path, path / "models" / "final", path / "models" / "pretrained"):
+    for folder in (path, RunDirectory(path).final, RunDirectory(path).pretrained):
         if any((folder / part).is_dir() for part in NETWORKS):
             return folder
     raise FileNotFoundError(f"{path} holds no model: {EXPECTED}")

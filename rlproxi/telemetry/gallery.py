@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import draft, write_text
-
-FOLDER = "samples"
+from ..run_directory import INSIDE, RunDirectory
 
 
 @dataclass
@@ -34,14 +33,13 @@ def write(run_dir: Path, step: int, version: int, groups: list[Group]) -> str:
     gallery that can be read is whole. Raises OSError."""
     from PIL import Image
 
-    folder = run_dir / FOLDER
-    folder.mkdir(exist_ok=True)
+    run = RunDirectory(run_dir)
+    run.samples.mkdir(exist_ok=True)
     entries = []
     for number, group in enumerate(groups):
         count, height, width, _ = group.images.shape
-        picture = folder / f"{step:06d}-{number}.png"
         row = group.images.transpose(1, 0, 2, 3).reshape(height, count * width, 3)
-        with draft(picture) as scratch:
+        with draft(run.gallery_picture(step, number)) as scratch:
             Image.fromarray(np.ascontiguousarray(row)).save(scratch, format="PNG")
         entries.append(
             {
@@ -51,12 +49,11 @@ def write(run_dir: Path, step: int, version: int, groups: list[Group]) -> str:
                 "parts": {name: _scores(part) for name, part in group.parts.items()},
                 **_extremes(group.rewards),
                 "size": [height, width],
-                "image": f"{FOLDER}/{picture.name}",
+                "image": str(INSIDE.gallery_picture(step, number)),
             }
         )
-    file = folder / f"{step:06d}.json"
-    write_text(file, json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False))
-    return f"{FOLDER}/{file.name}"
+    write_text(run.gallery(step), json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False))
+    return str(INSIDE.gallery(step))
 
 
 def _scores(values: np.ndarray) -> list[float | None]:
