@@ -1,14 +1,64 @@
-"""Randomness by name: every number follows from a tuple such as (run seed, step, prompt, sample).
+"""Randomness by name: every number follows from a tuple of integers such as (run seed, purpose, step, prompt, sample).
 
-Whoever draws it, wherever and whenever, the name gives the same numbers. Generators live on the
-CPU for that reason; what they draw is moved.
+A name gives the same numbers in every process and at every time. So generators live on the CPU, and what they draw is
+moved to the device. ``Purpose`` lists what numbers are drawn for.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum, unique
+
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@unique
+class Purpose(IntEnum):
+    """What a run draws numbers for: the second integer of a name, after the run's seed.
+
+    Never change a value: every image and every weight of a run follows from them.
+    """
+
+    TRAIN = 0  #: noise of a training sample: (seed, TRAIN, iteration, prompt, sample[, turn])
+    HELDOUT = 1  #: noise of a held-out sample: (seed, HELDOUT, repeat, prompt, sample)
+    LORA = 0x10A  #: initial weights of adapters
+    NETWORK = 0x0DE7  #: initial weights of a new network
+    SHARDS = 0x0D01  #: order of the shards in an epoch: (seed, SHARDS, epoch)
+    ROWS = 0x0D02  #: order of rows in a window of shards: (seed, ROWS, epoch, window, bucket)
+    BATCHES = 0x0D03  #: order of batches in a window of shards: (seed, BATCHES, epoch, window)
+    REFERENCE = 0x4EF5  #: portraits that evaluations measure distances to
+    WINDOW = 0x57EB  #: GRPO's trained sampling steps: (seed, WINDOW, iteration), without the length that ``rng`` adds
+    R0_STEP = 0x60B1  #: the sampling step whose clean prediction R0+ rewards: (seed, R0_STEP, iteration)
+    R0_GUIDANCE = 0x6D1A  #: turn of (seed, NOISE_LEVEL, iteration, prompt, turn) for guidance as an implicit reward
+    PROMPTS = 0x9407  #: order of the prompts of a file: (seed, PROMPTS, epoch)
+    PRETRAIN = 0x9A7C  #: times and noise of a micro-batch of pre-training: (seed, PRETRAIN, step, place)
+    CROP = 0xC409  #: offset of a random crop: (seed, CROP, checksum of the sample's key)
+    NOISE_LEVEL = (
+        0xD1D2  #: noise level of a micro-batch of the fake score: (seed, NOISE_LEVEL, iteration, prompt, turn)
+    )
+    CAPTION_DROPOUT = 0xD809  #: captions that pre-training drops: (seed, CAPTION_DROPOUT, step)
+    R0_ETA = 0xE7A0  #: R0's random eta of each sampling step: (seed, R0_ETA, iteration)
+    SAMPLER_CHECK = 0x11A17  #: samples on which a network is checked against the sampler's limit
+
+
+@unique
+class Collection(IntEnum):
+    """The endless collections of portraits of a run, which never overlap: (run seed, member) names one.
+
+    A collection's name has two integers and a sample's has five or more, so that equal values do not meet.
+    """
+
+    TEXT = 1  #: captions that the built-in text encoder is trained on
+    REWARD = 2  #: images that the reward classifier is trained on
+    JUDGE = 3  #: images that the held-out judge is trained on
+    PRETRAIN = 4  #: images and captions of pre-training
+    TRAIN_PROMPTS = 5  #: captions that are prompts of RL
+    HELDOUT_PROMPTS = 6  #: captions that are held-out prompts
+
+
+#: Names the initial weights of a published network's new lam branch: alike in every run, so without a run's seed.
+LAM_BRANCH = 0x1A3
 
 
 def rng(*name: int) -> np.random.Generator:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlproxi.seeds import NamedNoise, generator, rng, seed_of
+from rlproxi.seeds import Collection, NamedNoise, Purpose, generator, rng, seed_of
 
 NAMES = [(0, 0, 7, 3, j) for j in range(4)] + [(0, 0, 7, 4, 0)]
 
@@ -76,3 +76,33 @@ def test_a_named_generator_starts_at_its_beginning_each_time():
     first = rng(3, 4)
     first.random(10)
     assert np.array_equal(rng(3, 4).random(2), np.random.default_rng((2, 3, 4)).random(2))
+
+def test_purposes_never_change():
+    """A change of these is a change of every run's images, weights or order of data."""
+    assert {p.name: p.value for p in Purpose} == {
+        "TRAIN": 0,
+        "HELDOUT": 1,
+        "LORA": 266,
+        "NETWORK": 3559,
+        "SHARDS": 3329,
+        "ROWS": 3330,
+        "BATCHES": 3331,
+        "REFERENCE": 20213,
+        "WINDOW": 22507,
+        "R0_STEP": 24753,
+        "R0_GUIDANCE": 27930,
+        "PROMPTS": 37895,
+        "PRETRAIN": 39548,
+        "CROP": 50185,
+        "NOISE_LEVEL": 53714,
+        "CAPTION_DROPOUT": 55305,
+        "R0_ETA": 59296,
+        "SAMPLER_CHECK": 72215,
+    }
+    assert [c.value for c in Collection] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_purpose_names_as_its_integer_does():
+    assert seed_of(3, Purpose.LORA) == seed_of(3, 0x10A)
+    drawn = [np.random.default_rng((3, word, 5)).random() for word in (Purpose.WINDOW, 0x57EB)]
+    assert drawn[0] == drawn[1]

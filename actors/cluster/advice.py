@@ -19,10 +19,10 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from statistics import median
 
 from rlproxi.config.loading import Config, load_config
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.runlog import last_step, read, series
 
 #: The most places of a role that are tried, and the most GPUs that advice is given for.
@@ -84,7 +84,7 @@ def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measur
     None where there is nothing to balance: no iterations in the log, or an algorithm whose learner samples for itself.
     Raises FileNotFoundError or ConfigError where the directory has no config.yaml that can be read.
     """
-    config = config or load_config(Path(run_dir) / "config.yaml")
+    config = config or load_config(RunDirectory(run_dir).config)
     records = read(run_dir)
     found = {}
     for key in ("rollout", "reward", "train", "sync", "step"):

@@ -22,6 +22,7 @@ from rlproxi.data.curation.write import WriteTools, write
 from rlproxi.errors import ConfigError
 from rlproxi.pages import curation as page
 from rlproxi.rewards import RewardError
+from rlproxi.run_directory import RunDirectory
 
 #: How often a shard is tried again whose worker died: one that kills every worker must end the job.
 _RETRIES = 3
@@ -79,7 +80,7 @@ def curate(config: Config, run_dir: Path, scribe: Any) -> dict:
     Raises ConfigError for input that cannot be worked with, before any worker starts where that is possible.
     """
     settings = config.curate
-    place = records.Place(settings.out or run_dir / "curated")
+    place = records.Place(settings.out or RunDirectory(run_dir).curated)
     shards = job.check(settings, place.out)
     _check_size(config)
     place.examined.mkdir(parents=True, exist_ok=True)

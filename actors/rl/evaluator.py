@@ -16,6 +16,7 @@ from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import heldout
 from rlproxi.evaluation.reference import Comparison
 from rlproxi.rewards import RewardError
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.timeline import Diary
 
 from ..rewards.service import RewardClient
@@ -190,5 +191,5 @@ class Evaluator:
                 "alarm", {"stage": "rl", "step": now.iteration, "message": alarm, "best": best.iteration}
             )
         if self.guard.best is now and now.iteration > 0:
-            await self.save(now.iteration, str(self.run_dir / "models" / "best"))
+            await self.save(now.iteration, str(RunDirectory(self.run_dir).best))
             self.scribe.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})

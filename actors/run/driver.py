@@ -21,10 +21,11 @@ from rlproxi.algorithms.rollout import flatten
 from rlproxi.config.loading import Config, dump_config, smaller_micro_batch
 from rlproxi.config.sections import STAGES
 from rlproxi.errors import ConfigError, RunStopped
-from rlproxi.evaluation.heldout import write_json
+from rlproxi.files import write_json
 from rlproxi.models.folders import find_model, parts_folder
 from rlproxi.models.loading import trainable, training_form
 from rlproxi.planning.preflight import cache_folder, with_paths
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.runlog import RunLog, last_step, read
 
 from ..cluster import join as cluster
@@ -43,6 +44,7 @@ class Driver:
 
     def __init__(self, config: Config, run_dir: Path):
         self.run_dir = run_dir.resolve()
+        self.files = RunDirectory(self.run_dir)
         self.start = time.time()
         self.apps: dict[str, str] = {}
         self.conductor = self.store = None
@@ -50,7 +52,7 @@ class Driver:
 
     def _take(self, config: Config) -> None:
         """The run's config from here on: in its directory as it was given, in here with every path."""
-        dump_config(config, self.run_dir / "config.yaml")
+        dump_config(config, self.files.config)
         self.given, self.config = config, with_paths(config, self.run_dir)
 
     def run(self) -> None:
@@ -174,13 +176,13 @@ class Driver:
             self._watch(
                 lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean", saves=True, replace=replace
             )
-            if not (self.run_dir / "models" / "final").is_dir():
+            if not self.files.final.is_dir():
                 raise RunStopped("rl ended without models/final; go on with --resume")
 
         self._until_it_stands("rl", learn)
 
     def _after(self) -> None:
-        final = self.run_dir / "models" / "final"
+        final = self.files.final
         trained = last_step(read(self.run_dir), "rl") or 0  # fewer than the config's after an early end
         self._evaluate("after", final if final.is_dir() else self._start_model(), trained)
 
@@ -188,7 +190,7 @@ class Driver:
         from rlproxi.pages.report import write_report
         from rlproxi.pages.summary import summary
 
-        write_json(self.run_dir / "summary.json", summary(self.run_dir, self.config))
+        write_json(self.files.summary, summary(self.run_dir, self.config))
         write_report(self.run_dir)
 
     # -- what stages start from -------------------------------------------------------------
@@ -199,7 +201,7 @@ class Driver:
 
         if self.config.model.init:
             return self._without_adapters(_model_folder(self.config.model.init))
-        own = self.run_dir / "models" / "start"
+        own = self.files.start
         return own if own.is_dir() else start_model(self.config, self.run_dir, self._cache())
 
     def _cache(self) -> str | None:
@@ -209,7 +211,7 @@ class Driver:
 
     def _start_model(self) -> Path:
         """What RL starts from: this run's pre-training, else ``model.init``."""
-        own = self.run_dir / "models" / "pretrained"
+        own = self.files.pretrained
         if own.is_dir():
             return self._without_adapters(own)
         if self.config.model.init:
@@ -223,7 +225,7 @@ class Driver:
         """``folder``, or, where it holds adapters and new ones are to be trained, a merged copy: they are its base."""
         if self.config.model.lora is None or not (folder / "lora").is_dir():
             return folder
-        merged = self.run_dir / "models" / f"{folder.name}-merged"
+        merged = self.files.merged(folder.name)
         if not merged.is_dir():
             from rlproxi.models.pipeline import TextToImage
 
@@ -390,18 +392,16 @@ class Driver:
     def _print_result(self) -> None:
         from ..cluster.advice import describe, measured
 
-        if (self.run_dir / "report.html").is_file():
-            print(f"\nreport         {self.run_dir / 'report.html'}")
-        final = (
-            json.loads((self.run_dir / "summary.json").read_text()) if (self.run_dir / "summary.json").is_file() else {}
-        )
+        if self.files.report.is_file():
+            print(f"\nreport         {self.files.report}")
+        final = json.loads(self.files.summary.read_text()) if self.files.summary.is_file() else {}
         before, after = (final.get("heldout", {}).get(when) for when in ("before", "after"))
         if after is not None:
             print(f"held-out judge {'not evaluated' if before is None else f'{before:.3f}'} -> {after:.3f}")
         alarms = [r for r in read(self.run_dir) if r["event"] == "alarm"]
         if alarms:
             best = alarms[-1]["best"]
-            where = self.run_dir / "models" / ("best" if best else "pretrained")
+            where = self.files.best if best else self.files.pretrained
             print(
                 f"ALARM          {alarms[-1]['message']}\n               the best model, of iteration {best}: {where}"
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry import exporters
 from rlproxi.telemetry.catalogue import Metric, prometheus_name
 from rlproxi.telemetry.observations import Observation, observations, zeros
@@ -73,7 +74,7 @@ class Exporters:
         self._guard("the config", lambda: self._open(Path(run_dir)))
 
     def _open(self, run_dir: Path) -> None:
-        file = run_dir / "config.yaml"
+        file = RunDirectory(run_dir).config
         if not file.is_file():
             return  # no run: a part of one that works by itself
         # Read as it is, every key being in it: the schema would bring torch into the scribe's process.

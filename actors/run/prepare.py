@@ -9,6 +9,7 @@ import ray
 
 from rlproxi.algorithms.preparation import train_classifier, train_text_encoder
 from rlproxi.config.loading import Config
+from rlproxi.run_directory import RunDirectory
 
 
 def _report(scribe: Any, name: str, total: int):
@@ -45,11 +46,11 @@ def needs(config: Config) -> list[str]:
 def prepare(config: Config, run_dir: Path, scribe: Any) -> dict[str, float]:
     """Makes what ``needs`` names: models/text, models/reward.safetensors, models/judge.safetensors; returns the
     classifiers' accuracies. Blocks."""
-    models = run_dir / "models"
+    files = RunDirectory(run_dir)
     wanted = needs(config)
-    text = [_text.remote(config, str(models / "text"), scribe)] if "text" in wanted else []
+    text = [_text.remote(config, str(files.text), scribe)] if "text" in wanted else []
     classifiers = {
-        purpose: _classifier.remote(config, purpose, str(models / f"{purpose}.safetensors"), scribe)
+        purpose: _classifier.remote(config, purpose, str(files.scorer(purpose)), scribe)
         for purpose in wanted
         if purpose != "text"
     }
@@ -76,7 +77,7 @@ def _start_model(config: Config, folder: str, text_folder: str, cache: str | Non
 
 def start_model(config: Config, run_dir: Path, cache: str | None) -> Path:
     """Makes models/start, a new network with its autoencoder and text encoders as a model folder. Blocks."""
-    folder = run_dir / "models" / "start"
-    text = config.model.encoders or str(run_dir / "models" / "text")
+    folder = RunDirectory(run_dir).start
+    text = config.model.encoders or str(RunDirectory(run_dir).text)
     ray.get(_start_model.remote(config, str(folder), text, cache))
     return folder

@@ -16,16 +16,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from rlproxi import files
+from rlproxi.run_directory import RunDirectory
+
 MARK = "complete.json"
 #: What a full or failing disk raises; safetensors has an exception of its own for its writes.
 WRITE_ERRORS = (OSError, SafetensorError)
-_BLOCK = 1 << 22
 _THREADS = 8  # hashlib lets go of the interpreter lock
 
 
 def root(run_dir: str | Path, stage: str) -> Path:
     """Where a stage's checkpoints lie."""
-    return Path(run_dir) / "checkpoints" / stage
+    return RunDirectory(run_dir).checkpoints(stage)
 
 
 def scratch(root: Path, step: int) -> Path:
@@ -49,11 +51,7 @@ def abandon(root: Path) -> None:
 
 def digest(file: Path) -> str:
     """blake2b of a file's content, 32 bytes in hexadecimal."""
-    summed = hashlib.blake2b(digest_size=32)
-    with open(file, "rb") as stream:
-        while block := stream.read(_BLOCK):
-            summed.update(block)
-    return summed.hexdigest()
+    return files.digest(file, hashlib.blake2b(digest_size=32))
 
 
 def seal(file: Path) -> list:

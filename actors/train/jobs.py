@@ -15,6 +15,7 @@ from typing import Any
 
 from rlproxi.config.loading import Config
 from rlproxi.errors import first_line, is_out_of_memory
+from rlproxi.run_directory import RunDirectory
 
 from ..cluster.resources import role_resources
 from ..rl.stops import LOST, OUT_OF_MEMORY
@@ -189,7 +190,7 @@ def train_on_ray(
         run_config=RunConfig(
             name=name,
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(r.threads)}},
-            storage_path=str((Path(run_dir) / "ray_train").resolve()),
+            storage_path=str(RunDirectory(run_dir).ray_train.resolve()),
             failure_config=FailureConfig(max_failures=config.learner.max_failures),
         ),
         datasets=datasets,

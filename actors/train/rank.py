@@ -20,6 +20,7 @@ from rlproxi.models.loading import load_autoencoder, load_encoder, trainable, tr
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.rewards.combine import mean_present
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry import timeline
 from rlproxi.telemetry.timeline import Diary
 
@@ -253,4 +254,4 @@ class Rank(Saved):
             self.config.sampler,
             vae=load_autoencoder(self.origin),
             origin=self.origin,
-        ).save_pretrained(self.run_dir / "models" / name)
+        ).save_pretrained(RunDirectory(self.run_dir).model(name))

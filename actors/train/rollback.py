@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
+
+from rlproxi.files import write_json
 
 from . import checkpoints
 
@@ -31,10 +32,7 @@ def count(root: Path) -> int:
 
 def remember(root: Path, rollbacks: int) -> None:
     """Writes their number, whole or not at all. Beside the checkpoints, because those that follow count and those before not."""
-    root.mkdir(parents=True, exist_ok=True)
-    fresh = root / f".{_FILE}"
-    fresh.write_text(json.dumps({"rollbacks": rollbacks}))
-    os.replace(fresh, root / _FILE)
+    write_json(root / _FILE, {"rollbacks": rollbacks}, indent=None)
 
 
 def set_aside(root: Path, warn: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from ..config.loading import Config
 from ..proximal.clean import Ladder, Level
 from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
 from ..proximal.operator import Denoiser
-from ..seeds import generator, rng
+from ..seeds import Purpose, generator, rng
 from .requests import SampleRequest
 
 
@@ -35,7 +35,7 @@ class NoiseLevels:
 
     def draw(self, request: SampleRequest, turn: int, like: Tensor) -> tuple[Level, torch.Generator]:
         """A level for each sample [B, ...], and the generator of its noise. ``turn`` tells draws of one iteration apart."""
-        name = (self.seed, 0xD1D2, request.step, request.indices[0], turn)
+        name = (self.seed, Purpose.NOISE_LEVEL, request.step, request.indices[0], turn)
         level = self.ladder.draw(rng(*name), len(like), *self.settings.levels)
         return level.to(like.device), generator(*name)
 

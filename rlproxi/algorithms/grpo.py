@@ -22,6 +22,7 @@ from ..proximal import policy
 from ..proximal.operator import Prox
 from ..proximal.samplers import Step
 from ..rewards.gradients import mean_scores
+from ..seeds import Purpose
 from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, share
 from .requests import SampleRequest
 
@@ -108,7 +109,7 @@ class GRPO(Algorithm):
 
     def window(self, iteration: int) -> list[policy.Action]:
         """The actions trained in this iteration, drawn per batch (per sample would inflate the spread)."""
-        rng = np.random.default_rng((self.seed, 0x57EB, iteration))
+        rng = np.random.default_rng((self.seed, Purpose.WINDOW, iteration))
         return [self.actions[i] for i in sorted(rng.choice(len(self.actions), self.trained_steps, replace=False))]
 
     @property

@@ -47,7 +47,7 @@ def train_text_encoder(config: Config, progress: Callable[[int, float], None] = 
     optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=p.lr)
     for step in range(p.text_steps):
         _decay(optimizer, p.lr, step, p.text_steps)
-        chosen = [captions[i] for i in rng(seed, 1, step).integers(len(captions), size=64)]
+        chosen = [captions[i] for i in rng(seed, Collection.TEXT, step).integers(len(captions), size=64)]
         ids, mask = encoder.tokenize([c.caption for c in chosen])
         targets = torch.from_numpy(np.stack([faces.labels(c.attributes) for c in chosen]))
         pooled = model(input_ids=ids, attention_mask=mask).pooler_output

@@ -21,7 +21,7 @@ from ..models.text import TextEncoder, TextStates
 from ..proximal.matching import TimeTable, corrupt, level_weight, looks_for_mode, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
-from ..seeds import generator, rng
+from ..seeds import Purpose, generator, rng
 from .base import Update
 
 
@@ -101,7 +101,7 @@ class Matching:
         size = self.settings.micro_batch_size or len(images)
         first = rank * len(images) // size
         for index, start in enumerate(range(0, len(images), size)):
-            name = (self.seed, 0x9A7C, step, first + index)
+            name = (self.seed, Purpose.PRETRAIN, step, first + index)
             part = slice(start, start + size)
             x0 = images[part]
             draw = self.times.draw(rng(*name), len(x0))
@@ -142,7 +142,7 @@ def drop_captions(captions: list[str], probability: float, seed: int, step: int,
     """Captions replaced by '' with the given probability, named by (seed, step) and the row of the global batch;
     every rank holds equally many rows."""
     first = rank * len(captions)
-    dropped = rng(seed, 0xD809, step).random(first + len(captions))[first:] < probability
+    dropped = rng(seed, Purpose.CAPTION_DROPOUT, step).random(first + len(captions))[first:] < probability
     return ["" if d else c for c, d in zip(captions, dropped)]
 
 

@@ -22,7 +22,7 @@ from ..proximal.clean import Level, as_clean, clean_prediction
 from ..proximal.operator import expand
 from ..proximal.samplers import AFTER, Step
 from ..rewards.gradients import Gradients, mean_scores
-from ..seeds import NamedNoise, rng
+from ..seeds import NamedNoise, Purpose, rng
 from .base import Algorithm, Batch, Parts, Update, share
 from .fake import NoiseLevels, fake_loss, noise
 from .requests import SampleRequest
@@ -68,7 +68,7 @@ class R0(Algorithm):
         s = self.settings
         if s.random_eta and self.config.sampler.name in AFTER:
             self.plan = self.config.sampler.plan(
-                self.schedule, eta=rng(self.seed, 0xE7A0, batch.iteration).random(len(self.plan))
+                self.schedule, eta=rng(self.seed, Purpose.R0_ETA, batch.iteration).random(len(self.plan))
             )
         for update in range(s.updates_per_step):
             mine = share(len(batch.requests), s.updates_per_step, batch.world, update, batch.rank)
@@ -144,7 +144,7 @@ class R0(Algorithm):
 
         One step for the whole iteration, so that ranks and micro-batches are alike.
         """
-        chosen = int(rng(self.seed, 0x60B1, request.step).integers(len(self.plan)))
+        chosen = int(rng(self.seed, Purpose.R0_STEP, request.step).integers(len(self.plan)))
         with torch.no_grad():
             for step in self.plan[:chosen]:
                 x = self._take(step, step.before(x, named), x, named, text)
@@ -183,7 +183,7 @@ class R0(Algorithm):
     def _guidance(self, x: Tensor, request: SampleRequest, text: TextStates) -> Tensor:
         """Guidance as an implicit reward: D_ref(y, c) - D_ref(y, null) at a random noise level y of x; no gradient goes
         through the reference."""
-        level, g = self.levels.draw(request, 0x6D1A, x)
+        level, g = self.levels.draw(request, Purpose.R0_GUIDANCE, x)
         y = level.diffuse(x, noise(g, x))
         encoder = self.parts.encoder
         both = TextStates.join(text, encoder.null_like(text))

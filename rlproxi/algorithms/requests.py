@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-PURPOSES = {"train": 0, "heldout": 1}
+from ..seeds import Purpose
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SampleRequest:
         """The name of each sample's noise. ``turn`` tells the draws of one iteration apart, where it has several."""
         more = (turn,) if turn else ()
         return [
-            (seed, PURPOSES[self.purpose], self.step, index, j, *more)
+            (seed, Purpose[self.purpose.upper()], self.step, index, j, *more)
             for index in self.indices
             for j in range(self.group_size)
         ]

@@ -28,6 +28,7 @@ from ..models.precision import autocast, compute_dtype, has_fast_bfloat16
 from ..models.text import TextEncoder, TextStates, build_text_encoder, operator
 from ..models.unet import ProximalUNet
 from ..proximal.samplers import generator_noise, sample
+from ..run_directory import RunDirectory
 
 
 def _median_ratio(ours: Callable[[], None], bare: Callable[[], None], repeats: int) -> float:
@@ -238,7 +239,7 @@ def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations
     real = build_config(values)
     run_dir = folder / "run"
     run_dir.mkdir()
-    dump_config(real, run_dir / "config.yaml")
+    dump_config(real, RunDirectory(run_dir).config)
     if run(["--resume", str(run_dir)]):
         raise SystemExit("the run that was to be timed ended with the error above")
     _, seconds = series(read(run_dir), "rl", "seconds/step")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..config.loading import Config, config_folder, load_config
 from ..errors import ConfigError, RunStopped
+from ..run_directory import RunDirectory
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,9 +83,10 @@ def _open(options) -> tuple[Config, Path | None]:
     run_dir = Path(options.resume)
     if files:
         raise ConfigError(f"--resume takes the run's own config.yaml; leave out {files[0]} (key=value still works)")
-    if not (run_dir / "config.yaml").is_file():
+    file = RunDirectory(run_dir).config
+    if not file.is_file():
         raise ConfigError(f"--resume {run_dir}: no config.yaml there, so it is not a run directory")
-    return load_config(run_dir / "config.yaml", overrides), run_dir
+    return load_config(file, overrides), run_dir
 
 
 def _new_run_dir(config: Config) -> Path:

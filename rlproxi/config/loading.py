@@ -18,6 +18,7 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from ..errors import ConfigError
+from ..files import write_text
 from ..proximal.samplers import AFTER
 from .algorithms import DIDR, GRPO, R0, Custom, Training
 from .curation import Curate
@@ -359,4 +360,4 @@ def config_folder() -> Path:
 
 def dump_config(config: Config, path: str | os.PathLike) -> None:
     """Writes the config as resolved, every key."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

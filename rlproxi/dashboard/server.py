@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ..run_directory import RunDirectory
 from ..telemetry.catalogue import CATALOGUE
 from ..telemetry.live import files as live_files
 from ..telemetry.live.hub import Hub
@@ -172,7 +173,7 @@ class Page:
     def _evaluation(self, request: Request) -> tuple[bytes, list]:
         at, folder = request.path_params, self._folder(request)
         # A picture's file may be written again by a resumed run.
-        file = folder / "samples" / f"{at['tag'][:100]}-N{at['steps']}.npz"
+        file = RunDirectory(folder).evaluation_samples(at["tag"][:100], at["steps"])
         try:
             changed = os.stat(file).st_mtime_ns
         except (OSError, ValueError):  # a name may be longer than a file's can be, or none

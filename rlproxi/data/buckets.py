@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..seeds import rng
+from ..seeds import Purpose, rng
 
 Size = tuple[int, int]  #: (height, width) in pixels
 
 #: Buckets lie between 1:2 and 2:1.
 LONGEST = 2
-_CROP = 0xC409
 
 
 def bucket_step(size: int, factor: int = 1) -> int:
@@ -84,7 +83,7 @@ class Fit:
         if self.crop == "center":
             return [s // 2 for s in spare]
         name = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-        return [int(x) for x in rng(self.seed, _CROP, name).integers(0, np.array(spare) + 1)]
+        return [int(x) for x in rng(self.seed, Purpose.CROP, name).integers(0, np.array(spare) + 1)]
 
 
 def build_fit(size: int, buckets: bool, crop: str, seed: int, factor: int = 1, multiple: int = 1) -> Fit:

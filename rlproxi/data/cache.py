@@ -19,7 +19,6 @@ import hashlib
 import heapq
 import json
 import os
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from ..config.loading import Config
+from ..files import draft, write_text
 from .addresses import filesystem
 from .buckets import Size
 from .shards import Skip
@@ -64,17 +64,6 @@ def cached_file(cache: Path, url: str, version: str, fingerprint: str) -> Path:
     return cache / f"{stem}-{digest(url, version, fingerprint)}.safetensors"
 
 
-def atomically(path: Path, write: Any) -> None:
-    """``write(scratch)``, then a rename: a reader sees the whole file or none. Safe for writers on several nodes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        write(scratch)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 class Rows:
     """The rows of one shard while it is encoded; the whole of them is held in memory."""
 
@@ -101,7 +90,8 @@ class Rows:
                 else:
                     # The file keeps the bytes as they lie in memory, and a network's output may lie otherwise.
                     tensors[at] = np.ascontiguousarray(np.stack(values))
-        atomically(path, lambda scratch: save_file(tensors, scratch, {"shard": shard}))
+        with draft(path) as scratch:
+            save_file(tensors, scratch, {"shard": shard})
 
 
 def _bytes(text: str) -> np.ndarray:
@@ -245,22 +235,19 @@ def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list
         "reasons": dict(skipped.most_common()),
     }
 
-    def write(scratch: Path) -> None:
-        with open(scratch, "w", encoding="utf-8") as file:
+    with draft(manifest_path(config, cache)) as scratch, open(scratch, "w", encoding="utf-8") as file:
 
-            def line(**facts: Any) -> None:
-                file.write(json.dumps(facts, ensure_ascii=False) + "\n")
+        def line(**facts: Any) -> None:
+            file.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
-            line(**totals)
-            for e in entries:
-                line(shard=e.shard, file=e.file, rows={name_of(b): n for b, n in e.rows.items()}, skipped=e.skipped)
-            for entry in entries:
-                for key, reason in CachedShard(cache / entry.file).skips() if entry.file else ():
-                    line(shard=entry.shard, key=key, reason=reason)
-            for skip in lost:
-                line(shard=skip.shard, key=skip.key, reason=skip.reason)
-
-    atomically(manifest_path(config, cache), write)
+        line(**totals)
+        for e in entries:
+            line(shard=e.shard, file=e.file, rows={name_of(b): n for b, n in e.rows.items()}, skipped=e.skipped)
+        for entry in entries:
+            for key, reason in CachedShard(cache / entry.file).skips() if entry.file else ():
+                line(shard=entry.shard, key=key, reason=reason)
+        for skip in lost:
+            line(shard=skip.shard, key=skip.key, reason=skip.reason)
     return totals
 
 
@@ -346,5 +333,5 @@ def write_prompts(config: Config, cache: Path, limit: int = PROMPTS) -> int:
         else:
             kept.discard(heapq.heapreplace(heap, item)[1])
     lines = "".join(f"{caption}\n" for _, caption in sorted(heap, reverse=True))
-    atomically(prompts_path(config, cache), lambda scratch: scratch.write_text(lines, encoding="utf-8"))
+    write_text(prompts_path(config, cache), lines)
     return len(heap)

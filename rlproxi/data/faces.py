@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..seeds import seed_of
+from ..seeds import Collection, seed_of
 
-#: Collections of portraits never overlap: (run seed, purpose) names one.
-PURPOSES = {"text": 1, "reward": 2, "judge": 3, "pretrain": 4, "train_prompts": 5, "heldout_prompts": 6}
 
 #: attribute -> its values, in the order of the classifier's logits.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -112,7 +110,7 @@ def draw_attributes(rng: np.random.Generator, hand_fraction: float = 0.25) -> di
 
 def collection(seed: int, purpose: str) -> int:
     """The seed of the endless collection of portraits for one purpose of the run with ``seed``."""
-    return seed_of(seed, PURPOSES[purpose])
+    return seed_of(seed, Collection[purpose.upper()])
 
 
 def portrait(seed: int, index: int, hand_fraction: float = 0.25) -> Portrait:

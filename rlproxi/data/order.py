@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..seeds import rng
+from ..seeds import Purpose, rng
 from .buckets import Size
 
 #: Shards read side by side: enough to mix sources, few enough files to stay in a node's page cache.
 WINDOW = 16
-_SHARDS, _ROWS, _BATCHES = 0x0D01, 0x0D02, 0x0D03
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Order:
         return self._epochs[epoch]
 
     def _plan(self, epoch: int) -> _Epoch:
-        shards = rng(self.seed, _SHARDS, epoch).permutation(len(self.rows))
+        shards = rng(self.seed, Purpose.SHARDS, epoch).permutation(len(self.rows))
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         rows_before = np.zeros((len(windows) + 1, len(self.buckets)), np.int64)
         rows_before[1:] = np.cumsum([self.rows[window].sum(0) for window in windows], 0)
@@ -116,7 +115,7 @@ class Order:
         counts = self.rows[shards, bucket]
         starts = np.repeat(np.cumsum(counts) - counts, counts)
         pairs = np.stack([np.repeat(shards, counts), np.arange(counts.sum()) - starts], 1)
-        return rng(self.seed, _ROWS, epoch, window, bucket).permutation(pairs)
+        return rng(self.seed, Purpose.ROWS, epoch, window, bucket).permutation(pairs)
 
 
 @dataclass(frozen=True)
@@ -141,4 +140,4 @@ class _Epoch:
             for bucket in range(self.chunks_before.shape[1])
             for chunk in range(self.chunks_before[window, bucket], self.chunks_before[window + 1, bucket])
         ]
-        return [pairs[i] for i in rng(self.seed, _BATCHES, self.number, window).permutation(len(pairs))]
+        return [pairs[i] for i in rng(self.seed, Purpose.BATCHES, self.number, window).permutation(len(pairs))]

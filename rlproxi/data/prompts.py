@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ..config.loading import Config
-from ..seeds import rng
+from ..seeds import Purpose, rng
 from . import faces
-
-_ORDER = 0x9407
 
 
 def reserved(caption: str) -> bool:
@@ -146,7 +144,7 @@ def _without(prompts: tuple[str, ...], held: tuple[str, ...] | None, path: str) 
 
 @lru_cache(maxsize=4)
 def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    return rng(seed, _ORDER, epoch).permutation(count)
+    return rng(seed, Purpose.PROMPTS, epoch).permutation(count)
 
 
 def _unreserved(config: Config, source: int, index: int, held: frozenset[str]) -> str:

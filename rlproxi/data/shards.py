@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import draft
 from .addresses import PARQUETS, filesystem, list_shards
 from .tars import Header, Source
 
@@ -240,27 +241,21 @@ def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
     ``path`` is local. Raises ValueError for a key that the layout cannot hold, or that comes twice.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     keys: set[str] = set()
-    try:
-        with tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
-            for sample in samples:
-                same = _split(f"{sample.key}.txt")[::2] == (sample.key, "txt")
-                if not sample.key or sample.key.startswith("/") or not same:
-                    raise ValueError(f"{path}: {sample.key!r} cannot be a key: keys are non-empty and without dots")
-                if sample.key in keys:
-                    raise ValueError(f"{path}: the key {sample.key!r} comes twice")
-                keys.add(sample.key)
-                _add(archive, f"{sample.key}.{_image_ending(sample.image)}", sample.image)
-                _add(archive, f"{sample.key}.txt", sample.caption.encode())
-                if sample.meta:
-                    text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True, default=str)
-                    # JSON can spell half of a surrogate pair; with its backslash it goes out as it came in.
-                    _add(archive, f"{sample.key}.json", text.encode("utf-8", "backslashreplace"))
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with draft(path) as scratch, tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
+        for sample in samples:
+            same = _split(f"{sample.key}.txt")[::2] == (sample.key, "txt")
+            if not sample.key or sample.key.startswith("/") or not same:
+                raise ValueError(f"{path}: {sample.key!r} cannot be a key: keys are non-empty and without dots")
+            if sample.key in keys:
+                raise ValueError(f"{path}: the key {sample.key!r} comes twice")
+            keys.add(sample.key)
+            _add(archive, f"{sample.key}.{_image_ending(sample.image)}", sample.image)
+            _add(archive, f"{sample.key}.txt", sample.caption.encode())
+            if sample.meta:
+                text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True, default=str)
+                # JSON can spell half of a surrogate pair; with its backslash it goes out as it came in.
+                _add(archive, f"{sample.key}.json", text.encode("utf-8", "backslashreplace"))
     return len(keys)
 
 

@@ -26,6 +26,7 @@ from ..config.loading import Config, load_config
 from ..data.prompts import heldout_prompts
 from ..errors import ConfigError
 from ..planning.preflight import with_paths
+from ..run_directory import RunDirectory
 from .drawers import Drawer, open_model, split_name
 from .heldout import mean_and_error
 from .reference import Comparison
@@ -118,8 +119,9 @@ def settings(path: str | None, models: Sequence[str]) -> Config:
     """
     folders = [Path(path)] if path else [Path(split_name(model)[1]) for model in models]
     for folder in folders:
-        if (folder / "config.yaml").is_file():
-            return with_paths(load_config(folder / "config.yaml"), folder)
+        file = RunDirectory(folder).config
+        if file.is_file():
+            return with_paths(load_config(file), folder)
     if path and Path(path).is_file():
         return load_config(path)
     raise ConfigError(

@@ -9,6 +9,8 @@ import numpy as np
 
 from ..algorithms.guards.over_optimisation import Evaluated
 from ..config.loading import Config
+from ..files import write_json
+from ..run_directory import RunDirectory
 
 
 def mean_and_error(scores: np.ndarray, samples: int) -> dict[str, float | None]:
@@ -76,7 +78,7 @@ def headline(evaluation: dict, config: Config) -> Evaluated | None:
 def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:
     """The headlines of a run's evaluations of iterations up to ``upto``, in order."""
     found = []
-    for file in (run_dir / "evaluation").glob("*.json"):
+    for file in RunDirectory(run_dir).evaluations.glob("*.json"):
         seen = headline(json.loads(file.read_text(encoding="utf-8")), config)
         if seen is not None and seen.iteration <= upto:
             found.append(seen)
@@ -95,8 +97,8 @@ def write(
 
     ``correct``: step count -> what the judge found of each attribute, [P * S] (1 right, 0 wrong, NaN not claimed).
     """
-    (run_dir / "evaluation").mkdir(exist_ok=True)
-    (run_dir / "samples").mkdir(exist_ok=True)
+    files = RunDirectory(run_dir)
+    files.samples.mkdir(exist_ok=True)
     for steps, pictures in images.items():
         names = [name for name in correct[steps] if name != "all"]
         words = (
@@ -104,14 +106,5 @@ def write(
             if names
             else {}
         )
-        np.savez_compressed(
-            run_dir / "samples" / f"{tag}-N{steps}.npz", images=pictures, heldout=judged[steps], **words
-        )
-    write_json(run_dir / "evaluation" / f"{tag}.json", evaluation)
-
-
-def write_json(file: Path, values: dict) -> None:
-    """Whole or not at all."""
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    draft.replace(file)
+        np.savez_compressed(files.evaluation_samples(tag, steps), images=pictures, heldout=judged[steps], **words)
+    write_json(files.evaluation(tag), evaluation)

@@ -12,7 +12,7 @@ import numpy as np
 from ..config.loading import Config
 from ..data import faces
 from ..data.prompts import heldout_prompts
-from ..seeds import rng, seed_of
+from ..seeds import Purpose, rng, seed_of
 from .distance import SPACES, Features, Reference
 from .diversity import diversity
 
@@ -21,8 +21,6 @@ COUNT, LEAST = 2048, 256
 #: Portraits of more pixels than this take long to draw, and there are fewer of them.
 _QUICK = 64 * 64
 _BATCH = 32
-#: Names the collection of portraits, apart from those of algorithms.prepare.
-_COLLECTION = 0x4EF5
 
 
 def reference_images(config: Config, count: int = COUNT) -> np.ndarray | None:
@@ -45,7 +43,7 @@ def _real(config: Config) -> Iterator[np.ndarray]:
 
 def _portraits(config: Config) -> Iterator[np.ndarray]:
     prompts = heldout_prompts(config)[1]
-    source = seed_of(config.run.seed, _COLLECTION)
+    source = seed_of(config.run.seed, Purpose.REFERENCE)
     drawn = (
         _portrait(caption, rng(source, turn, place))
         for turn in itertools.count()

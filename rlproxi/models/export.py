@@ -15,8 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..run_directory import RunDirectory, dig
-from ..run_directory import load as load_run
+from ..files import folder_draft
+from ..run_directory import RunDirectory
+from ..telemetry.run_reader import RunReader, dig
 from . import lora
 from .backbone import ProximalBackbone
 from .folders import find_model
@@ -90,10 +91,7 @@ def export(
     merged = has_adapters and not adapter_only and (published if merge is None else merge)
     if merged:
         model.merged()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = out.with_name(f".{out.name}.export-{os.getpid()}")  # beside it: the rename stays on one file system
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
+    with folder_draft(out) as fresh:
         if adapter_only:
             _write_adapter(model, fresh)
         else:
@@ -103,9 +101,6 @@ def export(
             _cast(fresh, DTYPES[dtype])
         told = card(model, folder, out.name, has_adapters, merged, adapter_only, dtype)
         (fresh / CARD).write_text(told, encoding="utf-8")
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return out
 
 
@@ -246,13 +241,14 @@ def _adapter_use(model: TextToImage) -> list[str]:
 
 def _results(folder: Path) -> list[str]:
     """What the run measured, for models/final and models/pretrained of a run directory; nothing for another folder."""
-    if folder.parent.name != "models" or folder.name not in ("final", "pretrained"):
+    files = RunDirectory(folder.parent.parent)
+    if folder not in (files.final, files.pretrained):
         return []
     try:
-        run = load_run(folder.parent.parent)
+        run = RunReader(files.path)
     except FileNotFoundError:
         return []
-    tuned = folder.name == "final"
+    tuned = folder == files.final
     rewards = dig(run.config, "rewards", "train") or []
     lines = [
         f"| training reward ({' + '.join(str(r.get('name')) for r in rewards)}), first and last iteration | "
@@ -281,7 +277,7 @@ def _results(folder: Path) -> list[str]:
     ]
 
 
-def _measured(run: RunDirectory, tag: str, mean: float | None) -> str:
+def _measured(run: RunReader, tag: str, mean: float | None) -> str:
     found = run.score(tag, run.judge) if mean is not None and run.judge else None
     return f"{_number(mean)} ± {found[1]:.4f}" if found else _number(mean)
 

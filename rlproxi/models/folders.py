@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from ..config.loading import Config
+from ..run_directory import RunDirectory
 from .autoencoder import latent_facts
 from .checkpoint_files import read_json
 
@@ -29,7 +29,7 @@ def find_model(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder: {EXPECTED}")
-    for folder in (path, path / "models" / "final", path / "models" / "pretrained"):
+    for folder in (path, RunDirectory(path).final, RunDirectory(path).pretrained):
         if any((folder / part).is_dir() for part in NETWORKS):
             return folder
     raise FileNotFoundError(f"{path} holds no model: {EXPECTED}")
@@ -103,19 +103,3 @@ def latent_space(config: Config) -> tuple[int, int]:
             f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})"
         )
     return channels, config.data.size // factor
-
-
-def link(source: Path, target: Path) -> None:
-    """Hard links for the files of a folder (or one file), copies where the file system cannot: models are never
-    written in place, so a link costs no space and stays what it was."""
-
-    def one(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=one)
-    else:
-        one(str(source), str(target))

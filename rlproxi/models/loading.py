@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ..config.loading import Config
 from ..config.sections import Schedule
+from ..files import link
 from ..proximal.schedule import VPSchedule
-from ..seeds import seed_of
+from ..seeds import LAM_BRANCH, Purpose, seed_of
 from . import lora
 from .autoencoder import Autoencoder, latent_facts
 from .backbone import LAM, NoiseLevels, ProximalBackbone, adapter_of
 from .checkpoint_files import load_network, naming, read_json
-from .folders import check_weights, find_model, latent_space, link, network_config, parts_folder, read_settings
+from .folders import check_weights, find_model, latent_space, network_config, parts_folder, read_settings
 from .lam import LamEmbedding
 from .text import TextEncoder
 from .text_loading import load_text, text_widths
@@ -83,7 +84,7 @@ def _backbone(folder: Path, part: str, values: dict, schedule: VPSchedule | None
         branch = load_part(LamEmbedding, folder / LAM)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(0x1A3))
+            torch.manual_seed(seed_of(LAM_BRANCH))
             branch = LamEmbedding(adapter_of(values).time_embedder(net).linear_2.out_features)
     settings = read_settings(folder)
     if schedule is None:
@@ -189,7 +190,7 @@ def build_denoiser(config: Config) -> nn.Module:
     folder = parts_folder(config)
     text_dim, pooled_dim = (m.text_dim, m.text_dim) if folder is None else text_widths(folder)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(config.run.seed, 0x0DE7))
+        torch.manual_seed(seed_of(config.run.seed, Purpose.NETWORK))
         common = dict(
             sample_size=size,
             in_channels=channels,

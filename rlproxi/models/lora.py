@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config.sections import LoRA
 from ..proximal.operator import Prox
-from ..seeds import seed_of
+from ..seeds import Purpose, seed_of
 
 FOLDER, WEIGHTS, SETTINGS = "lora", "adapter_model.safetensors", "adapter_config.json"
 
@@ -60,7 +60,7 @@ def attach(denoiser: nn.Module, lora: LoRA, seed: int = 0) -> None:
             f"in {', '.join(names)}"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, 0x10A))
+        torch.manual_seed(seed_of(seed, Purpose.LORA))
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=found), net)
     for name, p in net.named_parameters():
         if "lora_" in name:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,13 +24,14 @@ from torch import nn
 
 from .. import __version__
 from ..config.sections import Sampler, Schedule
+from ..files import folder_draft, link
 from ..proximal.operator import Denoiser
 from ..proximal.samplers import Step, Trajectory, sample
 from ..seeds import NamedNoise
 from . import lora
 from .autoencoder import Autoencoder
 from .backbone import LAM, ProximalBackbone
-from .folders import INDEX, SETTINGS, find_model, link, read_settings
+from .folders import INDEX, SETTINGS, find_model, read_settings
 from .loading import load_autoencoder, load_denoiser, load_encoder, part_of, save_denoiser
 from .precision import autocast, compute_dtype
 from .text import TextEncoder, TextStates, operator
@@ -107,20 +107,8 @@ class TextToImage:
         folder = Path(folder)
         if folder.exists() and not (folder / INDEX).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists and is not a model folder; choose another name")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Siblings, so that the rename stays on one file system; the process id keeps two writers apart.
-        fresh, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("new", "old"))
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
+        with folder_draft(folder) as fresh:
             self._write(fresh)
-            if folder.exists():
-                folder.rename(old)
-            fresh.rename(folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
         return folder
 
     def _write(self, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from html import escape
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from ..data.curation import pictures
 from ..data.curation.merge import HANDS, KEPT, Series, Statistics
 from ..data.curation.records import Place, stages
+from ..files import write_text
 from . import figures
 from .html import STYLE, card, figure, missing, table
 
@@ -45,9 +45,7 @@ def shown(statistics: Statistics) -> list[str]:
 def write_page(place: Place, statistics: Statistics, found: dict[str, dict[int, str]]) -> Path:
     """Writes curation.html in one move; ``found`` as ``pictures.peek`` gives it for each shard."""
     path = place.out / "curation.html"
-    draft = path.with_name(f".curation.html.{os.getpid()}")
-    draft.write_text(render(statistics, found, place.out.resolve().name), encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, render(statistics, found, place.out.resolve().name))
     return path
 
 

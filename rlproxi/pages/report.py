@@ -16,9 +16,10 @@ import yaml
 
 from ..data.faces import parse_caption
 from ..evaluation.images import data_uri, score_colour
-from ..run_directory import RunDirectory, Samples, dig, load
+from ..files import write_text
 from ..telemetry import runlog
 from ..telemetry.catalogue import lookup
+from ..telemetry.run_reader import RunReader, Samples, dig
 from . import figures
 from .html import STYLE, card, figure, missing, table
 
@@ -32,15 +33,12 @@ def write_report(run_dir: str | os.PathLike) -> Path:
     Raises FileNotFoundError for a folder that is no run directory. A run that is not finished is reported as
     far as it went.
     """
-    run = load(run_dir)
-    path = run.path / "report.html"
-    draft = path.with_name(f".report-{os.getpid()}.html")
-    draft.write_text(render(run), encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    run = RunReader(run_dir)
+    write_text(run.files.report, render(run))
+    return run.files.report
 
 
-def render(run: RunDirectory) -> str:
+def render(run: RunReader) -> str:
     """The page."""
     sections = [
         ("Headline", _headline(run)),
@@ -75,7 +73,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
-def _headline(run: RunDirectory) -> str:
+def _headline(run: RunReader) -> str:
     cards, judge = [], run.judge
     steps = run.headline_steps
     values = {}
@@ -127,7 +125,7 @@ _LOOKS = {
 }
 
 
-def _looks(run: RunDirectory) -> list[str]:
+def _looks(run: RunReader) -> list[str]:
     """Cards of distance and diversity, before and after; none where neither evaluation has them."""
 
     def change(*key: str) -> str:
@@ -145,12 +143,12 @@ def _looks(run: RunDirectory) -> list[str]:
     return cards
 
 
-def _real(run: RunDirectory, *key: str) -> float | None:
+def _real(run: RunReader, *key: str) -> float | None:
     """A figure of as many real images as were evaluated."""
     return next((v for tag in ("before", "after") if (v := dig(run.evaluations, tag, "data", *key)) is not None), None)
 
 
-def _gallery(run: RunDirectory) -> str:
+def _gallery(run: RunReader) -> str:
     tags = [tag for tag in ("before", "after") if tag in run.evaluations]
     samples = {tag: found for tag in tags if (found := run.samples(tag)) is not None}
     if not samples:
@@ -200,7 +198,7 @@ def _wrong(samples: Samples, index: int, prompt: str) -> list[str]:
     ]
 
 
-def _reward(run: RunDirectory) -> str:
+def _reward(run: RunReader) -> str:
     steps, values = runlog.series(run.records, "rl", "reward/mean")
     train = {"mean": (steps, values)} if steps else {}
     parts = [k for k in runlog.keys(run.records, "rl", "reward/") if k not in ("reward/mean", "reward/std")]
@@ -220,7 +218,7 @@ def _reward(run: RunDirectory) -> str:
     return out
 
 
-def _policy(run: RunDirectory) -> str:
+def _policy(run: RunReader) -> str:
     names = ("kl", "clip_fraction", "ratio/mean")
     curves = {k: s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
     out = ""
@@ -244,7 +242,7 @@ def _policy(run: RunDirectory) -> str:
     return out
 
 
-def _frontier(run: RunDirectory) -> str:
+def _frontier(run: RunReader) -> str:
     judge, curves = run.judge, {}
     for tag in ("before", "after"):
         counts = sorted(int(n) for n in dig(run.evaluations, tag, "by_steps") or {})
@@ -287,7 +285,7 @@ def _frontier(run: RunDirectory) -> str:
     return out + table(["steps", *head], rows)
 
 
-def _attributes(run: RunDirectory) -> str:
+def _attributes(run: RunReader) -> str:
     judge = run.judge
     found = {
         tag: {k: v for k, v in (dig(run.entry(tag), "details", judge) or {}).items() if v is not None}
@@ -301,14 +299,14 @@ def _attributes(run: RunDirectory) -> str:
     )
 
 
-def _pretraining(run: RunDirectory) -> str:
+def _pretraining(run: RunReader) -> str:
     steps, values = runlog.series(run.records, "pretrain", "loss")
     if not steps:
         return missing("No pre-training loss in the log: the run started from a model, or has not got there yet.")
     return figure(figures.loss_curve(steps, values), "Proximal matching.")
 
 
-def _roles(run: RunDirectory) -> str:
+def _roles(run: RunReader) -> str:
     names = [f"seconds/{role}" for role in ("rollout", "reward", "train", "sync", "step")]
     curves = {k.removeprefix("seconds/"): s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
     if not curves:
@@ -322,7 +320,7 @@ def _roles(run: RunDirectory) -> str:
     ) + table(["role", "mean, s", "longest, s", "sum, s"], rows)
 
 
-def _events(run: RunDirectory) -> str:
+def _events(run: RunReader) -> str:
     lines, begun = [], set()
     for record in run.records:
         if record["event"] in ("alarm", "warning", "note"):
@@ -341,7 +339,7 @@ def _events(run: RunDirectory) -> str:
     return f"<p>{len(lines)} in all{', the last 50' if len(lines) > 50 else ''}:</p><ul>{shown}</ul>\n"
 
 
-def _config(run: RunDirectory) -> str:
+def _config(run: RunReader) -> str:
     if not run.config:
         return missing("config.yaml is missing or not readable.")
     text = yaml.safe_dump(run.config, sort_keys=False)

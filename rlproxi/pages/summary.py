@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from ..config.loading import Config
+from ..run_directory import RunDirectory
 from ..telemetry.runlog import read, series, stage_seconds
 
 
@@ -20,7 +21,7 @@ def summary(run_dir: Path, config: Config) -> dict:
     rates = [r for r in series(records, "rl", "images_per_second")[1] if not math.isnan(r)]
 
     def entry(tag: str) -> dict:
-        file = run_dir / "evaluation" / f"{tag}.json"
+        file = RunDirectory(run_dir).evaluation(tag)
         found = json.loads(file.read_text())["by_steps"] if file.is_file() else {}
         return found.get(str(config.sampler.num_inference_steps), {})
 

@@ -21,6 +21,7 @@ from ..models.loading import build_denoiser
 from ..models.text_loading import text_widths
 from ..rewards import build, checked_params, names, parameters
 from ..rewards.base import is_differentiable
+from ..run_directory import INSIDE, RunDirectory
 from ..telemetry.exporters import check_packages
 
 #: Scorers of the embedded default -> what the stage ``prepare`` makes for them.
@@ -31,7 +32,7 @@ FILES = ("checkpoint", "path")
 
 def cache_folder(config: Config, run_dir: Path) -> Path | None:
     """Where the encoded shards lie; None for the embedded portraits."""
-    return None if config.data.source == "faces" else Path(config.data.cache or run_dir / "cache")
+    return None if config.data.source == "faces" else Path(config.data.cache or RunDirectory(run_dir).cache)
 
 
 def with_paths(config: Config, run_dir: Path) -> Config:
@@ -40,7 +41,7 @@ def with_paths(config: Config, run_dir: Path) -> Config:
 
     def resolve(reward: Reward) -> Reward:
         if reward.kind in EMBEDDED and "path" not in reward.params:
-            path = str(run_dir / "models" / f"{EMBEDDED[reward.kind]}.safetensors")
+            path = str(RunDirectory(run_dir).scorer(EMBEDDED[reward.kind]))
             return reward.model_copy(update={"params": {"path": path, **reward.params}})
         return reward
 
@@ -77,7 +78,9 @@ def problems(config: Config) -> list[Problem]:
             found += _told(config.section, lambda: _bytes_in_flight(config))
     if "curate" in config.run.stages:
         found += _told(
-            "curate", lambda: job.check(config.curate, config.curate.out or "curated"), missing=not config.curate.urls
+            "curate",
+            lambda: job.check(config.curate, config.curate.out or INSIDE.curated),
+            missing=not config.curate.urls,
         )
     return found
 

@@ -1,11 +1,11 @@
-"""Clean predictions: what a proximal residual says about x_0, and the noise levels it may be asked at.
+"""Clean predictions: the estimate of x_0 in a proximal residual, and the noise levels that have one.
 
 The prox's input at a *level* (t, lam) is an ordinary noisy sample,
 
     y = alpha x_0 + sigma n,    alpha = sqrt(alpha_bar(t)),    sigma = sqrt(1 - alpha_bar(t) + lam),
 
 so one residual contains one estimate of x_0 (docs/method.md, section 1: the warm start, read backwards). Distillation
-and diffused rewards are written for estimates of x_0; this file is where they meet the proximal networks.
+and diffused rewards are written for estimates of x_0, and this module makes them from proximal networks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Level:
 
     @classmethod
     def of(cls, schedule: VPSchedule, t: Tensor, lam: Tensor) -> Level:
-        """The level of t, lam [B], computed in float64 and returned in t's dtype (at least float32)."""
+        """Return the level of t, lam [B], computed in float64, in t's dtype (at least float32)."""
         dtype = torch.promote_types(t.dtype, torch.float32)
         exponent = schedule.integral(0.0, t.double())
         alpha = (-exponent / 2).exp()
@@ -43,7 +43,7 @@ class Level:
 
     @property
     def kappa(self) -> Tensor:
-        """sigma^2 / alpha [B]: what turns a score at this level into a displacement of x_0."""
+        """sigma^2 / alpha [B], the factor from a score at this level to a displacement of x_0."""
         return self.sigma.square() / self.alpha
 
     @property
@@ -52,15 +52,15 @@ class Level:
         return (self.sigma / self.alpha).log()
 
     def diffuse(self, x0: Tensor, n: Tensor) -> Tensor:
-        """y = alpha x0 + sigma n. x0, n [B, ...]; differentiable in both."""
+        """Return y = alpha x0 + sigma n. x0, n [B, ...]; differentiable in both."""
         return expand(self.alpha, x0) * x0 + expand(self.sigma, x0) * n
 
     def noise(self, y: Tensor, x0: Tensor) -> Tensor:
-        """The n that ``diffuse`` would have needed to make y [B, ...] of x0."""
+        """Return the n with which ``diffuse`` makes y [B, ...] from x0."""
         return (y - expand(self.alpha, y) * x0) / expand(self.sigma, y)
 
     def to(self, device: torch.device | str) -> Level:
-        """The same level on another device."""
+        """Return the same level on another device."""
         return Level(*(part.to(device) for part in (self.t, self.lam, self.alpha, self.sigma)))
 
 
@@ -69,11 +69,11 @@ Clean = Callable[[Tensor, Level, Any], Tensor]
 
 
 def clean_prediction(y: Tensor, eps: Tensor, level: Level) -> Tensor:
-    """x_0 as a proximal residual eps = (y - prox) / sqrt(lam) sees it: (y - sigma^2 / sqrt(lam) eps) / alpha.
+    """Return the estimate of x_0 in a proximal residual eps: (y - sigma^2 / sqrt(lam) eps) / alpha.
 
-    Where eps is the conditional mean E[n_2 | y] this is E[x_0 | y] exactly: L2-trained and warm-started networks. A
-    network of proximal matching's L1 phase answers with a median, one of its second phase with a mode; the result
-    is then the same algebra of that answer, equal to E[x_0 | y] only where mean and mode agree (Gaussians).
+    Where eps is the conditional mean E[n_2 | y], as of L2-trained and warm-started networks, this is E[x_0 | y]
+    exactly. After the L1 phase of proximal matching eps is a median, after its second phase a mode. The result is then
+    equal to E[x_0 | y] only where mean and mode agree (Gaussians).
 
     Errors of eps come out times kappa / sqrt(lam). Arithmetic is float32, or float64 if y is.
 
@@ -88,9 +88,9 @@ def clean_prediction(y: Tensor, eps: Tensor, level: Level) -> Tensor:
 
 
 def as_clean(denoiser: Denoiser) -> Clean:
-    """``clean_prediction`` of eps(y, t, lam, cond), as a function of (y, level, cond).
+    """Return ``clean_prediction`` of eps(y, t, lam, cond) as a function of (y, level, cond).
 
-    For a guided one pass ``ProximalOperator(...).residual``: guidance is linear in eps, so it is linear in x_0 too.
+    For guidance pass ``ProximalOperator(...).residual``: guidance is linear in eps, so it is linear in x_0 too.
     """
 
     def clean(y: Tensor, level: Level, cond: Any = None) -> Tensor:
@@ -100,7 +100,7 @@ def as_clean(denoiser: Denoiser) -> Clean:
 
 
 class Times(Protocol):
-    """What a ladder is built from; ``TimeTable`` is one. Arrays of one length."""
+    """The pairs of a ladder with their probabilities, arrays of one length; ``TimeTable`` is one."""
 
     t: np.ndarray
     lam: np.ndarray
@@ -136,10 +136,10 @@ class Ladder:
         return len(self.t)
 
     def draw(self, rng: np.random.Generator, batch: int, low: float = 0.02, high: float = 0.98) -> Level:
-        """``batch`` independent levels, by the table's probabilities between two quantiles of the noise.
+        """Draw ``batch`` independent levels by the table's probabilities, between two quantiles of the noise.
 
-        The quantile is drawn, u ~ U[low, high], and looked up: an entry at the end loses the part of its mass that lies
-        outside and disappears only when all of it does.
+        A quantile u ~ U[low, high] is drawn and looked up. So an entry at the end loses the part of its mass that lies
+        outside, and is missing only when all of it does.
 
         Raises:
             ValueError: not 0 <= low < high <= 1.
@@ -150,14 +150,14 @@ class Ladder:
         return self._at(index.clip(max=len(self) - 1))
 
     def below(self, level: Level, fraction: float) -> Level:
-        """Per sample, the entry ``fraction`` of the way in ln(sigma/alpha) from ``level`` down to the lowest entry.
+        """Return the entry ``fraction`` of the way in ln(sigma/alpha) from ``level`` down to the lowest, per sample.
 
-        The nearest entry is taken, but never one above ``level`` (a level below all entries gets the lowest).
+        It is the nearest entry, but never one above ``level``; a level below all entries gets the lowest.
         """
         start = level.log_noise.detach().double().cpu().numpy()
         target = (1 - fraction) * start + fraction * self.log_noise[0]
         distance = np.abs(self.log_noise[None] - target[:, None])
-        # A tolerance, for an entry that came out as float32 is to find itself.
+        # The tolerance lets an entry that was rounded to float32 find itself.
         distance[:, 1:][self.log_noise[None, 1:] > start[:, None] + 1e-5] = np.inf
         return self._at(distance.argmin(1)).to(level.t.device)
 

@@ -18,25 +18,24 @@ Prox = Callable[[Tensor, float, float, Any], Tensor]
 
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..., 1] with the dimensions of ``like``."""
+    """Return [B] as [B, 1, ..., 1] with the number of dimensions of ``like``."""
     return values.reshape(-1, *([1] * (like.dim() - 1)))
 
 
 class ProximalOperator:
-    """Turns a denoiser into ``prox``, with proximal classifier-free guidance.
+    """A ``Prox`` made of a denoiser, with proximal classifier-free guidance.
 
     Guidance (ProxT2I, derived): eps = eps_null + w (eps_c - eps_null), which is
     prox_null + w (prox_c - prox_null). w = 1 is no guidance and costs one forward, any
     other w costs one forward on a doubled batch.
 
-    The network may compute in bfloat16; y, sqrt(lam) and the result stay in y's dtype
-    (float32 in training and sampling), see ``ground rules`` in docs/method.md.
+    The network may compute in bfloat16. y, sqrt(lam) and the result stay in y's dtype, which is float32 in training and
+    sampling (docs/method.md).
 
     Args:
         denoiser: eps_theta(y, t, lam, cond).
         guidance_scale: w.
-        null_cond: what replaces cond in the unconditional branch; needed when w != 1. A
-            function of cond that returns an equally shaped cond.
+        null_cond: returns the unconditional input of the same shape for a cond; needed when w != 1.
         join: concatenates two conds along the batch; needed when w != 1.
     """
 
@@ -58,17 +57,22 @@ class ProximalOperator:
         self.join = join
 
     def residual(self, y: Tensor, t: Tensor, lam: Tensor, cond: Any = None) -> Tensor:
-        """Guided eps. y [B, ...]; t, lam [B]. Returns a tensor like y."""
+        """Return the guided eps, a tensor like y. y [B, ...]; t, lam [B].
+
+        Raises ValueError for guidance without ``null_cond`` and ``join``.
+        """
         w = self.guidance_scale
         if w == 1.0:
             return self.denoiser(y, t, lam, cond).to(y.dtype)
+        if self.null_cond is None or self.join is None:
+            raise ValueError(f"guidance_scale is {w}, which needs null_cond and join; without guidance it is 1")
         both = self.join(cond, self.null_cond(cond))
         eps = self.denoiser(torch.cat([y, y]), torch.cat([t, t]), torch.cat([lam, lam]), both)
         eps_cond, eps_null = eps.to(y.dtype).chunk(2)
         return eps_null + w * (eps_cond - eps_null)
 
     def __call__(self, y: Tensor, t: float, lam: float, cond: Any = None) -> Tensor:
-        """prox(y; t, lam, cond) for one t and one lam shared by the batch. Returns like y."""
+        """Return prox(y; t, lam, cond), like y, for one t and one lam that the batch shares."""
         batch = y.shape[0]
         dtype = torch.promote_types(y.dtype, torch.float32)
         times = torch.full((batch,), t, dtype=dtype, device=y.device)

@@ -1,7 +1,14 @@
 """The samplers as one affine recursion around the prox.
 
-Each step k = N..1 forms z_k = a_k x_k + s_k n, asks P = prox(z_k; t, lam_k), and sets x_{k-1} = b_k P + d_k x_k + e_k n.
-The three proximal ones have b = 1, d = e = 0 and t = t_{k-1} (ProxDM, Alg. 1 and 2; ``ode`` is the noise-free limit):
+Each step k = N..1 is
+
+    z_k = a_k x_k + s_k n,   P = prox(z_k; t, lam_k),   x_{k-1} = b_k P + d_k x_k + e_k n.
+
+n is standard normal, and gamma_k is the integral of beta over the step. At the old time t_k, alpha^2 = alpha_bar and
+sigma^2 = 1 - alpha_bar. A prime marks the new time t_{k-1}, and eta in [0, 1] is the share of fresh noise.
+
+The three proximal samplers have b = 1, d = e = 0 and t = t_{k-1} (ProxDM, Alg. 1 and 2). ``ode`` is the noise-free
+limit:
 
 ========== ================ =================== =================
 name       a                s                   lam
@@ -11,21 +18,22 @@ backward   1/(1 - gamma/2)  sqrt(gamma) a       gamma a
 ode        1 + gamma/2      0                   gamma/2
 ========== ================ =================== =================
 
-``ddim`` is the denoising sampler of score and flow models (Song, Meng, Ermon 2021; R0's generator, arXiv 2503.13070): x_k =
-alpha x_0 + sigma n over alpha is x_0 with noise of variance sigma^2/alpha^2 alone, so the prox at t = 0 with that lam is the
-clean prediction x^, the noise it leaves is n^ = (x_k - alpha x^)/sigma, and x_{k-1} = alpha' x^ + sigma' (sqrt(1 - eta^2) n^ +
-eta n). So a = 1/alpha, s = 0, t = 0, lam = sigma^2/alpha^2, b = alpha' - d alpha, d = sigma' sqrt(1 - eta^2) / sigma,
-e = sigma' eta. With a network that is the warm start's formula of a published one, this is that one's own DDIM.
+``ddim`` is the denoising sampler of score and flow models (Song, Meng, Ermon 2021; R0's generator, arXiv 2503.13070).
+x_k / alpha is x_0 with noise of variance sigma^2/alpha^2. So the prox at t = 0 with that lam is the clean prediction
+x^. The noise estimate is n^ = (x_k - alpha x^)/sigma, and x_{k-1} = alpha' x^ + sigma' (sqrt(1 - eta^2) n^ + eta n).
+This gives a = 1/alpha, s = 0, t = 0, lam = sigma^2/alpha^2, b = alpha' - d alpha, d = sigma' sqrt(1 - eta^2) / sigma,
+e = sigma' eta. With the warm start of a published network it is that network's own DDIM.
 
-``euler`` asks the prox for the same, and takes an Euler step of the reverse process with a share eta of its noise,
-x_{k-1} = (1 + gamma/2) x_k - gamma (1 + eta^2)/2 n^/sigma + eta sqrt(gamma) n: Euler-Maruyama of the reverse SDE at eta = 1, the
-probability flow's Euler step at 0 (Song et al. 2021). So b = gamma (1 + eta^2)/2 alpha/sigma^2, d = 1 + gamma/2 - b/alpha,
-e = eta sqrt(gamma), but 0 in the last step: its noise would only be left standing in the image.
+``euler`` calls the prox at the same point and takes an Euler step of the reverse process with a share eta of its noise:
+x_{k-1} = (1 + gamma/2) x_k - gamma (1 + eta^2)/2 n^/sigma + eta sqrt(gamma) n. At eta = 1 this is Euler-Maruyama on the
+reverse SDE, at 0 the Euler step of the probability flow (Song et al. 2021). So b = gamma (1 + eta^2)/2 alpha/sigma^2,
+d = 1 + gamma/2 - b/alpha, e = eta sqrt(gamma). The last step has e = 0, for its noise would stay in the image.
 
-``matched`` is ``ddim`` asked in matching's own words. a x_k with a = e^{gamma/2} is exactly x_{k-1} with noise of variance lam =
-e^gamma - 1, whatever the size of the step, so the network is asked at the new time t for that lam: for what it was trained on.
-Its answer P = E[x_{k-1} | x_k] contains the clean prediction: with v = 1 - alpha_bar(t), alpha' x^ = P + v (P - z)/lam, and DDIM's
-step follows. With c = sqrt(v (1 - eta^2) (v + lam))/lam: b = 1 + v/lam - c, d = a (c - v/lam), e = eta sqrt(v).
+``matched`` takes the DDIM step, but calls the network at the (t, lam) pairs it was trained on. With a = e^{gamma/2},
+a x_k is exactly x_{k-1} with noise of variance lam = e^gamma - 1, for any size of step. So the network is called at the
+new time t with that lam. Its answer P = E[x_{k-1} | x_k] contains the clean prediction: alpha' x^ = P + v (P - z)/lam
+with v = 1 - alpha_bar(t), and the DDIM step follows. With c = sqrt(v (1 - eta^2) (v + lam))/lam, the step has
+b = 1 + v/lam - c, d = a (c - v/lam), e = eta sqrt(v).
 """
 
 from __future__ import annotations
@@ -33,6 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,8 +61,10 @@ Noise = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step k: x_{k-1} = b prox(z; t, lam) + d x_k + e n with z = a x_k + s n. ``t`` is the *new* time t_{k-1}, or 0 for ddim
-    and euler."""
+    """One step k: x_{k-1} = b prox(z; t, lam) + d x_k + e n with z = a x_k + s n.
+
+    ``t`` is the *new* time t_{k-1}, or 0 for ddim and euler.
+    """
 
     k: int
     t: float
@@ -66,18 +77,18 @@ class Step:
     e: float = 0.0
 
     def before(self, x: Tensor, noise: Noise) -> Tensor:
-        """z, the prox's input, of x_k [B, ...]."""
+        """Return z, the prox's input, from x_k [B, ...]."""
         return self.a * x + self.s * noise(self.k, x) if self.s else self.a * x
 
     def after(self, prox: Tensor, x: Tensor, noise: Noise) -> Tensor:
-        """x_{k-1} of the prox's output and x_k, both [B, ...]. No step draws noise both before and after."""
+        """Return x_{k-1} from the prox's output and x_k, both [B, ...]. No step draws noise both before and after."""
         if self.b != 1.0 or self.d:
             prox = self.b * prox + self.d * x
         return prox + self.e * noise(self.k, x) if self.e else prox
 
 
 def coefficients(gamma: float, sampler: str) -> tuple[float, float, float]:
-    """(a, s, lam) of the table above. Raises ValueError where ``backward`` has gamma >= 2."""
+    """Return (a, s, lam) of a proximal sampler's step. Raises ValueError where ``backward`` has gamma >= 2."""
     if sampler == "hybrid":
         return 1.0 + gamma / 2, math.sqrt(gamma), gamma
     if sampler == "ode":
@@ -111,11 +122,11 @@ def _step_with_noise_after(schedule: VPSchedule, sampler: str, k: int, t: float,
 
 
 def smallest_backward_steps(schedule: VPSchedule, start_time: float, spacing: str) -> int:
-    """The smallest N for which every gamma_k < 2 on this grid."""
+    """Return the smallest N for which every gamma_k < 2 on this grid."""
     n = 1
     while True:
         times = schedule.grid(n, start_time, spacing)
-        if max(schedule.integral(a, b) for a, b in zip(times, times[1:])) < 2.0:
+        if max(schedule.integral(a, b) for a, b in pairwise(times)) < 2.0:
             return n
         n += 1
 
@@ -128,13 +139,14 @@ def plan(
     spacing: str = "uniform",
     eta: float | Sequence[float] = 0.0,
 ) -> list[Step]:
-    """The steps k = N..1 in the order they are taken.
+    """Return the steps k = N..1 in the order they are taken.
 
-    eta: of ddim, euler and matched, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one number, or one for each
-    step in that order.
+    Args:
+        eta: of ddim, euler and matched, from 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta). One
+            number, or one for each step in that order.
 
-    Raises ValueError for an unknown sampler or spacing, and for a ``backward`` N whose
-    largest gamma is 2 or more, naming the smallest N that works.
+    Raises ValueError for an unknown sampler or spacing, and for a ``backward`` N whose largest gamma is 2 or more. The
+    message names the smallest N that works.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
@@ -145,7 +157,7 @@ def plan(
             _step_with_noise_after(schedule, sampler, k, times[k - 1], times[k], etas[num_inference_steps - k])
             for k in range(num_inference_steps, 0, -1)
         ]
-    gammas = [schedule.integral(a, b) for a, b in zip(times, times[1:])]
+    gammas = [schedule.integral(a, b) for a, b in pairwise(times)]
     if sampler == "backward" and max(gammas) >= 2.0:
         smallest = smallest_backward_steps(schedule, start_time, spacing)
         raise ValueError(
@@ -160,7 +172,7 @@ def plan(
 
 
 def generator_noise(generator: torch.Generator | None = None) -> Noise:
-    """Fresh noise from one torch generator (drawn on the generator's device, then moved)."""
+    """Return a ``Noise`` that draws from one torch generator, on the generator's device; None: torch's own."""
 
     def draw(k: int, like: Tensor) -> Tensor:
         device = generator.device if generator is not None else like.device
@@ -172,10 +184,11 @@ def generator_noise(generator: torch.Generator | None = None) -> Noise:
 
 @dataclass
 class Trajectory:
-    """What a sampler call leaves behind.
+    """The result of a sampler call.
 
-    x: [B, ...] the sample x_0. If a chain was asked for, ``z[i]`` is the prox's input and
-    ``prox[i]`` its output at ``steps[i]`` (in the order taken, k = N..1), both like x.
+    Attributes:
+        x: [B, ...], the sample x_0.
+        z, prox: with ``keep_chain`` the prox's input and output at each of ``steps``, like x; else empty.
     """
 
     x: Tensor
@@ -193,10 +206,9 @@ def sample(
     keep_chain: bool = False,
     callback: Callable[[Step, Tensor], None] | None = None,
 ) -> Trajectory:
-    """Runs the sampler from x = x_N [B, ...] ~ N(0, I), in x's dtype.
+    """Run the sampler from x = x_N [B, ...] ~ N(0, I), in x's dtype. Differentiable if the prox is.
 
-    Noise is fresh at every step, the last included: the prox comes after it. Differentiable
-    if the prox is. Returns a Trajectory.
+    Noise is fresh at every step. The last step of a proximal sampler draws it too, before the prox.
     """
     noise = noise or generator_noise()
     zs: list[Tensor] = []

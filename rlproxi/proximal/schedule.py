@@ -1,6 +1,6 @@
-"""The variance-preserving schedule and the time grids a sampler walks on.
+"""The variance-preserving schedule and the time grids of the samplers.
 
-All functions here are scalar float64 Python or take tensors; times lie in [0, 1], 0 is data.
+Functions take Python floats or tensors and return the same. Times lie in [0, 1], and 0 is data.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class VPSchedule:
             raise ValueError(f"need 0 < beta_min < beta_max, got {self.beta_min} and {self.beta_max}")
 
     def integral(self, a, b):
-        """B(a, b): the integral of beta from a to b. Floats or broadcastable tensors."""
+        """Return B(a, b), the integral of beta from a to b. Floats or broadcastable tensors."""
         return self.beta_min * (b - a) + 0.5 * (self.beta_max - self.beta_min) * (b * b - a * a)
 
     def alpha_bar(self, t):
-        """exp(-B(0, t)): the squared coefficient of x_0 in x_t. Float or tensor."""
+        """Return exp(-B(0, t)), the squared coefficient of x_0 in x_t. Float or tensor."""
         exponent = -self.integral(0.0, t)
         return torch.exp(exponent) if torch.is_tensor(exponent) else math.exp(exponent)
 
     def inverse_integral(self, total):
-        """The t with B(0, t) = total. Float or tensor; the inverse of ``integral(0, t)``."""
+        """Return the t with B(0, t) = total. Float or tensor."""
         slope = self.beta_max - self.beta_min
         root = self.beta_min**2 + 2.0 * slope * total
         root = torch.sqrt(root) if torch.is_tensor(root) else math.sqrt(root)
@@ -45,16 +45,16 @@ class VPSchedule:
         return 2.0 * total / (root + self.beta_min)
 
     def time_of_alpha_bar(self, alpha_bar):
-        """The t in [0, ...) whose alpha_bar is the given one. Float or tensor."""
+        """Return the t >= 0 that has this alpha_bar; it may lie beyond 1. Float or tensor."""
         log = torch.log(alpha_bar) if torch.is_tensor(alpha_bar) else math.log(alpha_bar)
         return self.inverse_integral(-log)
 
     def grid(self, num_steps: int, start_time: float = 1.0, spacing: str = "uniform") -> list[float]:
-        """Times 0 = t_0 < ... < t_N = start_time.
+        """Return the times 0 = t_0 < ... < t_N = start_time.
 
-        ``uniform`` in t (ProxDM); ``gamma`` makes every gamma_k = B(t_{k-1}, t_k) equal;
-        ``quadratic``, t = start_time (k/N)^2, refines the end near the data most and ``gamma`` least;
-        its first steps, from noise, are the largest of the three.
+        ``uniform`` is uniform in t (ProxDM). ``gamma`` makes every gamma_k = B(t_{k-1}, t_k) equal, and is the coarsest
+        near the data. ``quadratic``, t = start_time (k/N)^2, is the finest near the data, and its first steps, from
+        noise, are the largest of the three.
 
         Raises ValueError for num_steps < 1, a start time outside (0, 1] or an unknown spacing.
         """

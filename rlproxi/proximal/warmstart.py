@@ -1,11 +1,11 @@
-"""Proximal warm start: any eps-, v- or flow-prediction model as a starting proximal residual.
+"""Proximal warm start: an eps-, v- or flow-prediction model as the first proximal residual.
 
-The prox's input is y = sqrt(ab) x_0 + sqrt(1 - ab + lam) n, with ab = alpha_bar(t): up to a scale it is an
-ordinary noisy sample, at the noise level of a later time. A score model therefore already knows
-E[n | y], and proximal matching's L2 answer E[n_2 | y] is that times sqrt(lam / (lam + 1 - ab)).
+The prox's input is y = sqrt(ab) x_0 + sqrt(1 - ab + lam) n, with ab = alpha_bar(t). Up to a scale it is an ordinary
+noisy sample, at the noise level of a later time. So a score model predicts E[n | y], and the L2 answer of proximal
+matching, E[n_2 | y], is that times sqrt(lam / (lam + 1 - ab)).
 
-Source: docs/method.md, section 1 (derived). Exact where p_0 is Gaussian (mean and mode agree);
-elsewhere it is where MSE training would arrive, and proximal matching finishes the job.
+Source: docs/method.md, section 1 (derived). It is exact where p_0 is Gaussian, for there mean and mode agree. Elsewhere
+it is the result of MSE training, and proximal matching trains it further.
 """
 
 from __future__ import annotations
@@ -28,34 +28,33 @@ TimedModel = Callable[[Tensor, Tensor, Any], Tensor]
 class WarmStart(nn.Module):
     """A ``Denoiser`` eps_prox(y, t, lam, cond) made of a model(x, time[B], cond).
 
-    ``epsilon`` and ``v_prediction`` (v = alpha eps - sigma x_0) models are fed
+    ``epsilon`` and ``v_prediction`` (v = alpha eps - sigma x_0) models are called at
 
-        x = y / sqrt(1 + lam),  ab' = ab / (1 + lam),  t' = told_time(ab')
+        x = y / sqrt(1 + lam),  ab' = ab / (1 + lam),  t' = model_time(ab')
 
-    and ``flow`` models (x_s = (1 - s) x_0 + s n, velocity n - x_0) are fed
+    and ``flow`` models (x_s = (1 - s) x_0 + s n, velocity n - x_0) at
 
         x = (1 - s) y / sqrt(ab),  s = r / (1 + r),  r = sqrt((1 - ab + lam) / ab).
 
-    Range of t': hybrid and ode plans never ask for a t' beyond the step's own old time t_k, for
-    1 + gamma <= exp(gamma). ``backward`` can, by a little, and so can free (t, lam): then
-    ab' < alpha_bar(1) and t' > 1, where ``schedule.inverse_integral`` simply goes on. ``max_time`` clamps
-    the time the model is told (the input and the algebra keep the true level, so at the clamp the
-    model is asked about slightly noisier inputs than it is told).
+    Range of t': in hybrid and ode plans t' is never beyond the step's own old time t_k, for 1 + gamma <= exp(gamma). In
+    ``backward`` plans it can be, by a little, and for free (t, lam). Then ab' < alpha_bar(1) and t' > 1, where
+    ``schedule.inverse_integral`` still has a value. ``max_time`` clamps only the time that the model gets. The input
+    and the algebra keep the true level, so at the clamp the input is slightly noisier than the time says.
 
-    The model sees one number, t', where the prox has two: (t, lam) pairs of equal ab' share their
-    answer. True of the MMSE part, not of the prox, so a network that is to be fine-tuned by
-    proximal matching should learn lam too.
+    The model gets one number, t', where the prox has two: (t, lam) pairs of equal ab' share their answer. That is right
+    for the MMSE part and wrong for the prox, so a network for proximal matching should get lam too.
 
-    Arithmetic on samples is float32 (float64 if y is), whatever dtype the model answers in. It is a Module so
-    that ``parameters()`` reaches a model that is one.
+    Arithmetic on samples is float32 (float64 if y is), in whatever dtype the model answers. It is a Module so that
+    ``parameters()`` reaches a model that is one.
 
     Args:
         model: returns its prediction, shaped like x.
         prediction: ``epsilon``, ``v_prediction`` or ``flow``.
         schedule: the *proximal* schedule, which t and lam belong to.
-        told_time: the noise level [B] in float64 (ab', or s of a flow) -> the time [B] the model is told, in the model's
-            own units; default ``schedule.time_of_alpha_bar``, or s itself. A discrete diffusers schedule goes here.
-        max_time: upper bound on the time the model is told, in its own units; None does not clamp.
+        model_time: returns the time [B] that the model gets, in the model's own unit, for a noise level [B] in float64
+            (ab', or s of a flow). Default: ``schedule.time_of_alpha_bar``, or s itself. A discrete diffusers schedule
+            goes here.
+        max_time: upper bound of the time that the model gets, in its own unit; None does not clamp.
 
     Raises:
         ValueError: unknown prediction.
@@ -66,7 +65,7 @@ class WarmStart(nn.Module):
         model: TimedModel,
         prediction: str,
         schedule: VPSchedule,
-        told_time: Callable[[Tensor], Tensor] | None = None,
+        model_time: Callable[[Tensor], Tensor] | None = None,
         max_time: float | None = None,
     ):
         super().__init__()
@@ -75,13 +74,13 @@ class WarmStart(nn.Module):
         self.model = model
         self.prediction = prediction
         self.schedule = schedule
-        self.told_time = told_time or ((lambda s: s) if prediction == "flow" else schedule.time_of_alpha_bar)
+        self.model_time = model_time or ((lambda s: s) if prediction == "flow" else schedule.time_of_alpha_bar)
         self.max_time = max_time
 
     def forward(self, y: Tensor, t: Tensor, lam: Tensor, cond: Any = None) -> Tensor:
-        """eps_prox, like y. y [B, ...]; t, lam [B]. lam = 0 gives 0, the limit."""
+        """Return eps_prox, like y. y [B, ...]; t, lam [B]. lam = 0 gives 0, the limit."""
         work = torch.promote_types(y.dtype, torch.float32)
-        # One number for each sample: in float64 it costs nothing, and times are told in thousands.
+        # One number for each sample: float64 costs nothing, and a model's time may be in thousands.
         t, lam = t.double(), lam.double()
         alpha_bar = self.schedule.alpha_bar(t)
         variance = 1 - alpha_bar + lam  # of the noise in y
@@ -93,22 +92,22 @@ class WarmStart(nn.Module):
         return (expand(share.to(work), y) * noise).to(y.dtype)
 
     def _vp_noise(self, y: Tensor, alpha_bar: Tensor, variance: Tensor, lam: Tensor, cond: Any) -> Tensor:
-        """E[n | y] from an eps or v model."""
+        """Return E[n | y] from an eps or v model."""
         level = alpha_bar / (1 + lam)
         x = y / expand((1 + lam).sqrt().to(y.dtype), y)
-        out = self.model(x, self._told(level, y), cond).to(y.dtype)
+        out = self.model(x, self._time(level, y), cond).to(y.dtype)
         if self.prediction == "epsilon":
             return out
         alpha, sigma = level.sqrt().to(y.dtype), (variance / (1 + lam)).sqrt().to(y.dtype)
         return expand(alpha, y) * out + expand(sigma, y) * x
 
     def _flow_noise(self, y: Tensor, alpha_bar: Tensor, variance: Tensor, lam: Tensor, cond: Any) -> Tensor:
-        """E[n | y] from a flow model. n = x_s + (1 - s) velocity directly: via x_0 it would cancel at small s."""
+        """Return E[n | y] from a flow model, as n = x_s + (1 - s) velocity: via x_0 digits would cancel at small s."""
         s = variance.sqrt() / (alpha_bar.sqrt() + variance.sqrt())
         x = expand(((1 - s) / alpha_bar.sqrt()).to(y.dtype), y) * y
-        velocity = self.model(x, self._told(s, y), cond).to(y.dtype)
+        velocity = self.model(x, self._time(s, y), cond).to(y.dtype)
         return x + expand((1 - s).to(y.dtype), y) * velocity
 
-    def _told(self, level: Tensor, y: Tensor) -> Tensor:
-        time = self.told_time(level)
+    def _time(self, level: Tensor, y: Tensor) -> Tensor:
+        time = self.model_time(level)
         return (time if self.max_time is None else time.clamp(max=self.max_time)).to(y.dtype)

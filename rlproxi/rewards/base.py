@@ -7,7 +7,6 @@ cannot be had is an error, never a 0: ``checked_scores`` turns wrong answers int
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
+from ..files import sha256
 from ..models.precision import compute_dtype
 
 
@@ -105,16 +105,8 @@ def provenance(scorer: Scorer) -> dict[str, str]:
     """What the run log keeps of a scorer: its class, and the SHA-256 of each checkpoint file that it loaded."""
     facts = {"class": f"{type(scorer).__module__}.{type(scorer).__qualname__}"}
     for file in getattr(scorer, "files", ()):
-        facts[str(file)] = _sha256(file)
+        facts[str(file)] = sha256(file)
     return facts
-
-
-def _sha256(file: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while piece := stream.read(1 << 20):  # hashlib.file_digest came with Python 3.11
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 _REGISTRY: dict[str, Callable[..., Scorer]] = {}

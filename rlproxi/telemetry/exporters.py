@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..run_directory import RunDirectory
 from .observations import observations
 
 if TYPE_CHECKING:  # it brings torch, which no exporter needs
@@ -46,7 +47,7 @@ class TensorBoard:
     """
 
     def __init__(self, run_dir: str | Path, headline_steps: int | None = None):
-        self.folder, self.headline_steps = Path(run_dir) / "tensorboard", headline_steps
+        self.folder, self.headline_steps = RunDirectory(run_dir).tensorboard, headline_steps
         self.writers: dict[str, Any] = {}
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:

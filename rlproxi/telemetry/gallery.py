@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = "samples"
+from ..files import draft, write_text
+from ..run_directory import INSIDE, RunDirectory
 
 
 @dataclass
@@ -32,16 +33,14 @@ def write(run_dir: Path, step: int, version: int, groups: list[GalleryGroup]) ->
     gallery that can be read is whole. Raises OSError."""
     from PIL import Image
 
-    folder = run_dir / FOLDER
-    folder.mkdir(exist_ok=True)
+    run = RunDirectory(run_dir)
+    run.samples.mkdir(exist_ok=True)
     entries = []
     for number, group in enumerate(groups):
         count, height, width, _ = group.images.shape
-        picture = folder / f"{step:06d}-{number}.png"
         row = group.images.transpose(1, 0, 2, 3).reshape(height, count * width, 3)
-        draft = picture.with_name(f".{picture.name}.tmp")
-        Image.fromarray(np.ascontiguousarray(row)).save(draft, format="PNG")
-        draft.replace(picture)
+        with draft(run.gallery_picture(step, number)) as scratch:
+            Image.fromarray(np.ascontiguousarray(row)).save(scratch, format="PNG")
         entries.append(
             {
                 "prompt": group.prompt,
@@ -50,16 +49,11 @@ def write(run_dir: Path, step: int, version: int, groups: list[GalleryGroup]) ->
                 "parts": {name: _scores(part) for name, part in group.parts.items()},
                 **_extremes(group.rewards),
                 "size": [height, width],
-                "image": f"{FOLDER}/{picture.name}",
+                "image": str(INSIDE.gallery_picture(step, number)),
             }
         )
-    file = folder / f"{step:06d}.json"
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(
-        json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False), encoding="utf-8"
-    )
-    draft.replace(file)
-    return f"{FOLDER}/{file.name}"
+    write_text(run.gallery(step), json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False))
+    return str(INSIDE.gallery(step))
 
 
 def _scores(values: np.ndarray) -> list[float | None]:

@@ -27,11 +27,11 @@ import math
 import os
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from ..run_directory import RunDirectory
+
 EVENTS = ("metrics", "stage", "resume", "evaluation", "reward", "samples", "best", "alarm", "warning", "note")
-FILE_NAME = "metrics.jsonl"
 _REQUIRED = {"metrics": ("stage", "step"), "stage": ("name", "status"), "resume": ("stage", "step")}
 
 
@@ -47,7 +47,7 @@ class RunLog:
 
     def __init__(self, run_dir: str | os.PathLike, patient: bool = False):
         self.patient, self.held, self._torn = patient, collections.deque(maxlen=100_000), False
-        self.path = Path(run_dir) / FILE_NAME
+        self.path = RunDirectory(run_dir).log
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b", buffering=0)
         size = self._file.seek(0, os.SEEK_END)
@@ -129,7 +129,7 @@ def read(run_dir: str | os.PathLike) -> list[dict]:
     A line that is not a JSON object is what a killed writer left behind (the last line, or the last one
     before a resume), and is skipped; so is one that ``append`` would not have written.
     """
-    path = Path(run_dir) / FILE_NAME
+    path = RunDirectory(run_dir).log
     if not path.is_file():
         return []
     records = []

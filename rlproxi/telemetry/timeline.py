@@ -15,10 +15,10 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-FILE_NAME = "timeline.jsonl"
+from ..run_directory import RunDirectory
+
 ROLES = ("rollout", "reward", "learner", "weights", "evaluation")
 PHASES = ("sample", "score", "train", "wait", "sync", "checkpoint", "evaluate")
 
@@ -134,7 +134,7 @@ def append(run_dir: str | os.PathLike, stage: str, step: int, spans: Iterable[Sp
     Raises OSError."""
     rows = [[s.role, s.who, s.phase, round(s.start, 4), round(s.seconds, 4)] for s in spans]
     line = json.dumps({"time": round(time.time(), 3), "stage": stage, "step": step, "spans": rows}, ensure_ascii=False)
-    with open(Path(run_dir) / FILE_NAME, "a+b", buffering=0) as file:
+    with open(RunDirectory(run_dir).timeline, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)
@@ -144,7 +144,7 @@ def append(run_dir: str | os.PathLike, stage: str, step: int, spans: Iterable[Sp
 
 def read(run_dir: str | os.PathLike) -> list[dict]:
     """All lines, spans as ``Span``; [] where there is no file. A line that cannot be read is skipped."""
-    path = Path(run_dir) / FILE_NAME
+    path = RunDirectory(run_dir).timeline
     lines = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -63,8 +63,9 @@ def readers(folder):
     from fixtures import tiny_checkpoints
     from fixtures.clip_models import save_aesthetic, save_open_clip, save_transformers
     from rlproxi.config.sections import LoRA, Sampler, Schedule
+    from rlproxi.files import link
     from rlproxi.models import lora
-    from rlproxi.models.loading import link, load_denoiser
+    from rlproxi.models.loading import load_denoiser
     from rlproxi.models.pipeline import TextToImage
     from rlproxi.models.text import build_text_encoder
     from rlproxi.models.unet import ProximalUNet

@@ -102,10 +102,10 @@ def spread_over(run, name: str, read):
 def readers(folder):
     import numpy as np
 
-    from rlproxi import run_directory as rundir
     from rlproxi.telemetry import gallery, runlog, timeline
     from rlproxi.telemetry.live import files as live_files
     from rlproxi.telemetry.live.run import LiveRun
+    from rlproxi.telemetry.run_reader import RunReader
 
     run = folder / "run"
     (run / "evaluation").mkdir(parents=True)
@@ -154,7 +154,7 @@ def readers(folder):
         live_files.evaluation_picture(run, "before", 3, 1)
 
     def report():
-        found = rundir.load(run)
+        found = RunReader(run)
         found.headline_steps, found.judge
         for tag in found.evaluations:
             found.score(tag, "judge")

@@ -13,7 +13,7 @@ from rlproxi.config.loading import Config, dump_config
 from rlproxi.data import faces
 from rlproxi.evaluation import heldout, images
 from rlproxi.pages.report import write_report
-from rlproxi.run_directory import load
+from rlproxi.telemetry.run_reader import RunReader
 from rlproxi.telemetry.runlog import RunLog
 
 P, S, STEPS = 3, 2, (2, 6)
@@ -205,7 +205,7 @@ def test_figures_are_valid_and_follow_the_page_colour(finished):
 
 
 def test_curves_are_those_of_the_log(finished):
-    run = load(finished)
+    run = RunReader(finished)
     assert run.judge == "judge" and run.headline_steps == 6
     steps, means, errors = run.heldout_curve("judge")
     assert steps == [0, 25, 30] and np.allclose(means, [0.55, 0.65, 0.8]) and np.allclose(errors, 0, atol=1e-6)

@@ -84,9 +84,9 @@ def test_time_hook_and_clamp():
     assert recorded_times() > 1.0  # half of alpha_bar(1)
     assert recorded_times(max_time=1.0) == 1.0
     assert recorded_times("flow", max_time=0.5) == 0.5
-    hook = recorded_times(told_time=lambda ab: 1000 * ab)
+    hook = recorded_times(model_time=lambda ab: 1000 * ab)
     assert hook == pytest.approx(1000 * math.exp(-gamma(0.0, 1.0)) / 2)
-    assert recorded_times("flow", told_time=lambda s: 1000 * s) == pytest.approx(1000 * recorded_times("flow"))
+    assert recorded_times("flow", model_time=lambda s: 1000 * s) == pytest.approx(1000 * recorded_times("flow"))
 
 
 @pytest.mark.parametrize("n", [1, 4, 10, 100])

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry import timeline
 from rlproxi.telemetry.timeline import Diary, Span, idle_shares, joined
 
@@ -97,7 +98,7 @@ def test_lines_come_back_and_torn_ones_are_skipped(tmp_path):
     spans = [Span("rollout", 0, "sample", 1.25, 0.5), Span("reward", "Güte", "score", 2.0, 0.25)]
     assert timeline.read(tmp_path) == []
     timeline.append(tmp_path, "rl", 1, spans)
-    with open(tmp_path / timeline.FILE_NAME, "ab") as file:
+    with open(RunDirectory(tmp_path).timeline, "ab") as file:
         file.write(b'{"time": 1, "stage": "rl", "st')
     timeline.append(tmp_path, "rl", 2, [])
     first, second = timeline.read(tmp_path)

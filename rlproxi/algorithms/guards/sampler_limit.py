@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...config.loading import Config
 from ...models.text import operator
 from ...proximal.samplers import AFTER, Step
-from ...seeds import NamedNoise
+from ...seeds import NamedNoise, Purpose
 from ..base import AlgorithmStopped, Parts
 
 #: prox(z, t, lam), [B, ...] -> [B, ...]
@@ -56,7 +56,9 @@ def check(config: Config, parts: Parts, prompt: str) -> float:
     """``deviation`` of the first network as it stands, on two samples of a prompt: two forwards, without gradients."""
     network = next(iter(parts.networks.values()))
     text = parts.encoder.groups((prompt,), 2)
-    x = NamedNoise([(config.run.seed, 0x11A17, i) for i in range(2)]).start(parts.sample_shape, parts.device)
+    x = NamedNoise([(config.run.seed, Purpose.SAMPLER_CHECK, i) for i in range(2)]).start(
+        parts.sample_shape, parts.device
+    )
     prox = operator(network, parts.encoder, config.sampler.guidance_scale)
 
     def sampled(z: Tensor, t: float, lam: float) -> Tensor:

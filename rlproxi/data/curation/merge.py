@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...config.curation import Curate
+from ...files import draft, write_text
 from . import faces
 from .phash import distance
 from .plan import Output, Survivors
@@ -130,14 +131,9 @@ def merge(
 ) -> Statistics:
     """Writes manifest.jsonl, one line for every raw sample in the order (shard, index), and returns the statistics."""
     statistics = Statistics(settings, shards=len(shards), kept_per_shard=[len(plan) for plan in plans])
-    draft = place.out / f".manifest.jsonl.{os.getpid()}"
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            for line in _lines(place, shards, found, plans, statistics):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(draft, place.out / "manifest.jsonl")
-    finally:
-        draft.unlink(missing_ok=True)
+    with draft(place.out / "manifest.jsonl") as scratch, open(scratch, "w", encoding="utf-8") as file:
+        for line in _lines(place, shards, found, plans, statistics):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return statistics
 
 
@@ -195,6 +191,4 @@ def _copy_of(original: tuple[str, Record], record: Record) -> str:
 
 def write_summary(place: Place, summary: dict) -> None:
     """Writes curation.json in one move."""
-    draft = place.out / f".curation.json.{os.getpid()}"
-    draft.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(draft, place.out / "curation.json")
+    write_text(place.out / "curation.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.curation import Curate
+from ...files import draft
 
 #: Raised when records of an older version would mean something else.
 FORMAT = 1
@@ -94,15 +95,9 @@ def examine_fingerprint(settings: Curate, shard: str) -> str:
 
 def write_lines(path: Path, mark: str, rows: Iterable[dict]) -> None:
     """Writes a header with the fingerprint ``mark`` and ``rows``, replacing an older file in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            for row in ({"fingerprint": mark}, *rows):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with draft(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        for row in ({"fingerprint": mark}, *rows):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def is_done(path: Path, mark: str) -> bool:

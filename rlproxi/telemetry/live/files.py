@@ -17,6 +17,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...run_directory import INSIDE, RunDirectory
 from .lines import Lines
 
 #: Larger files are none of ours.
@@ -24,7 +25,7 @@ JSON_LIMIT, PICTURE_LIMIT, ARCHIVE_LIMIT = 8 << 20, 64 << 20, 4 << 30
 #: Iterations of the timeline that are kept, and spans of one iteration.
 ITERATIONS, SPANS = 60, 3000
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
-_PICTURE = re.compile(r"samples/[A-Za-z0-9][\w-]{0,99}\.png")
+_PICTURE = re.compile(rf"{INSIDE.samples}/[A-Za-z0-9][\w-]{{0,99}}\.png")
 _MAX_PROMPTS = 512
 
 
@@ -68,7 +69,7 @@ def _json(run_dir: Path, name: str) -> dict:
 def gallery(run_dir: Path, step: int) -> dict:
     """What samples/<step>.json says of a gallery: {"step", "groups": [{"prompt", "size", "rewards", "parts", "best",
     "worst", "picture": whether its picture can be had}]}. Raises NotThere."""
-    values = _json(run_dir, f"samples/{_step(step)}.json")
+    values = _json(run_dir, _gallery_name(step))
     groups = values.get("groups")
     if not isinstance(groups, list):
         raise NotThere(f"the gallery of step {step} has no groups")
@@ -92,7 +93,7 @@ def _group(group: Any) -> dict:
 
 def gallery_picture(run_dir: Path, step: int, number: int) -> bytes:
     """The PNG of a gallery's group ``number``: its samples side by side. Raises NotThere."""
-    groups = _json(run_dir, f"samples/{_step(step)}.json").get("groups")
+    groups = _json(run_dir, _gallery_name(step)).get("groups")
     if not isinstance(groups, list) or not 0 <= number < min(len(groups), 64):
         raise NotThere(f"the gallery of step {step} has no group {number}")
     name = groups[number].get("image") if isinstance(groups[number], dict) else None
@@ -111,7 +112,7 @@ def evaluations(run_dir: Path) -> list[dict]:
     """The evaluations in order of iteration: {"tag", "iteration", "prompts", "samples", "steps": [..], "headline"}.
     "steps" are the numbers of denoising steps of which there are pictures. Unreadable ones are left out."""
     found = []
-    for file in sorted((Path(run_dir) / "evaluation").glob("*.json"))[:2000]:
+    for file in sorted(RunDirectory(run_dir).evaluations.glob("*.json"))[:2000]:
         try:
             entry = evaluation(run_dir, file.stem)
         except NotThere:
@@ -125,7 +126,7 @@ def evaluation(run_dir: Path, tag: str) -> dict:
     """One evaluation, see ``evaluations``. Raises NotThere."""
     if not _TAG.fullmatch(tag):
         raise NotThere("an evaluation's tag is made of letters, digits, '.', '_' and '-'")
-    values = _json(run_dir, f"evaluation/{tag}.json")
+    values = _json(run_dir, str(INSIDE.evaluation(tag)))
     prompts, by_steps = values.get("prompts"), values.get("by_steps")
     prompts = [_text(p) for p in prompts[:_MAX_PROMPTS]] if isinstance(prompts, list) else []
     steps = [int(n) for n in by_steps if n.isdecimal() and len(n) < 6] if isinstance(by_steps, dict) else []
@@ -135,7 +136,7 @@ def evaluation(run_dir: Path, tag: str) -> dict:
         "prompts": prompts,
         "samples": _whole(values.get("samples")) or 1,
         "headline": _whole(values.get("headline_steps")),
-        "steps": [n for n in steps if (Path(run_dir) / "samples" / f"{tag}-N{n}.npz").is_file()],
+        "steps": [n for n in steps if RunDirectory(run_dir).evaluation_samples(tag, n).is_file()],
     }
 
 
@@ -148,7 +149,7 @@ def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tupl
     from PIL import Image
 
     count = evaluation(run_dir, tag)["samples"]
-    name = f"samples/{tag}-N{int(steps)}.npz"
+    name = str(INSIDE.evaluation_samples(tag, int(steps)))
     try:
         with open_inside(run_dir, name, ARCHIVE_LIMIT) as file, zipfile.ZipFile(file) as archive:
             images = _rows(archive, "images.npy", prompt * count, count)
@@ -194,7 +195,7 @@ class Timeline:
     """The last iterations of timeline.jsonl, followed by offset. Of a long file only the end is read."""
 
     def __init__(self, run_dir: Path, iterations: int = ITERATIONS, tail: int = 4 << 20):
-        self.lines, self.tail = Lines(Path(run_dir) / "timeline.jsonl"), tail
+        self.lines, self.tail = Lines(RunDirectory(run_dir).timeline), tail
         self.kept: deque[dict] = deque(maxlen=iterations)
 
     def read(self) -> list[dict]:
@@ -235,10 +236,10 @@ class Timeline:
         self.kept.append({"stage": stage, "step": step, "spans": spans})
 
 
-def _step(step: int) -> str:
+def _gallery_name(step: int) -> str:
     if not 0 <= step < 10**12:
         raise NotThere(f"there is no step {step}")
-    return f"{step:06d}"
+    return str(INSIDE.gallery(step))
 
 
 def _whole(value: Any) -> int | None:

@@ -11,11 +11,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..runlog import FILE_NAME
+from ...run_directory import INSIDE, PARTS
 from .files import Timeline
 from .run import LiveRun
 
-PARTS = ("config.yaml", FILE_NAME, "summary.json")
 #: Runs that are read on at a time, and news that a reconnecting page can still have.
 OPEN_RUNS, KEPT_NEWS, KEPT_BYTES = 12, 4000, 8 << 20
 MAX_RUNS = 500
@@ -50,7 +49,9 @@ class Hub:
             if not path.is_dir():
                 raise FileNotFoundError(f"{path} is not a folder: expected a run directory, or a folder of them")
             if not is_run(path) and len(paths) == 1 and not any(is_run(p) for p in path.iterdir() if p.is_dir()):
-                raise FileNotFoundError(f"{path} is not a run directory and holds none: no {', no '.join(PARTS)}")
+                raise FileNotFoundError(
+                    f"{path} is not a run directory and holds none: no {', no '.join(map(str, PARTS))}"
+                )
         self.paths = [path.resolve() for path in paths]
         self.boot = secrets.token_hex(4)
         self._folders: dict[str, Path] = {}
@@ -87,8 +88,8 @@ class Hub:
             {
                 "id": name,
                 "changed": _changed(path),
-                "bytes": _size(path / FILE_NAME),
-                "finished": (path / "summary.json").is_file(),
+                "bytes": _size(path / INSIDE.log),
+                "finished": (path / INSIDE.summary).is_file(),
             }
             for name, path in self.folders().items()
         ]
@@ -187,7 +188,7 @@ class Hub:
 
 
 def _changed(path: Path) -> float:
-    for part in (FILE_NAME, "config.yaml"):
+    for part in (INSIDE.log, INSIDE.config):
         try:
             return os.stat(path / part).st_mtime
         except OSError:

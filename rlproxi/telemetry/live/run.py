@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from ...config.plain_yaml import read_yaml
-from ..runlog import FILE_NAME
+from ...run_directory import RunDirectory
 from .digest import Digest, Malformed, parse
 from .lines import Lines, spread
 
@@ -100,7 +100,9 @@ class LiveRun:
     """
 
     def __init__(self, path: Path):
-        self.path, self.log = Path(path), Path(path) / FILE_NAME
+        self.path = Path(path)
+        self.files = RunDirectory(path)
+        self.log = self.files.log
         self._cuts: dict[str, _Cuts] = {}
         self._exact = _Pass(self.log, self._cuts)
         self._second: _Pass | None = None
@@ -168,7 +170,7 @@ class LiveRun:
     def _new_evaluations(self) -> list:
         """[["evaluations"]] when the folder of evaluations has changed: a file follows its record in the log."""
         try:
-            now = (self.path / "evaluation").stat().st_mtime
+            now = self.files.evaluations.stat().st_mtime
         except OSError:
             return []
         if now == self._evaluations:
@@ -202,7 +204,7 @@ class LiveRun:
 
     def config(self) -> tuple[str, dict]:
         """(text, values) of config.yaml; ("", {}) where it is missing or not readable. Read again when it changes."""
-        file = self.path / "config.yaml"
+        file = self.files.config
         try:
             found = file.stat()
             if self._config is None or self._config[0] != found.st_mtime:

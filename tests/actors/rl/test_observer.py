@@ -18,6 +18,7 @@ from fixtures.local_actors import Local, local_scribe
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry import timeline
 from rlproxi.telemetry.runlog import read
 from rlproxi.telemetry.timeline import Diary, Span
@@ -71,7 +72,7 @@ def test_roles_that_an_algorithm_does_not_use_are_not_idle(tmp_path):
     metrics = observer.committed(Trained(1, 0, {}, [Span("learner", 0, "train", 75.0, 5.0)], 80.0), 0.0, 10.0, 16)
     assert metrics == {"idle/learner": 0.5, "restarts": 0}
     asyncio.run(observer.close())
-    assert not (tmp_path / timeline.FILE_NAME).exists(), "telemetry.timeline = false"
+    assert not (RunDirectory(tmp_path).timeline).exists(), "telemetry.timeline = false"
 
 
 def test_restarts_and_gpus(tmp_path):
@@ -113,7 +114,7 @@ def test_the_first_groups_of_some_iterations_become_a_gallery(tmp_path):
 def test_a_fault_of_the_disk_is_one_warning(tmp_path):
     observer = make(tmp_path)
     (tmp_path / "samples").write_text("in the way")
-    (tmp_path / timeline.FILE_NAME).mkdir()
+    (RunDirectory(tmp_path).timeline).mkdir()
     for iteration in range(4):
         observer.committed(Trained(1, iteration, {}), 0.0, 1.0, 1)
         observer.show(iteration, [scored(observer, iteration, 0, 0)])

@@ -1,0 +1,167 @@
+"""Read what a run directory holds, and name what is missing.
+
+Every part may be missing or half written, as in a run in progress or a killed one. That is no error here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config.plain_yaml import read_yaml
+from ..run_directory import INSIDE, RunDirectory
+from . import runlog
+
+
+@dataclass(frozen=True)
+class Samples:
+    """An evaluation's images uint8 [P * S, H, W, 3], prompt-major, and the held-out score of each, float32 [P * S].
+
+    For a judge of attributes, ``attributes`` names A of them. ``correct`` [P * S, A] is then 1 for right, 0 for wrong and
+    NaN for an attribute that the caption does not claim.
+    """
+
+    images: np.ndarray
+    heldout: np.ndarray
+    attributes: tuple[str, ...] = ()
+    correct: np.ndarray | None = None
+
+
+class RunReader:
+    """Config, summary, log records and evaluations of the run directory ``path``, as plain values.
+
+    ``missing`` holds sentences about what could not be read. Raises FileNotFoundError for a folder that holds no part
+    of a run.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.files = files = RunDirectory(path)
+        self.path = files.path
+        self.missing: list[str] = []
+        if not self.path.is_dir():
+            expected = f"{INSIDE.config}, {INSIDE.log}, ..."
+            raise FileNotFoundError(f"{path} is not a folder: expected a run directory ({expected})")
+        parts = (INSIDE.config, INSIDE.log, INSIDE.summary, INSIDE.evaluations)
+        if not any((self.path / part).exists() for part in parts):
+            raise FileNotFoundError(f"{path} is not a run directory: it holds none of {', '.join(map(str, parts))}")
+        self.config: dict[str, Any] = self._mapping_in(files.config, read_yaml)
+        self.summary: dict[str, Any] = self._mapping_in(files.summary, json.loads)
+        self.records: list[dict] = runlog.read(path)
+        if not self.records:
+            self._note(f"{files.log.name} is missing or empty: no curves")
+        self.evaluations: dict[str, dict] = {
+            file.stem: self._mapping_in(file, json.loads) for file in sorted(files.evaluations.glob("*.json"))
+        }
+        for tag in ("before", "after"):
+            if tag not in self.evaluations:
+                self._note(f"{INSIDE.evaluation(tag)} is missing: the run has no evaluation '{tag}' (yet)")
+
+    @property
+    def headline_steps(self) -> int | None:
+        """The number of denoising steps that the run is about: the config's, else the one that an evaluation names."""
+        count = dig(self.config, "sampler", "num_inference_steps")
+        found = [e.get("headline_steps") for e in self.evaluations.values()]
+        return next((n for n in [count, *found] if type(n) is int and abs(n) < 10**6), None)
+
+    @property
+    def judge(self) -> str | None:
+        """The first held-out reward."""
+        for evaluation in self.evaluations.values():
+            for steps in _mapping(evaluation.get("by_steps")):
+                for name in _mapping(dig(evaluation, "by_steps", steps, "heldout")):
+                    return name
+        return None
+
+    def entry(self, tag: str, steps: int | None = None) -> dict:
+        """The scores of one number of denoising steps in evaluation ``tag``; {} where there are none."""
+        steps = self.headline_steps if steps is None else steps
+        return _mapping(dig(self.evaluations, tag, "by_steps", str(steps)))
+
+    def score(self, tag: str, name: str, steps: int | None = None) -> tuple[float, float] | None:
+        """(mean, standard error) of a held-out or training reward in an evaluation."""
+        entry = self.entry(tag, steps)
+        found = dig(entry, "heldout", name) or dig(entry, "train", name)
+        mean, sem = finite(dig(found, "mean")), finite(dig(found, "sem"))
+        return None if mean is None else (mean, sem or 0.0)
+
+    def samples(self, tag: str, steps: int | None = None) -> Samples | None:
+        """The images of an evaluation; None where the file is missing or damaged (then it is in ``missing``)."""
+        steps = self.headline_steps if steps is None else steps
+        path = self.files.evaluation_samples(tag, steps)
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                data = {name: file[name] for name in file.files}
+            images, heldout = data["images"], np.asarray(data["heldout"], np.float32)
+            if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(heldout):
+                raise ValueError(f"images are {images.dtype} {list(images.shape)} for {len(heldout)} scores")
+            names = tuple(str(name) for name in data.get("attributes", ()))
+            correct = data.get("correct") if names else None
+            if correct is not None and correct.shape != (len(images), len(names)):
+                names, correct = (), None
+            return Samples(images, heldout, names, correct)
+        except Exception as error:  # numpy raises zipfile's, zlib's and its own errors for a damaged file
+            self._note(f"{path.relative_to(self.path)} is not readable ({error})")
+            return None
+
+    def heldout_curve(self, name: str) -> tuple[list[int], list[float], list[float]]:
+        """(RL steps, means, standard errors) of every evaluation of a reward at the headline step count."""
+        last = runlog.last_step(self.records, "rl")
+        points = {}
+        for tag in self.evaluations:
+            match = re.fullmatch(r"step-(\d+)", tag)
+            step = {"before": 0, "after": last}.get(tag, int(match[1]) if match else None)
+            score = self.score(tag, name)
+            if step is not None and score is not None:
+                points[step] = score
+        steps = sorted(points)
+        return steps, [points[s][0] for s in steps], [points[s][1] for s in steps]
+
+    def _mapping_in(self, file: Path, parse: Callable[[str], Any]) -> dict:
+        """The mapping that a file holds, or {} and a note."""
+        name = file.relative_to(self.path)
+        try:
+            values = parse(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self._note(f"{name} is missing")
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            self._note(f"{name} is not readable ({' '.join(str(error).split())[:120]})")
+            return {}
+        if not isinstance(values, dict):
+            self._note(f"{name} holds no mapping")
+            return {}
+        return values
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self.missing:
+            self.missing.append(sentence)
+
+
+def dig(values: Any, *keys: str) -> Any:
+    """Return values[a][b]..., or None where a part of the path is missing or is not a mapping."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _mapping(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def finite(value: Any) -> float | None:
+    """Return ``value`` as a float where it is a finite number, None for anything else."""
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
