@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from rlproxi.config.loading import Config
-from rlproxi.data.preparation import train_classifier, train_text_encoder
+from rlproxi.data.preparation import PURPOSES, train_classifier, train_text_encoder
+from rlproxi.rewards import facts
 
 
 def _report(scribe: Any, name: str, total: int):
@@ -37,8 +38,8 @@ def _classifier(config: Config, purpose: str, file: str, scribe: Any) -> float:
 
 def needs(config: Config) -> list[str]:
     """What the stage makes for this config, of text, reward and judge: what its network and its scorers lack."""
-    used = {r.kind for r in [*config.rewards.train, *config.rewards.heldout]}
-    wanted = [purpose for kind, purpose in (("attributes", "reward"), ("judge", "judge")) if kind in used]
+    used = {facts(r.kind).prepared_as for r in config.rewards.all}
+    wanted = [purpose for purpose in PURPOSES if purpose in used]
     return wanted if config.model.init or config.model.encoders else ["text", *wanted]
 
 
