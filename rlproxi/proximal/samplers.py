@@ -90,9 +90,9 @@ class SamplerKind:
     name: str
     step: Callable[[VPSchedule, int, float, float, float], Step]
     without_noise: Callable[[Step], Step]
-    noise_after: bool
-    noisy: bool
-    limit: str | None
+    noise_after: bool = False
+    noisy: bool = False
+    limit: str | None = None
     full_noise_name: str | None = None
     gamma_below: float = math.inf
 
@@ -176,30 +176,16 @@ def _matched_without_noise(step: Step) -> Step:
 KINDS = {
     kind.name: kind
     for kind in (
-        SamplerKind("hybrid", _hybrid, _proximal_without_noise, noise_after=False, noisy=True, limit="ode"),
+        SamplerKind("hybrid", _hybrid, _proximal_without_noise, noisy=True, limit="ode"),
+        SamplerKind("backward", _backward, _proximal_without_noise, noisy=True, gamma_below=2.0),
+        SamplerKind("ode", _ode, _proximal_without_noise, limit="ode"),
         SamplerKind(
-            "backward", _backward, _proximal_without_noise, noise_after=False, noisy=True, limit=None, gamma_below=2.0
-        ),
-        SamplerKind("ode", _ode, _proximal_without_noise, noise_after=False, noisy=False, limit="ode"),
-        SamplerKind(
-            "ddim",
-            _ddim,
-            _ddim_without_noise,
-            noise_after=True,
-            noisy=False,
-            limit="ddim",
-            full_noise_name="ddim-ancestral",
+            "ddim", _ddim, _ddim_without_noise, noise_after=True, limit="ddim", full_noise_name="ddim-ancestral"
         ),
         SamplerKind(
-            "euler",
-            _euler,
-            _euler_without_noise,
-            noise_after=True,
-            noisy=False,
-            limit="euler",
-            full_noise_name="euler-maruyama",
+            "euler", _euler, _euler_without_noise, noise_after=True, limit="euler", full_noise_name="euler-maruyama"
         ),
-        SamplerKind("matched", _matched, _matched_without_noise, noise_after=True, noisy=False, limit="matched"),
+        SamplerKind("matched", _matched, _matched_without_noise, noise_after=True, limit="matched"),
     )
 }
 SAMPLERS = tuple(KINDS)
