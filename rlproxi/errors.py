@@ -35,6 +35,12 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0].partition(" See documentation")[0]
 
 
+def last_error_line(text: str) -> str:
+    """The last line that names an error, else the last line: Serve and Ray wrap a replica's error in their tracebacks."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ([line for line in lines if "Error: " in line] or lines or [""])[-1]
+
+
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
     waiting, seen = [error], set()
     while waiting:

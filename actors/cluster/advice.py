@@ -93,8 +93,8 @@ def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measur
     if any(value is None for value in found.values()) or not last_step(records, "rl"):
         return None
     r, w, m = config.resources, config.rewards, config.rl.micro_batches
-    scorers = [*w.train]
-    replicas = min(x.replicas or w.replicas for x in scorers)
+    scorers = [w.replicas_of(x) for x in w.train]
+    replicas = min(x.least for x in scorers)
     # Waiting for a place counts as scoring in the log; more than all replicas for all of the step it cannot be.
     scoring = min(found["reward"], replicas * found["step"])
     return Measured(
@@ -105,7 +105,7 @@ def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measur
         sync=found["sync"],
         step=found["step"],
         split=Split(r.rollout_actors, replicas, r.learner_workers),
-        gpus=(r.rollout_gpus, sum(w.num_gpus if x.num_gpus is None else x.num_gpus for x in scorers), r.learner_gpus),
+        gpus=(r.rollout_gpus, sum(x.gpus for x in scorers), r.learner_gpus),
         overlapped=config.rl.max_staleness > 0,
         updates=config.rl.updates_per_step,
     )

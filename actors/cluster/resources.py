@@ -53,15 +53,11 @@ def replica_options(rewards: Rewards, reward: Reward, placement: str = "any") ->
     Args:
         placement: ``resources.placement`` of the run.
     """
-    key, own = "rewards.resources", rewards.resources
-    if reward.resources is not None:
-        key, own = f"resources of reward {reward.name!r}", reward.resources
-    custom = _custom(key, own, "reward", placement)
-    return {
-        "num_cpus": rewards.num_cpus if reward.num_cpus is None else reward.num_cpus,
-        "num_gpus": rewards.num_gpus if reward.num_gpus is None else reward.num_gpus,
-        **({"resources": custom} if custom else {}),
-    }
+    key = "rewards.resources" if reward.resources is None else f"resources of reward {reward.name!r}"
+    replicas = rewards.replicas_of(reward)
+    custom = _custom(key, replicas.resources, "reward", placement)
+    options: dict[str, Any] = {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus}
+    return {**options, **({"resources": custom} if custom else {})}
 
 
 def _custom(key: str, own: dict[str, float] | None, role: str, placement: str) -> dict[str, float]:
@@ -114,13 +110,11 @@ def asks(config: Config, stage: str = "rl", largest: bool = False) -> list[Ask]:
             )
         )
     if "reward" in busy:
-        for x in [*w.train, *w.heldout]:
-            o = replica_options(w, x, r.placement)
-            least = x.replicas or w.replicas
+        for x in w.all:
+            o, replicas = replica_options(w, x, r.placement), w.replicas_of(x)
             each = _resources(o["num_cpus"], o["num_gpus"], o.get("resources", {}))
-            found.append(
-                Ask("reward", f"replicas of {x.name}", each, max(least, x.max_replicas or 0) if largest else least)
-            )
+            count = replicas.most if largest else replicas.least
+            found.append(Ask("reward", f"replicas of {x.name}", each, count))
     return found
 
 

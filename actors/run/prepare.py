@@ -9,7 +9,9 @@ import ray
 
 from rlproxi.algorithms.preparation import train_classifier, train_text_encoder
 from rlproxi.config.loading import Config
+from rlproxi.rewards import facts
 from rlproxi.run_directory import RunDirectory
+from rlproxi.seeds import Collection
 
 
 def _report(scribe: Any, name: str, total: int):
@@ -38,8 +40,8 @@ def _classifier(config: Config, purpose: str, file: str, scribe: Any) -> float:
 
 def needs(config: Config) -> list[str]:
     """What the stage makes for this config, of text, reward and judge: what its network and its scorers lack."""
-    used = {r.kind for r in [*config.rewards.train, *config.rewards.heldout]}
-    wanted = [purpose for kind, purpose in (("attributes", "reward"), ("judge", "judge")) if kind in used]
+    used = {facts(r.kind).prepared_as for r in config.rewards.all}
+    wanted = [member.name.lower() for member in Collection if member.name.lower() in used]
     return wanted if config.model.init or config.model.encoders else ["text", *wanted]
 
 

@@ -1,16 +1,14 @@
-"""What a client of ``rlproxi serve`` may ask for, and reading it.
-
-No more than the schema of one request: nothing here knows Ray, or what draws the image.
-"""
+"""The schema of one request to ``rlproxi serve``, and its limits. Nothing here knows Ray or the model."""
 
 from __future__ import annotations
 
 import json
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from rlproxi.config.sections import Sampler, Schedule
 
@@ -22,12 +20,14 @@ MAX_GUIDANCE = 100.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for, and how much at once.
+    """The largest request that is served, and how many are served at once.
 
     Attributes:
         queue: requests that are accepted and not yet answered.
-        batch: images in one forward. wait_ms: how long a batch waits for company.
-        steps: of the sampler. prompt_chars: of a prompt.
+        batch: images in one forward.
+        wait_ms: milliseconds that a batch waits to fill up.
+        steps: of the sampler.
+        prompt_chars: characters of a prompt.
     """
 
     queue: int = 64
@@ -38,11 +38,11 @@ class Limits:
 
     @property
     def body_bytes(self) -> int:
-        """JSON may spell a character in twelve bytes."""
+        """Bytes of a request's body: JSON may spell a character in twelve."""
         return 12 * self.prompt_chars + 4096
 
 
-class Wanted(BaseModel):
+class ImageRequest(BaseModel):
     """The body of POST /generate."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -54,10 +54,10 @@ class Wanted(BaseModel):
 
 
 class Refused(Exception):
-    """A request that is not served: its HTTP status and what the client is told."""
+    """A request that is not served: its HTTP status, and the message to the client."""
 
-    def __init__(self, status: int, words: str):
-        super().__init__(words)
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
         self.status = status
 
 
@@ -67,7 +67,7 @@ def parse(body: bytes, limits: Limits, sampler: Sampler, schedule: Schedule) -> 
     Raises Refused naming the field, its value and its bound.
     """
 
-    def not_finite(word: str):
+    def not_finite(word: str) -> NoReturn:
         raise ValueError(f"{word} is not a JSON number")
 
     try:
@@ -77,31 +77,31 @@ def parse(body: bytes, limits: Limits, sampler: Sampler, schedule: Schedule) -> 
     if not isinstance(values, dict):
         raise Refused(400, f"the body must be a JSON object, not {_short(values)}")
     try:
-        wanted = Wanted.model_validate(values)
+        request = ImageRequest.model_validate(values)
     except ValidationError as error:
-        raise Refused(422, "; ".join(_told(e) for e in error.errors())) from None
-    if len(wanted.prompt) > limits.prompt_chars:
-        raise Refused(422, f"prompt: {len(wanted.prompt)} characters, at most {limits.prompt_chars} are allowed")
+        raise Refused(422, "; ".join(map(_message, error.errors()))) from None
+    if len(request.prompt) > limits.prompt_chars:
+        raise Refused(422, f"prompt: {len(request.prompt)} characters, at most {limits.prompt_chars} are allowed")
     try:
-        wanted.prompt.encode("utf-8")
+        request.prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise Refused(422, "prompt: half of a surrogate pair is no character") from None
-    steps = sampler.num_inference_steps if wanted.steps is None else wanted.steps
-    if wanted.steps is not None and steps > limits.steps:
+    steps = sampler.num_inference_steps if request.steps is None else request.steps
+    if request.steps is not None and steps > limits.steps:
         raise Refused(422, f"steps: {steps}, at most {limits.steps} are allowed")
     try:
         sampler.plan(schedule.build(), steps)
     except ValueError as error:
         raise Refused(422, f"steps: {error}") from None
-    seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
-    guidance = sampler.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
-    return wanted.prompt, seed, steps, guidance
+    seed = secrets.randbelow(2**31) if request.seed is None else request.seed
+    guidance = sampler.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    return request.prompt, seed, steps, guidance
 
 
-def _told(error: dict[str, Any]) -> str:
+def _message(error: ErrorDetails) -> str:
     name = ".".join(str(part) for part in error["loc"]) or "body"
     if error["type"] == "extra_forbidden":
-        return f"{_short(name)}: unknown field; known are {', '.join(Wanted.model_fields)}"
+        return f"{_short(name)}: unknown field; known are {', '.join(ImageRequest.model_fields)}"
     if error["type"] == "missing":
         return f"{name}: missing"
     return f"{name}: {error['msg']}, not {_short(error['input'])}"
@@ -110,7 +110,7 @@ def _told(error: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     try:
         text = value if isinstance(value, str) else json.dumps(value)
-    except RecursionError:  # what was just deep enough to be read
+    except RecursionError:  # a value that was just shallow enough to be read
         text = f"a {type(value).__name__} too deep to be shown"
     text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
 """``rlproxi serve``: a trained model behind HTTP, by Ray Serve.
 
-Two deployments. The ``Frontend`` reads and checks requests, bounds how many are under way, and is never busy. The
-``Painter`` replicas hold the model, and gather concurrent requests into batches.
+Two deployments. The ``Frontend`` reads and checks requests and limits how many are under way. The ``Painter`` replicas
+hold the model and gather concurrent requests into batches.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from typing import Any
 import numpy as np
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rlproxi.config.sections import Sampler, Schedule
+from rlproxi.errors import last_error_line
 
 from .image_request import Limits, Refused, parse
 
-#: A client has this long for sending its request.
+DEFAULT_LIMITS = Limits()
+#: How long a client may take to send its request.
 READ_SECONDS = 10.0
 OTHER_OPTIONS = (
     "Ray Serve was running on this cluster with other HTTP options, which cannot be changed; give its host "
@@ -45,7 +48,10 @@ class Painter:
 
     Args:
         model: path of a run directory or model folder, as this node sees it.
-        exact: None: on a CPU, where a batch gains little.
+        precision: of the network's arithmetic: auto, float32 or bfloat16.
+        exact: None: on a CPU only, where a batch gains little.
+        threads: torch threads of the replica.
+        limits: the size of a batch, and how long it waits to fill up.
     """
 
     def __init__(self, model: str, precision: str, exact: bool | None, threads: int, limits: Limits):
@@ -58,33 +64,36 @@ class Painter:
         self.exact = device == "cpu" if exact is None else exact
         self.device = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         self.model = TextToImage.from_pretrained(model, precision).to(device)
-        self.one = ThreadPoolExecutor(1)  # Serve's loop stays free, and the model draws one batch at a time
-        self.draw.set_max_batch_size(limits.batch)
-        self.draw.set_batch_wait_timeout_s(limits.wait_ms / 1000)
+        self.executor = ThreadPoolExecutor(1)  # Serve's loop stays free, and the model draws one batch at a time
+        batching: Any = self.draw  # Serve adds these methods to the function, and its types do not say so
+        batching.set_max_batch_size(limits.batch)
+        batching.set_batch_wait_timeout_s(limits.wait_ms / 1000)
 
     async def facts(self) -> dict[str, Any]:
+        """What /info shows of the model."""
         return {"size": self.model.size, "device": self.device, "precision": self.model.precision, "exact": self.exact}
 
     async def paint(self, prompt: str, seed: int, steps: int, guidance: float) -> tuple[bytes, int]:
-        """(PNG, the number of requests in its batch). Raises RuntimeError in the model's own words."""
-        image, company = await self.draw((prompt, seed, steps, guidance))
+        """(PNG, the number of requests in its batch). Raises RuntimeError with the model's error message."""
+        batched: Any = self.draw  # one request in, one answer out: Serve's decorator makes the lists
+        image, size = await batched((prompt, seed, steps, guidance))
         if isinstance(image, str):
             raise RuntimeError(image)
-        return await asyncio.to_thread(_png, image), company
+        return await asyncio.to_thread(_png, image), size
 
     @serve.batch  # its size and wait are set in __init__
     async def draw(self, requests: list[tuple[str, int, int, float]]) -> list[tuple[np.ndarray | str, int]]:
-        """For each request its image, or what went wrong, and the size of its batch."""
-        return await asyncio.get_running_loop().run_in_executor(self.one, self._draw, requests)
+        """For each request its image uint8 [H, W, 3], or an error message, and the size of its batch."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor, self._draw, requests)
 
-    def _draw(self, requests):
-        groups: dict[tuple, list[int]] = {}
+    def _draw(self, requests: list[tuple[str, int, int, float]]) -> list[tuple[np.ndarray | str, int]]:
+        groups: dict[tuple[int, float], list[int]] = {}
         for i, (_, _, steps, guidance) in enumerate(requests):
             groups.setdefault((steps, guidance), []).append(i)
         done: dict[int, tuple[np.ndarray | str, int]] = {}
         for (steps, guidance), rows in groups.items():
             images = self._images([requests[i][0] for i in rows], [requests[i][1] for i in rows], steps, guidance)
-            done.update({i: (image, len(rows)) for i, image in zip(rows, images)})
+            done.update({i: (image, len(rows)) for i, image in zip(rows, images, strict=True)})
         return [done[i] for i in range(len(requests))]
 
     def _images(self, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> list[np.ndarray | str]:
@@ -93,8 +102,9 @@ class Painter:
         except Exception as error:
             if len(prompts) == 1:
                 return [f"{type(error).__name__}: {error}"]
-        # One prompt's failure, such as NaN, is not its neighbours'.
-        return [self._images([prompt], [seed], steps, guidance)[0] for prompt, seed in zip(prompts, seeds)]
+        # One prompt's failure, such as NaN, must not fail the others of its batch: each is tried alone.
+        alone = zip(prompts, seeds, strict=True)
+        return [self._images([prompt], [seed], steps, guidance)[0] for prompt, seed in alone]
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -106,17 +116,20 @@ def _png(image: np.ndarray) -> bytes:
 
 
 class Frontend:
-    """Answers HTTP: POST /generate, GET /healthz, GET /info. What a client is told never holds a traceback.
+    """Answers HTTP: POST /generate, GET /healthz, GET /info. An answer never holds a traceback.
 
     Args:
-        painter: handle of the painters. identity: told by /healthz, so that who deployed this knows that it answers.
+        painter: handle of the painters.
+        schedule, sampler: of the model; a request's defaults.
+        limits: of requests.
+        identity: what /healthz returns, so that ``up`` recognises its own deployment.
     """
 
-    def __init__(self, painter, schedule: Schedule, sampler: Sampler, limits: Limits, identity: str):
+    def __init__(self, painter: DeploymentHandle, schedule: Schedule, sampler: Sampler, limits: Limits, identity: str):
         self.painter, self.schedule, self.sampler = painter, schedule, sampler
         self.limits, self.identity = limits, identity
         self.under_way = 0
-        self.seconds = 1.0  # of an answer, lately
+        self.seconds = 1.0  # of an answer, a running average
         self.counts: Counter[str] = Counter()
         self.batches: Counter[int] = Counter()
 
@@ -141,13 +154,13 @@ class Frontend:
         prompt, seed, steps, guidance = parse(await self._body(request), self.limits, self.sampler, self.schedule)
         if self.under_way >= self.limits.queue:
             self.counts["turned away"] += 1
-            told = f"{self.under_way} requests are under way, as many as are allowed: try again later"
-            return JSONResponse({"error": told}, 503, {"Retry-After": str(max(1, round(self.seconds)))})
+            message = f"{self.under_way} requests are under way, as many as are allowed: try again later"
+            return JSONResponse({"error": message}, 503, {"Retry-After": str(max(1, round(self.seconds)))})
         self.under_way += 1
         start = time.monotonic()
         try:
-            png, company = await self.painter.paint.remote(prompt, seed, steps, guidance)
-        except Exception as error:  # Ray wraps what the replica raised, and its own faults, in many classes
+            png, batch = await self.painter.paint.remote(prompt, seed, steps, guidance)
+        except Exception as error:  # Ray wraps the replica's errors, and its own, in many classes
             self.counts["failed"] += 1
             logging.getLogger("ray.serve").error("a request failed: %s", error)
             return JSONResponse({"error": "the model could not draw this image"}, 500)
@@ -155,7 +168,7 @@ class Frontend:
             self.under_way -= 1
         self.seconds += 0.2 * (time.monotonic() - start - self.seconds)
         self.counts["served"] += 1
-        self.batches[company] += 1
+        self.batches[batch] += 1
         return Response(
             png,
             media_type="image/png",
@@ -182,7 +195,7 @@ class Frontend:
         return bytes(body)
 
     async def _info(self) -> dict[str, Any]:
-        """The model's facts, the limits, and what was done; ``images_by_batch`` counts images by their batch's size."""
+        """The model's facts, the limits, and counts; ``images_by_batch`` counts images by the size of their batch."""
         return {
             "model": await self.painter.facts.remote(),
             "sampler": self.sampler.model_dump(),
@@ -205,20 +218,25 @@ def application(
     gpus: float = 0.0,
     precision: str = "float32",
     exact: bool | None = None,
-    limits: Limits = Limits(),
-):
+    limits: Limits = DEFAULT_LIMITS,
+) -> serve.Application:
     """The Serve application of a model folder or run directory.
+
+    Args:
+        model: the folder. identity: what /healthz returns.
+        replicas: painters, each with ``cpus`` and ``gpus``.
+        precision, exact, limits: as ``Painter`` takes them.
 
     Raises FileNotFoundError or ValueError, before anything is started, for a folder without a model.
     """
-    from rlproxi.models.folders import find_model, read_settings  # heavy, and nothing the frontend needs
+    from rlproxi.models.folders import find_model, read_settings  # heavy, and the frontend does not need them
 
     folder = find_model(model).resolve()
     values = read_settings(folder)
     schedule = Schedule.model_validate(values.get("schedule", {}))
     sampler = Sampler.model_validate(values.get("sampler", {}))
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    painters = serve.deployment(
+    painters: Any = serve.deployment(  # its types take it for a decorator with arguments
         Painter,
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
@@ -226,14 +244,14 @@ def application(
         max_ongoing_requests=2 * limits.batch,
         logging_config=quiet,
         graceful_shutdown_timeout_s=10,
-        max_constructor_retry_count=1,
-    )  # a model that cannot be loaded once cannot be loaded twice
-    frontend = serve.deployment(
+        max_constructor_retry_count=1,  # a model that cannot be loaded once cannot be loaded twice
+    )
+    frontend: Any = serve.deployment(
         Frontend,
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         logging_config=quiet,
-        # Beyond the queue there is room for those who are turned away, and for /healthz.
+        # Beyond the queue there is room for requests that are turned away, and for /healthz.
         max_ongoing_requests=2 * limits.queue + 64,
         graceful_shutdown_timeout_s=10,
     )
@@ -241,8 +259,8 @@ def application(
     return frontend.bind(painter, schedule, sampler, limits, identity)
 
 
-def up(app, identity: str, name: str, host: str, port: int, route: str = "/") -> str:
-    """Deploys an application and returns its address, which was seen to answer. Ray is there already.
+def up(app: serve.Application, identity: str, name: str, host: str, port: int, route: str = "/") -> str:
+    """Deploys an application on the running Ray, waits until it answers, and returns its address.
 
     Raises ValueError, with nothing left deployed, for a port that is taken, a Ray Serve that listens elsewhere or a
     model that a replica cannot load.
@@ -261,15 +279,16 @@ def up(app, identity: str, name: str, host: str, port: int, route: str = "/") ->
         raise ValueError(f"{url} does not answer ({error}): {OTHER_OPTIONS}") from None
     except Exception as error:
         found = serve.status().applications
-        told = [d.message for d in found[name].deployments.values()] if name in found else []
+        messages = [d.message for d in found[name].deployments.values()] if name in found else []
         if name in found:
             serve.delete(name)
-        raise ValueError(f"the model cannot be served: {_last_words([str(error), *told])}") from None
+        line = last_error_line("\n".join([str(error), *messages]))
+        raise ValueError(f"the model cannot be served: {line}") from None
     return url
 
 
 def check_address(host: str, port: int, running: bool) -> None:
-    """Raises ValueError where nothing can listen there; or, with Ray Serve ``running`` already, where nothing does."""
+    """Raises ValueError where nothing can listen at the address or, with Ray Serve ``running``, where nothing does."""
     try:
         if running:
             socket.create_connection(("127.0.0.1" if host in ("0.0.0.0", "::") else host, port), 5).close()
@@ -278,12 +297,12 @@ def check_address(host: str, port: int, running: bool) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except (OSError, OverflowError) as error:
-        words = OTHER_OPTIONS if running else "choose another"
-        raise ValueError(f"--host {host} --port {port} cannot be had ({error}): {words}") from None
+        remedy = OTHER_OPTIONS if running else "choose another"
+        raise ValueError(f"--host {host} --port {port} cannot be had ({error}): {remedy}") from None
 
 
 def down(name: str, everything: bool = False) -> None:
-    """Takes the application down, and Serve with it where ``everything``; what is under way is finished first."""
+    """Takes the application down after the requests under way; ``everything``: Serve as well."""
     if name in serve.status().applications:
         serve.delete(name)
     if everything:
@@ -291,7 +310,7 @@ def down(name: str, everything: bool = False) -> None:
 
 
 def check_size(replicas: int, cpus: float, gpus: float) -> None:
-    """Raises ValueError where the cluster is too small: the replicas would wait for ever."""
+    """Raises ValueError where the cluster is too small for the replicas, which would wait for ever."""
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus), ("GPU", gpus)):
         if replicas * each > have.get(kind, 0) + 1e-9:
@@ -299,9 +318,3 @@ def check_size(replicas: int, cpus: float, gpus: float) -> None:
                 f"{replicas} replicas of {each:g} {kind}s each, and the cluster has "
                 f"{have.get(kind, 0):g}: lower --replicas or --{kind.lower()}s"
             )
-
-
-def _last_words(texts: list[str]) -> str:
-    """The last line that names an error: Serve and Ray wrap what a replica raised in their tracebacks."""
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
-    return ([line for line in lines if "Error: " in line] or lines)[-1]

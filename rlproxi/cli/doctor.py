@@ -174,16 +174,16 @@ def _model(key: str, folder: str) -> Iterator[Finding]:
 
 
 def _reward(reward, load: bool) -> Iterator[Finding]:
-    from ..planning.preflight import EMBEDDED, FILES
-    from ..rewards import build
+    from ..rewards import build, facts
 
-    if reward.kind in EMBEDDED and "path" not in reward.params:
+    known = facts(reward.kind)
+    if known.prepared_as and "path" not in reward.params:
         yield ok("reward", f"{reward.name}: the stage prepare makes it")
         return
     if reward.runtime_env:
         yield warn("reward", f"{reward.name}: has a runtime_env of its own and is not looked at here")
         return
-    named = [Path(reward.params[key]) for key in FILES if isinstance(reward.params.get(key), str)]
+    named = [Path(reward.params[key]) for key in known.file_parameters if isinstance(reward.params.get(key), str)]
     for path in named:
         problem = damaged(path) if path.is_file() else None
         if problem:

@@ -37,6 +37,15 @@ def share(text: str) -> float:
     return value
 
 
+class _SamplersHelp(argparse.HelpFormatter):
+    """Fills in the samplers' names when the help is printed: importing them takes seconds."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        from ..evaluation.drawers import NAMES
+
+        return action.help and action.help.replace("{samplers}", ", ".join(NAMES))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="rlproxi", description="Reward fine-tuning of text-to-image models around proximal diffusion."
@@ -98,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
         help="draw from models by samplers at each number of steps, judge, and plot",
         description="Reward, diversity, distance to data and seconds an image against the number of steps. Models that share a LABEL are "
         "runs of one method: its intervals are over them and over --seeds.",
+        formatter_class=_SamplersHelp,
     )
     compare.add_argument(
         "models",
@@ -117,8 +127,7 @@ def parser() -> argparse.ArgumentParser:
         type=lambda text: text.split(","),
         default=[],
         metavar="NAME,...",
-        help="each model by each of: hybrid, backward, ode, ddim, ddim-ancestral, euler, euler-maruyama, dpmsolver++, "
-        "unipc, pipeline (default: the model's own)",
+        help="each model by each of: {samplers} (default: the model's own)",
     )
     compare.add_argument(
         "--config",

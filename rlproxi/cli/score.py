@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rewards import base
+from ..rewards import RewardError, build, checked_params, facts, parameters, provenance
 from ..rewards.api import batches, find_images, read_prompts, score_batches
 
 
@@ -23,7 +23,11 @@ def score(arguments: argparse.Namespace) -> int:
     Whatever can be wrong without the scorer is found before it is loaded. Raises ValueError and the like for all that
     the user can mend.
     """
-    parameters = scorer_parameters(arguments.reward, arguments.param, arguments.checkpoint)
+    if os.getcwd() not in sys.path:
+        sys.path.append(
+            os.getcwd()
+        )  # for a scorer of one's own: the rlproxi script, unlike python -m, does not look here
+    params = scorer_parameters(arguments.reward, arguments.param, arguments.checkpoint)
     files = find_images(arguments.images)
     prompts, groups = prompts_for(files, arguments.prompt, arguments.prompts)
     plan = batches(files, arguments.batch)
@@ -31,43 +35,38 @@ def score(arguments: argparse.Namespace) -> int:
         if out.is_dir():
             raise IsADirectoryError(f"{out} is a folder, expected a file to write")
         out.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.reward == "python" and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # the rlproxi script, unlike python -m, does not look there
-    scorer = base.build(arguments.reward, parameters)
+    scorer = build(arguments.reward, params)
     try:
         scores = score_batches(scorer, arguments.reward, files, prompts, plan, progress=True)
-    except base.RewardError as error:
+    except RewardError as error:
         raise ValueError(str(error)) from None
     print_table(files, scores, groups)
     if arguments.json:
-        write_json(arguments.json, arguments.reward, base.provenance(scorer), files, prompts, scores, groups)
+        write_json(arguments.json, arguments.reward, provenance(scorer), files, prompts, scores, groups)
     if arguments.csv:
         write_csv(arguments.csv, files, prompts, scores)
     return 0
 
 
-#: The parameter that ``--checkpoint`` means: the first of these that a scorer takes.
-CHECKPOINTS = ("checkpoint", "path", "predictor", "clip")
-
-
 def scorer_parameters(name: str, given: Sequence[str], checkpoint: str | None) -> dict[str, Any]:
-    """``--param key=value`` as a mapping, with ``--checkpoint`` as one of ``CHECKPOINTS``."""
+    """The scorer's parameters from ``--param key=value`` and ``--checkpoint``, which fills in the one that it says.
+
+    Raises ValueError for an unknown scorer and for parameters that it does not take.
+    """
     from ..config.loading import apply_override
 
-    if name not in base.names():
-        base.build(name)  # raises, with what was perhaps meant
-    parameters: dict[str, Any] = {}
+    takes, known = parameters(name), facts(name)
+    params: dict[str, Any] = {}
     for text in given:
-        apply_override(parameters, text)
+        apply_override(params, text)
     if checkpoint is not None:
-        takes = base.parameters(name)
-        key = next((key for key in CHECKPOINTS if key in takes), None)
+        key = known.checkpoint_parameter or next(iter(known.file_parameters), None)
         if key is None:
             raise ValueError(f"reward {name!r} takes no checkpoint; it takes {', '.join(takes) or 'no parameters'}")
-        if key in parameters:
+        if key in params:
             raise ValueError(f"--checkpoint and --param {key}= are the same parameter of reward {name!r}")
-        parameters[key] = checkpoint
-    return base.checked_params(name, parameters)
+        params[key] = checkpoint
+    return checked_params(name, params)
 
 
 def prompts_for(files: Sequence[Path], text: str | None, source: str | None) -> tuple[list[str], list[str] | None]:
@@ -123,7 +122,8 @@ def summary(scores: np.ndarray) -> dict[str, Any]:
 
 def by_group(scores: np.ndarray, groups: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     """The summary of each benchmark style."""
-    return {name: summary(scores[[g == name for g in groups]]) for name in dict.fromkeys(groups or ())}
+    styles = list(groups or ())
+    return {name: summary(scores[[style == name for style in styles]]) for name in dict.fromkeys(styles)}
 
 
 def print_table(files: Sequence[Path], scores: np.ndarray, groups: Sequence[str] | None) -> None:
@@ -131,12 +131,12 @@ def print_table(files: Sequence[Path], scores: np.ndarray, groups: Sequence[str]
     shown = [f"{score:.4f}" for score in scores]
     width = max(len("score"), *map(len, shown))
     print(f"{'score':>{width}}  file")
-    for text, file in zip(shown, files):
+    for text, file in zip(shown, files, strict=True):
         print(f"{text:>{width}}  {file}")
-    for name, facts in {**by_group(scores, groups), "all": summary(scores)}.items():
-        error = "" if facts["standard_error"] is None else f", standard error {facts['standard_error']:.4f}"
+    for name, found in {**by_group(scores, groups), "all": summary(scores)}.items():
+        error = "" if found["standard_error"] is None else f", standard error {found['standard_error']:.4f}"
         label = "" if name == "all" else f"{name}: "
-        print(f"{label}mean {facts['mean']:.4f}{error}, {facts['count']} image{'s' * (facts['count'] != 1)}")
+        print(f"{label}mean {found['mean']:.4f}{error}, {found['count']} image{'s' * (found['count'] != 1)}")
 
 
 def write_json(
@@ -148,11 +148,13 @@ def write_json(
     scores: np.ndarray,
     groups: Sequence[str] | None,
 ) -> None:
-    """Everything in one object; the scorer's class and its checkpoints' SHA-256 come along, its parameters do not
-    (they may hold secrets)."""
+    """Writes one object: the reward, ``made_by`` (the scorer's class and its files' SHA-256), the summary, each score.
+
+    The scorer's parameters are left out, because they may hold secrets.
+    """
     rows = [
         {"file": str(file), "prompt": prompt, "score": float(str(score))}
-        for file, prompt, score in zip(files, prompts, scores)
+        for file, prompt, score in zip(files, prompts, scores, strict=True)
     ]
     value = {"reward": reward, "scorer": made_by, **summary(scores)}
     if groups:
@@ -161,8 +163,9 @@ def write_json(
 
 
 def write_csv(out: Path, files: Sequence[Path], prompts: Sequence[str], scores: np.ndarray) -> None:
-    """Columns file, prompt, score."""
+    """Writes the columns file, prompt, score."""
     with open(out, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["file", "prompt", "score"])
-        writer.writerows((str(file), prompt, str(score)) for file, prompt, score in zip(files, prompts, scores))
+        rows = zip(files, prompts, scores, strict=True)
+        writer.writerows((str(file), prompt, str(score)) for file, prompt, score in rows)

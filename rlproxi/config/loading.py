@@ -201,11 +201,11 @@ class Config(Section):
             raise ValueError(
                 f"rewards: {', '.join(twice)} appears twice; give each a name of its own and set scorer: {twice[0]}"
             )
-        for r in [*train, *heldout]:
-            low = r.replicas or self.rewards.replicas
-            if r.max_replicas is not None and r.max_replicas < low:
+        for r in self.rewards.all:
+            replicas = self.rewards.replicas_of(r)
+            if replicas.most < replicas.least:
                 raise ValueError(
-                    f"rewards: {r.name} has max_replicas {r.max_replicas} below its {low} replicas; raise it"
+                    f"rewards: {r.name} has max_replicas {replicas.most} below its {replicas.least} replicas; raise it"
                 )
 
 

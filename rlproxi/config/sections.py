@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -212,7 +213,10 @@ class Reward(Section):
     name: str = Field(
         description="What logs call it: a registered scorer (docs/rewards/), or any word with `scorer` beside it."
     )
-    scorer: str | None = Field(None, description="The registered scorer; null: `name` is one.")
+    scorer: str | None = Field(
+        None,
+        description="A registered scorer, or a class of one's own as package.module:Class; null: `name` is the scorer.",
+    )
     weight: float = Field(1.0, allow_inf_nan=False, description="Its weight in the sum; ignored for held-out rewards.")
     params: dict[str, Any] = Field({}, description="What the scorer's constructor takes (docs/rewards/).")
     replicas: int | None = Field(None, ge=1, description="Serve replicas of this scorer; null: rewards.replicas.")
@@ -235,8 +239,19 @@ class Reward(Section):
 
     @property
     def kind(self) -> str:
-        """The registered scorer's name."""
+        """The scorer: a registered name, or package.module:Class."""
         return self.scorer or self.name
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The Serve replicas of one scorer: how many, from ``least`` to ``most``, and what each takes of its node."""
+
+    least: int
+    most: int
+    cpus: float
+    gpus: float
+    resources: dict[str, float] | None
 
 
 class Rewards(Section):
@@ -263,6 +278,22 @@ class Rewards(Section):
     max_masked_fraction: float = Field(
         0.5, ge=0, le=1, description="The run stops when more than this share of a step's groups is masked."
     )
+
+    @property
+    def all(self) -> list[Reward]:
+        """The training rewards, then the held-out ones."""
+        return [*self.train, *self.heldout]
+
+    def replicas_of(self, reward: Reward) -> Replicas:
+        """The replicas of one of the rewards, with this section's values where it has none of its own."""
+        least = self.replicas if reward.replicas is None else reward.replicas
+        return Replicas(
+            least,
+            least if reward.max_replicas is None else reward.max_replicas,
+            self.num_cpus if reward.num_cpus is None else reward.num_cpus,
+            self.num_gpus if reward.num_gpus is None else reward.num_gpus,
+            self.resources if reward.resources is None else reward.resources,
+        )
 
 
 class Prepare(Section):

@@ -15,15 +15,14 @@ from ..models.folders import SETTINGS, find_model
 from ..models.pipeline import TextToImage, to_uint8
 from ..models.precision import autocast, compute_dtype
 from ..models.text import operator
-from ..proximal.samplers import SAMPLERS
+from ..proximal.samplers import KINDS
 from ..proximal.schedule import VPSchedule
 from ..seeds import NamedNoise, seed_of
 
 #: Name -> what it changes of the model's section ``sampler``.
 OWN: dict[str, dict[str, Any]] = {
-    **{name: {"name": name, "eta": 0.0} for name in SAMPLERS},
-    "ddim-ancestral": {"name": "ddim", "eta": 1.0},
-    "euler-maruyama": {"name": "euler", "eta": 1.0},
+    **{name: {"name": name, "eta": 0.0} for name in KINDS},
+    **{kind.full_noise_name: {"name": name, "eta": 1.0} for name, kind in KINDS.items() if kind.full_noise_name},
 }
 #: Name -> diffusers' scheduler class, with its arguments: solvers that remember earlier steps.
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -89,13 +89,11 @@ def _rewards(w: Rewards) -> str:
     """The rewards' actors; in brackets what a reward has of its own."""
 
     def told(x: Reward) -> str:
-        least = w.replicas if x.replicas is None else x.replicas
-        own = (
-            []
-            if x.replicas is None and x.max_replicas is None
-            else [f"{least} replica(s)" if x.max_replicas in (None, least) else f"{least} to {x.max_replicas} replicas"]
-        )
-        own += [] if x.num_gpus is None else [f"{_unit(x.num_gpus)} each"]
+        r, own = w.replicas_of(x), []
+        if x.replicas is not None or x.max_replicas is not None:
+            own.append(f"{r.least} replica(s)" if r.most == r.least else f"{r.least} to {r.most} replicas")
+        if x.num_gpus is not None:
+            own.append(f"{_unit(r.gpus)} each")
         return f"{x.name} ({', '.join(own)})" if own else x.name
 
     return (

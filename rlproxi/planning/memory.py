@@ -27,8 +27,8 @@ from ..models.precision import compute_dtype
 from ..models.text_loading import text_widths
 from ..proximal.matching import TimeTable
 from ..rewards.gradients import RewardGradients
-from .memory_parts import count, empty_vae, held, scorer_bytes, text_encoder_bytes, text_shape, with_engines
-from .memory_scorers import empty_gradients, scorer_held
+from .memory_parts import count, empty_vae, held, text_encoder_bytes, text_shape, with_engines
+from .memory_scorers import empty_gradients, scorer_bytes, scorer_held
 from .memory_steps import decoding_peak, encoding_peak, first_updates, forward_peak, inputs, one_loss, training_peak
 from .memory_trace import no_memory, without_data
 
@@ -121,11 +121,10 @@ class _Estimator:
             roles.append(self._learner(_device(r.learner_gpus)))
         if stages & {"before", "rl", "after"}:
             roles.append(self._rollout(_device(r.rollout_gpus)))
-            for x in [*c.rewards.train, *c.rewards.heldout]:
+            for x in c.rewards.all:
                 size = scorer_bytes(x)
                 if size is not None:
-                    gpus = c.rewards.num_gpus if x.num_gpus is None else x.num_gpus
-                    roles.append(Role(f"reward {x.name}", gpus, {"weights": size}))
+                    roles.append(Role(f"reward {x.name}", c.rewards.replicas_of(x).gpus, {"weights": size}))
         if not self.counts:
             self._network("rl", torch.float32)
         return Estimate(*self.counts, roles, self.notes)

@@ -1,4 +1,4 @@
-"""The parts of a run that follow from sizes alone: text encoders, autoencoder, published scorers, DeepSpeed's state."""
+"""The parts of a run that follow from sizes alone: text encoders, autoencoder, DeepSpeed's state."""
 
 from __future__ import annotations
 
@@ -9,23 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config.loading import Config
-from ..config.sections import Reward
 from ..data import faces
 from ..models.checkpoint_files import read_json
 from ..models.text import build_text_encoder
 from ..models.text_loading import ENDS, _look, text_widths
 from ..models.text_stacks import KINDS
 
-#: Parameters of the published scorers (docs/rewards/).
-SCORERS = {
-    "hpsv2": 986_109_441,
-    "hpsv2.1": 986_109_441,
-    "hpsv2.0": 986_109_441,
-    "pickscore": 986_109_441,
-    "clip": 427_616_513,
-    "imagereward": 446_206_689,
-    "aesthetic": 304_894_178,
-}
 #: The most gradients in DeepSpeed's reduction buffer (see actors/train/engine.py), which is allocated whole from ZeRO 1 on.
 BUCKET = 500_000_000
 
@@ -90,13 +79,6 @@ def empty_vae(folder: Path | None):
 
     with torch.device("meta"):
         return AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
-
-
-def scorer_bytes(reward: Reward) -> int | None:
-    """Bytes of a published scorer's weights in float32, what is known of a reward before it is loaded; else None."""
-    if reward.kind not in SCORERS or (reward.kind == "clip" and "clip" in reward.params):
-        return None
-    return 4 * SCORERS[reward.kind]
 
 
 def with_engines(

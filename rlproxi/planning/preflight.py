@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..algorithms import registry
@@ -19,15 +20,10 @@ from ..models.backbone import NoiseLevels, adapter_of
 from ..models.folders import OWN, find_model, latent_space, network_config
 from ..models.loading import build_denoiser
 from ..models.text_loading import text_widths
-from ..rewards import build, checked_params, names, parameters
-from ..rewards.base import is_differentiable
+from ..rewards import checked_params, facts, is_differentiable, names, parameters
+from ..rewards.registry import find
 from ..run_directory import INSIDE, RunDirectory
 from ..telemetry.exporters import check_packages
-
-#: Scorers of the embedded default -> what the stage ``prepare`` makes for them.
-EMBEDDED = {"attributes": "reward", "judge": "judge"}
-#: A scorer's parameters that name a file, where they are not null.
-FILES = ("checkpoint", "path")
 
 
 def cache_folder(config: Config, run_dir: Path) -> Path | None:
@@ -40,10 +36,11 @@ def with_paths(config: Config, run_dir: Path) -> Config:
     prompts are the captions that ``encode`` found."""
 
     def resolve(reward: Reward) -> Reward:
-        if reward.kind in EMBEDDED and "path" not in reward.params:
-            path = str(RunDirectory(run_dir).scorer(EMBEDDED[reward.kind]))
-            return reward.model_copy(update={"params": {"path": path, **reward.params}})
-        return reward
+        made = facts(reward.kind).prepared_as
+        if made is None or "path" in reward.params:
+            return reward
+        path = str(RunDirectory(run_dir).scorer(made))
+        return reward.model_copy(update={"params": {"path": path, **reward.params}})
 
     rewards = config.rewards.model_copy(
         update={
@@ -101,23 +98,21 @@ def _rewards(config: Config) -> Iterator[Problem]:
     """A scorer that does not exist, parameters that it does not take, and files and functions that are not there."""
     for section, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
         for i, reward in enumerate(rewards):
-            yield from _told(f"rewards.{section}.{i}", lambda: _reward(reward))
+            yield from _told(f"rewards.{section}.{i}", partial(_reward, reward))
 
 
 def _reward(reward: Reward) -> None:
+    if reward.runtime_env and ":" in reward.kind:
+        return  # the class is a module's of another environment
     params = checked_params(reward.kind, reward.params)
     if reward.tune_micro_batch and "micro_batch" not in parameters(reward.kind):
         raise ValueError(f"reward {reward.name!r} scores without micro-batches; leave tune_micro_batch out")
     if reward.runtime_env:
         return  # its packages and files are those of another environment
-    if reward.kind == "python":
-        build(reward.kind, params)
-    for key in FILES if reward.kind not in EMBEDDED else ():
-        if reward.params.get(key) is not None and not Path(reward.params[key]).exists():
-            raise FileNotFoundError(
-                f"reward {reward.name!r}: {key} {reward.params[key]!r} does not exist: name its file "
-                "(docs/rewards/ says where it comes from)"
-            )
+    try:
+        facts(reward.kind).check(params)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"reward {reward.name!r}: {error}") from None
 
 
 def _algorithm(config: Config) -> list[Problem]:
@@ -132,7 +127,7 @@ def _algorithm(config: Config) -> list[Problem]:
     lacking = [
         (i, reward.name)
         for i, reward in enumerate(config.rewards.train)
-        if reward.kind in names() and not is_differentiable(reward.kind)
+        if find(reward.kind) and not is_differentiable(reward.kind)
     ]
     problems += [
         Problem(
@@ -205,12 +200,11 @@ def _model(config: Config) -> Iterator[Problem]:
             "model folder, a run directory or a diffusers folder with model.init, or add the stage",
             False,
         )
+    found: list[Problem] = []
     if m.init:
-        found = _told("model.init", lambda: _published(m.init))
+        found = _told("model.init", partial(_published, m.init))
     elif m.encoders:
-        found = _told("model.encoders", lambda: text_widths(m.encoders))
-    else:
-        found = []
+        found = _told("model.encoders", partial(text_widths, m.encoders))
     yield from found or _told("model", lambda: latent_space(config))
     if config.data.buckets and (m.init is None or (not found and network_config(m.init)[1].get("_class_name") in OWN)):
         yield Problem(
@@ -222,8 +216,8 @@ def _model(config: Config) -> Iterator[Problem]:
         yield from _told("model", lambda: _fits(config))
 
 
-def _published(folder: str) -> None:
-    folder = find_model(folder)
+def _published(name: str) -> None:
+    folder = find_model(name)
     _, values = network_config(folder)
     if values.get("_class_name") not in OWN:
         adapter_of(values)

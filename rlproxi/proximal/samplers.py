@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -49,11 +49,6 @@ from torch import Tensor
 
 from .operator import Prox
 from .schedule import VPSchedule
-
-PROXIMAL = ("hybrid", "backward", "ode")
-#: Those whose noise comes after the prox.
-AFTER = ("ddim", "euler", "matched")
-SAMPLERS = (*PROXIMAL, *AFTER)
 
 #: noise(k, like) -> standard normal tensor like ``like``, for step k = N..1 (and N+1: the start).
 Noise = Callable[[int, Tensor], Tensor]
@@ -87,46 +82,133 @@ class Step:
         return prox + self.e * noise(self.k, x) if self.e else prox
 
 
-def coefficients(gamma: float, sampler: str) -> tuple[float, float, float]:
-    """Return (a, s, lam) of a proximal sampler's step. Raises ValueError where ``backward`` has gamma >= 2."""
-    if sampler == "hybrid":
-        return 1.0 + gamma / 2, math.sqrt(gamma), gamma
-    if sampler == "ode":
-        return 1.0 + gamma / 2, 0.0, gamma / 2
-    if sampler == "backward":
-        if gamma >= 2.0:
-            raise ValueError(f"the backward sampler needs every gamma < 2, got {gamma:.3f}")
-        a = 1.0 / (1.0 - gamma / 2)
-        return a, math.sqrt(gamma) * a, gamma * a
-    raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(PROXIMAL)}")
+@dataclass(frozen=True)
+class SamplerKind:
+    """One sampler: everything that the rest of the project asks about it.
+
+    Attributes:
+        name: its name in the config.
+        step: (schedule, k, new time t_{k-1}, old time t_k, eta) -> the step between them.
+        without_noise: a step -> the same step with its noise taken away, from its own coefficients.
+        noise_after: whether its noise is drawn after the prox and scaled by eta; else it is drawn before, whatever eta is.
+        noisy: whether it draws noise at eta 0.
+        limit: the sampler that it becomes without its noise, at eta 0; None: none of this module.
+        full_noise_name: the name under which ``rlproxi eval`` draws from it with eta 1; None: it does not.
+        gamma_below: every gamma_k of a grid must be below this.
+    """
+
+    name: str
+    step: Callable[[VPSchedule, int, float, float, float], Step]
+    without_noise: Callable[[Step], Step]
+    noise_after: bool = False
+    noisy: bool = False
+    limit: str | None = None
+    full_noise_name: str | None = None
+    gamma_below: float = math.inf
+
+    def draws_noise(self, eta: float) -> bool:
+        """Whether a sample depends on more than where it starts."""
+        return self.noisy or (self.noise_after and eta > 0)
 
 
-def _step_with_noise_after(schedule: VPSchedule, sampler: str, k: int, t: float, old: float, eta: float) -> Step:
-    """The step from time ``old`` down to ``t``."""
-    signal, noise = (
-        (lambda at: math.exp(-schedule.integral(0.0, at) / 2)),
-        (lambda at: math.sqrt(-math.expm1(-schedule.integral(0.0, at)))),
+def _hybrid(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+    gamma = schedule.integral(t, old)
+    return Step(k, t, gamma, 1.0 + gamma / 2, math.sqrt(gamma), gamma)
+
+
+def _ode(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+    gamma = schedule.integral(t, old)
+    return Step(k, t, gamma, 1.0 + gamma / 2, 0.0, gamma / 2)
+
+
+def _backward(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+    gamma = schedule.integral(t, old)
+    a = 1.0 / (1.0 - gamma / 2)
+    return Step(k, t, gamma, a, math.sqrt(gamma) * a, gamma * a)
+
+
+def _signal(schedule: VPSchedule, t: float) -> float:
+    """alpha, the factor of x_0 in x_t."""
+    return math.exp(-schedule.integral(0.0, t) / 2)
+
+
+def _noise(schedule: VPSchedule, t: float) -> float:
+    """sigma, the standard deviation of the noise in x_t."""
+    return math.sqrt(-math.expm1(-schedule.integral(0.0, t)))
+
+
+def _matched(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+    gamma = schedule.integral(t, old)
+    a, lam, v = math.exp(gamma / 2), math.expm1(gamma), _noise(schedule, t) ** 2
+    c = math.sqrt(v * (1 - eta**2) * (v + lam)) / lam
+    return Step(k, t, gamma, a, 0.0, lam, 1 + v / lam - c, a * (c - v / lam), eta * math.sqrt(v))
+
+
+def _ddim(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+    signal, noise = _signal(schedule, old), _noise(schedule, old)
+    d = _noise(schedule, t) * math.sqrt(1 - eta**2) / noise
+    b, e = _signal(schedule, t) - d * signal, _noise(schedule, t) * eta
+    return Step(k, 0.0, schedule.integral(t, old), 1 / signal, 0.0, (noise / signal) ** 2, b, d, e)
+
+
+def _euler(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
+    gamma, signal, noise = schedule.integral(t, old), _signal(schedule, old), _noise(schedule, old)
+    b = gamma * (1 + eta**2) / 2 * signal / noise**2
+    d, e = 1 + gamma / 2 - b / signal, eta * math.sqrt(gamma) if t else 0.0
+    return Step(k, 0.0, gamma, 1 / signal, 0.0, (noise / signal) ** 2, b, d, e)
+
+
+def _proximal_without_noise(step: Step) -> Step:
+    """z = a x + zeta s n has lam (1 + zeta^2)/2 at a share zeta of the noise: half of lam is left."""
+    return replace(step, s=0.0, lam=step.lam / 2 if step.s else step.lam)
+
+
+def _ddim_without_noise(step: Step) -> Step:
+    """The fresh noise is taken from the predicted noise: d' = sqrt(d^2 + (e/sigma)^2), with sigma = sqrt(lam)/a."""
+    d = math.hypot(step.d, step.e * step.a / math.sqrt(step.lam))
+    return replace(step, b=step.b + (step.d - d) / step.a, d=d, e=0.0)
+
+
+def _euler_without_noise(step: Step) -> Step:
+    """Half of the drift of a full share of noise is left: b' = gamma/2 alpha/sigma^2 = gamma a/(2 lam)."""
+    b = step.gamma * step.a / (2 * step.lam)
+    return replace(step, b=b, d=1 + step.gamma / 2 - b * step.a, e=0.0)
+
+
+def _matched_without_noise(step: Step) -> Step:
+    """Two of b, d, e and lam give v = sigma'^2, from which the step without noise follows."""
+    v = (step.lam * (1 - step.b) ** 2 + step.e**2) / (2 * step.b - 1 - step.e**2 / step.lam)
+    c = math.sqrt(v * (v + step.lam)) / step.lam
+    return replace(step, b=1 + v / step.lam - c, d=step.a * (c - v / step.lam), e=0.0)
+
+
+#: Name -> sampler. A new one is a function and a line here.
+KINDS = {
+    kind.name: kind
+    for kind in (
+        SamplerKind("hybrid", _hybrid, _proximal_without_noise, noisy=True, limit="ode"),
+        SamplerKind("backward", _backward, _proximal_without_noise, noisy=True, gamma_below=2.0),
+        SamplerKind("ode", _ode, _proximal_without_noise, limit="ode"),
+        SamplerKind(
+            "ddim", _ddim, _ddim_without_noise, noise_after=True, limit="ddim", full_noise_name="ddim-ancestral"
+        ),
+        SamplerKind(
+            "euler", _euler, _euler_without_noise, noise_after=True, limit="euler", full_noise_name="euler-maruyama"
+        ),
+        SamplerKind("matched", _matched, _matched_without_noise, noise_after=True, limit="matched"),
     )
-    gamma, lam = schedule.integral(t, old), (noise(old) / signal(old)) ** 2
-    if sampler == "matched":
-        a, lam, v = math.exp(gamma / 2), math.expm1(gamma), noise(t) ** 2
-        c = math.sqrt(v * (1 - eta**2) * (v + lam)) / lam
-        return Step(k, t, gamma, a, 0.0, lam, 1 + v / lam - c, a * (c - v / lam), eta * math.sqrt(v))
-    if sampler == "ddim":
-        d = noise(t) * math.sqrt(1 - eta**2) / noise(old)
-        b, e = signal(t) - d * signal(old), noise(t) * eta
-    else:
-        b = gamma * (1 + eta**2) / 2 * signal(old) / noise(old) ** 2
-        d, e = 1 + gamma / 2 - b / signal(old), eta * math.sqrt(gamma) if t else 0.0
-    return Step(k, 0.0, gamma, 1 / signal(old), 0.0, lam, b, d, e)
+}
+SAMPLERS = tuple(KINDS)
+#: Those whose noise comes after the prox.
+AFTER = tuple(name for name, kind in KINDS.items() if kind.noise_after)
 
 
-def smallest_backward_steps(schedule: VPSchedule, start_time: float, spacing: str) -> int:
-    """Return the smallest N for which every gamma_k < 2 on this grid."""
+def smallest_steps(schedule: VPSchedule, gamma_below: float, start_time: float, spacing: str) -> int:
+    """The smallest N for which every gamma_k of this grid is below ``gamma_below``."""
     n = 1
     while True:
         times = schedule.grid(n, start_time, spacing)
-        if max(schedule.integral(a, b) for a, b in pairwise(times)) < 2.0:
+        if max(schedule.integral(a, b) for a, b in pairwise(times)) < gamma_below:
             return n
         n += 1
 
@@ -141,34 +223,26 @@ def plan(
 ) -> list[Step]:
     """Return the steps k = N..1 in the order they are taken.
 
-    Args:
-        eta: of ddim, euler and matched, from 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta). One
-            number, or one for each step in that order.
+    eta: of samplers with ``noise_after``, 0 (deterministic) to 1 (all noise is fresh; not the DDIM paper's eta); one
+    number, or one for each step in that order.
 
-    Raises ValueError for an unknown sampler or spacing, and for a ``backward`` N whose largest gamma is 2 or more. The
-    message names the smallest N that works.
+    Raises ValueError for an unknown sampler or spacing, and for an N whose largest gamma the sampler cannot take,
+    naming the smallest N that works.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    times = schedule.grid(num_inference_steps, start_time, spacing)
-    if sampler in AFTER:
-        etas = [eta] * num_inference_steps if isinstance(eta, (int, float)) else list(eta)
-        return [
-            _step_with_noise_after(schedule, sampler, k, times[k - 1], times[k], etas[num_inference_steps - k])
-            for k in range(num_inference_steps, 0, -1)
-        ]
-    gammas = [schedule.integral(a, b) for a, b in pairwise(times)]
-    if sampler == "backward" and max(gammas) >= 2.0:
-        smallest = smallest_backward_steps(schedule, start_time, spacing)
+    if sampler not in KINDS:
+        raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(KINDS)}")
+    kind, n = KINDS[sampler], num_inference_steps
+    times = schedule.grid(n, start_time, spacing)
+    largest = max(schedule.integral(a, b) for a, b in pairwise(times))
+    if largest >= kind.gamma_below:
+        smallest = smallest_steps(schedule, kind.gamma_below, start_time, spacing)
         raise ValueError(
-            f"sampler 'backward' cannot take num_inference_steps={num_inference_steps}: its largest "
-            f"gamma is {max(gammas):.2f} and must be below 2. The smallest number of steps that works "
-            f"with start_time={start_time} on the {spacing} grid is {smallest}"
+            f"sampler {sampler!r} cannot take num_inference_steps={n}: its largest gamma is {largest:.2f} and must be "
+            f"below {kind.gamma_below:g}. The smallest number of steps that works with start_time={start_time} on the "
+            f"{spacing} grid is {smallest}"
         )
-    return [
-        Step(k, times[k - 1], gammas[k - 1], *coefficients(gammas[k - 1], sampler))
-        for k in range(num_inference_steps, 0, -1)
-    ]
+    etas = [eta] * n if isinstance(eta, (int, float)) else list(eta)
+    return [kind.step(schedule, k, times[k - 1], times[k], etas[n - k]) for k in range(n, 0, -1)]
 
 
 def generator_noise(generator: torch.Generator | None = None) -> Noise:

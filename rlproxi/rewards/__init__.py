@@ -1,26 +1,19 @@
-"""Rewards: one protocol, one registry. Importing this package registers the built-in scorers."""
+"""Rewards: one protocol, one registry, one module for each scorer."""
 
-from . import aesthetic, attributes, clip_score, hpsv2, http, imagereward, jpeg, pickscore  # noqa: F401  (registration)
-from .base import (
-    RewardError,
-    Scorer,
-    TorchScorer,
-    build,
-    checked_params,
-    checked_scores,
-    names,
-    parameters,
-    provenance,
-    register,
-)
+from .base import RewardError, Scorer, ScorerFacts, TorchScorer, checked_scores, provenance
+from .registry import build, checked_params, facts, get, is_differentiable, names, parameters, register
 
 __all__ = [
     "RewardError",
     "Scorer",
+    "ScorerFacts",
     "TorchScorer",
     "build",
     "checked_params",
     "checked_scores",
+    "facts",
+    "get",
+    "is_differentiable",
     "names",
     "parameters",
     "provenance",

@@ -5,17 +5,19 @@ The definition is christophschuhmann/improved-aesthetic-predictor, its file simp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.precision import autocast
-from .base import register
-from .clip import ClipScorer, shortest_side
+from .clip import VIT_L_14, ClipScorer, shortest_side
 from .clip_score import load_clip
 from .hub import reason, weight_files
+from .registry import register
 
 #: The widths of the predictor behind CLIP's 768 features.
 WIDTHS = (768, 1024, 128, 64, 16, 1)
@@ -38,7 +40,7 @@ def aesthetic_head(file: str | Path) -> nn.Sequential:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
         raise ValueError(f"predictor {file} is not a torch checkpoint of plain tensors: {reason(error)}") from None
-    layers = dict(zip((0, 2, 4, 6, 7), zip(WIDTHS, WIDTHS[1:])))  # 1, 3 and 5 are dropout
+    layers = dict(zip((0, 2, 4, 6, 7), pairwise(WIDTHS), strict=True))  # 1, 3 and 5 are dropout
     wanted = {
         f"layers.{i}.{part}": shape
         for i, (a, b) in layers.items()
@@ -54,9 +56,15 @@ def aesthetic_head(file: str | Path) -> nn.Sequential:
         ]
         raise ValueError(f"predictor {file} is not the 768-1024-128-64-16-1 predictor: {'; '.join(wrong[:3])}")
     head = nn.Sequential(*(nn.Linear(a, b, device="meta") for a, b in layers.values()))
-    for layer, i in zip(head, layers):
+    for layer, i in zip(head, layers, strict=True):
         layer.load_state_dict({part: stored[f"layers.{i}.{part}"].float() for part in ("weight", "bias")}, assign=True)
     return head
+
+
+def _drop_text(model: nn.Module) -> None:
+    """Drops CLIP's text tower: this scorer does not read prompts."""
+    for name in ("text_model", "text_projection"):
+        setattr(model, name, None)
 
 
 @register("aesthetic")
@@ -70,7 +78,12 @@ class Aesthetic(ClipScorer):
         options: device, precision, micro_batch (``TorchScorer``).
     """
 
-    def __init__(self, predictor: str, clip: str = "openai/clip-vit-large-patch14", eight_bit: bool = True, **options):
+    file_parameters = ("predictor",)
+    published = VIT_L_14
+
+    def __init__(
+        self, predictor: str, clip: str = "openai/clip-vit-large-patch14", eight_bit: bool = True, **options: Any
+    ):
         head = aesthetic_head(predictor)
         model, folder = load_clip(clip, "clip")
         if model.config.projection_dim != WIDTHS[0]:
@@ -78,7 +91,7 @@ class Aesthetic(ClipScorer):
                 f"clip {clip!r} has {model.config.projection_dim} features; the predictor takes the "
                 f"{WIDTHS[0]} of ViT-L/14, openai/clip-vit-large-patch14"
             )
-        model.text_model = model.text_projection = None  # prompts are not looked at
+        _drop_text(model)
         super().__init__(model, [Path(predictor), *weight_files(folder)], **options)
         self._ready(None)
         self.head = head.requires_grad_(False).to(self.device)  # stays float32: it makes the score
@@ -89,3 +102,19 @@ class Aesthetic(ClipScorer):
         features = self.image_features(shortest_side(pixels, self.size, self.eight_bit))
         with autocast(torch.float32, self.device):  # off, whatever the caller computes in
             return self.head(features)[:, 0]
+
+    @classmethod
+    def parameter_count(cls, params: Mapping[str, Any]) -> int:
+        """Of the image tower of OpenAI's ViT-L/14 and the predictor."""
+        return 304_894_178
+
+    @classmethod
+    def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> Aesthetic | None:
+        """As ``ClipScorer``'s, without the text tower and with the predictor."""
+        scorer = super().without_weights(params, image_size, device)
+        if scorer is not None:
+            _drop_text(scorer.model)
+            with torch.device("meta"):
+                layers = [nn.Linear(a, b) for a, b in pairwise(WIDTHS)]
+            scorer.head = nn.Sequential(*layers).requires_grad_(False)
+        return scorer

@@ -6,12 +6,13 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from .base import Scorer, build, checked_scores
+from .base import Scorer, checked_scores
+from .registry import build
 
 #: Files that a folder is searched for.
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -64,7 +65,7 @@ def score_images(
     return score_batches(scorer, type(scorer).__name__, items, prompts, plan, progress)
 
 
-Item = Union[Path, Image.Image, np.ndarray]
+Item = Path | Image.Image | np.ndarray
 
 
 def batches(items: Sequence[Item], batch: int) -> list[list[int]]:
@@ -202,7 +203,7 @@ def _natural(text: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
-def _items(images: Any) -> list[Item]:
+def _items(images: Any) -> Sequence[Item]:
     """A list of paths, PIL images and arrays; what is none of these is refused by its place."""
     if isinstance(images, (str, Path)):
         return find_images([images])

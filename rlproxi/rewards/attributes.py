@@ -6,8 +6,9 @@ judge, which nothing ever optimises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from ..data.faces import ATTRIBUTES, labels, parse_caption
 from ..models.precision import autocast
-from .base import TorchScorer, register, to_pixels
+from .base import ScorerFacts, TorchScorer, to_pixels
+from .registry import register
 
 HEADS = [len(values) for values in ATTRIBUTES.values()]
 
@@ -53,6 +55,7 @@ class AttributeClassifier(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] float in [0, 1] -> logits [B, sum of all attributes' value counts]."""
         return self.head(self.features((2 * pixels - 1).contiguous(memory_format=torch.channels_last)))
 
     def save(self, file: str | Path) -> None:
@@ -60,6 +63,15 @@ class AttributeClassifier(nn.Module):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(weights, file, metadata={key: str(value) for key, value in self.sizes.items()})
+
+    @staticmethod
+    def sizes_in(file: str | Path) -> dict[str, int] | None:
+        """The sizes that a saved file carries; None where it cannot be read."""
+        try:
+            with safe_open(file, framework="pt") as stored:
+                return {key: int(value) for key, value in stored.metadata().items()}
+        except (OSError, SafetensorError, AttributeError, ValueError):
+            return None
 
     @classmethod
     def load(cls, file: str | Path) -> AttributeClassifier:
@@ -72,7 +84,7 @@ class AttributeClassifier(nn.Module):
         try:
             with safe_open(file, framework="pt") as stored:
                 model = cls(**{key: int(value) for key, value in stored.metadata().items()})
-                model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})
+                model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118 - safetensors has no iterator
         except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{file} is not a usable attribute classifier: {error}") from None
         return model.eval()
@@ -106,7 +118,7 @@ def blur(pixels: Tensor) -> Tensor:
 def claims_of(prompts: Sequence[str]) -> Tensor:
     """What prompts claim: [B, 8] int64 class indices, -1 where nothing is said; ValueError for one that is silent."""
     claims = np.stack([labels(parse_caption(prompt)) for prompt in prompts])
-    silent = [prompt for prompt, claim in zip(prompts, claims) if (claim < 0).all()]
+    silent = [prompt for prompt, claim in zip(prompts, claims, strict=True) if (claim < 0).all()]
     if silent:
         raise ValueError(f"prompt {silent[0]!r} names none of the attributes {', '.join(ATTRIBUTES)}")
     return torch.from_numpy(claims)
@@ -134,7 +146,11 @@ class AttributeReward(TorchScorer):
         options: ``device``, ``precision`` (float32 here: the classifier is small) and ``micro_batch`` of TorchScorer.
     """
 
-    def __init__(self, path: str, copies: int = 4, noise: float = 0.1, precision: str = "float32", **options):
+    file_parameters = ("path",)
+    prepared_as = "reward"
+    model: AttributeClassifier
+
+    def __init__(self, path: str, copies: int = 4, noise: float = 0.1, precision: str = "float32", **options: Any):
         model = AttributeClassifier.load(path)
         super().__init__(model, files=[path], precision=precision, **options)
         self.size = model.sizes["sample_size"]
@@ -150,7 +166,7 @@ class AttributeReward(TorchScorer):
         pixels, claims = resized(pixels, self.size), claims_of(prompts).to(pixels.device)
         views = [pixels, blur(pixels)] if self.copies > 1 else [pixels]
         noise = self._noise(pixels.shape[1:])
-        total = 0
+        total = pixels.new_zeros(())
         for i, n in enumerate(noise):
             with autocast(self.dtype, pixels.device):
                 logits = self.model(views[i % 2] + n)
@@ -165,14 +181,27 @@ class AttributeReward(TorchScorer):
             self._drawn[shape] = drawn.to(self.device)
         return self._drawn[shape]
 
+    @classmethod
+    def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> AttributeReward:
+        """The classifier of the sizes that its file has, or that the stage ``prepare`` will give it."""
+        sizes = AttributeClassifier.sizes_in(params.get("path") or "") or {"sample_size": image_size}
+        with torch.device("meta"):
+            model = AttributeClassifier(**sizes)
+        scorer = cls.on_meta(model, params, device)
+        scorer.size, scorer._drawn = model.sizes["sample_size"], {}
+        return scorer
+
 
 @register("judge")
-class AttributeJudge:
+class AttributeJudge(ScorerFacts):
     """Held-out accuracy: the share of the claimed attributes that the classifier finds as claimed.
 
     No TorchScorer: which value is the most likely one has no gradient. Takes ``path``, and ``device``, ``precision``
     and ``micro_batch`` with the meaning that they have there.
     """
+
+    file_parameters = ("path",)
+    prepared_as = "judge"
 
     def __init__(self, path: str, device: str | None = None, precision: str = "float32", micro_batch: int = 256):
         reward = AttributeReward(path, copies=0, precision=precision, device=device, micro_batch=micro_batch)

@@ -1,22 +1,20 @@
-"""One protocol and one registry for rewards.
+"""The protocol of a reward: uint8 images with their prompts in, one float32 score for each image out.
 
-A scorer takes uint8 images with their prompts and returns float32 scores, one for each image. A score that
-cannot be had is an error, never a 0: ``checked_scores`` turns wrong answers into ``RewardError``.
+A score that cannot be had is an error, never a 0: ``checked_scores`` turns wrong answers into ``RewardError``. The
+registry, which finds a scorer by its name, is in ``registry``.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor, nn
 
 from ..files import sha256
@@ -28,14 +26,58 @@ class RewardError(RuntimeError):
 
 
 class Scorer(Protocol):
-    """What a reward is: anything with this method, built from typed keyword parameters."""
+    """A reward: any class with this method that is built from typed keyword parameters."""
 
     def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
         """images uint8 [B, H, W, 3], prompts B strings -> float32 [B], higher is better."""
         ...
 
 
-class TorchScorer(ABC):
+class ScorerFacts:
+    """What is known of a scorer before it is built. A scorer that inherits from this class overrides what it knows.
+
+    ``TorchScorer`` inherits from it. A scorer that does not has the values that stand here.
+    """
+
+    #: Constructor parameters that name a file, where they are not null. A run checks them before it starts.
+    file_parameters: ClassVar[tuple[str, ...]] = ()
+    #: The parameter that ``rlproxi score --checkpoint`` fills in; None: the first of ``file_parameters``.
+    checkpoint_parameter: ClassVar[str | None] = None
+    #: The classifier of the stage ``prepare`` that the parameter ``path`` defaults to; None: the stage makes nothing.
+    prepared_as: ClassVar[str | None] = None
+
+    @classmethod
+    def check(cls, params: Mapping[str, Any]) -> None:
+        """Raises FileNotFoundError or ValueError for ``params`` that cannot be used; loads no weights."""
+        for key in cls.file_parameters if cls.prepared_as is None else ():
+            if params.get(key) is not None and not Path(params[key]).exists():
+                raise FileNotFoundError(
+                    f"{key} {params[key]!r} does not exist: name its file (docs/rewards/ says where it comes from)"
+                )
+
+    @classmethod
+    def parameter_count(cls, params: Mapping[str, Any]) -> int | None:
+        """Numbers in the scorer's weights; None where they are not known before they are loaded."""
+        return None
+
+    @classmethod
+    def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> TorchScorer | None:
+        """The scorer with its networks on torch's meta device; None where they are not known before they are loaded.
+
+        The memory estimate differentiates it, so its text may be of one token.
+
+        Args:
+            params: the constructor's parameters, some of which may be missing.
+            image_size: height and width of the run's images in pixels.
+            device: 'cpu' or 'cuda', where the scorer will be held; decides what the precision "auto" means.
+        """
+        return None
+
+
+_Scorer = TypeVar("_Scorer", bound="TorchScorer")
+
+
+class TorchScorer(ScorerFacts, ABC):
     """A scorer that is a network of pixels, with gradients to them.
 
     A subclass loads its network in ``__init__``, hands it to this one's, and defines ``rewards``. Pre-processing
@@ -79,6 +121,31 @@ class TorchScorer(ABC):
                 parts.append(self.rewards(to_pixels(images[part], self.device), list(prompts[part])).float().cpu())
         return torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
 
+    @classmethod
+    def on_meta(
+        cls: type[_Scorer], model: nn.Module, params: Mapping[str, Any], device: str, *cast: nn.Module
+    ) -> _Scorer:
+        """A scorer around ``model``, a network on the meta device, made without ``__init__``; for ``without_weights``.
+
+        Its attributes are the constructor's parameters under their own names.
+
+        Args:
+            params: the constructor's parameters; missing ones have their defaults.
+            device: 'cpu' or 'cuda', which decides what the precision "auto" means.
+            cast: the parts of ``model`` that ``hold_in`` casts; none: all of it.
+        """
+        defaults = {key: f.default for key, f in parameter_schema(cls).model_fields.items() if not f.is_required()}
+        values = {**defaults, **params}
+        precision = values.pop("precision")
+        if precision == "auto" and device == "cuda":
+            precision = "bfloat16"  # every GPU that this is likely to run on has it
+        scorer = cls.__new__(cls)
+        TorchScorer.__init__(scorer, nn.Module(), device="cpu", precision=precision)
+        hold_in(scorer.dtype, *(cast or [model]))
+        scorer.model = model.eval().requires_grad_(False)
+        vars(scorer).update({key: value for key, value in values.items() if key not in ("device", "micro_batch")})
+        return scorer
+
 
 def to_pixels(images: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [0, 1]."""
@@ -109,82 +176,14 @@ def provenance(scorer: Scorer) -> dict[str, str]:
     return facts
 
 
-_REGISTRY: dict[str, Callable[..., Scorer]] = {}
-
-
-def register(name: str):
-    """Class decorator: makes a scorer known by ``name`` in the config."""
-
-    def add(cls):
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
-
-
-def names() -> list[str]:
-    """The registered scorers."""
-    return sorted(_REGISTRY)
-
-
-def is_differentiable(name: str) -> bool:
-    """Whether a registered scorer has gradients to its pixels."""
-    kind = _REGISTRY.get(name)
-    return isinstance(kind, type) and issubclass(kind, TorchScorer)
-
-
-def build(name: str, params: dict[str, Any] | None = None) -> Scorer:
-    """Makes a scorer. Raises ValueError for an unknown name, or parameters that it does not take."""
-    params = checked_params(name, params or {})
-    return _REGISTRY[name](**params)
-
-
-def checked_params(name: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as a registered scorer's constructor types them, without building it.
-
-    Raises ValueError for an unknown scorer, and for a parameter that it does not take, one that is missing, or a value
-    of another type.
-    """
-    if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"reward {name!r} is unknown; {hint}Known: {', '.join(names())}")
-    schema = _schema(_REGISTRY[name])
-    try:
-        return {key: value for key, value in schema.model_validate(params) if key in params}
-    except ValidationError as error:
-        told = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            if item["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(key, list(schema.model_fields), n=1)
-                told.append(
-                    f"it takes no {key!r}"
-                    + (
-                        f", did you mean {close[0]!r}?"
-                        if close
-                        else f"; it takes {', '.join(schema.model_fields) or 'none'}"
-                    )
-                )
-            elif item["type"] == "missing":
-                told.append(f"{key!r} is missing")
-            else:
-                told.append(f"{key} = {item['input']!r}: {item['msg']}")
-        raise ValueError(f"reward {name!r} cannot be built from params {params}: {'; '.join(told)}") from None
-
-
-def parameters(name: str) -> list[str]:
-    """The names of the parameters that a registered scorer takes."""
-    return list(_schema(_REGISTRY[name]).model_fields)
-
-
-def _schema(cls: type) -> type[BaseModel]:
-    """A pydantic model of a constructor's parameters; ``**options`` are those of the next class in line."""
+def parameter_schema(cls: type) -> type[BaseModel]:
+    """A pydantic model of a constructor's parameters; ``**options`` stands for those of the next class in its MRO."""
     fields: dict[str, Any] = {}
     for owner in cls.__mro__:
         if "__init__" not in vars(owner):
             continue
-        hints, signature = get_type_hints(owner.__init__), inspect.signature(owner.__init__).parameters.values()
+        constructor = vars(owner)["__init__"]
+        hints, signature = get_type_hints(constructor), inspect.signature(constructor).parameters.values()
         for p in list(signature)[1:]:
             if p.kind is not p.VAR_KEYWORD and p.name not in fields and p.name not in _INTERNAL:
                 fields[p.name] = (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
@@ -222,26 +221,3 @@ def checked_scores(
             f"reward {name!r} returned {int((~finite).sum())} scores that are NaN or infinite for {prompts[0]!r}"
         )
     return scores
-
-
-@register("python")
-class FunctionReward:
-    """One's own function ``package.module:function``, called with (images uint8 [B, H, W, 3], prompts).
-
-    Replicas import it: the module must be installed, on PYTHONPATH, or in the folder the run is started from.
-    """
-
-    def __init__(self, function: str):
-        module, colon, attribute = function.partition(":")
-        if not (module and colon and attribute):
-            raise ValueError(f"reward function {function!r} is not of the form package.module:function")
-        try:
-            self.function = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # whatever the user's module raises while it is imported
-            told = f"{type(error).__name__}: {error}"
-            raise ValueError(f"reward function {function!r} cannot be imported: {told}") from None
-        if not callable(self.function):
-            raise ValueError(f"reward function {function!r} is a {type(self.function).__name__}, not a function")
-
-    def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
-        return np.asarray(self.function(images, prompts), np.float32)

@@ -157,7 +157,7 @@ class ImageRewardNetwork(nn.Module):
 
     def raw_rewards(self, features: Tensor) -> Tensor:
         """The head: features [B, Dt] -> float32 [B]. Not under autocast: near 1 a bfloat16 step is 0.008."""
-        return self.head(features.to(self.head[0].weight.dtype))[:, 0]
+        return self.head(features.to(next(self.head.parameters()).dtype))[:, 0]
 
 
 def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

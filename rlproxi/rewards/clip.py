@@ -11,8 +11,10 @@ Both take float pixels [B, 3, H, W] in [0, 1], return the normalised [B, 3, size
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +25,40 @@ from ..models.precision import autocast
 from .base import TorchScorer, distinct, hold_in
 from .clip_text import ClipTokens
 
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel
+
 #: Mean and standard deviation of the pixels CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+#: Arguments of transformers' CLIPConfig where OpenAI's ViT-L/14 and LAION's ViT-H/14 differ.
+VIT_L_14: dict[str, Any] = {
+    "vision": dict(zip(_SIZES, (1024, 4096, 16, 24), strict=True)),
+    "text": dict(zip(_SIZES, (768, 3072, 12, 12), strict=True)),
+    "shared": {"projection_dim": 768, "hidden_act": "quick_gelu"},
+}
+VIT_H_14: dict[str, Any] = {
+    "vision": dict(zip(_SIZES, (1280, 5120, 16, 32), strict=True)),
+    "text": dict(zip(_SIZES, (1024, 4096, 16, 24), strict=True)),
+    "shared": {"projection_dim": 1024, "hidden_act": "gelu"},
+}
+_Clip = TypeVar("_Clip", bound="ClipScorer")
+
+
+def published_config(sizes: Mapping[str, Any]) -> CLIPConfig:
+    """transformers' CLIPConfig of ``VIT_L_14`` or ``VIT_H_14``."""
+    from transformers import CLIPConfig
+
+    shared = sizes["shared"]
+    words = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
+    return CLIPConfig(
+        projection_dim=shared["projection_dim"],
+        vision_config={**sizes["vision"], "image_size": 224, "patch_size": 14, **shared},
+        text_config={**sizes["text"], **words, **shared},
+    )
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -121,15 +154,37 @@ def unit(features: Tensor) -> Tensor:
 class ClipScorer(TorchScorer):
     """A scorer on transformers' CLIP; a subclass hands its model to ``__init__`` and then its tokens to ``_ready``."""
 
+    model: CLIPModel
+    tokens: ClipTokens
+    #: The published network: ``VIT_L_14`` or ``VIT_H_14``.
+    published: ClassVar[Mapping[str, Any]]
+
+    @classmethod
+    def without_weights(cls: type[_Clip], params: Mapping[str, Any], image_size: int, device: str) -> _Clip | None:
+        """The network of the folder ``clip``, else the published one; None where ``clip`` is no folder here."""
+        from transformers import CLIPConfig, CLIPModel
+
+        folder = params.get("clip")
+        if folder is not None and not (Path(folder) / "config.json").is_file():
+            return None
+        config = published_config(cls.published) if folder is None else CLIPConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = CLIPModel(config)
+        scorer = cls.on_meta(model, params, device)
+        scorer.tokens = ClipTokens(lambda texts: [[1]] * len(texts), 0, 2)
+        return scorer
+
     def _ready(self, tokens: ClipTokens | None) -> None:
-        """Keeps the tokenizer, and the weights in the precision they are used in."""
-        self.tokens = tokens
+        """Keeps the tokenizer, if the scorer reads prompts, and the weights in the precision they are used in."""
+        if tokens is not None:
+            self.tokens = tokens
         hold_in(self.dtype, self.model)
 
     @property
     def size(self) -> int:
         """Height and width in pixels of the images the tower takes."""
-        return self.model.config.vision_config.image_size
+        config: Any = self.model.config.vision_config  # transformers types it as a dict as well
+        return config.image_size
 
     def image_features(self, images: Tensor) -> Tensor:
         """Pre-processed images [B, 3, size, size] -> unit features float32 [B, D]."""
@@ -143,7 +198,8 @@ class ClipScorer(TorchScorer):
         """B prompts -> unit features float32 [B, D]; equal prompts are encoded once."""
         texts, index = distinct(prompts)
         with autocast(self.dtype, self.device):
-            pooled = self.model.text_model(input_ids=self.tokens(texts).to(self.device)).pooler_output
+            ids = self.tokens(texts).to(self.device)
+            pooled = self.model.text_model(input_ids=ids).pooler_output
             features = self.model.text_projection(pooled)
         return unit(features)[index]
 

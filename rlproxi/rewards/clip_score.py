@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .base import register
-from .clip import ClipScorer, shortest_side
+from .clip import VIT_L_14, ClipScorer, shortest_side
 from .clip_text import load_tokens
 from .hub import model_folder, reason, weight_files
+from .registry import register
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 
-def load_clip(name: str, key: str = "model"):
+def load_clip(name: str, key: str = "model") -> tuple[CLIPModel, Path]:
     """transformers' CLIPModel from a folder or hub id, and its folder. Raises FileNotFoundError or ValueError."""
     from transformers import CLIPModel
 
     folder = model_folder(name, key)
     try:
-        model, loaded = CLIPModel.from_pretrained(folder, dtype="float32", output_loading_info=True)
+        found: Any = CLIPModel.from_pretrained(folder, dtype="float32", output_loading_info=True)
     except Exception as error:  # safetensors, pickle, json and transformers each raise their own
         raise ValueError(
             f"{key} {name!r}: {folder} holds no CLIP that transformers can load: {reason(error)}"
         ) from None
+    model, loaded = found
     if loaded["missing_keys"]:  # transformers would draw them at random and only warn
         missing = sorted(loaded["missing_keys"])
         raise ValueError(f"{key} {name!r}: {folder} lacks {len(missing)} of CLIP's weights, first {missing[0]!r}")
@@ -46,6 +52,9 @@ class ClipScore(ClipScorer):
         options: device, precision, micro_batch (``TorchScorer``).
     """
 
+    checkpoint_parameter = "clip"
+    published = VIT_L_14
+
     def __init__(
         self,
         clip: str = "openai/clip-vit-large-patch14",
@@ -53,7 +62,7 @@ class ClipScore(ClipScorer):
         scale: float = 100.0,
         clamp: bool = True,
         eight_bit: bool = True,
-        **options,
+        **options: Any,
     ):
         tokens = load_tokens(tokenizer or clip)
         model, folder = load_clip(clip, "clip")
@@ -66,3 +75,8 @@ class ClipScore(ClipScorer):
         images = shortest_side(pixels, self.size, self.eight_bit, crop_down=True)
         cosines = self.scale * self.cosines(images, prompts)
         return cosines.clamp(min=0) if self.clamp else cosines
+
+    @classmethod
+    def parameter_count(cls, params: Mapping[str, Any]) -> int | None:
+        """Of OpenAI's ViT-L/14; another ``clip`` has another size."""
+        return None if "clip" in params else 427_616_513

@@ -59,7 +59,7 @@ class ClipTokens:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         ids = torch.zeros(len(prompts), CONTEXT, dtype=torch.long)
-        for row, words in zip(ids, self.encode([self.clean(prompt) for prompt in prompts])):
+        for row, words in zip(ids, self.encode([self.clean(prompt) for prompt in prompts]), strict=True):
             words = [self.start, *words[: CONTEXT - 2], self.end]
             row[: len(words)] = torch.tensor(words)
         return ids
@@ -105,13 +105,16 @@ def _from_merges(file: Path, clean: Callable[[str], str]) -> ClipTokens:
             lines = stream.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"tokenizer {str(file)!r} is no readable list of merges: {error}") from None
-    pairs = [tuple(line.split()) for line in lines if line]
-    wrong = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
-    if wrong is not None or not pairs:
-        raise ValueError(
-            f"tokenizer {str(file)!r} is not in the format of bpe_simple_vocab_16e6.txt.gz: "
-            + (f"line {wrong + 2} is {lines[wrong]!r}, not a pair" if pairs else "it lists no pairs")
-        )
+    pairs: list[tuple[str, str]] = []
+    fault = "" if any(lines) else "it lists no pairs"
+    for line in filter(None, lines):
+        words = line.split()
+        if len(words) != 2:
+            fault = f"line {len(pairs) + 2} is {line!r}, not a pair"
+            break
+        pairs.append((words[0], words[1]))
+    if fault:
+        raise ValueError(f"tokenizer {str(file)!r} is not in the format of bpe_simple_vocab_16e6.txt.gz: {fault}")
     letters = _byte_letters()
     words = [
         *letters,

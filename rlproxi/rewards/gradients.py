@@ -1,25 +1,31 @@
-"""Gradients of differentiable rewards with respect to samples: what R0, DIDR and GRPO's last step climb.
+"""Gradients of differentiable rewards with respect to samples: R0, DIDR and GRPO's last step climb them.
 
-The rewards' networks live in the learner's process, on its device: a gradient is as large as the image, so a service would
-move float32 images both ways for every sample (docs/algorithms.md has the measurement).
+The rewards' networks are in the learner's process, on its device. A gradient is as large as the image, so a service
+would move float32 images both ways for every sample (docs/algorithms.md has the measurement).
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ..config.sections import Reward
 from ..models.autoencoder import Autoencoder
-from .base import TorchScorer, build, is_differentiable
+from .base import TorchScorer
+from .registry import checked_params, get
 
 
 @dataclass
 class Gradients:
-    """scores: name -> [B]; ascent: the direction in which the weighted rewards rise, like the samples; both detached."""
+    """What ``RewardGradients`` returns, detached.
+
+    scores: name -> [B]. ascent: the direction in which the weighted rewards rise, shaped like the samples.
+    """
 
     scores: dict[str, Tensor]
     ascent: Tensor
@@ -31,8 +37,8 @@ class RewardGradients:
     Args:
         scorers: name -> (scorer, weight).
         vae: decodes samples into pixels; None: they are pixels.
-        normalize: divide each reward's gradient by its own norm, for each sample, before weighting: no reward drowns the
-            others, whatever its scale (R0, arXiv 2503.13070). False: the plain gradient of the weighted sum.
+        normalize: divide each reward's gradient by its own norm, for each sample, before weighting, so that no reward
+            drowns the others (R0, arXiv 2503.13070). False: the plain gradient of the weighted sum.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class RewardGradients:
 
     @property
     def weights(self) -> dict[str, float]:
+        """Name -> weight."""
         return {name: weight for name, (_, weight) in self.scorers.items()}
 
     @classmethod
@@ -53,9 +60,11 @@ class RewardGradients:
         """Builds the scorers on ``device``. Raises ValueError as ``rewards.build``, and for one without gradients."""
         scorers = {}
         for reward in rewards:
-            if not is_differentiable(reward.kind):
+            kind = get(reward.kind)
+            if not issubclass(kind, TorchScorer):
                 raise ValueError(f"reward {reward.name!r} has no gradient: {reward.kind} is not a network of pixels")
-            scorers[reward.name] = (build(reward.kind, {**reward.params, "device": str(device)}), reward.weight)
+            params = checked_params(reward.kind, {**reward.params, "device": str(device)})
+            scorers[reward.name] = (kind(**params), reward.weight)
         return cls(scorers, vae, normalize)
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -67,7 +76,7 @@ class RewardGradients:
         """(the weighted sum [B], differentiable in x; name -> [B] detached)."""
         pixels = self.pixels(x)
         scores = {name: scorer.rewards(pixels, prompts).float() for name, (scorer, _) in self.scorers.items()}
-        total = sum(self.scorers[name][1] * value for name, value in scores.items())
+        total = reduce(operator.add, (self.scorers[name][1] * value for name, value in scores.items()))
         return total, {name: value.detach() for name, value in scores.items()}
 
     def __call__(self, x: Tensor, prompts: Sequence[str], also: Callable[[Tensor], Tensor] | None = None) -> Gradients:
@@ -87,7 +96,7 @@ class RewardGradients:
         return Gradients(scores, ascent + also(x.detach()) if also else ascent)
 
     def scaled(self, gradient: Tensor) -> Tensor:
-        """A direction [B, ...] as it enters the sum: over its own norm, for each sample, where ``normalize`` says so."""
+        """A direction [B, ...] as it enters the sum: with ``normalize``, each sample's divided by its norm."""
         # A sample whose score is missing has no direction; one NaN must not reach the weights.
         gradient = torch.where(
             torch.isfinite(gradient).flatten(1).all(1).reshape(-1, *[1] * (gradient.dim() - 1)),

@@ -6,15 +6,16 @@ every call; this scorer gives the same scores in batches, without its dependenci
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import register
-from .clip import ClipScorer, longest_side
+from .clip import VIT_H_14, ClipScorer, longest_side
 from .clip_text import load_tokens, open_clip_clean
 from .hub import checkpoint_file
 from .open_clip import load_open_clip
+from .registry import register
 
 
 @register("hpsv2")
@@ -31,14 +32,17 @@ class HPSv21(ClipScorer):
         options: device, precision, micro_batch (``TorchScorer``).
     """
 
-    FILE = "HPS_v2.1_compressed.pt"
+    #: The checkpoint's name in the hub repository.
+    FILE: ClassVar[str] = "HPS_v2.1_compressed.pt"
+    file_parameters = ("checkpoint",)
+    published = VIT_H_14
 
     def __init__(
         self,
         checkpoint: str | None = None,
         tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         antialias: bool = True,
-        **options,
+        **options: Any,
     ):
         tokens = load_tokens(tokenizer, open_clip_clean)  # before the weights: a wrong name shows at once
         file = checkpoint_file(checkpoint, "xswu/HPSv2", self.FILE)
@@ -49,6 +53,11 @@ class HPSv21(ClipScorer):
     def rewards(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """pixels float32 [B, 3, H, W] in [0, 1] -> float32 [B], differentiable in pixels."""
         return self.cosines(longest_side(pixels, self.size, self.antialias), prompts)
+
+    @classmethod
+    def parameter_count(cls, params: Mapping[str, Any]) -> int:
+        """Of a ViT-H-14 CLIP, as the authors publish it."""
+        return 986_109_441
 
 
 @register("hpsv2.0")

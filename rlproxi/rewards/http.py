@@ -1,7 +1,8 @@
-"""A scorer that lives elsewhere, behind one POST: packages that do not fit in here, another machine, a service."""
+"""A scorer behind an HTTP server: for packages that conflict with this environment, another machine, or a service."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import re
@@ -14,7 +15,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from . import wire
-from .base import RewardError, register
+from .base import RewardError
+from .registry import register
 
 _OWN_HEADERS = ("content-type", "content-length", "transfer-encoding", "host", "accept", "x-request-id")
 
@@ -24,16 +26,16 @@ class HTTPReward:
     """Sends each group to a server and returns its scores; the wire format is in docs/rewards/http.md.
 
     One request is one connection and one attempt: the caller retries. ``X-Request-Id`` is a hash of the request's
-    content, so a server can answer a repetition without scoring twice. Redirects are not followed and proxies of the
-    environment are not used: the images and the headers go to ``url`` and nowhere else.
+    content, so a server can answer a repeated request without scoring twice. Redirects are not followed and proxies of
+    the environment are not used, so the images and the headers go to ``url`` only.
 
     Args:
         url: http://host[:port]/path or https://...
         format: of the request: npz (small and fast), or json with base64 PNGs (for servers without numpy). The answer
             may have either.
-        timeout_s: seconds of silence until it is given up; an answer that trickles in is given up then as well.
-        headers: more headers. ``$NAME`` or ``${NAME}`` in a value is the environment variable, so that a token does
-            not stand in a config (``{"Authorization": "Bearer $TOKEN"}``); ``$$`` is a dollar sign.
+        timeout_s: seconds without an answer until a request fails; also the limit for reading a slow answer.
+        headers: more headers. ``$NAME`` or ``${NAME}`` in a value is an environment variable, which keeps a token out
+            of the config (``{"Authorization": "Bearer $TOKEN"}``); ``$$`` is a dollar sign.
 
     Raises ValueError for a parameter that cannot be used, and for an environment variable that is not set.
     """
@@ -54,7 +56,7 @@ class HTTPReward:
         self.headers = {name: _header(name, value) for name, value in (headers or {}).items()}
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """images uint8 [B, H, W, 3] -> float32 [B]. Raises RewardError with the server's words."""
+        """images uint8 [B, H, W, 3] -> float32 [B]. Raises RewardError with the server's message."""
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(prompts) != len(images):
             raise ValueError(
@@ -89,10 +91,9 @@ class HTTPReward:
         kind = http.client.HTTPSConnection if self.tls else http.client.HTTPConnection
         connection = kind(self.host, self.port, timeout=self.timeout_s)
         try:
-            try:
+            # A server that refuses may close the connection before it has read everything; its answer matters more.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("POST", self.target, sent, headers)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # A server that refuses may close before it has read all; what it answered matters more.
             response = connection.getresponse()
             body = self._body(response, wire.answer_limit(len(images)))
             return response.status, response.getheader("Content-Type"), body

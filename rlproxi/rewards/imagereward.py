@@ -5,20 +5,25 @@ Definition: ``ImageReward.score`` in the authors' repository THUDM/ImageReward. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.precision import autocast
-from .base import TorchScorer, distinct, hold_in, register
-from .blip import load_network
+from .base import TorchScorer, distinct, hold_in
+from .blip import ImageRewardNetwork, Sizes, load_network
 from .clip import shortest_side
 from .hub import checkpoint_file, model_folder
+from .registry import register
 
 #: The mean and standard deviation that the published model takes out of the reward.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
+
+#: The published network: BLIP with a ViT-L/16 image tower and a BERT-base text encoder.
+PUBLISHED = Sizes(224, 16, 1024, 24, 4096, 768, 12, 3072, 30524, 512)
 
 #: Tokens of a prompt, with [CLS] and [SEP]; longer ones are cut, shorter ones padded.
 MAX_TOKENS = 35
@@ -41,6 +46,8 @@ class ImageRewardScorer(TorchScorer):
         ValueError: not this network's weights, or a vocabulary of another length than its embedding.
     """
 
+    file_parameters = ("checkpoint",)
+
     def __init__(
         self,
         checkpoint: str | None = None,
@@ -56,6 +63,8 @@ class ImageRewardScorer(TorchScorer):
         self.eight_bit = eight_bit
         hold_in(self.dtype, network.vision, network.text)  # the head stays float32
 
+    model: ImageRewardNetwork
+
     def tokens(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 [B, 35] each, on ``device``; a prompt that repeats is tokenised once."""
         texts, places = distinct(prompts)
@@ -63,12 +72,30 @@ class ImageRewardScorer(TorchScorer):
         return found["input_ids"][places].to(self.device), found["attention_mask"][places].to(self.device)
 
     def rewards(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """pixels float32 [B, 3, H, W] in [0, 1] -> float32 [B], differentiable in pixels."""
         if len(pixels) != len(prompts):
             raise ValueError(f"{len(pixels)} images came with {len(prompts)} prompts; there must be one for each")
         images = shortest_side(pixels, self.model.sizes.image, self.eight_bit)
         with autocast(self.dtype, self.device):
             features = self.model(images, *self.tokens(prompts))
         return (self.model.raw_rewards(features) - MEAN) / STD
+
+    @classmethod
+    def parameter_count(cls, params: Mapping[str, Any]) -> int:
+        """Of the authors' ImageReward-v1.0."""
+        return 446_206_689
+
+    @classmethod
+    def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> ImageRewardScorer:
+        """The published network, whatever ``checkpoint`` names."""
+        with torch.device("meta"):
+            model = ImageRewardNetwork(PUBLISHED)
+        scorer = cls.on_meta(model, params, device, model.vision, model.text)
+        # In the place of the method: the tokenizer's files need not be here.
+        vars(scorer)["tokens"] = lambda prompts: (
+            torch.zeros(2, len(prompts), MAX_TOKENS, dtype=torch.long) + 1
+        ).unbind()
+        return scorer
 
 
 def load_tokenizer(folder: Path, vocabulary: int):

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from .base import register
+from .registry import register
 
 
 @register("jpeg")
@@ -26,6 +26,7 @@ class JPEGReward:
         self.sign = 1.0 if incompressible else -1.0
 
     def score(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        """images uint8 [B, H, W, 3] -> float32 [B], in kilobytes; prompts are not used."""
         sizes = []
         for image in images:
             buffer = io.BytesIO()

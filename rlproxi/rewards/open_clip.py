@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .hub import reason
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPModel
 
 #: Vision widths whose heads are not 64 wide, from open_clip's model configs (H-14, g-14, bigG-14).
 _HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
@@ -48,7 +51,7 @@ _INNER = {
 _BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)")
 
 
-def open_clip_config(state_dict: dict[str, Tensor], config: dict[str, Any] | None = None):
+def open_clip_config(state_dict: dict[str, Tensor], config: dict[str, Any] | None = None) -> CLIPConfig:
     """transformers' CLIPConfig of a checkpoint in open_clip's names, read off its shapes.
 
     Shapes do not tell the width of a head nor the activation. They follow open_clip's published configs: heads are
@@ -105,7 +108,9 @@ def _layers(state_dict: dict[str, Tensor], tower: str | None) -> int:
     return 1 + max(int(match[2]) for match in found if match and match[1] == tower)
 
 
-def open_clip_to_transformers(state_dict: dict[str, Tensor], config: dict[str, Any] | None = None):
+def open_clip_to_transformers(
+    state_dict: dict[str, Tensor], config: dict[str, Any] | None = None
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
     """A checkpoint in open_clip's names -> (transformers' CLIPConfig, the state dict of its CLIPModel).
 
     Keys without a counterpart keep their names, so that loading names them. ``config``: as in ``open_clip_config``.
@@ -119,7 +124,7 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor], config: dict[str, A
             layer = f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}"
             name, part = match[3].rsplit(".", 1)
             if match[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):
-                for letter, third in zip("qkv", value.chunk(3)):
+                for letter, third in zip("qkv", value.chunk(3), strict=True):
                     renamed[f"{layer}.self_attn.{letter}_proj.{part.removeprefix('in_proj_')}"] = third.contiguous()
             else:
                 renamed[f"{layer}.{_INNER.get(name, name)}.{part}"] = value
@@ -128,7 +133,7 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor], config: dict[str, A
     return open_clip_config(state_dict, config), renamed
 
 
-def load_open_clip(file: str | Path, config: dict[str, Any] | None = None):
+def load_open_clip(file: str | Path, config: dict[str, Any] | None = None) -> CLIPModel:
     """transformers' CLIPModel, float32, from a torch file {"state_dict": weights in open_clip's names}.
 
     Raises ValueError for a file that is damaged, that holds something else, or whose weights do not fit.
@@ -149,7 +154,7 @@ def read_state_dict(file: str | Path) -> dict[str, Tensor]:
     return {name: value.float() for name, value in weights.items()}
 
 
-def clip_model(config, weights: dict[str, Tensor], file: str | Path):
+def clip_model(config: CLIPConfig, weights: dict[str, Tensor], file: str | Path) -> CLIPModel:
     """CLIPModel of ``config`` with exactly ``weights``, without ever holding random ones: ViT-H-14 is 4 GB."""
     from transformers import CLIPModel
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .base import register
-from .clip import ClipScorer, shortest_side
+from .clip import VIT_H_14, ClipScorer, shortest_side
 from .clip_score import load_clip
 from .clip_text import load_tokens
 from .hub import weight_files
+from .registry import register
 
 
 @register("pickscore")
@@ -27,12 +28,15 @@ class PickScore(ClipScorer):
         options: device, precision, micro_batch (``TorchScorer``).
     """
 
+    checkpoint_parameter = "clip"
+    published = VIT_H_14
+
     def __init__(
         self,
         clip: str = "yuvalkirstain/PickScore_v1",
         tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         eight_bit: bool = True,
-        **options,
+        **options: Any,
     ):
         tokens = load_tokens(tokenizer)
         model, folder = load_clip(clip, "clip")
@@ -44,3 +48,8 @@ class PickScore(ClipScorer):
         """pixels float32 [B, 3, H, W] in [0, 1] -> float32 [B], differentiable in pixels."""
         images = shortest_side(pixels, self.size, self.eight_bit, crop_down=True)
         return self.model.logit_scale.exp() * self.cosines(images, prompts)
+
+    @classmethod
+    def parameter_count(cls, params: Mapping[str, Any]) -> int:
+        """Of a ViT-H-14 CLIP, as the authors publish it."""
+        return 986_109_441

@@ -1,8 +1,8 @@
-"""A small server for the ``http`` scorer: any registered reward, in an environment of its own.
+"""A small server for the ``http`` scorer: any scorer, in an environment of its own.
 
     python -m rlproxi.rewards.serve_http --reward NAME --params '{"path": "..."}' --port 8100
 
-It knows no users: it listens on the loopback address unless told otherwise, and whoever reaches it may use it.
+It does not authenticate: whoever reaches its address may use it. The default address is the loopback one.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 
 from . import wire
-from .base import RewardError, Scorer, build, checked_scores
+from .base import RewardError, Scorer, checked_scores
+from .registry import build
 
-#: Answers that are kept for repetitions: a client that gave up waiting asks again and need not wait twice.
+#: Answers that are kept for repeated requests: a client that timed out and asks again does not wait twice.
 KEPT_ANSWERS = 256
 
 
 class ScoringServer(ThreadingHTTPServer):
-    """POST scores a group, at any path; GET tells the reward's name and so that it is up.
+    """POST scores a group, at any path; GET returns the reward's name, a health check.
 
-    Requests are read side by side and scored one after another: no scorer is ever run twice at a time.
+    Requests are read in parallel and scored one at a time.
 
     Args:
-        scorer: what scores.
+        scorer: the reward.
         name: its name, for errors and for GET.
         host, port: where to listen; port 0 takes a free one.
         max_bytes: limit of a request's body, and of its images once they are decoded.
@@ -47,10 +49,12 @@ class ScoringServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://{self.server_address[0]}:{self.server_address[1]}/"
+        """The address it listens on."""
+        host, port = self.server_address[:2]
+        return f"http://{host!s}:{port}/"
 
     def scores(self, images: np.ndarray, prompts: list[str], request: str) -> np.ndarray:
-        """float32 [B]; ``request`` is the content's hash. Raises RewardError."""
+        """images uint8 [B, H, W, 3] and B prompts -> float32 [B]; ``request`` is their hash. Raises RewardError."""
         with self._lock:
             if request not in self._answers:
                 self._answers[request] = checked_scores(self.scorer, self.name, images, prompts)
@@ -58,8 +62,9 @@ class ScoringServer(ThreadingHTTPServer):
                     self._answers.popitem(last=False)
             return self._answers[request]
 
-    def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # a client that went away is no fault
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints the traceback, except of a client that went away."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
@@ -69,12 +74,14 @@ class _Handler(BaseHTTPRequestHandler):
     server: ScoringServer
 
     def do_GET(self) -> None:
+        """Answers with the reward's name."""
         self._answer(200, wire.JSON, json.dumps({"reward": self.server.name}).encode())
 
     def do_POST(self) -> None:
+        """Answers with the scores of a request, or with a status and one line of text."""
         length, media = self.headers.get("Content-Length", ""), wire.media_type(self.headers.get("Content-Type"))
         if not (length.isascii() and length.isdigit() and len(length) < 19):
-            return self._refuse(411, "a Content-Length is needed")
+            return self._refuse(411, "the request needs a Content-Length")
         if int(length) > self.server.max_bytes:
             return self._refuse(413, f"the body has {length} bytes, {self.server.max_bytes} are allowed", int(length))
         if media not in wire.CONTENT_TYPES.values():
@@ -86,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             images, prompts = wire.decode_request(media, body, self.server.max_bytes)
         except wire.WireError as error:
             return self._answer(400, "text/plain; charset=utf-8", str(error).encode())
-        request = wire.request_id(images, prompts)  # of the content: a header could claim another's
+        request = wire.request_id(images, prompts)  # the client's header could name another request
         try:
             scores = self.server.scores(images, prompts, request)
         except RewardError as error:
@@ -94,13 +101,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(500, "text/plain; charset=utf-8", str(error).encode("utf-8", "replace"))
         self._answer(200, media, wire.encode_scores(media, scores), request)
 
-    def _refuse(self, status: int, words: str, unread: int = 0) -> None:
-        """Answers without having read the body. Some of it is read first: many clients listen only after sending."""
+    def _refuse(self, status: int, message: str, unread: int = 0) -> None:
+        """Answers after dropping up to ``unread`` bytes of the body: many clients read only after sending all of it."""
         left = min(unread, 2 * self.server.max_bytes)
         while left > 0 and (chunk := self.rfile.read(min(left, 65536))):
             left -= len(chunk)
         self.close_connection = True
-        self._answer(status, "text/plain; charset=utf-8", words.encode())
+        self._answer(status, "text/plain; charset=utf-8", message.encode())
 
     def _answer(self, status: int, content_type: str, body: bytes, request: str | None = None) -> None:
         self.send_response(status)
@@ -113,17 +120,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_request(self, code="-", size="-") -> None:
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Logs failures only."""
         if code != 200:  # a run makes thousands of good requests
             super().log_request(code, size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until interrupted. Returns 0, or 2 for a reward that cannot be built or a port that cannot be had."""
+    """Serves until interrupted. Returns 0, or 2 for a reward that cannot be built or a port that is not free."""
     parser = argparse.ArgumentParser(
         prog="python -m rlproxi.rewards.serve_http", description="Serves one reward to the `http` scorer."
     )
-    parser.add_argument("--reward", required=True, metavar="NAME", help="a registered scorer")
+    parser.add_argument("--reward", required=True, metavar="NAME", help="a registered scorer, or package.module:Class")
     parser.add_argument("--params", default="{}", metavar="JSON", help="its parameters, a JSON object")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8100, help="0 takes a free one (default 8100)")
@@ -136,8 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         scorer = build(arguments.reward, params)
         server = ScoringServer(scorer, arguments.reward, arguments.host, arguments.port, arguments.max_mb * 2**20)
     except (ValueError, OSError, OverflowError) as error:
-        words = f"--params is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
-        print(f"error: {words}", file=sys.stderr)
+        message = f"--params is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     print(f"serving reward {arguments.reward!r} at {server.url}", flush=True)
     try:

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from .base import TorchScorer
+from .base import Scorer
 
 
-def tune_micro_batch(scorer: TorchScorer, images: np.ndarray, prompts: list[str], repeats: int = 3) -> dict[int, float]:
+@runtime_checkable
+class MicroBatched(Scorer, Protocol):
+    """A scorer that takes ``micro_batch`` images in one forward."""
+
+    micro_batch: int
+
+
+def tune_micro_batch(
+    scorer: MicroBatched, images: np.ndarray, prompts: list[str], repeats: int = 3
+) -> dict[int, float]:
     """Sets ``scorer.micro_batch`` to the smallest size within 5 % of the best throughput; returns size -> images/s.
 
-    Tries 1, 2, 4, ... up to ``images`` uint8 [B, H, W, 3], a typical request, and stops where memory ends. On a GPU
-    one image more or less a forward changes the rounding, so scores then depend on what was measured: runs that must
-    repeat bit for bit set a number instead.
+    Tries 1, 2, 4, ... up to B, and stops at the first size that does not fit into memory. On a GPU the number of images
+    in a forward changes the rounding, so scores then depend on the measurement: a run that must repeat bit for bit
+    sets a number instead.
+
+    Args:
+        scorer: what is tuned.
+        images: uint8 [B, H, W, 3], a typical request. prompts: B of them.
+        repeats: measurements of each size, of which the fastest counts.
 
     Raises RuntimeError where not even one image fits.
     """
@@ -39,7 +54,7 @@ def tune_micro_batch(scorer: TorchScorer, images: np.ndarray, prompts: list[str]
     return rates
 
 
-def _seconds(scorer: TorchScorer, images: np.ndarray, prompts: list[str]) -> float:
+def _seconds(scorer: Scorer, images: np.ndarray, prompts: list[str]) -> float:
     begun = time.perf_counter()
     scorer.score(images, prompts)  # ends on the CPU, so a GPU has finished
     return time.perf_counter() - begun

@@ -179,7 +179,7 @@ def test_score_takes_prompts_by_order_and_writes_files(images, brightness, tmp_p
     out = tmp_path / "new" / "scores.json"
     assert cli.main(["score", str(folder), *brightness, "--prompts", str(tmp_path / "p.json"), "--json", str(out)]) == 0
     told = json.loads(out.read_text(encoding="utf-8"))
-    assert told["reward"] == "python" and told["scorer"] == {"class": "rlproxi.rewards.base.FunctionReward"}
+    assert told["reward"] == "python" and told["scorer"] == {"class": "rlproxi.rewards.function.FunctionReward"}
     assert [row["prompt"] for row in told["scores"]] == ["a", "", "ccc", 'd, "d"', "e"]
     assert [row["score"] for row in told["scores"]] == pytest.approx(means + lengths, abs=1e-4)
     assert told["count"] == 5 and told["mean"] == pytest.approx(np.mean(means + lengths), abs=1e-4)

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from fixtures.closed_form import Gaussian, affine_moments, gamma
-from rlproxi.proximal.samplers import PROXIMAL, coefficients, generator_noise, plan, sample, smallest_backward_steps
+from rlproxi.proximal.samplers import AFTER, KINDS, generator_noise, plan, sample, smallest_steps
 from rlproxi.proximal.schedule import VPSchedule
 
 SCHEDULE = VPSchedule()
+PROXIMAL = [name for name in KINDS if name not in AFTER]
 TARGET = Gaussian(mean=0.4, std=0.3)
 
 
@@ -34,7 +35,7 @@ def recursion(sampler: str, times: list[float], target: Gaussian) -> tuple[float
 @pytest.mark.parametrize("start", [1.0, 0.65])
 @pytest.mark.parametrize("spacing", ["uniform", "gamma", "quadratic"])
 def test_exact_moments(sampler, n, start, spacing):
-    if sampler == "backward" and n < smallest_backward_steps(SCHEDULE, start, spacing):
+    if sampler == "backward" and n < smallest_steps(SCHEDULE, 2.0, start, spacing):
         pytest.skip("backward needs more steps on this grid")
     steps = plan(SCHEDULE, sampler, n, start, spacing)
     mean, variance = affine_moments(lambda x, noise: sample(TARGET.prox, steps, x, noise=noise).x, n)
@@ -180,7 +181,3 @@ def test_backward_with_five_uniform_steps():
 def test_unknown_names():
     with pytest.raises(ValueError, match="heun.*hybrid"):
         plan(SCHEDULE, "heun", 5)
-    with pytest.raises(ValueError, match="heun"):
-        coefficients(0.1, "heun")
-    with pytest.raises(ValueError, match="gamma < 2"):
-        coefficients(2.0, "backward")

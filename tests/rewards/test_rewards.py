@@ -8,7 +8,7 @@ from torch import nn
 
 from rlproxi.data import faces
 from rlproxi.data.faces import ATTRIBUTES
-from rlproxi.rewards import RewardError, TorchScorer, build, checked_params, checked_scores, names, register
+from rlproxi.rewards import RewardError, TorchScorer, build, checked_params, checked_scores, get, names, register
 from rlproxi.rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
 
 PROMPTS = [
@@ -78,10 +78,8 @@ def test_parameters_it_does_not_take_are_refused():
         build("attributes")
 
 
-def test_a_registered_scorer_is_known_by_its_name(monkeypatch):
-    monkeypatch.setattr("rlproxi.rewards.base._REGISTRY", {})
-
-    @register("mine")
+def test_a_registered_scorer_is_known_by_its_name():
+    @register("known-in-one-test")
     class Mine:
         def __init__(self, value=2.0):
             self.value = value
@@ -89,7 +87,8 @@ def test_a_registered_scorer_is_known_by_its_name(monkeypatch):
         def score(self, images, prompts):
             return np.full(len(images), self.value)
 
-    assert names() == ["mine"] and build("mine", {"value": 3.0}).score(pictures(), PROMPTS).tolist() == [3, 3, 3]
+    assert "known-in-one-test" in names() and get("known-in-one-test") is Mine
+    assert build("known-in-one-test", {"value": 3.0}).score(pictures(), PROMPTS).tolist() == [3, 3, 3]
 
 
 # -- checked_scores -----------------------------------------------------------------------
@@ -166,7 +165,7 @@ def test_ones_own_function_is_a_reward(module):
 @pytest.mark.parametrize(
     "function, words",
     [
-        ("my_own_reward.length", "not of the form package.module:function"),
+        ("my_own_reward.length", "not of the form package.module:name"),
         ("my_own_reward:lenght", "cannot be imported: .*lenght"),
         ("no_such_module:f", "cannot be imported: .*no_such_module"),
     ],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fixtures.closed_form import PointCloud
 from fixtures.score import sample as score_sample
-from rlproxi.proximal.samplers import plan, sample, smallest_backward_steps
+from rlproxi.proximal.samplers import plan, sample, smallest_steps
 from rlproxi.proximal.schedule import VPSchedule
 
 COUNTS = (5, 7, 10, 20, 30, 40)
@@ -51,7 +51,7 @@ def draw(name: str, steps: int, cloud: PointCloud, count: int, seed: int) -> Ten
     x = noise(0, torch.zeros(count, 2, dtype=torch.float64))
     if family == "score":
         return score_sample(cloud.eps, SCHEDULE, sampler, SCHEDULE.grid(steps), x, noise=noise)
-    if sampler == "backward" and steps < smallest_backward_steps(SCHEDULE, 1.0, "uniform"):
+    if sampler == "backward" and steps < smallest_steps(SCHEDULE, 2.0, 1.0, "uniform"):
         return None
     return sample(cloud.prox, plan(SCHEDULE, sampler, steps), x, noise=noise).x
 

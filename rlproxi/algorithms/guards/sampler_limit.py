@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import torch
 from torch import Tensor, nn
 
 from ...config.loading import Config
 from ...models.text import operator
-from ...proximal.samplers import AFTER, Step
+from ...proximal.samplers import KINDS, Step
 from ...seeds import NamedNoise, Purpose
 from ..base import AlgorithmStopped, Parts
 
@@ -29,27 +29,6 @@ METRIC = "sampler/limit_deviation"
 
 class LimitError(AlgorithmStopped):
     """The sampler without its noise is not the deterministic one."""
-
-
-def noise_free(step: Step, sampler: str) -> Step:
-    """The step with its noise taken away, from its own coefficients.
-
-    The proximal samplers are z = a x + zeta s n with lam (1 + zeta^2)/2 at a share zeta of the noise: half their lam is left. What
-    ``ddim`` draws anew is taken from the noise that it predicts: d' = sqrt(d^2 + (e/sigma)^2), with sigma = sqrt(lam)/a.
-    ``euler`` keeps half of the drift that a full share has: b' = gamma/2 alpha/sigma^2 = gamma a/(2 lam). For ``matched`` two of b, d, e
-    and lam tell v = sigma'^2, from which its step without noise follows.
-    """
-    if sampler == "euler":
-        b = step.gamma * step.a / (2 * step.lam)
-        return replace(step, b=b, d=1 + step.gamma / 2 - b * step.a, e=0.0)
-    if sampler == "matched":
-        v = (step.lam * (1 - step.b) ** 2 + step.e**2) / (2 * step.b - 1 - step.e**2 / step.lam)
-        c = math.sqrt(v * (v + step.lam)) / step.lam
-        return replace(step, b=1 + v / step.lam - c, d=step.a * (c - v / step.lam), e=0.0)
-    if sampler != "ddim":
-        return replace(step, s=0.0, lam=step.lam / 2 if step.s else step.lam)
-    d = math.hypot(step.d, step.e * step.a / math.sqrt(step.lam))
-    return replace(step, b=step.b + (step.d - d) / step.a, d=d, e=0.0)
 
 
 def check(config: Config, parts: Parts, prompt: str) -> float:
@@ -87,9 +66,9 @@ def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
     x [B, ...]: where the step begins. The step asked is the middle one.
     """
     s, schedule = config.sampler, config.schedule.build()
-    limit = [noise_free(step, s.name) for step in s.plan(schedule)]
-    known = {"hybrid": {"name": "ode"}, **{name: {"eta": 0.0} for name in AFTER}}.get(s.name, {})
-    plan = s.model_copy(update=known).plan(schedule) if s.name != "backward" else limit
+    kind = KINDS[s.name]
+    limit = [kind.without_noise(step) for step in s.plan(schedule)]
+    plan = s.model_copy(update={"name": kind.limit, "eta": 0.0}).plan(schedule) if kind.limit else limit
     if any(
         abs(a - b) > 1e-6 * max(1.0, abs(b))
         for one, two in zip(limit, plan, strict=True)

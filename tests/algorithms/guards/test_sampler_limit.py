@@ -1,7 +1,7 @@
 """The sampler without its noise against the deterministic one."""
 
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from fixtures.generators import Encoder
-from rlproxi.algorithms.guards import sampler_limit as limit
-from rlproxi.algorithms.guards.sampler_limit import LimitError, accept, check, deviation, noise_free
+from rlproxi.algorithms.guards.sampler_limit import LimitError, accept, check, deviation
 from rlproxi.config.loading import build_config
+from rlproxi.proximal.samplers import KINDS
 
 SAMPLERS = [
     {"name": "hybrid"},
@@ -53,7 +53,7 @@ def test_each_step_without_its_noise_is_the_deterministic_samplers_own():
         s = config({"name": name, "eta": 0.0 if name == "hybrid" else 0.6}).sampler
         schedule = config({}).schedule.build()
         for one, two in zip(s.plan(schedule), s.model_copy(update=known).plan(schedule), strict=True):
-            assert astuple(noise_free(one, name)) == pytest.approx(astuple(two), abs=1e-9)
+            assert astuple(KINDS[name].without_noise(one)) == pytest.approx(astuple(two), abs=1e-9)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -85,7 +85,7 @@ def test_another_network_another_lam_and_nan_are_found(spoil, least):
 
 
 def test_wrong_coefficients_are_found_without_the_network(monkeypatch):
-    monkeypatch.setattr(limit, "noise_free", lambda step, sampler: step)
+    monkeypatch.setitem(KINDS, "hybrid", replace(KINDS["hybrid"], without_noise=lambda step: step))
     assert deviation(config({"name": "hybrid"}), torch.randn(2, 3), prox, prox) == math.inf
 
 
