@@ -17,7 +17,7 @@ from ..config.loading import Config
 from ..data import faces
 from ..models.text import TextEncoder, build_text_encoder
 from ..rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
-from ..seeds import generator, rng
+from ..seeds import Collection, generator, rng
 
 
 def _decay(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
