@@ -82,7 +82,7 @@ class Observer:
         if groups:
             self._later(lambda: self._write(iteration + 1, version, groups))
 
-    def _write(self, step: int, version: int, groups: list[gallery.Group]) -> None:
+    def _write(self, step: int, version: int, groups: list[gallery.GalleryGroup]) -> None:
         file = gallery.write(self.run_dir, step, version, groups)
         self.scribe.append.remote("samples", {"stage": "rl", "step": step, "file": file})
 
@@ -104,12 +104,12 @@ class Observer:
         await asyncio.to_thread(self.one.shutdown)
 
 
-def _groups(scored: Any) -> list[gallery.Group]:
+def _groups(scored: Any) -> list[gallery.GalleryGroup]:
     """The kept groups of a micro-batch."""
     size = scored.request.group_size
     images = scored.images.reshape(-1, size, *scored.images.shape[1:])
     return [
-        gallery.Group(
+        gallery.GalleryGroup(
             scored.request.prompts[i],
             scored.request.indices[i],
             images[i],

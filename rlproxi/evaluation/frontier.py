@@ -33,14 +33,12 @@ from .heldout import mean_and_error
 from .reference import Comparison
 
 LINES, CSV, TABLE, PLOT, IMAGES = "frontier.jsonl", "frontier.csv", "frontier.md", "frontier.png", "images"
-#: Two-sided 95 % points of Student's t for 1 .. 30 degrees of freedom; 1.96 beyond.
-STUDENT_95 = tuple(
-    float(point)
-    for point in (
-        "12.71 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 "
-        "2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042"
-    ).split()
+_POINTS = (
+    "12.71 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 "
+    "2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042"
 )
+#: Two-sided 95 % points of Student's t for 1 .. 30 degrees of freedom; 1.96 beyond.
+STUDENT_95 = tuple(map(float, _POINTS.split()))
 
 
 @dataclass(frozen=True)

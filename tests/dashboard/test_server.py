@@ -34,7 +34,7 @@ def make_run(folder: Path) -> Path:
         log.append("samples", stage="rl", step=5, file="samples/000005.json")
     (folder / "config.yaml").write_text("sampler: {num_inference_steps: 3}\ngrpo: {steps: 9}\n")
     images = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), dtype=np.uint8)
-    gallery.write(folder, 5, 4, [gallery.Group("a hat", 0, images, np.arange(4.0))])
+    gallery.write(folder, 5, 4, [gallery.GalleryGroup("a hat", 0, images, np.arange(4.0))])
     timeline.append(folder, "rl", 5, [timeline.Span("rollout", 0, "sample", 1.0, 2.0)])
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "before.json").write_text(

@@ -110,7 +110,7 @@ def readers(folder):
     run = folder / "run"
     (run / "evaluation").mkdir(parents=True)
     images = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), dtype=np.uint8)
-    gallery.write(run, 5, 4, [gallery.Group("a hat", 0, images, np.arange(4.0))])
+    gallery.write(run, 5, 4, [gallery.GalleryGroup("a hat", 0, images, np.arange(4.0))])
     (run / "secret.txt").write_text("secret")
     (folder / "outside.png").write_bytes(b"\x89PNG\r\n\x1a\nsecret")
     (run / "samples" / "link.png").symlink_to(folder / "outside.png")

@@ -118,7 +118,7 @@ def finished(tmp_path):
 class Page(HTMLParser):
     """Collects text, images and figures, and checks that the tags are balanced."""
 
-    VOID = {"meta", "img", "br", "link", "input"}
+    VOID = frozenset({"meta", "img", "br", "link", "input"})
 
     def __init__(self, text: str):
         super().__init__()

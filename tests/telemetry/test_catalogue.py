@@ -128,7 +128,7 @@ def logged_names() -> set[str]:
     """The names with a slash that code of the roles and algorithms writes down as keys of metrics."""
     found = set()
     for folder in ("actors", "rlproxi/algorithms", "rlproxi/rewards"):
-        for file in (ROOT / folder).glob("*.py"):
+        for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 keys = []
                 if isinstance(node, ast.Dict):

@@ -5,13 +5,13 @@ import pytest
 from PIL import Image
 
 from rlproxi.telemetry import gallery
-from rlproxi.telemetry.gallery import Group
+from rlproxi.telemetry.gallery import GalleryGroup
 
 
-def group(prompt: str, rewards: list[float], seed: int = 0) -> Group:
+def group(prompt: str, rewards: list[float], seed: int = 0) -> GalleryGroup:
     images = np.random.default_rng(seed).integers(0, 256, (len(rewards), 6, 4, 3), dtype=np.uint8)
     rewards = np.array(rewards, np.float32)
-    return Group(prompt, np.int64(7), images, rewards, {"hat": rewards * 2})
+    return GalleryGroup(prompt, np.int64(7), images, rewards, {"hat": rewards * 2})
 
 
 def test_pictures_hold_the_samples_side_by_side(tmp_path):

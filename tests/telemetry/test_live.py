@@ -374,7 +374,7 @@ def run_dir(tmp_path):
         10,
         9,
         [
-            gallery.Group(
+            gallery.GalleryGroup(
                 "a <b>hat</b>",
                 3,
                 images[:4],
