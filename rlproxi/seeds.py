@@ -84,8 +84,9 @@ def generator(*name: int) -> torch.Generator:
 class NamedNoise:
     """Noise for a batch whose rows have names of their own: row i depends on ``names[i]`` alone.
 
-    ``start`` is x_N; an instance is the sampler's ``noise(k, like)``. With ``start_names``, x_N and, where ``first`` says so,
-    the first step's noise come from those names: rows that share one share z_N, all that the policy does not choose.
+    ``start`` is x_N; an instance is the sampler's ``noise(k, like)``. With ``start_names``, x_N and, where ``first``
+    says so, the first step's noise come from those names: rows that share one share z_N, all that the policy does not
+    choose.
     """
 
     def __init__(

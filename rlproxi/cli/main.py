@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 #: What a user can get wrong: a value, a file that is missing, in the way or not readable. ConfigError is a ValueError.
@@ -258,22 +259,7 @@ def score(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     from ..evaluation import frontier
 
-    a = arguments
-    return frontier.command(
-        a.models,
-        a.steps,
-        a.samplers,
-        a.config,
-        a.seeds,
-        a.out,
-        a.prompts,
-        a.samples,
-        a.guidance,
-        a.batch,
-        a.device,
-        a.precision,
-        a.reach,
-    )
+    return frontier.command(frontier.Options(**{f.name: getattr(arguments, f.name) for f in fields(frontier.Options)}))
 
 
 def export(arguments: argparse.Namespace) -> int:

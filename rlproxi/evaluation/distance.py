@@ -1,22 +1,22 @@
-"""How far images are from real ones: Frechet distances in feature spaces that need no network and no download.
+"""Frechet distances of images to real ones, in feature spaces that need no network and no download.
 
-A judge scores what it was trained to see; a grid texture, blur or shifted colours pass it by. Two spaces see them:
+A judge scores what it was trained on, and may miss a grid texture, blur or shifted colours. Two spaces show them:
 
 layout   the image averaged to 8 x 8 cells, 192 numbers: colours and composition
 texture  patches of 4 x 4 pixels at full resolution, 48 numbers, less each colour's mean over the patch; pooled over
          positions and images
 
-In each space the images and the data are taken for Gaussians, and their Frechet distance (Dowson and Landau, 1982;
-the form of FID, arXiv 1706.08500) is divided by the data's total variance tr C, so that it has no unit: 1 is about
-what copies of the data's mean image have. ``total`` is the sum of the spaces.
+In each space a Gaussian is fitted to the images and one to the data. Their Frechet distance (Dowson and Landau, 1982;
+the form of FID, arXiv 1706.08500) is divided by the data's total variance tr C, so that it has no unit. Copies of the
+data's mean image have about 1. ``total`` is the sum of the spaces.
 
-The distance of few images is biased upwards, since their covariance is that of a sample, by about 1/n. Measured: real
-32 x 32 portraits of 64 prompts against 2048 others of the same prompts are at
+The distance of n images is biased upwards by about 1/n, since their covariance is that of a sample. Measured for real
+32 x 32 portraits of 64 prompts, against 2048 others of the same prompts:
 
     images          128      256      512     2048
     total        0.0158   0.0085   0.0046   0.0018     of it texture 0.0009, 0.0005, 0.0003, 0.0001
 
-So compare only equal numbers of images, and with what real images have at that number (``Comparison.data``).
+So compare only equal numbers of images, and compare with real images of that number (``Comparison.data``).
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ import numpy as np
 from .diversity import area_average
 from .images import check
 
-#: uint8 [B, H, W, 3] -> [R, D]: one or more rows for each image. Any extractor will do, as CLIP or Inception.
+#: uint8 [B, H, W, 3] -> [R, D], one or more rows for each image. CLIP or Inception features will do too.
 Features = Callable[[np.ndarray], np.ndarray]
 
 LAYOUT_CELLS, PATCH = 8, 4
-#: At most so many patches along a side; more add time and little knowledge.
+#: The most patches along a side; more cost time and hardly change the statistics.
 POSITIONS = 16
 _CHUNK = 32
 
 
 def layout(images: np.ndarray) -> np.ndarray:
-    """uint8 [B, H, W, 3] of any size -> float32 [B, 192]: area means of 8 x 8 cells, in [0, 1]."""
+    """Return area means of 8 x 8 cells in [0, 1], float32 [B, 192], of images uint8 [B, H, W, 3] of any size."""
     return area_average(images, LAYOUT_CELLS).reshape(len(images), -1)
 
 
 def texture(images: np.ndarray) -> np.ndarray:
-    """uint8 [B, H, W, 3] -> float32 [B * positions, 48]: 4 x 4 patches in [0, 1] less each colour's mean.
+    """Return 4 x 4 patches in [0, 1] less each colour's mean, float32 [B * positions, 48], of uint8 [B, H, W, 3].
 
-    Positions lie on a grid with an odd step, so that a pattern of period 2, 4 or 8 is met in each of its phases.
+    Positions lie on a grid with an odd step, so that a pattern of period 2, 4 or 8 is sampled in each of its phases.
     Raises ValueError for images smaller than a patch.
     """
     images = check(images)
@@ -64,8 +64,8 @@ SPACES: dict[str, Features] = {"layout": layout, "texture": texture}
 
 
 @dataclass(frozen=True)
-class Gaussian:
-    """Mean [D] and covariance [D, D] (of the population: divided by the number of rows), float64."""
+class GaussianFit:
+    """Mean [D] and covariance [D, D] (divided by the number of rows), float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -75,14 +75,15 @@ class Moments:
     """Mean and covariance of rows that come in pieces, in float64."""
 
     def __init__(self) -> None:
-        self.rows, self.pivot = 0, None
+        self.rows = 0
+        self.pivot, self.first, self.second = (np.zeros(0) for _ in range(3))
 
     def add(self, rows: np.ndarray) -> None:
-        """[R, D]. Raises ValueError for another shape or for values that are not finite."""
+        """Add rows [R, D]. Raises ValueError for another shape or for values that are not finite."""
         rows = np.asarray(rows, np.float64)
         if rows.ndim != 2 or not len(rows) or not np.isfinite(rows).all():
             raise ValueError(f"features must be finite numbers [R, D] with R >= 1, got shape {list(rows.shape)}")
-        if self.pivot is None:
+        if not self.rows:
             # Sums around a point inside the data: squares of large features would cancel.
             self.pivot = rows.mean(0)
             self.first, self.second = np.zeros_like(self.pivot), np.zeros((rows.shape[1],) * 2)
@@ -91,13 +92,14 @@ class Moments:
         self.first += rows.sum(0)
         self.second += rows.T @ rows
 
-    def gaussian(self) -> Gaussian:
+    def gaussian(self) -> GaussianFit:
+        """Return the Gaussian of all rows so far; there must be one."""
         mean = self.first / self.rows
-        return Gaussian(self.pivot + mean, self.second / self.rows - np.outer(mean, mean))
+        return GaussianFit(self.pivot + mean, self.second / self.rows - np.outer(mean, mean))
 
 
-def gaussians(batches: Iterable[np.ndarray], spaces: dict[str, Features]) -> dict[str, Gaussian]:
-    """The Gaussian of images uint8 [B, H, W, 3], given in batches, in each space. ValueError without images."""
+def gaussians(batches: Iterable[np.ndarray], spaces: dict[str, Features]) -> dict[str, GaussianFit]:
+    """Fit a Gaussian in each space to images uint8 [B, H, W, 3], given in batches. Raises ValueError without images."""
     moments = {name: Moments() for name in spaces}
     for batch in batches:
         for name, features in spaces.items():
@@ -107,11 +109,11 @@ def gaussians(batches: Iterable[np.ndarray], spaces: dict[str, Features]) -> dic
     return {name: m.gaussian() for name, m in moments.items()}
 
 
-def frechet(a: Gaussian, b: Gaussian) -> float:
-    """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^{1/2}), in the features' squared unit.
+def frechet(a: GaussianFit, b: GaussianFit) -> float:
+    """Return ||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^{1/2}), in the features' squared unit.
 
-    The last trace is the sum of the singular values of C_a^{1/2} C_b^{1/2}, which is accurate also where a
-    covariance is singular, as that of fewer rows than dimensions. Raises ValueError for different dimensions.
+    The last trace is the sum of the singular values of C_a^{1/2} C_b^{1/2}. This is accurate for a singular covariance
+    too, as of fewer rows than dimensions. Raises ValueError for different dimensions.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"the Gaussians have {len(a.mean)} and {len(b.mean)} dimensions: compare one feature space")
@@ -128,17 +130,18 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 class Reference:
-    """The data's Gaussians, to measure images against.
+    """The data's Gaussians, which images are compared with.
 
     Args:
         batches: real images uint8 [B, H, W, 3] of one size, in any number of arrays; none of them is kept.
         spaces: name -> features. Those of this module, or others: ``Reference(real, {"clip": extractor})``.
 
-    Raises ValueError for images of several sizes, none at all, or such as do not vary.
+    Raises ValueError for images of several sizes, for no images, and for images that do not vary.
     """
 
     def __init__(self, batches: Iterable[np.ndarray], spaces: dict[str, Features] = SPACES):
-        self.spaces, self.images, self.size = spaces, 0, None
+        self.spaces, self.images = spaces, 0
+        self.size: tuple[int, int] | None = None
         self.gaussians = gaussians(self._counted(batches), spaces)
         self.variance = {name: float(np.trace(g.covariance)) for name, g in self.gaussians.items()}
         flat = [name for name, variance in self.variance.items() if variance <= 1e-12]
@@ -152,7 +155,8 @@ class Reference:
             yield batch
 
     def _same_size(self, images: np.ndarray) -> None:
-        size = check(images).shape[1:3]
+        height, width = check(images).shape[1:3]
+        size = height, width
         self.size = self.size or size
         if size != self.size:
             raise ValueError(
@@ -161,7 +165,8 @@ class Reference:
             )
 
     def distance(self, images: np.ndarray) -> dict[str, float]:
-        """uint8 [B, H, W, 3] -> {"total": the sum, and one entry for each space}, divided by the data's variance there.
+        """Return the distance of uint8 [B, H, W, 3] in each space, over the data's variance there, and "total", the
+        sum.
 
         Raises ValueError for images of another size than the reference's.
         """

@@ -1,4 +1,4 @@
-"""How unlike the samples of one prompt are: what mode collapse takes away and no judge of single images sees."""
+"""How different the samples of one prompt are. Mode collapse lowers it, and a judge of single images misses that."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from .images import check
 
-#: Images are averaged down to so many cells a side before they are compared.
+#: Cells along a side; images are averaged down to them before they are compared.
 CELLS = 16
 _CHUNK = 16  # images in float32 at a time
 
 
 def area_average(images: np.ndarray, cells: int) -> np.ndarray:
-    """uint8 [B, H, W, 3] -> float32 [B, min(cells, H), min(cells, W), 3] in [0, 1]: means over equal areas.
+    """Return means over equal areas, float32 [B, min(cells, H), min(cells, W), 3] in [0, 1], of uint8 [B, H, W, 3].
 
-    Pixels that lie in two cells count in each by their share, so that any size will do. Raises ValueError for other
-    dtypes or shapes.
+    A pixel that lies in two cells counts in each by its share, so any size will do. Raises ValueError for other dtypes
+    or shapes.
     """
     images = check(images)
     rows, columns = (_shares(size, min(cells, size)) for size in images.shape[1:3])
@@ -36,18 +36,18 @@ def _shares(size: int, cells: int) -> np.ndarray:
 
 
 def diversity(images: np.ndarray, samples: int | None = None) -> float:
-    """Mean root-mean-square difference between two samples of a prompt, in [0, 1]: 0 where they are all the same.
+    """Return the mean root-mean-square difference between two samples of a prompt, in [0, 1].
 
-    The difference is taken over pixels and colours after averaging to 16 x 16 cells (2 x 2 pixels of a 32 x 32
-    image): noise and fine textures, which reward hacking brings, shall not pass for variety, and images of any size
-    share one scale. The mean over a prompt's pairs is unbiased in their number, so groups of 4 and of 16 compare.
-    Independent pixels of standard deviation s give about sqrt(2) s after the averaging.
+    0: all samples are the same. The difference is taken over pixels and colours after averaging to 16 x 16 cells (2 x 2
+    pixels of a 32 x 32 image). So noise and fine textures, which reward hacking brings, do not count as variety, and
+    images of any size share one scale. The mean over a prompt's pairs does not depend on their number, so groups of 4
+    and of 16 can be compared. Independent pixels of standard deviation s give about sqrt(2) s after the averaging.
 
     Args:
         images: uint8 [P * S, H, W, 3], prompt-major.
-        samples: S, at least 2. None takes all images for one group, whatever their prompts.
+        samples: S, at least 2. None makes one group of all images, whatever their prompts.
 
-    Raises ValueError where the images are no whole groups of S.
+    Raises ValueError where the images are not whole groups of S.
     """
     cells = area_average(images, CELLS)
     samples = len(cells) if samples is None else samples

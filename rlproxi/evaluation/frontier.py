@@ -1,8 +1,9 @@
-"""``rlproxi eval``: what models and samplers reach at each number of steps, with what it costs.
+"""``rlproxi eval``: the rewards that models and samplers reach at each number of steps, and their cost.
 
-Any set of models (run directories, model folders, diffusers folders with or without a LoRA) and samplers is drawn from on the
-same held-out prompts, judged by the same rewards, and told as a table, a CSV, a plot, a row of images and a line of JSON for each
-measurement. Noise is named by (seed, prompt, sample), so two models, or a model today and tomorrow, get the same.
+Models are run directories, model folders, or diffusers folders with or without a LoRA. All of them draw images for the
+same held-out prompts, and the same rewards score them. The results are a table, a CSV, a plot, rows of images, and a
+line of JSON for each measurement. Noise is named by (seed, prompt, sample), so two models get the same noise, today and
+tomorrow.
 """
 
 from __future__ import annotations
@@ -32,47 +33,23 @@ from .heldout import mean_and_error
 from .reference import Comparison
 
 LINES, CSV, TABLE, PLOT, IMAGES = "frontier.jsonl", "frontier.csv", "frontier.md", "frontier.png", "images"
-#: Two-sided 95 % points of Student's t for 1 .. 30 degrees of freedom; 1.96 beyond.
-_T = (
-    12.71,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
+_POINTS = (
+    "12.71 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 "
+    "2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045 2.042"
 )
+#: Two-sided 95 % points of Student's t for 1 .. 30 degrees of freedom; 1.96 beyond.
+STUDENT_95 = tuple(map(float, _POINTS.split()))
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model by one sampler at one number of steps with one seed of the noise.
+class Measurement:
+    """The figures of one model with one sampler at one number of steps, for one seed of the noise.
 
-    reward: name -> mean over the samples; error: name -> standard error over prompts. ``distance`` and ``diversity`` as in
-    ``reference``, None where there is nothing to compare with. seconds: for an image, all of its sampler call and decoding.
+    Attributes:
+        reward: name -> mean over the samples. error: name -> standard error over prompts.
+        diversity, distance: see ``reference``; None where there are no real images to compare with.
+        seconds: of an image, its share of the sampler call and the decoding.
+        setting: prompts, samples, guidance, arithmetic and judges. Measurements of other settings are kept apart.
     """
 
     label: str
@@ -85,20 +62,19 @@ class Measured:
     diversity: float | None
     distance: float | None
     seconds: float
-    setting: str = (
-        ""  # prompts, samples, guidance, arithmetic and whose judges: what was measured otherwise is another thing
-    )
+    setting: str = ""
 
     @property
     def key(self) -> tuple:
+        """What tells it from other measurements."""
         return self.label, self.model, self.sampler, self.steps, self.seed, self.setting
 
 
 @dataclass(frozen=True)
 class FrontierRow:
-    """What is told of a label at a number of steps: figure -> (mean, half-width of its 95 % interval over runs and seeds).
+    """A label's line at a number of steps: figure -> (mean, half-width of its 95 % interval over runs and seeds).
 
-    With a single measurement the interval of a reward is that over prompts, and the others have none (NaN).
+    With a single measurement the interval of a reward is that over prompts, and other figures have none (NaN).
     """
 
     label: str
@@ -108,12 +84,13 @@ class FrontierRow:
 
 
 def judge_of(config: Config) -> str:
-    """The reward that the frontier is about: the first held-out one, else the first training reward."""
+    """Return the name of the reward to compare: the first held-out one, else the first training reward."""
     return (config.rewards.heldout or config.rewards.train)[0].name
 
 
 def settings(path: str | None, models: Sequence[str]) -> Config:
-    """The config that names prompts, rewards and data: ``path``, or that of the first model that is a run directory.
+    """Load the config that names prompts, rewards and data: ``path``, else that of the first run directory in
+    ``models``.
 
     Raises ConfigError where there is none.
     """
@@ -133,10 +110,14 @@ def settings(path: str | None, models: Sequence[str]) -> Config:
 
 
 class Frontier:
-    """Measures, keeps every measurement in ``out``/frontier.jsonl, and goes on from there when asked again.
+    """Takes measurements and keeps each in ``out``/frontier.jsonl. A later call goes on from there.
 
     Args:
-        config: prompts, rewards and data. scorers: name -> scorer, held-out ones among them. batch: images of one sampler call.
+        config: prompts, rewards and data.
+        scorers: name -> scorer, held-out ones included.
+        batch: images of one sampler call.
+        tell: gets a line for each measurement.
+        setting: of all measurements, see ``Measurement``.
     """
 
     def __init__(
@@ -148,44 +129,44 @@ class Frontier:
         tell: Callable[[str], None] = print,
         setting: str = "",
     ):
-        self.config, self.scorers, self.out, self.batch, self.tell, self.setting = (
-            config,
-            scorers,
-            out,
-            batch,
-            tell,
-            setting,
-        )
+        self.config, self.scorers, self.out = config, scorers, out
+        self.batch, self.tell, self.setting = batch, tell, setting
         self.indices, self.prompts = heldout_prompts(config)
         self.compare = Comparison(config)
-        self.measured = {m.key: m for m in read(out)}
+        self.measurements = {m.key: m for m in read(out)}
 
     def measure(
         self,
-        drawers: Iterable[Callable[[], Drawer]],
-        names: Sequence[tuple[str, str, str]],
+        drawers: Sequence[tuple[tuple[str, str, str], Callable[[], Drawer]]],
         steps: Sequence[int],
         seeds: Sequence[int],
         guidance: float | None = None,
-    ) -> list[Measured]:
-        """Every (drawer, step count, seed); ``names`` are each drawer's (label, model, sampler). Counts that a sampler cannot take
-        are told and left out."""
-        for make, name in zip(drawers, names):
-            wanted = [(n, seed) for n in steps for seed in seeds if (*name, n, seed, self.setting) not in self.measured]
-            drawer, cold = make() if wanted else None, True
+    ) -> list[Measurement]:
+        """Measure every (drawer, number of steps, seed) that is missing, and return all measurements.
+
+        ``drawers`` are pairs as of ``open_model``. A number of steps that a sampler cannot take is left out with a
+        message.
+        """
+        for name, load in drawers:
+            done = self.measurements
+            wanted = [(n, seed) for n in steps for seed in seeds if (*name, n, seed, self.setting) not in done]
+            if not wanted:
+                continue
+            drawer, cold = load(), True
             for n, seed in wanted:
                 try:
                     self._one(drawer, name, n, seed, guidance, cold)
                     cold = False
                 except ValueError as error:
                     self.tell(f"{name[0]}, {n} steps: left out: {' '.join(str(error).split())}")
-        return list(self.measured.values())
+        return list(self.measurements.values())
 
     def _one(
         self, drawer: Drawer, name: tuple[str, str, str], steps: int, seed: int, guidance: float | None, cold: bool
     ) -> None:
         samples = self.config.evaluate.samples
-        images, seconds = [], 0.0
+        images: list[np.ndarray] = []
+        seconds = 0.0
         groups = max(1, self.batch // samples)
         for i in range(0, len(self.prompts), groups):
             part = slice(i, i + groups)
@@ -199,7 +180,7 @@ class Frontier:
                 guidance_scale=guidance,
             )
             if cold and not images:
-                drawer.draw(request, self.config.run.seed)  # the first call pays for what later ones find ready
+                drawer.draw(request, self.config.run.seed)  # the first call is slower, by what later ones find ready
             begun = time.perf_counter()
             images.append(drawer.draw(request, self.config.run.seed))
             seconds += time.perf_counter() - begun
@@ -207,7 +188,7 @@ class Frontier:
         rows = [prompt for prompt in self.prompts for _ in range(samples)]
         found = {kind: mean_and_error(scorer.score(drawn, rows), samples) for kind, scorer in self.scorers.items()}
         seen = self.compare(drawn)
-        measured = Measured(
+        measured = Measurement(
             *name,
             steps,
             seed,
@@ -218,7 +199,7 @@ class Frontier:
             seconds / len(drawn),
             self.setting,
         )
-        self.measured[measured.key] = measured
+        self.measurements[measured.key] = measured
         if seed == 0:
             picture(
                 drawn[::samples], self.out / IMAGES / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name[0])}-{steps:03d}.png"
@@ -232,31 +213,32 @@ class Frontier:
         )
 
 
-def read(out: Path) -> list[Measured]:
-    """The measurements that a folder holds; a line cut short by a kill is none."""
-    file, found = out / LINES, []
+def read(out: Path) -> list[Measurement]:
+    """Return the measurements that a folder holds, without a line that a killed process left cut short."""
+    file = out / LINES
+    found: list[Measurement] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            found.append(Measured(**json.loads(line)))
+            found.append(Measurement(**json.loads(line)))
         except (ValueError, TypeError):
             continue
     return found
 
 
-def append(out: Path, measured: Measured) -> None:
-    """One line; one that a kill left without its end gets that first."""
+def append(out: Path, measured: Measurement) -> None:
+    """Append a measurement's line. A line that a killed process left without its end is ended first."""
     file = out / LINES
     torn = file.is_file() and not file.read_bytes().endswith(b"\n")
     with open(file, "a", encoding="utf-8") as stream:
         stream.write("\n" * torn + json.dumps(asdict(measured)) + "\n")
 
 
-# -- what is told of them -----------------------------------------------------------------
+# -- tables and plots -----------------------------------------------------------------------
 
 
-def rows(measured: Iterable[Measured]) -> list[FrontierRow]:
-    """One for each label and number of steps, in the order of the labels' first measurement."""
-    groups: dict[tuple[str, int], list[Measured]] = {}
+def rows(measured: Iterable[Measurement]) -> list[FrontierRow]:
+    """Return a row for each label and number of steps, in the order of the labels' first measurement."""
+    groups: dict[tuple[str, int], list[Measurement]] = {}
     order: dict[str, int] = {}
     for m in measured:
         order.setdefault(m.label, len(order))
@@ -267,7 +249,7 @@ def rows(measured: Iterable[Measured]) -> list[FrontierRow]:
     ]
 
 
-def _figures(group: list[Measured]) -> dict[str, tuple[float, float]]:
+def _figures(group: list[Measurement]) -> dict[str, tuple[float, float]]:
     names = list(dict.fromkeys(name for m in group for name in m.reward))
     found = {name: interval([m.reward.get(name) for m in group], group[0].error.get(name)) for name in names}
     for name in ("diversity", "distance", "seconds"):
@@ -276,18 +258,21 @@ def _figures(group: list[Measured]) -> dict[str, tuple[float, float]]:
 
 
 def interval(values: Sequence[float | None], error: float | None = None) -> tuple[float, float]:
-    """(mean, half-width of the 95 % interval) of independent values, by Student's t; of a single one 1.96 times ``error``."""
+    """Return (mean, half-width of the 95 % interval) of independent values, by Student's t.
+
+    The half-width of a single value is 1.96 times ``error``, or NaN.
+    """
     known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return math.nan, math.nan
     if len(known) == 1:
         return known[0], math.nan if error is None else 1.96 * error
-    t = _T[len(known) - 2] if len(known) - 2 < len(_T) else 1.96
+    t = STUDENT_95[len(known) - 2] if len(known) - 2 < len(STUDENT_95) else 1.96
     return float(np.mean(known)), t * float(np.std(known, ddof=1)) / math.sqrt(len(known))
 
 
 def reached(found: Sequence[FrontierRow], figure: str, level: float) -> dict[str, int | None]:
-    """label -> the smallest number of steps at which ``figure`` is at or above ``level``; None: at none."""
+    """Return label -> the smallest number of steps at which ``figure`` is at or above ``level``; None: at none."""
     labels = dict.fromkeys(row.label for row in found)
     return {
         label: min((row.steps for row in found if row.label == label and row.figures[figure][0] >= level), default=None)
@@ -296,7 +281,7 @@ def reached(found: Sequence[FrontierRow], figure: str, level: float) -> dict[str
 
 
 def table(found: Sequence[FrontierRow], figures: Sequence[str]) -> str:
-    """Markdown: a line for each row, a column for each figure."""
+    """Return a Markdown table with a line for each row and a column for each figure."""
     head = ["model", "steps", "n", *(f"{name}, ms" if name == "seconds" else name for name in figures)]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in found:
@@ -317,6 +302,7 @@ def _number(value: float | None) -> str:
 
 
 def write_csv(found: Sequence[FrontierRow], figures: Sequence[str], file: Path) -> None:
+    """Write a line for each row: label, steps, number of measurements, and each figure with its interval."""
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(
@@ -326,22 +312,23 @@ def write_csv(found: Sequence[FrontierRow], figures: Sequence[str], file: Path) 
             writer.writerow([row.label, row.steps, row.count, *(x for name in figures for x in row.figures[name])])
 
 
-def plot(found: Sequence[FrontierRow], figures: Sequence[str], levels: dict[str, float] = {}) -> Figure:
-    """Each figure against the number of steps, with its intervals. levels: figure -> a line to compare with.
+def plot(found: Sequence[FrontierRow], figures: Sequence[str], levels: dict[str, float] | None = None) -> Figure:
+    """Plot each figure against the number of steps, with its intervals. ``levels``: figure -> a line to compare with.
 
-    ``X`` and ``X + what was done to it`` have one colour, the latter dashed. Labels stand a little beside each other, so that
-    their intervals can be told apart.
+    ``X`` and ``X + a change`` have one colour, the latter dashed. Labels are shifted a little, so that their intervals
+    do not overlap.
     """
+    levels = levels or {}
     labels = list(dict.fromkeys(row.label for row in found))
     base = {label: re.sub(r" \+ [^,]*", "", label) for label in labels}
     families = list(dict.fromkeys(base.values()))
     figure = Figure(figsize=(5 * len(figures) + 2.4, 4.2), layout="constrained")
     ticks = sorted({row.steps for row in found})
     panels = figure.subplots(1, len(figures), squeeze=False)[0]
-    for axes, name in zip(panels, figures):
+    for axes, name in zip(panels, figures, strict=True):
         for place, label in enumerate(labels):
             points = [(row.steps, *row.figures[name]) for row in found if row.label == label]
-            xs, ys, halves = (np.array(column, float) for column in zip(*points))
+            xs, ys, halves = (np.array(column, float) for column in zip(*points, strict=True))
             family, tuned = families.index(base[label]), label != base[label]
             axes.errorbar(
                 xs * 1.012 ** (place - (len(labels) - 1) / 2),
@@ -361,10 +348,9 @@ def plot(found: Sequence[FrontierRow], figures: Sequence[str], levels: dict[str,
             axes.axhline(levels[name], color="gray", linewidth=1, linestyle=":")
         axes.set(xscale="log", xlabel="sampling steps", title=name, xticks=ticks)
         least = min(row.figures[name][0] for row in found)
-        if (
-            name == "distance" and least > 0
-        ):  # few steps of a bad sampler are a hundred times as far as many of a good one
-            axes.set(yscale="log", ylim=(least / 1.5, None))  # an interval may reach 0, which is nowhere on it
+        # Few steps of a bad sampler have a hundred times the distance of many steps of a good one.
+        if name == "distance" and least > 0:
+            axes.set(yscale="log", ylim=(least / 1.5, None))  # an interval may reach 0, which has no logarithm
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.2)
@@ -373,7 +359,7 @@ def plot(found: Sequence[FrontierRow], figures: Sequence[str], levels: dict[str,
 
 
 def picture(images: np.ndarray, file: Path, prompts: int = 12) -> None:
-    """A row of the first prompts' images, unpicked."""
+    """Write the images of the first prompts side by side."""
     from .images import grid, save_png
 
     save_png(grid(images[:prompts], prompts, 3 if images.shape[1] < 128 else 1), file)
@@ -382,73 +368,78 @@ def picture(images: np.ndarray, file: Path, prompts: int = 12) -> None:
 # -- the command --------------------------------------------------------------------------
 
 
-def command(
-    models: Sequence[str],
-    steps: Sequence[int],
-    samplers: Sequence[str],
-    config: str | None,
-    seeds: int,
-    out: Path,
-    prompts: int | None,
-    samples: int | None,
-    guidance: float | None,
-    batch: int,
-    device: str | None,
-    precision: str,
-    reach: str | None,
-) -> int:
-    """What ``rlproxi eval`` does; returns 0. Raises ValueError and the like for what the user can mend."""
+@dataclass(frozen=True)
+class Options:
+    """The arguments of ``rlproxi eval``.
+
+    Attributes:
+        models: as ``drawers.split_name`` reads them. samplers: for each model; none takes the models' own.
+        config: a run directory or a YAML file; None takes the first model's. seeds: of the noise, counted from 0.
+        prompts, samples: None takes the config's. guidance: None takes each model's.
+        batch: images of one sampler call. device: None takes a GPU where there is one.
+        reach: LABEL@STEPS, whose reward the others are compared with.
+    """
+
+    models: Sequence[str]
+    steps: Sequence[int]
+    out: Path
+    samplers: Sequence[str] = ()
+    config: str | None = None
+    seeds: int = 1
+    prompts: int | None = None
+    samples: int | None = None
+    guidance: float | None = None
+    batch: int = 64
+    device: str | None = None
+    precision: str = "float32"
+    reach: str | None = None
+
+
+def command(options: Options) -> int:
+    """Run ``rlproxi eval`` and return 0. Raises ValueError, FileNotFoundError or ConfigError for wrong options."""
     from ..rewards import build
 
-    opened = [open_model(model, sampler, device, precision) for model in models for sampler in samplers or [""]]
-    settled = settings(config, models)
-    more = {key: value for key, value in (("prompts", prompts), ("samples", samples)) if value is not None}
-    settled = settled.model_copy(update={"evaluate": settled.evaluate.model_copy(update=more)})
+    o, out = options, options.out
+    opened = [open_model(model, name, o.device, o.precision) for model in o.models for name in o.samplers or [""]]
+    config = settings(o.config, o.models)
+    more = {key: value for key, value in (("prompts", o.prompts), ("samples", o.samples)) if value is not None}
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=more)})
     out.mkdir(parents=True, exist_ok=True)
-    scorers = {
-        reward.name: build(reward.kind, reward.params) for reward in [*settled.rewards.heldout, *settled.rewards.train]
-    }
-    e, judges = (
-        settled.evaluate,
-        ", ".join(f"{r.name} {r.params}" for r in [*settled.rewards.heldout, *settled.rewards.train]),
-    )
+    rewards = [*config.rewards.heldout, *config.rewards.train]
+    scorers = {reward.name: build(reward.kind, reward.params) for reward in rewards}
+    e, judges = config.evaluate, ", ".join(f"{r.name} {r.params}" for r in rewards)
     setting = (
-        f"{e.prompts} prompts x {e.samples}, run seed {settled.run.seed}, guidance {guidance}, {precision}, {judges}"
+        f"{e.prompts} prompts x {e.samples}, run seed {config.run.seed}, guidance {o.guidance}, {o.precision}, {judges}"
     )
-    frontier = Frontier(settled, scorers, out, batch, lambda line: print(line, flush=True), setting)
-    measured = frontier.measure(
-        [make for _, make in opened], [name for name, _ in opened], steps, range(seeds), guidance
-    )
-    asked = list(dict.fromkeys(name for name, _ in opened))
+    frontier = Frontier(config, scorers, out, o.batch, lambda line: print(line, flush=True), setting)
+    measured = frontier.measure(opened, o.steps, range(o.seeds), o.guidance)
     found = rows(
         m
-        for name in asked
+        for asked in dict.fromkeys(name for name, _ in opened)
         for m in measured
-        if (m.label, m.model, m.sampler) == name and m.setting == setting and m.steps in steps and m.seed < seeds
+        if (m.label, m.model, m.sampler) == asked and m.setting == setting and m.steps in o.steps and m.seed < o.seeds
     )
-    figures = [*scorers, "diversity", "distance", "seconds"]
-    told, levels = table(found, figures), {}
-    if reach:
-        label, _, count = reach.rpartition("@")
-        level = next(
-            (row.figures[judge_of(settled)][0] for row in found if row.label == label and str(row.steps) == count), None
-        )
+    figures, judge = [*scorers, "diversity", "distance", "seconds"], judge_of(config)
+    text = table(found, figures)
+    levels: dict[str, float] = {}
+    if o.reach:
+        label, _, count = o.reach.rpartition("@")
+        level = next((r.figures[judge][0] for r in found if r.label == label and str(r.steps) == count), None)
         if level is None:
             raise ValueError(
-                f"--reach {reach}: nothing was measured there; it is LABEL@STEPS, with labels "
+                f"--reach {o.reach}: nothing was measured there; it is LABEL@STEPS, with labels "
                 f"{', '.join(dict.fromkeys(row.label for row in found))}"
             )
-        levels[judge_of(settled)] = level
-        told += f"\n\nSteps until {judge_of(settled)} reaches the {level:.3f} of {label} at {count}:\n\n" + "\n".join(
-            f"- {name}: {'not reached' if at is None else at}"
-            for name, at in reached(found, judge_of(settled), level).items()
+        levels[judge] = level
+        text += f"\n\nSteps until {judge} reaches the {level:.3f} of {label} at {count}:\n\n" + "\n".join(
+            f"- {name}: {'not reached' if at is None else at}" for name, at in reached(found, judge, level).items()
         )
-    print(f"\n{told}\n")
+    print(f"\n{text}\n")
     if frontier.compare.note:
         print(frontier.compare.note)
-    (out / TABLE).write_text(told + "\n", encoding="utf-8")
+    (out / TABLE).write_text(text + "\n", encoding="utf-8")
     write_csv(found, figures, out / CSV)
-    shown = [judge_of(settled), *(["distance"] if any(math.isfinite(r.figures["distance"][0]) for r in found) else [])]
+    shown = [judge, *(["distance"] if any(math.isfinite(r.figures["distance"][0]) for r in found) else [])]
     plot(found, shown, levels).savefig(out / PLOT, dpi=110)
     print("\n".join(str(out / name) for name in (TABLE, CSV, PLOT, IMAGES)))
     return 0

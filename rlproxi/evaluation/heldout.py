@@ -1,9 +1,10 @@
-"""What is measured on fixed prompts and seeds: scores with their uncertainty, diversity, distance to data."""
+"""Held-out evaluations, on fixed prompts and seeds: scores with their uncertainty, diversity, distance to data."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,10 @@ from ..run_directory import RunDirectory
 
 
 def mean_and_error(scores: np.ndarray, samples: int) -> dict[str, float | None]:
-    """{"mean", "sem"} of scores [P * S] (prompt-major). Samples of one prompt are not independent, so the
-    standard error is that of the prompts' means.
+    """Return {"mean", "sem"} of scores [P * S], prompt-major, where "sem" is the standard error.
 
-    NaN is a missing score: it is left out and counted as "missing". Both figures are None where all are.
+    Samples of one prompt are not independent, so the standard error is that of the prompts' means. NaN is a missing
+    score: it is left out and counted as "missing". Both figures are None where all scores are missing.
     """
     scores = np.asarray(scores, np.float64).reshape(-1, samples)
     present = np.isfinite(scores)
@@ -37,12 +38,15 @@ def summarise(
     samples: int,
     seen: dict | None = None,
 ) -> dict:
-    """One step count's entry of an evaluation file.
+    """Return an evaluation file's entry for one number of denoising steps.
 
-    ``seen``: what ``reference.Comparison`` found: "diversity", a number, and "distance", {"total", "layout",
-    "texture"}. What is not known stays out of the entry.
+    Args:
+        scores: reward -> [P * S]. Those named in ``heldout`` are held out, the others are training rewards.
+        details: reward -> attribute -> [P * S]: 1 right, 0 wrong, NaN where the caption does not claim it.
+        samples: S, the samples of each prompt.
+        seen: a result of ``reference.Comparison``: "diversity", and "distance" where it is known.
     """
-    entry = {"heldout": {}, "train": {}, "details": {}, **(seen or {})}
+    entry: dict[str, Any] = {"heldout": {}, "train": {}, "details": {}, **(seen or {})}
     for name, values in scores.items():
         entry["heldout" if name in heldout else "train"][name] = mean_and_error(values, samples)
     for name, columns in details.items():
@@ -55,8 +59,11 @@ def summarise(
 
 
 def headline(evaluation: dict, config: Config) -> Evaluated | None:
-    """What the over-optimisation alarm looks at: the first held-out reward and the weighted training rewards, at the
-    config's step count. None where the evaluation has no such figures."""
+    """Return the figures that the over-optimisation guard compares, at the config's number of denoising steps.
+
+    They are the first held-out reward, the weighted training rewards, distance and diversity. None where the evaluation
+    lacks a reward.
+    """
     entry = evaluation["by_steps"].get(str(config.sampler.num_inference_steps))
     if not entry or not config.rewards.heldout or "iteration" not in evaluation:
         return None
@@ -64,7 +71,7 @@ def headline(evaluation: dict, config: Config) -> Evaluated | None:
     train = [entry["train"][r.name]["mean"] for r in config.rewards.train]
     if judge["mean"] is None or None in train:
         return None
-    total = sum(r.weight * mean for r, mean in zip(config.rewards.train, train))
+    total = sum(r.weight * mean for r, mean in zip(config.rewards.train, train, strict=True))
     return Evaluated(
         evaluation["iteration"],
         total,
@@ -76,7 +83,7 @@ def headline(evaluation: dict, config: Config) -> Evaluated | None:
 
 
 def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:
-    """The headlines of a run's evaluations of iterations up to ``upto``, in order."""
+    """Return the ``headline`` of each of a run's evaluations of iterations up to ``upto``, in order."""
     found = []
     for file in RunDirectory(run_dir).evaluations.glob("*.json"):
         seen = headline(json.loads(file.read_text(encoding="utf-8")), config)
@@ -93,18 +100,21 @@ def write(
     judged: dict[int, np.ndarray],
     correct: dict[int, dict[str, np.ndarray]],
 ) -> None:
-    """``evaluation/<tag>.json`` and, for each step count, ``samples/<tag>-N<steps>.npz``.
+    """Write the evaluation ``tag`` of a run, and its images for each number of denoising steps.
 
-    ``correct``: step count -> what the judge found of each attribute, [P * S] (1 right, 0 wrong, NaN not claimed).
+    Args:
+        evaluation: {"by_steps": {steps: ``summarise``}, ...}.
+        images: steps -> uint8 [P * S, H, W, 3].
+        judged: steps -> held-out scores [P * S].
+        correct: steps -> attribute -> [P * S]: 1 right, 0 wrong, NaN where the caption does not claim it.
     """
     files = RunDirectory(run_dir)
     files.samples.mkdir(exist_ok=True)
     for steps, pictures in images.items():
         names = [name for name in correct[steps] if name != "all"]
-        words = (
-            {"attributes": np.array(names), "correct": np.stack([correct[steps][name] for name in names], 1)}
-            if names
-            else {}
-        )
-        np.savez_compressed(files.evaluation_samples(tag, steps), images=pictures, heldout=judged[steps], **words)
+        arrays = {"images": pictures, "heldout": judged[steps]}
+        if names:
+            arrays["attributes"] = np.array(names)
+            arrays["correct"] = np.stack([correct[steps][name] for name in names], 1)
+        np.savez_compressed(files.evaluation_samples(tag, steps), **arrays)  # type: ignore[arg-type]  # numpy's stub
     write_json(files.evaluation(tag), evaluation)

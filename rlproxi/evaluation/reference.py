@@ -1,7 +1,8 @@
-"""What an evaluation's images are compared with: real images of a run, and the figures that come of them."""
+"""Real images of a run, and the comparison of an evaluation's images with them."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
@@ -16,27 +17,30 @@ from ..seeds import Purpose, rng, seed_of
 from .distance import SPACES, Features, Reference
 from .diversity import diversity
 
-#: Real images that the data's statistics are made of, and the fewest that will do.
+#: Real images that the data's statistics are computed from, and the fewest that are accepted.
 COUNT, LEAST = 2048, 256
-#: Portraits of more pixels than this take long to draw, and there are fewer of them.
+#: Portraits of more pixels than this take long to draw, so fewer of them are drawn.
 _QUICK = 64 * 64
 _BATCH = 32
 
 
 def reference_images(config: Config, count: int = COUNT) -> np.ndarray | None:
-    """The first ``count`` real images of a run, uint8 [n, size, size, 3] (see ``_real``); fewer where the data end,
-    None where they hold none that can be read. Raises ValueError for addresses in data.urls that match nothing."""
+    """Return the first ``count`` real images of a run, uint8 [n, size, size, 3] (see ``_real``).
+
+    They are fewer where the data end, and None where no image can be read. Raises ValueError for addresses in data.urls
+    that match nothing.
+    """
     batches = list(_batches(islice(_real(config), count)))
     return np.concatenate(batches) if batches else None
 
 
 def _real(config: Config) -> Iterator[np.ndarray]:
-    """Real images [size, size, 3], one after the other.
+    """Yield real images [size, size, 3].
 
-    Source faces: endless, portrait i is one of held-out prompt i modulo their number, drawn anew: what the caption
-    says, the rest by chance; no hand where the caption is silent, as in all captions of the data. Source shards: the
-    readable images of data.urls in order, fitted to the square as for training; their captions are not the held-out
-    prompts.
+    Source faces has no end. Portrait i is a new drawing for held-out prompt i modulo their number: it has what the
+    caption says, and chance decides the rest. It has no hand where the caption names none, as in all captions of the
+    data. Source shards gives the readable images of data.urls in order, fitted to the square as for training. Their
+    captions are not the held-out prompts.
     """
     return _portraits(config) if config.data.source == "faces" else _photographs(config)
 
@@ -67,10 +71,8 @@ def _photographs(config: Config) -> Iterator[np.ndarray]:
     fit = build_fit(d.size, False, d.crop, config.run.seed)
     for item in itertools.chain.from_iterable(map(read_shard, list_shards(d.urls))):
         if isinstance(item, Sample):
-            try:
+            with contextlib.suppress(BadImage):  # the stage encode counts them
                 yield fit(decode(item.image, d.max_pixels), item.key)[0]
-            except BadImage:
-                pass  # counted where the data are encoded
 
 
 def _batches(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -79,14 +81,15 @@ def _batches(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 class Comparison:
-    """Diversity and distance to data of a run's evaluations, all of them of one number of images.
+    """Diversity and distance to data of a run's evaluations, which all have the same number of images.
 
-    The data's statistics are made at the first call and kept: a second for portraits of 32 x 32. Where there are none,
-    the distance is left out of every result. ``note`` says what is missing and why.
+    The data's statistics are computed at the first call and kept, in about a second for portraits of 32 x 32. Without
+    them no result has a distance, and ``note`` says what is missing and why.
 
     Attributes:
-        data: what real images have, as many as were evaluated and none of the reference's own: {"images", "distance",
-            "diversity" (source faces, whose captions have many portraits)}; {} until known, and where it is not.
+        data: the same figures of as many real images, none of which are the reference's: {"images", "distance",
+            "diversity" (source faces alone, whose captions have many portraits)}. {} before the first call, and where
+            the data hold too few images.
     """
 
     def __init__(self, config: Config, spaces: dict[str, Features] = SPACES):
@@ -94,24 +97,24 @@ class Comparison:
         self.reference: Reference | None = None
         self.data: dict = {}
         self.note: str | None = None
-        self._asked, self._lock = False, threading.Lock()
+        self._prepared, self._lock = False, threading.Lock()
 
     def __call__(self, images: np.ndarray) -> dict:
-        """uint8 [P * S, H, W, 3], prompt-major -> {"diversity": float, "distance": {"total", "layout", "texture"}}."""
+        """Return {"diversity", "distance": {"total", "layout", "texture"}} of uint8 [P * S, H, W, 3], prompt-major."""
         found: dict = {"diversity": diversity(images, self.config.evaluate.samples)}
         size = (self.config.data.size,) * 2
         if images.shape[1:3] != size:
             self.note = f"no distance to data: images are {images.shape[1]} x {images.shape[2]}, data.size is {size[0]}"
             return found
-        with self._lock:  # calls may come from several threads, and the statistics are made once
-            if not self._asked:
-                self._learn(len(images))
-                self._asked = True
+        with self._lock:  # calls may come from several threads, and the statistics are computed once
+            if not self._prepared:
+                self._prepare(len(images))
+                self._prepared = True
         if self.reference is not None:
             found["distance"] = self.reference.distance(images)
         return found
 
-    def _learn(self, images: int) -> None:
+    def _prepare(self, images: int) -> None:
         d, real, count = self.config.data, _real(self.config), COUNT
         if d.source == "faces":
             count = min(COUNT, max(LEAST, COUNT * _QUICK // d.size**2))
@@ -119,12 +122,12 @@ class Comparison:
             reference = Reference(_batches(islice(real, count)), self.spaces)
             if reference.images < LEAST:
                 raise ValueError(f"data.urls hold {reference.images} readable images, {LEAST} are needed")
-        except Exception as error:  # a storage's own errors among them; an evaluation ends no run
+        except Exception as error:  # a storage has errors of its own, and an evaluation must not end the run
             self.note = f"no distance to data: {' '.join(str(error).split())}"
             return
         self.reference = reference
         own = list(islice(real, images))
-        if len(own) < images:  # a level at another number would mislead
+        if len(own) < images:  # the figures of another number of images would mislead
             self.note = f"no distance of real images: data.urls hold {len(own)} beside the reference, not {images}"
             return
         self.data = {"images": images, "distance": reference.distance(np.stack(own))}

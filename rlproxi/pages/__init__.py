@@ -1,1 +1,1 @@
-"""What people look at: the report, the curation page, and the pieces of HTML and figures that they share."""
+"""Pages for people: the report, the curation page, and the HTML and figures that they share."""

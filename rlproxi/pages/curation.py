@@ -1,8 +1,7 @@
-"""``curation.html``: what was kept and why the rest was not, on one page that fetches nothing."""
+"""``curation.html``: which samples were kept, and why the others were not, on one page that fetches nothing."""
 
 from __future__ import annotations
 
-import time
 from html import escape
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from ..data.curation.merge import HANDS, KEPT, Series, Statistics
 from ..data.curation.records import Place, stages
 from ..files import write_text
 from . import figures
-from .html import STYLE, card, figure, missing, table
+from .html import card, figure, missing, page, table
 
 _PICTURES = """
 .shots { display: flex; flex-wrap: wrap; gap: .7rem; } .shots div { width: 11rem; font-size: .75rem; line-height: 1.3;
@@ -23,10 +22,10 @@ _PICTURES = """
 h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 """
 
-#: From so many values on a histogram ends at their 99.5th percentile: one odd image would flatten it.
+#: A histogram of more values ends at their 99.5th percentile, for one odd image would flatten it.
 _CLIPPED = 1000
 
-#: What a stage is about.
+#: What a stage drops, or a group holds.
 _MEANING = {
     "unreadable": "no image, no caption, damaged",
     "size": "too small or too narrow",
@@ -38,19 +37,19 @@ _MEANING = {
 
 
 def shown(statistics: Statistics) -> list[str]:
-    """The groups of pictures, in the page's order."""
+    """Return the groups of pictures in the page's order."""
     return [KEPT, HANDS, *stages(statistics.settings)]
 
 
 def write_page(place: Place, statistics: Statistics, found: dict[str, dict[int, str]]) -> Path:
-    """Writes curation.html in one move; ``found`` as ``pictures.peek`` gives it for each shard."""
+    """Write curation.html, whole or not at all, and return its path. ``found``: ``pictures.peek`` of each shard."""
     path = place.out / "curation.html"
     write_text(path, render(statistics, found, place.out.resolve().name))
     return path
 
 
 def render(statistics: Statistics, found: dict[str, dict[int, str]], name: str) -> str:
-    """The page."""
+    """Return the page as HTML."""
     settings = yaml.safe_dump(statistics.settings.model_dump(mode="json"), sort_keys=False)
     sections = [
         ("How many were kept", _cards(statistics)),
@@ -59,14 +58,7 @@ def render(statistics: Statistics, found: dict[str, dict[int, str]], name: str) 
         ("Pictures", _pictures(statistics, found)),
         ("Settings", f"<details><summary>curate</summary><pre>{escape(settings)}</pre></details>\n"),
     ]
-    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)} - rlproxi curation</title>\n<style>{STYLE}{_PICTURES}</style></head><body>\n"
-        f'<h1>{escape(name)}</h1><p class="faint">rlproxi curation, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
-        f"{body}\n</body></html>\n"
-    )
+    return page(name, "curation", sections, _PICTURES)
 
 
 def _cards(statistics: Statistics) -> str:
@@ -85,13 +77,13 @@ def _cards(statistics: Statistics) -> str:
 
 
 def _funnel(statistics: Statistics) -> str:
-    rows = statistics.funnel()
-    bars = [("raw", statistics.total), *((row["stage"], row["out"]) for row in rows)]
+    stages = statistics.funnel()
+    bars = [("raw", statistics.total), *((row["stage"], row["out"]) for row in stages)]
 
     def draw(figure: Figure) -> None:
         axes, at = figure.subplots(), np.arange(len(bars))[::-1]
         axes.barh(at, [count for _, count in bars], 0.66, color=figures.AFTER)
-        for y, (_, count) in zip(at, bars):
+        for y, (_, count) in zip(at, bars, strict=True):
             axes.annotate(f"{count:,}", (count, y), (4, 0), textcoords="offset points", va="center")
         axes.set_yticks(at, [name if name == "raw" else f"after {name}" for name, _ in bars])
         axes.set_xlabel("samples left")
@@ -108,9 +100,9 @@ def _funnel(statistics: Statistics) -> str:
             f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-",
             f"{row['out']:,}",
         ]
-        for row in rows
+        for row in stages
     ]
-    out = figure(svg, "manifest.jsonl tells of each sample where it is, or why it was dropped.")
+    out = figure(svg, "manifest.jsonl says where each sample is, or why it was dropped.")
     out += table(["stage", "samples in", "dropped", "share", "left"], rows)
     if statistics.unreadable:
         kinds = sorted(statistics.unreadable.items(), key=lambda kind: (-kind[1], kind[0]))
@@ -138,7 +130,7 @@ def _histogram(name: str, series: Series) -> str:
         inside = np.clip(values, edges[0], edges[-1])
         axes.hist(
             [inside[kept], inside[~kept]],
-            edges,
+            edges.tolist(),
             stacked=True,
             color=[figures.AFTER, figures.BEFORE],
             label=["kept", "dropped"],

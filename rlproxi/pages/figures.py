@@ -1,4 +1,4 @@
-"""The report's figures: matplotlib drawn to SVG text that follows the page's own colours."""
+"""The pages' figures: matplotlib drawn to SVG text in the page's own colours."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-#: Readable on white and on black. Text and axes take the page's colour, see ``svg``.
+#: Colours that are readable on white and on black. Text and axes take the page's colour, see ``svg``.
 BEFORE, AFTER, TRAIN, HELDOUT = "#8b949e", "#2f81f7", "#2f81f7", "#e8833a"
 _ROLES = ("#2f81f7", "#e8833a", "#3fa66b", "#a371d6")
 _INK = "#010203"  # stands for the page's text colour, replaced in the SVG
@@ -22,11 +23,11 @@ Curves = dict[str, tuple]
 
 
 def svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float, float] = (6.4, 3.2)) -> str:
-    """Runs ``draw`` on an empty figure and returns one <svg>, scalable and without ids that clash on the page.
+    """Run ``draw`` on an empty figure and return one <svg>, scalable and without ids that clash on the page.
 
-    ``name`` seeds the ids; ``label`` is what a screen reader says.
+    ``name`` seeds the ids, and ``label`` is the text for a screen reader. ``size`` is in inches.
     """
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 10,
@@ -45,7 +46,7 @@ def svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float
         "lines.linewidth": 1.8,
     }
     with matplotlib.rc_context(settings):
-        # A bare Figure draws on Agg's path without pyplot: no display, no global state.
+        # A Figure without pyplot needs no display and has no global state.
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.StringIO()
@@ -63,8 +64,8 @@ def svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float
 
 
 def lines(axes, curves: Curves, colours: Sequence[str], xlabel: str, ylabel: str, markers: bool = False) -> None:
-    """Lines with error bars where a curve has three parts, and a legend where there is more than one."""
-    for (label, curve), colour in zip(curves.items(), colours):
+    """Draw curves, with error bars where they have three parts, and a legend where there is more than one."""
+    for (label, curve), colour in zip(curves.items(), colours, strict=False):
         xs, ys, errors = (*curve, None)[:3]
         marker = "o" if markers or len(xs) == 1 else None
         if errors is None:
@@ -78,7 +79,7 @@ def lines(axes, curves: Curves, colours: Sequence[str], xlabel: str, ylabel: str
 
 
 def reward_curve(train: Curves, heldout: Curves) -> str:
-    """Training reward and held-out evaluations over RL steps, each on an axis of its own."""
+    """Draw the training reward and the held-out evaluations over RL steps, each on an axis of its own."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, 2, squeeze=False)[0] if train and heldout else [figure.subplots()]
@@ -90,17 +91,17 @@ def reward_curve(train: Curves, heldout: Curves) -> str:
             )
             if curves
         ]
-        for axes, (curves, colour, word) in zip(panels, parts):
+        for axes, (curves, colour, word) in zip(panels, parts, strict=True):
             lines(axes, curves, (colour, *_ROLES[2:], BEFORE), "RL step", word, markers=word != "training reward")
 
     return svg(draw, "reward", "Reward over RL steps", (8.0, 3.2))
 
 
 def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: str, xlabel: str = "RL step") -> str:
-    """One small axis for each curve, side by side."""
+    """Draw each curve on a small axis of its own, side by side."""
 
     def draw(figure: Figure) -> None:
-        for axes, (title, curve) in zip(np.ravel(figure.subplots(1, len(curves), squeeze=False)), curves.items()):
+        for axes, (title, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
             lines(axes, {title: curve}, (AFTER,), xlabel, title)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
 
@@ -110,19 +111,21 @@ def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: s
 def against_steps(
     curves: Curves, ylabel: str, distances: Curves | None = None, level: float | None = None, name: str = "frontier"
 ) -> str:
-    """Reward against the number of sampling steps, before and after; beside it the distance to data.
+    """Draw reward against the number of sampling steps, before and after, and beside it the distance to data.
 
-    ``level``: the distance of as many real images, a dashed line.
+    ``level`` is the distance of as many real images, a dashed line.
     """
 
+    far = distances or {}
+
     def draw(figure: Figure) -> None:
-        left, *right = figure.subplots(1, 2 if distances else 1, squeeze=False)[0]
+        left, *right = figure.subplots(1, 2 if far else 1, squeeze=False)[0]
         lines(left, curves, (BEFORE, AFTER), "number of proximal steps N", ylabel, markers=True)
         _step_ticks(left, curves)
         for axes in right:
-            lines(axes, distances, (BEFORE, AFTER), "number of proximal steps N", "distance to data", markers=True)
-            _step_ticks(axes, distances)
-            axes.set_yscale("log")  # few steps are many times farther away than many
+            lines(axes, far, (BEFORE, AFTER), "number of proximal steps N", "distance to data", markers=True)
+            _step_ticks(axes, far)
+            axes.set_yscale("log")  # few steps have many times the distance of many steps
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(NullLocator())
@@ -130,8 +133,8 @@ def against_steps(
                 axes.axhline(level, color=HELDOUT, linestyle="--", linewidth=1.2, label="real images")
                 axes.legend()
 
-    beside = " and distance to data" if distances else ""
-    return svg(draw, name, f"{ylabel}{beside} against the number of steps", (8.0, 3.2) if distances else (6.4, 3.2))
+    beside = " and distance to data" if far else ""
+    return svg(draw, name, f"{ylabel}{beside} against the number of steps", (8.0, 3.2) if far else (6.4, 3.2))
 
 
 def _step_ticks(axes, curves: Curves) -> None:
@@ -142,7 +145,7 @@ def _step_ticks(axes, curves: Curves) -> None:
 
 
 def paired_bars(before: dict[str, float], after: dict[str, float], xlabel: str, name: str) -> str:
-    """One pair of horizontal bars for each key, shares in [0, 1]; a side without a value has no bar."""
+    """Draw a pair of horizontal bars for each key, shares in [0, 1]; a side without a value has no bar."""
     keys = list(dict.fromkeys([*before, *after]))
 
     def draw(figure: Figure) -> None:
@@ -161,7 +164,7 @@ def paired_bars(before: dict[str, float], after: dict[str, float], xlabel: str, 
 
 
 def loss_curve(steps: list[int], values: list[float]) -> str:
-    """A loss over optimizer steps, with its moving average where it is long enough to need one."""
+    """Draw a loss over optimizer steps, with its moving average where it has 40 records or more."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -178,7 +181,7 @@ def loss_curve(steps: list[int], values: list[float]) -> str:
 
 
 def roles(seconds: dict[str, tuple[list[int], list[float]]]) -> str:
-    """Seconds of each role over RL steps."""
+    """Draw the seconds of each role over RL steps."""
 
     def draw(figure: Figure) -> None:
         lines(figure.subplots(), dict(seconds), (*_ROLES, BEFORE), "RL step", "seconds")

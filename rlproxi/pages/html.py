@@ -1,7 +1,9 @@
-"""The blocks that our pages are made of: plain HTML, nothing fetched; they read on a phone and in the dark."""
+"""The blocks of our pages: plain HTML that fetches nothing, for large and small screens, light and dark."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from html import escape
 
 STYLE = """
@@ -28,19 +30,41 @@ figure { margin: .8rem 0; } svg { display: block; width: 100%; min-width: 30rem;
 """
 
 
+def page(name: str, kind: str, sections: Sequence[tuple[str, str]], style: str = "", top: str = "") -> str:
+    """Return a whole page on the run or folder ``name``.
+
+    Args:
+        kind: what the page is, behind the name: "report" gives the title "<name> - rlproxi report".
+        sections: (title, HTML). style: CSS after ``STYLE``. top: HTML before the sections.
+    """
+    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(name)} - rlproxi {kind}</title>\n<style>{STYLE}{style}</style></head><body>\n"
+        f'<h1>{escape(name)}</h1><p class="faint">rlproxi {kind}, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
+        f"{top}\n{body}\n</body></html>\n"
+    )
+
+
 def missing(sentence: str) -> str:
+    """Return a sentence about what the page lacks."""
     return f'<p class="missing">{escape(sentence)}</p>\n'
 
 
 def figure(svg: str, caption: str) -> str:
+    """Return a figure, which scrolls where it is too wide, with its caption."""
     return f'<figure><div class="scroll">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>\n'
 
 
 def card(label: str, value: str, note: str = "") -> str:
+    """Return a card with one large value."""
     return f'<div class="card">{escape(label)}<b>{escape(value)}</b><span class="faint">{escape(note)}</span></div>'
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table, which scrolls where it is too wide; all columns but the first hold numbers."""
+
     def row(cells: list[str], tag: str) -> str:
         return (
             "<tr>"

@@ -1,7 +1,7 @@
-"""``report.html``: one page that holds everything, made from the run directory alone.
+"""``report.html``: one page on a run, made from its directory alone.
 
-Images and figures are inside the file, nothing is fetched; it reads on a phone and in the dark.
-A part of the run that is not there yet is named, not an error.
+Images and figures are inside the file, and nothing is fetched. A part of the run that is missing is named and is no
+error.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..data.faces import parse_caption
 from ..evaluation.images import data_uri, score_colour
 from ..files import write_text
 from ..telemetry import runlog
-from ..telemetry.catalogue import lookup
+from ..telemetry.catalogue import entry
 from ..telemetry.run_reader import RunReader, Samples, dig
 from . import figures
-from .html import STYLE, card, figure, missing, table
+from .html import card, figure, missing, page, table
 
-#: The gallery shows the first prompts of the held-out list; nobody picks them.
+#: The gallery shows the first prompts of the held-out list, unselected.
 GALLERY_PROMPTS, GALLERY_SAMPLES = 12, 4
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
-    """Writes ``run_dir``/report.html, replacing an older one in one move, and returns its path.
+    """Write the report of a run, whole or not at all, and return its path.
 
-    Raises FileNotFoundError for a folder that is no run directory. A run that is not finished is reported as
-    far as it went.
+    A run that is not finished is reported as far as it went. Raises FileNotFoundError for a folder that is no run
+    directory.
     """
     run = RunReader(run_dir)
     write_text(run.files.report, render(run))
@@ -39,7 +39,7 @@ def write_report(run_dir: str | os.PathLike) -> Path:
 
 
 def render(run: RunReader) -> str:
-    """The page."""
+    """Return the page as HTML."""
     sections = [
         ("Headline", _headline(run)),
         ("The same prompts and seeds, before and after", _gallery(run)),
@@ -52,17 +52,9 @@ def render(run: RunReader) -> str:
         ("What happened on the way", _events(run)),
         ("Config as resolved", _config(run)),
     ]
-    name = escape(run.path.resolve().name)
     gaps = "".join(f"<li>{escape(sentence)}</li>" for sentence in run.missing)
     top = f'<div class="missing">Not in this run directory:<ul>{gaps}</ul></div>' if gaps else ""
-    body = "\n".join(f"<section><h2>{title}</h2>\n{content}</section>" for title, content in sections)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name} - rlproxi report</title>\n<style>{STYLE}</style></head><body>\n"
-        f'<h1>{name}</h1><p class="faint">rlproxi run report, written {time.strftime("%Y-%m-%d %H:%M")}</p>\n'
-        f"{top}\n{body}\n</body></html>\n"
-    )
+    return page(run.path.resolve().name, "report", sections, top=top)
 
 
 def _number(value, digits: int = 3) -> str:
@@ -118,7 +110,7 @@ def _headline(run: RunReader) -> str:
     return out + (f'<p class="faint">{escape(", ".join(facts))}</p>\n' if facts else "")
 
 
-#: What is measured beside scores: title -> (its place in an evaluation's entry, how to read it).
+#: Figures of an evaluation beside scores: title -> (place in the evaluation's entry, how to read it).
 _LOOKS = {
     "Distance to data": (("distance", "total"), "colours, composition and texture; lower is closer"),
     "Diversity": (("diversity",), "between samples of one prompt; 0: always the same picture"),
@@ -126,7 +118,7 @@ _LOOKS = {
 
 
 def _looks(run: RunReader) -> list[str]:
-    """Cards of distance and diversity, before and after; none where neither evaluation has them."""
+    """Return cards of distance and diversity, before and after; none where neither evaluation has them."""
 
     def change(*key: str) -> str:
         return " → ".join(_number(dig(run.entry(tag), *key)) for tag in ("before", "after"))
@@ -144,7 +136,7 @@ def _looks(run: RunReader) -> list[str]:
 
 
 def _real(run: RunReader, *key: str) -> float | None:
-    """A figure of as many real images as were evaluated."""
+    """Return a figure of as many real images as were evaluated."""
     return next((v for tag in ("before", "after") if (v := dig(run.evaluations, tag, "data", *key)) is not None), None)
 
 
@@ -187,13 +179,13 @@ def _strip(samples: Samples, prompt: str, p: int, count: int) -> str:
 
 
 def _wrong(samples: Samples, index: int, prompt: str) -> list[str]:
-    """The attributes judged wrong, with the caption's word: 'hat (red)'."""
+    """Return the attributes judged wrong, with the caption's word: 'hat (red)'."""
     if samples.correct is None:
         return []
     claims = parse_caption(prompt)
     return [
         name.replace("_", " ") + (f" ({claims[name]})" if name in claims else "")
-        for name, value in zip(samples.attributes, samples.correct[index])
+        for name, value in zip(samples.attributes, samples.correct[index], strict=True)
         if value < 0.5
     ]
 
@@ -204,14 +196,13 @@ def _reward(run: RunReader) -> str:
     parts = [k for k in runlog.keys(run.records, "rl", "reward/") if k not in ("reward/mean", "reward/std")]
     if train and len(parts) > 1:
         train.update({k.removeprefix("reward/"): runlog.series(run.records, "rl", k) for k in parts})
-    judge = run.judge
-    points = run.heldout_curve(judge) if judge else ([], [], [])
-    heldout = {judge: points} if points[0] else {}
+    heldout = {run.judge: points} if run.judge and (points := run.heldout_curve(run.judge))[0] else {}
     if not train and not heldout:
         return missing("No RL step and no evaluation has been logged yet.")
     out = figure(
         figures.reward_curve(train, heldout),
-        "Progress is what both show. A training reward that climbs while the held-out one falls is reward hacking.",
+        "If the training reward and the held-out reward both rise, the policy is improving. "
+        "A training reward that rises while the held-out one falls is reward hacking.",
     )
     if not train:
         out += missing("No RL step has been logged yet.")
@@ -223,7 +214,7 @@ def _policy(run: RunReader) -> str:
     curves = {k: s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
     out = ""
     if curves:
-        reading = " ".join(f"{k}: {lookup(k).reading}" for k in curves)
+        reading = " ".join(f"{k}: {entry(k).reading}" for k in curves)
         out += figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
     else:
         out += missing("No KL, clip fraction or ratio has been logged yet.")
@@ -243,20 +234,19 @@ def _policy(run: RunReader) -> str:
 
 
 def _frontier(run: RunReader) -> str:
-    judge, curves = run.judge, {}
-    for tag in ("before", "after"):
+    judge = run.judge
+    curves: figures.Curves = {}
+    for tag in ("before", "after") if judge else ():
         counts = sorted(int(n) for n in dig(run.evaluations, tag, "by_steps") or {})
-        points = [(n, *score) for n in counts if judge and (score := run.score(tag, judge, n)) is not None]
+        points = [(n, *score) for n in counts if (score := run.score(tag, judge, n)) is not None]
         if points:
-            curves[tag] = tuple(list(column) for column in zip(*points))
+            curves[tag] = tuple(list(column) for column in zip(*points, strict=True))
     if not curves:
         return missing("No evaluation at any number of steps yet.")
     distances = {
-        tag: tuple(map(list, zip(*points)))
+        tag: tuple(map(list, zip(*pairs, strict=True)))
         for tag in curves
-        if (
-            points := [(n, d) for n in curves[tag][0] if (d := dig(run.entry(tag, n), "distance", "total")) is not None]
-        )
+        if (pairs := [(n, d) for n in curves[tag][0] if (d := dig(run.entry(tag, n), "distance", "total")) is not None])
     }
     level = _real(run, "distance", "total")
     out = figure(
@@ -292,7 +282,7 @@ def _attributes(run: RunReader) -> str:
         for tag in ("before", "after")
     }
     if not any(found.values()):
-        return missing("No judge has told attributes apart yet.")
+        return missing("No judge has scored single attributes yet.")
     return figure(
         figures.paired_bars(found["before"], found["after"], f"share judged right by {judge}", "attributes"),
         "Only images whose caption claims the attribute count.",
@@ -328,7 +318,7 @@ def _events(run: RunReader) -> str:
         elif record["event"] == "metrics":
             begun.add(record.get("stage"))
         elif record["event"] == "resume" and (record.get("stage") in begun or record.get("step")):
-            # A stage that starts says so too, with step 0 and nothing before it: no restart.
+            # A stage that starts logs a resume too, with step 0 and nothing before it. That is no restart.
             lines.append((record, f"resume: {record.get('stage')} went on from step {record.get('step')}"))
     if not lines:
         return "<p>No warnings, no restarts.</p>\n"

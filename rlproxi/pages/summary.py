@@ -1,4 +1,4 @@
-"""summary.json: what a script needs of a run, from its directory alone."""
+"""summary.json: the figures of a run for scripts, from its directory alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ..telemetry.runlog import read, series, stage_seconds
 
 
 def summary(run_dir: Path, config: Config) -> dict:
-    """summary.json from the run directory alone: what a script needs."""
+    """Return the content of summary.json: seconds, rewards, held-out figures, speed, seed and versions.
+
+    A figure that the run lacks is None.
+    """
     records = read(run_dir)
     seconds = stage_seconds(records)
     rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]

@@ -1,7 +1,7 @@
-"""When someone should look at a run: alert rules for Prometheus, written over the catalogue's series.
+"""Alert rules for Prometheus, over the catalogue's series: when a person should look at a run.
 
-A rule is an expression, a comparison and a threshold, so that a test can ask Prometheus for the expression alone: it
-must return data in a healthy run, where the whole rule returns none.
+A rule has an expression, a comparison and a threshold apart, so that a test can query the expression alone. In a
+healthy run the expression returns data and the whole rule returns none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ _HEAD = """\
 
 
 def mean(metric: str, window: str, by: str = "run") -> str:
-    """PromQL: the mean over ``window`` for each run, however many processes told of it (a resumed run has two)."""
+    """Return PromQL for the mean over ``window`` of each run, over all processes that exported it.
+
+    A resumed run has had two of them or more.
+    """
     name = series(metric)
     return f"sum by ({by}) (sum_over_time({name}[{window}])) / sum by ({by}) (count_over_time({name}[{window}]))"
 
@@ -30,7 +33,10 @@ def _growth(counter: str, window: str) -> str:
 
 @dataclass(frozen=True)
 class Alert:
-    """``expr`` ``op`` ``threshold`` holds for ``lasting``. ``metric`` is the catalogue entry that it is about."""
+    """An alert that fires when ``expr`` ``op`` ``threshold`` holds for ``lasting``.
+
+    ``metric`` is the catalogue entry that it watches, ``remedy`` what a person can do.
+    """
 
     name: str
     metric: str
@@ -44,19 +50,22 @@ class Alert:
 
     @property
     def rule(self) -> dict:
-        """As a Prometheus rule file has it."""
-        told = f"{self.remedy} ({entry(self.metric).reading})"
+        """The rule as in a Prometheus rule file."""
+        description = f"{self.remedy} ({entry(self.metric).reading})"
         return {
             "alert": self.name,
             "expr": f"({self.expr}) {self.op} {self.threshold:g}",
             "for": self.lasting,
             "labels": {"severity": self.severity},
-            "annotations": {"summary": self.summary, "description": told},
+            "annotations": {"summary": self.summary, "description": description},
         }
 
 
 def _heldout_below_best() -> str:
-    """Standard errors of a held-out reward below its best of 12 hours; 0 where the training reward fell too."""
+    """Return PromQL: by how many standard errors a held-out reward is below its best of 12 hours.
+
+    It is 0 where the training reward fell too.
+    """
     by = "by (run, name)"
     heldout = series("heldout/<name>")
     drop = f"max {by} (max_over_time({heldout}[12h])) - max {by} ({heldout})"
@@ -100,7 +109,7 @@ ALERTS: tuple[Alert, ...] = (
         "0m",
         "warning",
         "{{ $labels.run }}: the run's own over-optimisation alarm",
-        "The alarm's words, and the iteration to go back to, are in metrics.jsonl and on the dashboard.",
+        "The alarm's message names the iteration to go back to; it is in metrics.jsonl and on the dashboard.",
     ),
     Alert(
         "ZeroVarianceGroups",
@@ -110,7 +119,7 @@ ALERTS: tuple[Alert, ...] = (
         0.8,
         "15m",
         "warning",
-        "{{ $labels.run }}: most groups teach nothing",
+        "{{ $labels.run }}: most groups have no advantage",
         "More than 80% of the groups have equal rewards: harder prompts, a finer reward, or larger groups.",
     ),
     Alert(
@@ -122,7 +131,7 @@ ALERTS: tuple[Alert, ...] = (
         "5m",
         "warning",
         "{{ $labels.run }}: groups cannot be scored",
-        "More than 5% of the groups have no score: the warnings name the scorer and say what it answered.",
+        "More than 5% of the groups have no score: the warnings name the scorer and its answer.",
     ),
     Alert(
         "RoleIdle",
@@ -145,7 +154,7 @@ ALERTS: tuple[Alert, ...] = (
         "0m",
         "warning",
         "{{ $labels.run }}: an actor, a replica or the learner was restarted",
-        "Nothing is lost. On preemptible machines it is expected; elsewhere read the warning, and look at the node's "
+        "Nothing is lost. On preemptible machines it is expected. Elsewhere read the warning, and check the node's "
         "memory.",
     ),
     Alert(
@@ -157,7 +166,7 @@ ALERTS: tuple[Alert, ...] = (
         "0m",
         "warning",
         "{{ $labels.run }}: more than ten warnings in a quarter of an hour",
-        "They are in metrics.jsonl.",
+        "Read them in metrics.jsonl.",
     ),
     Alert(
         "NoProgress",
@@ -168,13 +177,13 @@ ALERTS: tuple[Alert, ...] = (
         "20m",
         "critical",
         "{{ $labels.run }}: no step of any stage for half an hour",
-        "Something waits: `ray status`, the idle shares and the newest warnings. Long evaluations and the first load "
-        "of a large model look alike.",
+        "Some role waits: look at `ray status`, the idle shares and the newest warnings. A long evaluation, or the "
+        "first load of a large model, looks the same.",
     ),
 )
 
 
 def rules() -> str:
-    """The rule file, YAML, ending in a newline."""
+    """Return the rule file: YAML that ends in a newline."""
     groups = {"groups": [{"name": "rlproxi", "rules": [alert.rule for alert in ALERTS]}]}
     return _HEAD + yaml.safe_dump(groups, sort_keys=False, width=110, allow_unicode=True)

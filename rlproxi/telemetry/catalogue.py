@@ -1,4 +1,4 @@
-"""What each metric is, in which unit, and how to read it. Dashboards, exporters and reports take their words here."""
+"""The catalogue of metrics: what each is, its unit and how to read it, for dashboards, exporters and reports."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ _PART = re.compile(r"<(\w+)>")
 
 @dataclass(frozen=True)
 class Metric:
-    """``name`` may hold one <part> that stands for any word, as in reward/<name>. ``unit`` '1' is a plain number.
+    """One entry of the catalogue.
 
-    ``kind``: gauge, the newest value; counter, what adds up over a run; histogram, how values are spread. ``total``:
-    each record of a counter holds the sum so far, not what came new. ``section``: its row in a dashboard.
+    Attributes:
+        name: may hold one <part> that stands for any word, as in reward/<name>. unit: '1' is a plain number.
+        kind: gauge, the newest value; counter, a sum over the run; histogram, the distribution of values.
+        total: each record of a counter holds the sum so far, not the increase. section: its row in a dashboard.
     """
 
     name: str
@@ -29,7 +31,7 @@ class Metric:
 
     @property
     def part(self) -> str | None:
-        """The name of its <part>, a label of its series; None without one."""
+        """The name of its <part>, which is a label of its series; None without one."""
         found = _PART.search(self.name)
         return found[1] if found else None
 
@@ -39,19 +41,20 @@ class Metric:
         return ("run", "stage", *([self.part] if self.part else []))
 
     def part_of(self, name: str) -> str | None:
-        """What stands for <part> in a logged name; "" for a metric without one; None where the name is another's."""
+        """Return the word in place of <part> in a logged name; "" for a metric without one; None for another's name."""
         found = re.fullmatch(_PART.sub("([^/]+)", self.name), name)
         return None if found is None else "".join(found.groups())
 
     def matches(self, name: str) -> bool:
+        """Return whether a logged name is of this metric."""
         return self.part_of(name) is not None
 
 
 def prometheus_name(metric: Metric) -> str:
-    """The name that is given to Ray, which puts ``ray_`` before it.
+    """Return the metric's name for Ray, which adds ``ray_`` in front.
 
-    A <part> at the end becomes a label alone; elsewhere its own word stays in the name too, because "<network>/loss" is
-    not "loss". A counter ends in _total, as is the custom.
+    A <part> at the end becomes a label only. Elsewhere its word stays in the name too, because "<network>/loss" is not
+    "loss". A counter ends in _total, by Prometheus's convention.
     """
     words = _PART.sub(lambda found: "" if found.end() == len(metric.name) else found[1], metric.name)
     name = "rlproxi_" + re.sub(r"\W+", "_", words.rstrip("/"))
@@ -59,7 +62,7 @@ def prometheus_name(metric: Metric) -> str:
 
 
 def series(name: str) -> str:
-    """A catalogue entry's name in PromQL, without labels. Raises KeyError for a name that is no entry."""
+    """Return a catalogue entry's name in PromQL, without labels. Raises KeyError for a name that is no entry."""
     return f"ray_{prometheus_name(entry(name))}"
 
 
@@ -75,7 +78,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "grad_norm",
         "1",
         "Global gradient norm before clipping.",
-        "Steady is good. Always above the clip value: the learning rate decides nothing, clipping does.",
+        "Steady is good. Always above the clip value: clipping sets the size of updates, not the learning rate.",
         section="Optimisation",
     ),
     Metric(
@@ -103,45 +106,45 @@ CATALOGUE: tuple[Metric, ...] = (
         "images_per_second/gpu",
         "images/s",
         "images_per_second of the stage rl for each GPU that the run holds.",
-        "What a GPU is worth. Falls when GPUs are added to a role that is idle already.",
+        "Falls when GPUs are added to a role that is idle already.",
         section="Speed",
     ),
     Metric(
         "idle/<role>",
         "share",
         "Share of an iteration that rollout, reward or learner was idle; its actors' mean.",
-        "The role with the least sets the pace. Near 1 for long: its hardware does more good elsewhere.",
+        "The role with the lowest share limits the speed. Near 1 for long: its hardware is of more use elsewhere.",
         section="Speed",
     ),
     Metric(
         "reward/mean",
         "reward",
         "Mean weighted training reward of the step's samples.",
-        "Should climb. Compare with heldout/<name>: only what both show is progress.",
+        "Should rise. If heldout/<name> rises too, the policy is improving.",
     ),
     Metric(
         "reward/std",
         "reward",
         "Mean standard deviation of the reward inside a group.",
-        "What advantages are made of. Towards 0: a prompt's samples have become alike, nothing is left to learn.",
+        "Advantages come from it. Towards 0: a prompt's samples have become alike, and training has no signal.",
     ),
     Metric(
         "reward/<name>",
         "reward",
         "Mean of one training reward, before its weight.",
-        "Tells which term of a weighted sum moves.",
+        "Shows which term of a weighted sum changes.",
     ),
     Metric(
         "last_step/reward",
         "reward",
-        "Mean reward that the last step's gradient climbs (grpo.last_step_weight).",
-        "Should climb with reward/mean; alone, the last step learns what the policy does not.",
+        "Mean reward of the samples in the last step's gradient (grpo.last_step_weight).",
+        "Should rise with reward/mean. Alone: the last step is trained, and the policy is not.",
     ),
     Metric(
         "heldout/<name>",
         "reward",
         "Mean of a reward that is never optimised, on fixed prompts and seeds.",
-        "The number to trust. Falling while reward/mean climbs is reward hacking: stop, or raise grpo.kl_coef.",
+        "The figure to decide by. Falling while reward/mean rises is reward hacking: stop, or raise grpo.kl_coef.",
     ),
     Metric(
         "heldout_sem/<name>",
@@ -153,7 +156,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "evaluation/<name>",
         "reward",
         "Mean of a training reward on the held-out prompts; in evaluations.",
-        "Far below reward/<name>: the policy has learned its training prompts, not the task.",
+        "Far below reward/<name>: the policy is better on its training prompts only.",
     ),
     Metric(
         "diversity",
@@ -166,14 +169,14 @@ CATALOGUE: tuple[Metric, ...] = (
         "distance/total",
         "1",
         "Distance of an evaluation's images to data: distance/layout + distance/texture.",
-        "Should fall or hold. Climbing with the rewards: they are won by what no data look like.",
+        "Should fall or stay. Rising with the rewards: images gain reward by what real images do not have.",
         section="Variety and distance to data",
     ),
     Metric(
         "distance/layout",
         "1",
         "Frechet distance of 8 x 8 cell means to the data's, over their total variance.",
-        "Colours and composition; missing variety too. Its floor is that of real images, at as many of them.",
+        "Colours and composition, and missing variety. Its floor is the distance of as many real images.",
         section="Variety and distance to data",
     ),
     Metric(
@@ -229,13 +232,13 @@ CATALOGUE: tuple[Metric, ...] = (
         "ratio/first_max/<index>",
         "1",
         "Largest |log-ratio| at a trained sampling step, before the first update on the samples.",
-        "0 where the samples are of the learner's own weights. With staleness or averaged weights it tells how far they are.",
+        "0 for samples of the learner's own weights. With staleness or averaged weights it shows the difference.",
         section="Policy",
     ),
     Metric(
         "sampler/limit_deviation",
         "share",
-        "How far a noise-free step of the trained network is off the deterministic sampler's, once at the start.",
+        "Difference of a noise-free step of the trained network from the deterministic sampler's, once at the start.",
         "0, or rounding; the run stops above guards.sampler_tolerance.",
         section="Policy",
     ),
@@ -260,7 +263,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "advantages/zero_variance_groups",
         "groups",
         "Groups of the step whose rewards were all equal.",
-        "They teach nothing. Most of the step: the reward is saturated, or too coarse, or the group too small.",
+        "They have no advantage. Most of the step: the reward is saturated or too coarse, or the group too small.",
         section="Faults",
     ),
     Metric("groups", "groups", "Groups of the step.", "Constant: prompts of an iteration.", section="Faults"),
@@ -284,7 +287,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "restarts",
         "restarts",
         "Rollout actors and reward replicas that died, and learner restarts, so far.",
-        "0, or a few where machines are preemptible. Steady growth: the first warning says what dies.",
+        "0, or a few where machines are preemptible. Steady growth: the first warning names what dies.",
         kind="counter",
         total=True,
         section="Faults",
@@ -316,7 +319,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "seconds/rollout",
         "s",
         "Time spent on sampling the step's groups, actors added up.",
-        "The largest of the roles sets the pace; more rollout actors share it.",
+        "The largest of the roles limits the speed; more rollout actors share it.",
         section="Speed",
     ),
     Metric(
@@ -361,7 +364,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "samples",
         "samples",
         "Samples read so far in encode or curate.",
-        "With `shards` it tells how full shards are.",
+        "With `shards` it shows how full shards are.",
         kind="counter",
         total=True,
         section="Data",
@@ -403,7 +406,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "<network>/loss",
         "1",
         "The objective of a network that is trained beside the policy, as DIDR's fake score.",
-        "Low and steady: it follows the generator. Climbing: give it more updates (didr.fake_updates).",
+        "Low and steady: it follows the generator. Rising: give it more updates (didr.fake_updates).",
         section="Optimisation",
     ),
     Metric(
@@ -413,15 +416,15 @@ CATALOGUE: tuple[Metric, ...] = (
     Metric(
         "other/<name>",
         "1",
-        "What an algorithm of one's own logs under a name that is not in this list.",
-        "Its author knows.",
+        "A value that a custom algorithm logs under a name outside this list.",
+        "See the algorithm's own documentation.",
         section="Optimisation",
     ),
 )
 
 
 def entry(name: str) -> Metric:
-    """The entry of exactly this name, <part> and all. Raises KeyError."""
+    """Return the entry of exactly this name, with its <part>. Raises KeyError."""
     return _ENTRIES[name]
 
 
@@ -429,7 +432,7 @@ _ENTRIES = {metric.name: metric for metric in CATALOGUE}
 
 
 def lookup(name: str) -> Metric | None:
-    """The entry for a logged name; an exact one before a pattern. None for a name the catalogue does not know."""
+    """Return the entry for a logged name, an exact one before a pattern; None for an unknown name."""
     if name in _ENTRIES:
         return _ENTRIES[name]
     return next((metric for metric in CATALOGUE if metric.matches(name)), None)

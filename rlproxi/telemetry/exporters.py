@@ -1,6 +1,6 @@
-"""Where a run's records go beside its log: TensorBoard event files and Weights & Biases.
+"""Exporters of a run's records beside its log: TensorBoard event files and Weights & Biases.
 
-Ray's metrics need Ray, and are in ``actors/run/metric_exporters.py``.
+The exporter to Ray's metrics needs Ray, so it is in ``actors/run/metric_exporters.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..run_directory import RunDirectory
 from .observations import observations
 
-if TYPE_CHECKING:  # it brings torch, which no exporter needs
+if TYPE_CHECKING:  # the config imports torch, which no exporter needs
     from ..config.sections import Telemetry
 
 _REMEDY = {
@@ -25,15 +25,17 @@ _FLUSH_SECONDS = 2
 
 
 class Exporter(Protocol):
-    """Takes each record as the run log does."""
+    """A place where each record of the run log goes too."""
 
-    def tell(self, event: str, fields: dict[str, Any]) -> None: ...
+    def tell(self, event: str, fields: dict[str, Any]) -> None:
+        """Export one record."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is buffered, and end."""
 
 
 def check_packages(telemetry: Telemetry) -> None:
-    """Raises ImportError, with the remedy, where a package is missing that the settings need. Imports none of them."""
+    """Raise ImportError, with the remedy, where the settings need a missing package. No package is imported."""
     wanted = [*(["tensorboardX"] if telemetry.tensorboard else []), *(["wandb"] if telemetry.wandb else [])]
     for package in wanted:
         if importlib.util.find_spec(package) is None:
@@ -41,9 +43,9 @@ def check_packages(telemetry: Telemetry) -> None:
 
 
 class TensorBoard:
-    """Event files in ``<run>/tensorboard/<stage>``, one scalar for each metric, under its logged name.
+    """Event files in ``<run>/tensorboard/<stage>``, with one scalar for each metric under its logged name.
 
-    A "resume" begins a new file, which tells TensorBoard to drop what the stage had told of later steps.
+    A "resume" begins a new file, which makes TensorBoard drop the stage's values of later steps.
     """
 
     def __init__(self, run_dir: str | Path, headline_steps: int | None = None):
@@ -51,6 +53,7 @@ class TensorBoard:
         self.writers: dict[str, Any] = {}
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
+        """Export one record."""
         if event == "resume":
             self._begin(fields["stage"], fields["step"] + 1)
         for seen in observations(event, fields, self.headline_steps):
@@ -64,26 +67,28 @@ class TensorBoard:
 
         if stage in self.writers:
             self.writers[stage].close()
-        # A thread of the writer's puts on disk what came in; often, because a run may be killed, and someone may look.
+        # The writer's thread flushes often, because a run may be killed and people look while it runs.
         self.writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=purge, flush_secs=_FLUSH_SECONDS)
         return self.writers[stage]
 
     def close(self) -> None:
+        """Close the event files."""
         for writer in self.writers.values():
             writer.close()
 
 
 class WeightsAndBiases:
-    """One W&B run, named and identified by the run directory's name, so that a resumed run goes on there.
+    """One W&B run. Its name and id are the run directory's name, so that a resumed run goes on there.
 
-    Metrics are ``<stage>/<name>``, over a step of each stage's own.
+    Metrics are ``<stage>/<name>``, over the stage's own steps. Alarms and warnings become alerts.
     """
 
     def __init__(self, run_dir: str | Path, project: str, config: dict[str, Any], headline_steps: int | None = None):
         import wandb
 
         run_dir = Path(run_dir)
-        self.headline_steps, self.stages = headline_steps, set()
+        self.headline_steps = headline_steps
+        self.stages: set[str] = set()
         self.run = wandb.init(
             project=project,
             name=run_dir.name,
@@ -95,6 +100,7 @@ class WeightsAndBiases:
         )
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
+        """Export one record."""
         seen = [o for o in observations(event, fields, self.headline_steps) if o.step is not None and o.name != "step"]
         if seen:
             stage = seen[0].stage
@@ -112,4 +118,5 @@ class WeightsAndBiases:
             )
 
     def close(self) -> None:
+        """Finish the W&B run."""
         self.run.finish()

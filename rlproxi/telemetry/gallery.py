@@ -14,7 +14,10 @@ from ..run_directory import INSIDE, RunDirectory
 
 @dataclass
 class GalleryGroup:
-    """One prompt's samples: images uint8 [G, H, W, 3], rewards [G] (the weighted sum; NaN is missing), their parts."""
+    """One prompt's samples: images uint8 [G, H, W, 3], and the weighted sum of their rewards [G] with its parts.
+
+    NaN is a missing reward.
+    """
 
     prompt: str
     index: int
@@ -24,13 +27,15 @@ class GalleryGroup:
 
 
 def due(iteration: int, every: int) -> bool:
-    """Whether ``iteration`` leaves a gallery: the first does, and every ``every``-th; none where that is 0."""
+    """Return whether ``iteration`` writes a gallery: the first and every ``every``-th do, and none if that is 0."""
     return bool(every) and (iteration == 0 or (iteration + 1) % every == 0)
 
 
 def write(run_dir: Path, step: int, version: int, groups: list[GalleryGroup]) -> str:
-    """Writes the gallery of ``step``; returns its JSON file's path within the run directory. The pictures come first: a
-    gallery that can be read is whole. Raises OSError."""
+    """Write the gallery of ``step`` and return the path of its JSON file within the run directory. Raises OSError.
+
+    The pictures are written first, so that a gallery whose JSON file exists is complete.
+    """
     from PIL import Image
 
     run = RunDirectory(run_dir)
@@ -61,7 +66,7 @@ def _scores(values: np.ndarray) -> list[float | None]:
 
 
 def _extremes(rewards: np.ndarray) -> dict[str, int | None]:
-    """The numbers of the best and the worst sample; None where none has a score."""
+    """Return the numbers of the best and the worst sample; None where no sample has a reward."""
     rewards = np.where(np.isfinite(rewards), rewards, np.nan)
     if np.isnan(rewards).all():
         return {"best": None, "worst": None}

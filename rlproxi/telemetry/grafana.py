@@ -1,4 +1,4 @@
-"""The Grafana dashboard, one panel for each entry of the catalogue: nothing in it is written by hand."""
+"""The Grafana dashboard, generated from the catalogue: one panel for each entry."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .catalogue import CATALOGUE, SECTIONS, Metric, series
 UID = "rlproxi"
 _UNITS = {"1": "short", "s": "s", "bytes": "bytes", "share": "percentunit"}
 _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 3
-#: Rows that are open when the dashboard is.
+#: Rows that are open when the dashboard is opened.
 _OPEN = ("Rewards", "Policy", "Speed", "Faults")
 _RUN = '{run=~"$run"}'
 
 
 def queries(metric: Metric) -> list[tuple[str, str]]:
-    """(PromQL, legend) of a metric's panel; ``$run`` is the dashboard's variable.
+    """Return (PromQL, legend) of each line in a metric's panel; ``$run`` is the dashboard's variable.
 
-    ``max`` and ``sum`` take processes together: a resumed run has had more than one.
+    ``max`` and ``sum`` are over processes, for a resumed run has had more than one.
     """
     name = series(metric.name)
     by = ", ".join(metric.labels)
@@ -38,7 +38,7 @@ def queries(metric: Metric) -> list[tuple[str, str]]:
 
 
 def dashboard() -> str:
-    """The dashboard as Grafana imports and provisions it: JSON, ending in a newline."""
+    """Return the dashboard as Grafana imports and provisions it: JSON that ends in a newline."""
     panels: list[dict[str, Any]] = []
     top = 0
     for section in SECTIONS:
@@ -89,13 +89,13 @@ def dashboard() -> str:
 
 def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
     alerts = ", ".join(alert.name for alert in ALERTS if alert.metric == metric.name)
-    told = f"{metric.help} {metric.reading}" + (f" Alert: {alerts}." if alerts else "")
+    description = f"{metric.help} {metric.reading}" + (f" Alert: {alerts}." if alerts else "")
     bounds = {"min": 0, "max": 1} if metric.unit == "share" else {}
     return {
         "type": "timeseries",
         "id": number,
         "title": metric.name,
-        "description": told,
+        "description": description,
         "datasource": {"type": "prometheus", "uid": "${datasource}"},
         "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
         "fieldConfig": {
@@ -158,7 +158,7 @@ def _runs() -> dict[str, Any]:
 
 
 def _restarts() -> dict[str, Any]:
-    """A mark where something was restarted."""
+    """Return the annotation that marks restarts."""
     return {
         "name": "restarts",
         "enable": True,

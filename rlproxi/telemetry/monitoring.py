@@ -10,12 +10,12 @@ from .grafana import dashboard
 
 
 def files() -> dict[str, str]:
-    """path within cluster/monitoring -> text, of all that is generated."""
+    """Return path within cluster/monitoring -> text of each generated file."""
     return {"alerts.yml": rules(), "grafana/dashboards/rlproxi.json": dashboard()}
 
 
 def main(folder: str) -> None:
-    """Writes them into ``folder``."""
+    """Write the generated files into ``folder``."""
     for name, text in files().items():
         file = Path(folder) / name
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A record of the run log as values of the catalogue's metrics: what every exporter starts from."""
+"""Records of the run log as values of the catalogue's metrics, for the exporters."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from typing import Any
 
 from .catalogue import Metric, entry, lookup
 
-#: The label ``stage`` of what belongs to the run as a whole.
+#: The label ``stage`` of values of the whole run.
 WHOLE_RUN = "run"
 _EVENTS = {"warning": "warnings", "alarm": "alarms"}
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One value. ``name`` as logged, "heldout/judge"; ``part`` what stands for the metric's <part>, else ""; ``step``
-    None for what has none."""
+    """One value of a metric.
+
+    Attributes:
+        name: as logged, for example "heldout/judge".
+        part: the word in place of the metric's <part>, here "judge"; "" for a metric without one.
+        step: None for a value without a step.
+    """
 
     metric: Metric
     name: str
@@ -27,27 +32,27 @@ class Observation:
     value: float
 
     def labels(self, run: str) -> dict[str, str]:
-        """The values of ``metric.labels``."""
+        """Return the values of ``metric.labels``."""
         return {"run": run, "stage": self.stage, **({self.metric.part: self.part} if self.metric.part else {})}
 
 
 def observations(event: str, fields: dict[str, Any], headline_steps: int | None = None) -> list[Observation]:
-    """What a record tells, in the order of its keys; [] for an event without numbers. NaN and null are left out.
+    """Return a record's values in the order of its keys; [] for an event without numbers. NaN and null are left out.
 
-    ``headline_steps``: of evaluations at several step counts only the one at this count is told; None: all of them.
+    ``headline_steps``: only evaluations at this number of denoising steps have values; None: all have.
     """
     if event == "metrics":
         return [*_observed({"step": fields["step"], **_numbers(fields)}, fields)]
     if event == "evaluation":
-        told = headline_steps is None or fields.get("steps") == headline_steps
-        return [*_observed(_evaluated(fields), fields)] if told else []
+        wanted = headline_steps is None or fields.get("steps") == headline_steps
+        return [*_observed(_evaluated(fields), fields)] if wanted else []
     if event in _EVENTS:
         return [Observation(entry(_EVENTS[event]), _EVENTS[event], "", WHOLE_RUN, None, 1.0)]
     return []
 
 
 def zeros() -> list[Observation]:
-    """A run's counters before anything was counted: a series that begins with its first event shows no increase."""
+    """Return a run's counters at 0, for the start: Prometheus sees no increase in a series that begins with 1."""
     return [Observation(entry(name), name, "", WHOLE_RUN, None, 0.0) for name in _EVENTS.values()]
 
 
@@ -56,7 +61,7 @@ def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluated(fields: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation's entry (evaluation.heldout.summarise) under the catalogue's names."""
+    """Return an evaluation's entry (evaluation.heldout.summarise) under the catalogue's names."""
     found: dict[str, Any] = {"diversity": fields.get("diversity")}
     for name, score in (fields.get("heldout") or {}).items():
         found[f"heldout/{name}"], found[f"heldout_sem/{name}"] = score.get("mean"), score.get("sem")
@@ -71,12 +76,9 @@ def _observed(values: dict[str, Any], fields: dict[str, Any]) -> Iterator[Observ
     for name, value in values.items():
         try:
             number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):  # a text or a list that an algorithm of one's own logs
+        except (TypeError, ValueError):  # a text or a list that a custom algorithm logs
             continue
         if math.isfinite(number):
-            metric = lookup(name)
-            if metric is None:
-                metric, part = entry("other/<name>"), name
-            else:
-                part = metric.part_of(name)
+            known = lookup(name)
+            metric, part = (known, known.part_of(name) or "") if known else (entry("other/<name>"), name)
             yield Observation(metric, name, part, str(fields["stage"]), int(fields["step"]), number)

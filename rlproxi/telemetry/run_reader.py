@@ -25,8 +25,8 @@ from . import runlog
 class Samples:
     """An evaluation's images uint8 [P * S, H, W, 3], prompt-major, and the held-out score of each, float32 [P * S].
 
-    For a judge of attributes, ``attributes`` names A of them. ``correct`` [P * S, A] is then 1 for right, 0 for wrong and
-    NaN for an attribute that the caption does not claim.
+    For a judge of attributes, ``attributes`` names A of them. ``correct`` [P * S, A] is then 1 for right, 0 for wrong
+    and NaN for an attribute that the caption does not claim.
     """
 
     images: np.ndarray
@@ -66,14 +66,14 @@ class RunReader:
 
     @property
     def headline_steps(self) -> int | None:
-        """The number of denoising steps that the run is about: the config's, else the one that an evaluation names."""
+        """The config's number of denoising steps, else the one that an evaluation names."""
         count = dig(self.config, "sampler", "num_inference_steps")
         found = [e.get("headline_steps") for e in self.evaluations.values()]
         return next((n for n in [count, *found] if type(n) is int and abs(n) < 10**6), None)
 
     @property
     def judge(self) -> str | None:
-        """The first held-out reward."""
+        """The name of the first held-out reward."""
         for evaluation in self.evaluations.values():
             for steps in _mapping(evaluation.get("by_steps")):
                 for name in _mapping(dig(evaluation, "by_steps", steps, "heldout")):
@@ -81,19 +81,19 @@ class RunReader:
         return None
 
     def entry(self, tag: str, steps: int | None = None) -> dict:
-        """The scores of one number of denoising steps in evaluation ``tag``; {} where there are none."""
+        """Return the scores of evaluation ``tag`` at one number of denoising steps; {} where there are none."""
         steps = self.headline_steps if steps is None else steps
         return _mapping(dig(self.evaluations, tag, "by_steps", str(steps)))
 
-    def score(self, tag: str, name: str, steps: int | None = None) -> tuple[float, float] | None:
-        """(mean, standard error) of a held-out or training reward in an evaluation."""
+    def score(self, tag: str, name: str | None, steps: int | None = None) -> tuple[float, float] | None:
+        """Return (mean, standard error) of a held-out or training reward in an evaluation; None where it is missing."""
         entry = self.entry(tag, steps)
         found = dig(entry, "heldout", name) or dig(entry, "train", name)
         mean, sem = finite(dig(found, "mean")), finite(dig(found, "sem"))
         return None if mean is None else (mean, sem or 0.0)
 
     def samples(self, tag: str, steps: int | None = None) -> Samples | None:
-        """The images of an evaluation; None where the file is missing or damaged (then it is in ``missing``)."""
+        """Return the images of an evaluation; None where the file is missing, or damaged and named in ``missing``."""
         steps = self.headline_steps if steps is None else steps
         path = self.files.evaluation_samples(tag, steps)
         if not path.is_file():
@@ -114,7 +114,7 @@ class RunReader:
             return None
 
     def heldout_curve(self, name: str) -> tuple[list[int], list[float], list[float]]:
-        """(RL steps, means, standard errors) of every evaluation of a reward at the headline step count."""
+        """Return (RL steps, means, standard errors) of a reward in every evaluation, at ``headline_steps``."""
         last = runlog.last_step(self.records, "rl")
         points = {}
         for tag in self.evaluations:
@@ -147,7 +147,7 @@ class RunReader:
             self.missing.append(sentence)
 
 
-def dig(values: Any, *keys: str) -> Any:
+def dig(values: Any, *keys: str | None) -> Any:
     """Return values[a][b]..., or None where a part of the path is missing or is not a mapping."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None

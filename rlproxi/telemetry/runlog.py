@@ -5,8 +5,8 @@ Every record has "time" (unix seconds) and "event"; the rest follows from the ev
 =========== ==================================================================================
 metrics     "stage" (pretrain, rl, ...), "step", and any number of values; see ``catalogue``
 stage       "name", "status" (start or done), and "seconds" when done
-resume      "stage", "step": what that stage logged before for a step > this one is superseded
-evaluation  "tag", "stage", "step", and what was measured
+resume      "stage", "step": earlier records of that stage for a step > this one no longer count
+evaluation  "tag", "stage", "step", and the figures
 reward      "name", "scorer", and where its scores come from (class, checkpoint hashes)
 samples     "stage", "step", "file": a gallery of training samples was written, see ``gallery``
 best        "stage", "step", "heldout": the best held-out reward so far, saved as models/best
@@ -15,7 +15,7 @@ warning     "message"
 note        "message"
 =========== ==================================================================================
 
-Dashboards, reports and resumes read this file, so nothing important lives only in a process.
+Dashboards, reports and resumes read this file, so no process holds the only copy of a fact.
 """
 
 from __future__ import annotations
@@ -36,32 +36,33 @@ _REQUIRED = {"metrics": ("stage", "step"), "stage": ("name", "status"), "resume"
 
 
 class RunLog:
-    """Appends records to ``run_dir``/metrics.jsonl. The folder is made if it is missing.
+    """The run log of ``run_dir``, open for appending. The folder is made if it is missing.
 
-    Each record is one write to a file opened for appending, so several processes of one machine may
-    log into the same file and a killed one leaves at most one torn line, which ``read`` skips.
+    Each record is one write to a file that is opened for appending. So several processes of one machine may log into
+    the same file, and a killed one leaves at most one torn line, which ``read`` skips.
 
-    patient: what cannot be written, for a full disk as a rule, is held back and written before the next record that can be;
-    the oldest of more than 100,000 are lost. Else ``append`` raises OSError.
+    patient: a record that cannot be written, mostly for a full disk, is held and written before the next one. Of more
+    than 100,000 held records the oldest are lost. If it is False, ``append`` raises OSError.
     """
 
     def __init__(self, run_dir: str | os.PathLike, patient: bool = False):
-        self.patient, self.held, self._torn = patient, collections.deque(maxlen=100_000), False
+        self.patient, self._torn = patient, False
+        self.held: collections.deque[bytes] = collections.deque(maxlen=100_000)
         self.path = RunDirectory(run_dir).log
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (``close`` closes it)
         size = self._file.seek(0, os.SEEK_END)
         if size:
             self._file.seek(size - 1)
             if self._file.read(1) != b"\n":
-                # A writer was killed in the middle of a line: end it, so that ours does not grow onto it.
+                # A writer was killed in the middle of a line, which is ended here: the next record starts on its own.
                 self._file.write(b"\n")
 
     def append(self, event: str, /, **fields: Any) -> None:
-        """Logs one record. Numpy and torch scalars become numbers, NaN and Inf become null.
+        """Log one record. Numpy and torch scalars become numbers, NaN and Inf become null.
 
-        Raises ValueError for an unknown event or one without its fields, TypeError for a value that is not
-        JSON. Nothing is written then.
+        Raises ValueError for an unknown event or a missing field, and TypeError for a value that JSON cannot hold. Then
+        nothing is written.
         """
         if event not in EVENTS:
             raise ValueError(f"event {event!r} is unknown; choose one of {', '.join(EVENTS)}")
@@ -85,13 +86,14 @@ class RunLog:
         while self.held:
             line = b"\n" * self._torn + self.held[0]
             written = self._file.write(line)
-            if written != len(line):  # what no buffer stands before may be written in part
-                self._torn = self._torn or written > 0
+            if written != len(line):  # an unbuffered write may be partial
+                self._torn = self._torn or bool(written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             self._torn = False
             self.held.popleft()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> RunLog:
@@ -102,9 +104,9 @@ class RunLog:
 
 
 def plain(value: Any, name: str = "value") -> Any:
-    """``value`` as JSON can hold it: numbers, strings, lists, dicts; NaN and Inf as None.
+    """Return ``value`` as JSON can hold it: numbers, strings, lists, dicts; NaN and Inf as None.
 
-    Raises TypeError, naming ``name``, for anything else.
+    Raises TypeError, which names ``name``, for anything else.
     """
     if value is None or isinstance(value, (str, bool)):
         return value
@@ -124,10 +126,10 @@ def plain(value: Any, name: str = "value") -> Any:
 
 
 def read(run_dir: str | os.PathLike) -> list[dict]:
-    """All records in the order they were written; [] where there is no log yet.
+    """Return all records in the order they were written; [] where there is no log yet.
 
-    A line that is not a JSON object is what a killed writer left behind (the last line, or the last one
-    before a resume), and is skipped; so is one that ``append`` would not have written.
+    A line that is no JSON object is skipped: a killed writer leaves one at the end, or before a resume. So is a record
+    that ``append`` would not have written.
     """
     path = RunDirectory(run_dir).log
     if not path.is_file():
@@ -144,7 +146,7 @@ def read(run_dir: str | os.PathLike) -> list[dict]:
 
 
 def _whole(record: dict) -> bool:
-    """Whether a record has what its event needs, of the kind it needs."""
+    """Return whether a record has the fields that its event needs, of the right types."""
     kinds = {"step": int, "stage": str, "name": str, "status": str}
     needed = _REQUIRED.get(record["event"], ())
     if any(type(record.get(name)) is not kinds[name] for name in needed):
@@ -153,7 +155,7 @@ def _whole(record: dict) -> bool:
 
 
 def _number(value: Any) -> float:
-    """A metric's value; NaN for null, and for what is no number."""
+    """Return a metric's value; NaN for null and for anything that is no number."""
     try:
         return float(value) if type(value) in (int, float) else math.nan
     except OverflowError:
@@ -161,7 +163,7 @@ def _number(value: Any) -> float:
 
 
 def last_step(records: Iterable[dict], stage: str) -> int | None:
-    """The last step that a stage has logged metrics of and not dropped by a "resume"; None where there is none."""
+    """Return the last step of a stage with metrics that no "resume" has dropped; None where there is none."""
     last: int | None = None
     for record in records:
         if record.get("stage") == stage and last is not None and record["event"] == "resume":
@@ -172,10 +174,10 @@ def last_step(records: Iterable[dict], stage: str) -> int | None:
 
 
 def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one metric, ascending in step.
+    """Return (steps, values) of one metric, ascending in step.
 
-    A "resume" record drops what its stage logged for later steps; of two records of one step the last
-    wins; null comes back as NaN, so that a plot shows a gap.
+    A "resume" record drops the stage's values of later steps. Of two records of one step the last counts. Null becomes
+    NaN, so that a plot shows a gap.
     """
     values: dict[int, float] = {}
     for record in records:
@@ -190,7 +192,7 @@ def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], li
 
 
 def keys(records: Iterable[dict], stage: str, prefix: str = "") -> list[str]:
-    """The metric names that a stage logged and that begin with ``prefix``, in order of appearance."""
+    """Return the names that a stage logged and that begin with ``prefix``, in order of appearance."""
     found: dict[str, None] = {}
     for record in records:
         if record["event"] == "metrics" and record.get("stage") == stage:
@@ -201,7 +203,7 @@ def keys(records: Iterable[dict], stage: str, prefix: str = "") -> list[str]:
 
 
 def stage_seconds(records: Iterable[dict]) -> dict[str, float]:
-    """Seconds of each stage that is done; a stage that was run more than once counts every time."""
+    """Return the seconds of each stage that is done, summed over its runs."""
     seconds: dict[str, float] = {}
     for record in records:
         if record["event"] == "stage" and record["status"] == "done" and math.isfinite(_number(record.get("seconds"))):

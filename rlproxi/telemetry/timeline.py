@@ -1,10 +1,9 @@
-"""What each role did when: ``timeline.jsonl``, one JSON object for each iteration.
+"""The timeline of roles: ``timeline.jsonl``, one JSON object for each iteration.
 
-{"time": unix seconds, "stage", "step", "spans": [[role, who, phase, start in unix seconds, seconds], ...]}, with the
-spans that ended since the line before. Roles are rollout, reward, learner, weights and evaluation; ``who`` is the
-number of an actor or rank, or the scorer's name; phases are sample, score, train, wait, sync, checkpoint and evaluate.
-A role is idle where no span covers it, or one of the phase wait. Of a step that was repeated after a restart the last
-line counts.
+{"time": unix seconds, "stage", "step", "spans": [[role, who, phase, start in unix seconds, seconds], ...]} has the
+spans that ended since the line before. Roles are in ``ROLES`` and phases in ``PHASES``. ``who`` is the number of an
+actor or rank, or the scorer's name. A role is idle where no span covers it, or one of the phase wait. Of a step that
+was repeated after a restart the last line counts.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PHASES = ("sample", "score", "train", "wait", "sync", "checkpoint", "evaluate")
 
 
 class Span(NamedTuple):
-    """``who`` of a ``role`` was in ``phase`` for ``seconds`` from ``start`` (unix seconds)."""
+    """A time in which ``who`` of a ``role`` was in ``phase``: ``seconds`` from ``start`` (unix seconds)."""
 
     role: str
     who: int | str
@@ -34,13 +33,14 @@ class Span(NamedTuple):
 
     @property
     def end(self) -> float:
+        """When it ended, in unix seconds."""
         return self.start + self.seconds
 
 
 class Diary:
-    """The spans of one process: those that go on, and those that have ended and were not taken yet.
+    """The spans of one process: those still open, and those that ended and were not taken yet.
 
-    For one thread, or one asyncio loop. Of spans that nobody takes it keeps the newest ``most``.
+    For one thread, or one asyncio loop. Of spans that are not taken it keeps at most the newest ``most``.
     """
 
     def __init__(self, most: int = 100_000):
@@ -50,7 +50,7 @@ class Diary:
 
     @contextlib.contextmanager
     def span(self, role: str, who: int | str, phase: str) -> Iterator[None]:
-        """The time inside, however it ends."""
+        """Note the time inside the block as a span, whether it ends with an error or without."""
         key, begun = object(), time.time()
         self.open[key] = Span(role, who, phase, begun, 0.0)
         try:
@@ -60,22 +60,22 @@ class Diary:
                 self.note(role, who, phase, begun, time.time() - begun)
 
     def note(self, role: str, who: int | str, phase: str, start: float, seconds: float) -> None:
-        """A span that has ended."""
+        """Add a span that has ended."""
         self.ended.append(Span(role, who, phase, start, seconds))
         if len(self.ended) > self.most:
             del self.ended[: self.most // 2]
 
     def going_on(self, now: float) -> list[Span]:
-        """Those that have not ended, as if they ended now."""
+        """Return the open spans as if they ended at ``now`` (unix seconds)."""
         return [span._replace(seconds=max(0.0, now - span.start)) for span in self.open.values()]
 
     def take(self) -> list[Span]:
-        """Those that have ended since the last call."""
+        """Return the spans that have ended since the last call."""
         taken, self.ended = self.ended, []
         return taken
 
     def clear(self) -> None:
-        """Forgets everything, as after a restart."""
+        """Drop all spans, as after a restart."""
         self.ended.clear()
         self.open.clear()
 
@@ -83,9 +83,9 @@ class Diary:
 def idle_shares(
     spans: Iterable[Span], begun: float, ended: float, lanes: dict[str, Sequence[int | str]]
 ) -> dict[str, float]:
-    """role -> the share of [begun, ended] in which an actor of it was idle, the mean over ``lanes[role]``.
+    """Return role -> the share of [begun, ended] in which its actors were idle, the mean over ``lanes[role]``.
 
-    A lane without spans is idle throughout. Spans of one lane may overlap, and may reach beyond the window.
+    An actor without spans is idle throughout. Its spans may overlap, and may reach beyond the window.
     """
     if ended <= begun:
         return {}
@@ -103,7 +103,7 @@ def idle_shares(
 
 
 def _covered(intervals: list[tuple[float, float]]) -> float:
-    """The length of their union."""
+    """Return the length of the intervals' union."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))
@@ -112,8 +112,10 @@ def _covered(intervals: list[tuple[float, float]]) -> float:
 
 
 def joined(spans: Iterable[Span], least: float = 0.02) -> list[Span]:
-    """Fewer spans of the same picture: waits shorter than ``least`` seconds are left out, and spans of one lane and
-    phase that follow each other within that time become one. For a stage of many short steps."""
+    """Return fewer spans that look the same, for a stage of many short steps.
+
+    Waits shorter than ``least`` seconds are left out. Spans of one actor and phase with a shorter gap become one.
+    """
     kept: list[Span] = []
     last: dict[tuple, int] = {}
     for span in sorted(spans, key=lambda span: span.start):
@@ -130,8 +132,10 @@ def joined(spans: Iterable[Span], least: float = 0.02) -> list[Span]:
 
 
 def append(run_dir: str | os.PathLike, stage: str, step: int, spans: Iterable[Span]) -> None:
-    """Adds an iteration's line: one write, so that a killed run leaves at most one torn line, which the next one ends.
-    Raises OSError."""
+    """Append an iteration's line. Raises OSError.
+
+    It is one write, so a killed run leaves at most one torn line, which the next call ends.
+    """
     rows = [[s.role, s.who, s.phase, round(s.start, 4), round(s.seconds, 4)] for s in spans]
     line = json.dumps({"time": round(time.time(), 3), "stage": stage, "step": step, "spans": rows}, ensure_ascii=False)
     with open(RunDirectory(run_dir).timeline, "a+b", buffering=0) as file:
@@ -143,7 +147,7 @@ def append(run_dir: str | os.PathLike, stage: str, step: int, spans: Iterable[Sp
 
 
 def read(run_dir: str | os.PathLike) -> list[dict]:
-    """All lines, spans as ``Span``; [] where there is no file. A line that cannot be read is skipped."""
+    """Return all lines, spans as ``Span``; [] where there is no file. An unreadable line is skipped."""
     path = RunDirectory(run_dir).timeline
     lines = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
@@ -155,7 +159,7 @@ def read(run_dir: str | os.PathLike) -> list[dict]:
 
 
 def _span(role: str, who: int | str, phase: str, start: float, seconds: float) -> Span:
-    """Raises ValueError, TypeError or OverflowError for what is no span."""
+    """Return a checked ``Span``. Raises ValueError, TypeError or OverflowError for values that make none."""
     named = type(role) is type(phase) is str and type(who) in (int, str)
     if not (named and math.isfinite(start) and math.isfinite(seconds)):
         raise ValueError("no span")

@@ -12,16 +12,16 @@ from rlproxi.config.loading import build_config
 from rlproxi.data import faces
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import reference
-from rlproxi.evaluation.distance import Gaussian, Moments, Reference, frechet, layout, texture
+from rlproxi.evaluation.distance import GaussianFit, Moments, Reference, frechet, layout, texture
 from rlproxi.evaluation.diversity import area_average, diversity
 
 CONFIG = build_config({"evaluate": {"prompts": 64, "samples": 4}})
 
 
-def random_gaussian(seed: int, d: int, rank: int) -> Gaussian:
+def random_gaussian(seed: int, d: int, rank: int) -> GaussianFit:
     draw = np.random.default_rng(seed)
     rows = draw.normal(size=(rank, d)) * np.exp(draw.normal(size=d))
-    return Gaussian(draw.normal(size=d), rows.T @ rows / rank)
+    return GaussianFit(draw.normal(size=d), rows.T @ rows / rank)
 
 
 # -- the distance ---------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_frechet_is_what_scipys_matrix_root_gives(d):
 def test_frechet_of_gaussians_with_the_same_axes():
     axes = np.linalg.qr(np.random.default_rng(0).normal(size=(9, 9)))[0]
     s, t, shift = np.linspace(0, 2, 9), np.linspace(3, 0.1, 9), np.full(9, 0.5)
-    a, b = (Gaussian(m, axes * np.square(x) @ axes.T) for m, x in ((np.zeros(9), s), (shift, t)))
+    a, b = (GaussianFit(m, axes * np.square(x) @ axes.T) for m, x in ((np.zeros(9), s), (shift, t)))
     assert frechet(a, b) == pytest.approx(9 * 0.25 + np.square(s - t).sum(), rel=1e-12)
     assert frechet(a, a) < 1e-12
 
@@ -99,7 +99,7 @@ def test_a_reference_takes_any_features_and_refuses_other_sizes():
     mean = {"colour": lambda images: images.mean((1, 2))}
     found = Reference([real[:30], real[30:]], mean).distance(real[:20])
     a, b = ((x.mean((1, 2)).mean(0), np.cov(x.mean((1, 2)), rowvar=False, bias=True)) for x in (real, real[:20]))
-    expected = frechet(Gaussian(*a), Gaussian(*b)) / np.trace(a[1])
+    expected = frechet(GaussianFit(*a), GaussianFit(*b)) / np.trace(a[1])
     assert found == {"total": pytest.approx(expected), "colour": pytest.approx(expected)}
     with pytest.raises(ValueError, match="8 x 6 pixels cannot be compared with a reference of 8 x 8"):
         Reference([real], mean).distance(real[:, :, :6])

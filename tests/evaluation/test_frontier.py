@@ -1,4 +1,4 @@
-"""``rlproxi eval``: its statistics, its solvers against what they have to converge to, and the command from end to end."""
+"""``rlproxi eval``: its statistics, the limits its solvers converge to, and the command from end to end."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ from rlproxi.config.sections import Sampler, Schedule
 from rlproxi.data import faces
 from rlproxi.evaluation import frontier
 from rlproxi.evaluation.drawers import NAMES, Pipeline, Solver, open_model, split_name, trained_betas
-from rlproxi.evaluation.frontier import Measured, interval, reached, rows
+from rlproxi.evaluation.frontier import Measurement, interval, reached, rows
 from rlproxi.models.loading import build_denoiser
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
@@ -35,14 +35,14 @@ def test_intervals_are_students():
     mean, half = interval(values)
     expected = student.interval(0.95, 3, loc=np.mean(values), scale=np.std(values, ddof=1) / 2)
     assert (mean - half, mean + half) == pytest.approx(expected, abs=1e-3)
-    for df, point in enumerate(frontier._T, 1):
+    for df, point in enumerate(frontier.STUDENT_95, 1):
         assert point == pytest.approx(student.ppf(0.975, df), rel=1e-3)
     assert interval([0.4, None, math.nan], 0.01) == (0.4, pytest.approx(0.0196))
     assert np.isnan(interval([None])).all() and math.isnan(interval([1.0])[1])
 
 
 def one(label, steps, value, seed=0):
-    return Measured(label, f"runs/{label}", "", steps, seed, {"judge": value}, {"judge": 0.01}, 0.2, None, 0.001)
+    return Measurement(label, f"runs/{label}", "", steps, seed, {"judge": value}, {"judge": 0.01}, 0.2, None, 0.001)
 
 
 def test_rows_pool_runs_of_a_label_and_tell_what_reaches_a_level():
@@ -164,6 +164,11 @@ def run_dir(tmp_path_factory):
     return base
 
 
+def table_of(out):
+    with open(out / "frontier.csv") as file:
+        return list(csv.DictReader(file))
+
+
 def test_the_command_measures_tells_draws_and_goes_on(run_dir, tmp_path, capsys):
     out = tmp_path / "frontier"
     command = [
@@ -184,7 +189,7 @@ def test_the_command_measures_tells_draws_and_goes_on(run_dir, tmp_path, capsys)
     assert len(lines) == 8 and {(m["label"], m["steps"], m["seed"]) for m in lines} == {
         (label, n, seed) for label in ("ours", "ours@ddim") for n in (1, 2) for seed in (0, 1)
     }
-    told = list(csv.DictReader(open(out / "frontier.csv")))
+    told = table_of(out)
     first = [m["reward"]["judge"] for m in lines if m["label"] == "ours" and m["steps"] == 1]
     assert float(told[0]["judge"]) == pytest.approx(np.mean(first)) and told[0]["measurements"] == "2"
     assert float(told[0]["seconds"]) > 0 and float(told[0]["distance"]) > 0
@@ -200,13 +205,13 @@ def test_the_command_measures_tells_draws_and_goes_on(run_dir, tmp_path, capsys)
 
     # What is told is in the order of the command, whatever was measured first.
     assert cli.main([command[0], *reversed(command[1:3]), *command[3:]]) == 0
-    assert [row["model"] for row in csv.DictReader(open(out / "frontier.csv"))] == ["ours@ddim"] * 2 + ["ours"] * 2
+    assert [row["model"] for row in table_of(out)] == ["ours@ddim"] * 2 + ["ours"] * 2
     assert " ms an image" not in capsys.readouterr().out
 
     # Other prompts are another measurement, not to be mixed with these.
     assert cli.main([*command, "--prompts", "4"]) == 0
     assert capsys.readouterr().out.count(" ms an image") == 8 and len(frontier.read(out)) == 16
-    assert {row["measurements"] for row in csv.DictReader(open(out / "frontier.csv"))} == {"2"}
+    assert {row["measurements"] for row in table_of(out)} == {"2"}
 
 
 def test_a_count_that_a_sampler_cannot_take_is_told_and_left_out(run_dir, tmp_path, capsys):
