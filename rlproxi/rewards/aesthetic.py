@@ -65,6 +65,7 @@ class Aesthetic(ClipScorer):
 
     file_parameters = ("predictor",)
     published = VIT_L_14
+    published_parameters = 304_894_178
 
     def __init__(
         self, predictor: str, clip: str = "openai/clip-vit-large-patch14", eight_bit: bool = True, **options: Any
@@ -87,11 +88,6 @@ class Aesthetic(ClipScorer):
         features = self.image_features(shortest_side(pixels, self.size, self.eight_bit))
         with autocast(torch.float32, self.device):  # off, whatever the caller computes in
             return self.head(features)[:, 0]
-
-    @classmethod
-    def parameter_count(cls, params: Mapping[str, Any]) -> int:
-        """Of the image tower of OpenAI's ViT-L/14 and the predictor."""
-        return 304_894_178
 
     @classmethod
     def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> Aesthetic | None:
