@@ -1,4 +1,4 @@
-"""What ``rlproxi score`` does; its arguments are in rlproxi/cli/main.py."""
+"""The command ``rlproxi score``; its arguments are defined in rlproxi/cli/main.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ from ..rewards.api import batches, find_images, read_prompts, score_batches
 def score(arguments: argparse.Namespace) -> int:
     """Prints a score for each image, and their mean; returns 0.
 
-    Whatever can be wrong without the scorer is found before it is loaded. Raises ValueError and the like for all that
-    the user can mend.
+    Everything that can be checked without the scorer is checked before it is loaded. Raises ValueError, or an OSError,
+    for what the user can correct.
     """
     if os.getcwd() not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # for a scorer of one's own: the rlproxi script, unlike python -m, does not look here
+        sys.path.append(os.getcwd())  # the rlproxi script, unlike python -m, would not find the user's modules here
     params = scorer_parameters(arguments.reward, arguments.param, arguments.checkpoint)
     files = find_images(arguments.images)
     prompts, groups = prompts_for(files, arguments.prompt, arguments.prompts)
@@ -72,8 +70,9 @@ def scorer_parameters(name: str, given: Sequence[str], checkpoint: str | None) -
 def prompts_for(files: Sequence[Path], text: str | None, source: str | None) -> tuple[list[str], list[str] | None]:
     """(the prompt of each image, the benchmark style of each image or None).
 
-    ``text`` for all; or from ``source``, by order; or, where that is a folder with the HPSv2 benchmark, by
-    STYLE/NUMBER.jpg; or, given neither, from the .txt file beside each image (img2dataset's layout).
+    ``text`` is the prompt of all images. Else the prompts are read from ``source``, in the order of the images, or by
+    STYLE/NUMBER.jpg where it is a folder with the HPSv2 benchmark. Given neither, each image has its prompt in the .txt
+    file beside it (img2dataset's layout).
     """
     if text is not None:
         return [text] * len(files), None

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..models.precision import autocast
 from .clip import VIT_L_14, ClipScorer, shortest_side
 from .clip_score import load_clip
-from .hub import reason, weight_files
+from .hub import weight_files
 from .registry import register
+from .weights import fill, read_tensors
 
 #: The widths of the predictor behind CLIP's 768 features.
 WIDTHS = (768, 1024, 128, 64, 16, 1)
@@ -36,28 +37,12 @@ def aesthetic_head(file: str | Path) -> nn.Sequential:
             f"predictor {str(file)!r} is no file; it is sac+logos+ava1-l14-linearMSE.pth of "
             "github.com/christophschuhmann/improved-aesthetic-predictor"
         )
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
-        raise ValueError(f"predictor {file} is not a torch checkpoint of plain tensors: {reason(error)}") from None
-    layers = dict(zip((0, 2, 4, 6, 7), pairwise(WIDTHS), strict=True))  # 1, 3 and 5 are dropout
-    wanted = {
-        f"layers.{i}.{part}": shape
-        for i, (a, b) in layers.items()
-        for part, shape in (("weight", (b, a)), ("bias", (b,)))
-    }
-    stored = stored if isinstance(stored, dict) else {}
-    held = {key: tuple(getattr(value, "shape", ())) for key, value in stored.items()}
-    if held != wanted:
-        wrong = [
-            f"{key} is {held.get(key, 'missing')}, not {wanted.get(key, 'expected')}"
-            for key in {**wanted, **held}
-            if held.get(key) != wanted.get(key)
-        ]
-        raise ValueError(f"predictor {file} is not the 768-1024-128-64-16-1 predictor: {'; '.join(wrong[:3])}")
-    head = nn.Sequential(*(nn.Linear(a, b, device="meta") for a, b in layers.values()))
-    for layer, i in zip(head, layers, strict=True):
-        layer.load_state_dict({part: stored[f"layers.{i}.{part}"].float() for part in ("weight", "bias")}, assign=True)
+    weights = {name.removeprefix("layers."): value for name, value in read_tensors(file).items()}
+    with torch.device("meta"):
+        head = nn.Sequential()
+        for index, (a, b) in zip((0, 2, 4, 6, 7), pairwise(WIDTHS), strict=True):  # 1, 3 and 5 are dropout
+            head.add_module(str(index), nn.Linear(a, b))
+    fill(head, weights, file, "the 768-1024-128-64-16-1 predictor")
     return head
 
 
@@ -80,6 +65,7 @@ class Aesthetic(ClipScorer):
 
     file_parameters = ("predictor",)
     published = VIT_L_14
+    published_parameters = 304_894_178
 
     def __init__(
         self, predictor: str, clip: str = "openai/clip-vit-large-patch14", eight_bit: bool = True, **options: Any
@@ -102,11 +88,6 @@ class Aesthetic(ClipScorer):
         features = self.image_features(shortest_side(pixels, self.size, self.eight_bit))
         with autocast(torch.float32, self.device):  # off, whatever the caller computes in
             return self.head(features)[:, 0]
-
-    @classmethod
-    def parameter_count(cls, params: Mapping[str, Any]) -> int:
-        """Of the image tower of OpenAI's ViT-L/14 and the predictor."""
-        return 304_894_178
 
     @classmethod
     def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> Aesthetic | None:

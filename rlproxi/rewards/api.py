@@ -32,32 +32,33 @@ def score_images(
     progress: bool = False,
     **params,
 ) -> np.ndarray:
-    """Scores images, in their order.
+    """Scores images and keeps their order.
 
-    Images of one size are scored together, ``batch`` at a time, and only these are in memory. Every image is made
-    ``convert("RGB")``: an alpha channel is dropped, not composited, as the scorers' authors do. EXIF rotations are
-    not applied, as theirs are not.
+    Images of one size are scored together, ``batch`` at a time, and only these are in memory. As the scorers' authors
+    do, every image is made ``convert("RGB")``, which drops an alpha channel, and EXIF rotations are not applied.
 
     Args:
-        scorer: a registered name, built from ``params``, or a scorer.
+        scorer: a scorer, or its name (registered, or package.module:Class), from which and ``params`` it is built.
         images: uint8 [B, H, W, 3]; a folder or a file; or a list of files, PIL images and uint8 [H, W, 3] arrays.
         prompts: one for all images, or one for each.
-        batch: images of one call of the scorer.
-        progress: show a bar on stderr where there is more than one batch.
+        batch: images in one call of the scorer.
+        progress: show a progress bar on stderr if there is more than one batch.
 
     Returns:
         float32 [B], higher is better.
 
     Raises:
-        ValueError, FileNotFoundError: an image that cannot be read, by name; prompts that do not match; a scorer that
-            cannot be built.
-        RewardError: a scorer that failed, or whose answer is no score.
+        ValueError, FileNotFoundError: an image cannot be read, the number of prompts is wrong, or the scorer cannot be
+            built.
+        RewardError: the scorer failed, or returned something that is no score.
     """
     items = _items(images)
     prompts = [prompts] * len(items) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(items):
         raise ValueError(f"{len(prompts)} prompts for {len(items)} images; give one for each, or one text for all")
-    plan = batches(items, batch)  # reads every file's header: what is no image shows before the scorer is loaded
+    plan = batches(
+        items, batch
+    )  # reads every file's header, so that a file that is no image is found before the scorer loads
     if isinstance(scorer, str):
         return score_batches(build(scorer, params), scorer, items, prompts, plan, progress)
     if params:
@@ -69,7 +70,7 @@ Item = Path | Image.Image | np.ndarray
 
 
 def batches(items: Sequence[Item], batch: int) -> list[list[int]]:
-    """The places of images that are scored together: at most ``batch`` of one size."""
+    """The indices of images that are scored together: at most ``batch`` of one size. Raises ValueError."""
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     by_size: dict[tuple[int, int], list[int]] = {}
@@ -86,7 +87,7 @@ def score_batches(
     plan: list[list[int]],
     progress: bool = False,
 ) -> np.ndarray:
-    """float32 [B] in the order of ``items``; ``name`` is for errors and the bar. See ``score_images``."""
+    """Scores float32 [B] in the order of ``items``; ``name`` is for errors and the bar. See ``score_images``."""
     from tqdm import tqdm
 
     scores = np.zeros(len(items), np.float32)
@@ -99,8 +100,10 @@ def score_batches(
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """Files as they are, and for each folder all images in it and below, ordered by path with numbers as numbers
-    (2.png before 10.png). Raises FileNotFoundError for a missing path or a folder without images."""
+    """The files among ``paths``, and all images in and below the folders, ordered by path with 2.png before 10.png.
+
+    Raises FileNotFoundError for a missing path or a folder without images.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -116,11 +119,11 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def read_prompts(path: str | Path) -> list[str] | dict[str, list[str]]:
-    """Prompts from a file, or the HPSv2 benchmark's from a folder.
+    """Prompts from a file, or style -> prompts from a folder with the HPSv2 benchmark.
 
-    A .txt file has one on each line; .json is a list of texts; each line of .jsonl is a text or an object with
-    "prompt" or "caption". A folder holds anime.json, concept-art.json, paintings.json and photo.json, or some of
-    them, and gives style -> prompts; image 00012.jpg of a style belongs to its prompt 12, counted from 0.
+    A .txt file has one prompt on each line; .json is a list of texts; each line of .jsonl is a text or an object with
+    "prompt" or "caption". A folder holds some of anime.json, concept-art.json, paintings.json and photo.json; image
+    00012.jpg of a style belongs to its prompt 12, counted from 0.
 
     Raises FileNotFoundError, or ValueError naming the file and the place in it.
     """
@@ -137,7 +140,7 @@ def read_prompts(path: str | Path) -> list[str] | dict[str, list[str]]:
 
 
 def _encodable(path: Path, prompts: list[str]) -> list[str]:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    """The prompts, if all are valid Unicode: JSON can hold half of a surrogate pair, which no tokenizer takes."""
     for number, prompt in enumerate(prompts):
         try:
             prompt.encode()
@@ -156,7 +159,7 @@ def _text(path: Path) -> str:
 
 
 def _lines(path: Path, text: str) -> list[str]:
-    # Not splitlines(): a prompt may hold U+2028 and its like.
+    # splitlines() would also split at characters like U+2028, which a prompt may hold.
     lines = [line.strip() for line in text.rstrip().split("\n")]
     blank = [i for i, line in enumerate(lines, 1) if not line]
     if blank:
@@ -198,13 +201,13 @@ def _json(text: str, where: str) -> Any:
 
 
 def _natural(text: str) -> list[tuple[int, int, str]]:
-    """'a10' -> a key that comes after that of 'a9'."""
+    """A sort key by which 'a10' comes after 'a9'."""
     parts = re.findall(r"[0-9]+|[^0-9]+", text)
     return [(0, int(part), part) if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
 def _items(images: Any) -> Sequence[Item]:
-    """A list of paths, PIL images and arrays; what is none of these is refused by its place."""
+    """A list of paths, PIL images and arrays. Raises ValueError with the index of an item that is none of these."""
     if isinstance(images, (str, Path)):
         return find_images([images])
     if isinstance(images, np.ndarray):
@@ -220,7 +223,7 @@ def _items(images: Any) -> Sequence[Item]:
 
 
 def _size(item: Item) -> tuple[int, int]:
-    """(width, height); of a file, from its header."""
+    """(width, height); a file's header is enough."""
     if isinstance(item, np.ndarray):
         return item.shape[1], item.shape[0]
     if isinstance(item, Image.Image):

@@ -45,6 +45,8 @@ class ScorerFacts:
     checkpoint_parameter: ClassVar[str | None] = None
     #: The classifier of the stage ``prepare`` that the parameter ``path`` defaults to; None: the stage makes nothing.
     prepared_as: ClassVar[str | None] = None
+    #: Numbers in the weights of the published checkpoint; None: not known before they are loaded.
+    published_parameters: ClassVar[int | None] = None
 
     @classmethod
     def check(cls, params: Mapping[str, Any]) -> None:
@@ -58,7 +60,7 @@ class ScorerFacts:
     @classmethod
     def parameter_count(cls, params: Mapping[str, Any]) -> int | None:
         """Numbers in the scorer's weights; None where they are not known before they are loaded."""
-        return None
+        return cls.published_parameters
 
     @classmethod
     def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> TorchScorer | None:

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .weights import fill, read_tensors
+
 #: Width of one attention head. No shape tells the number of heads; ViT-B, ViT-L and BERT-base all have heads of 64.
 HEAD_WIDTH = 64
 
@@ -180,54 +182,22 @@ def renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def network_from(weights: Mapping[str, Tensor]) -> ImageRewardNetwork:
+def network_from(weights: Mapping[str, Tensor], file: str | Path = "this checkpoint") -> ImageRewardNetwork:
     """The network that ``weights`` (the authors' names) belong to, holding them in float32.
 
-    Raises ValueError that names the first weights that are missing, unknown or of another shape.
+    Raises ValueError that names ``file`` and the first weights that are missing, unexpected or of another shape.
     """
-    sizes = Sizes.of(weights)
+    try:
+        sizes = Sizes.of(weights)
+    except ValueError as error:
+        raise ValueError(f"{file} is not an ImageReward checkpoint: {error}") from None
     with torch.device("meta"):  # neither memory nor time for random weights that are replaced at once
         network = ImageRewardNetwork(sizes)
-    found = renamed(weights)
-    # position_ids is saved by some versions of transformers and not by others: 0, 1, 2, ... either way.
-    wanted = {name: value for name, value in network.state_dict().items() if not name.endswith(".position_ids")}
-    _check(wanted, found)
-    network.load_state_dict({name: value.float() for name, value in found.items()}, strict=False, assign=True)
+    fill(network, renamed(weights), file, "ImageReward's network")
     network.text.embeddings.position_ids = torch.arange(sizes.positions)[None]
     return network
 
 
-def _check(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    odd = [
-        f"{name} is {list(found[name].shape)} instead of {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    told = [
-        f"{len(names)} weights {what}, first {', '.join(names[:3])}"
-        for what, names in (("are missing", missing), ("are unknown", unknown), ("do not fit", odd))
-        if names
-    ]
-    if told:
-        raise ValueError("; ".join(told))
-
-
 def load_network(file: str | Path) -> ImageRewardNetwork:
-    """Reads the authors' ``ImageReward.pt`` (a plain state dict), without running any code that it may hold.
-
-    Raises ValueError naming a file that is damaged or holds something else.
-    """
-    try:
-        weights = torch.load(file, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
-        raise ValueError(f"ImageReward checkpoint {str(file)!r} cannot be read: {error}") from None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(
-            f"ImageReward checkpoint {str(file)!r} holds no plain state dict of tensors; the authors' "
-            "ImageReward.pt does"
-        )
-    try:
-        return network_from(weights)
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is not an ImageReward checkpoint: {error}") from None
+    """Reads the authors' ``ImageReward.pt``. Raises ValueError as ``read_tensors`` and ``network_from``."""
+    return network_from(read_tensors(file), file)

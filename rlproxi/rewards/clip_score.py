@@ -54,6 +54,7 @@ class ClipScore(ClipScorer):
 
     checkpoint_parameter = "clip"
     published = VIT_L_14
+    published_parameters = 427_616_513
 
     def __init__(
         self,
@@ -78,5 +79,5 @@ class ClipScore(ClipScorer):
 
     @classmethod
     def parameter_count(cls, params: Mapping[str, Any]) -> int | None:
-        """Of OpenAI's ViT-L/14; another ``clip`` has another size."""
-        return None if "clip" in params else 427_616_513
+        """Another ``clip`` has another size."""
+        return None if "clip" in params else cls.published_parameters

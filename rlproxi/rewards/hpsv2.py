@@ -6,7 +6,7 @@ every call; this scorer gives the same scores in batches, without its dependenci
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -36,6 +36,7 @@ class HPSv21(ClipScorer):
     FILE: ClassVar[str] = "HPS_v2.1_compressed.pt"
     file_parameters = ("checkpoint",)
     published = VIT_H_14
+    published_parameters = 986_109_441
 
     def __init__(
         self,
@@ -53,11 +54,6 @@ class HPSv21(ClipScorer):
     def rewards(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """pixels float32 [B, 3, H, W] in [0, 1] -> float32 [B], differentiable in pixels."""
         return self.cosines(longest_side(pixels, self.size, self.antialias), prompts)
-
-    @classmethod
-    def parameter_count(cls, params: Mapping[str, Any]) -> int:
-        """Of a ViT-H-14 CLIP, as the authors publish it."""
-        return 986_109_441
 
 
 @register("hpsv2.0")

@@ -47,6 +47,7 @@ class ImageRewardScorer(TorchScorer):
     """
 
     file_parameters = ("checkpoint",)
+    published_parameters = 446_206_689
 
     def __init__(
         self,
@@ -79,11 +80,6 @@ class ImageRewardScorer(TorchScorer):
         with autocast(self.dtype, self.device):
             features = self.model(images, *self.tokens(prompts))
         return (self.model.raw_rewards(features) - MEAN) / STD
-
-    @classmethod
-    def parameter_count(cls, params: Mapping[str, Any]) -> int:
-        """Of the authors' ImageReward-v1.0."""
-        return 446_206_689
 
     @classmethod
     def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> ImageRewardScorer:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hub import reason
+from .weights import fill, read_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig, CLIPModel
@@ -124,7 +124,7 @@ def open_clip_to_transformers(
             layer = f"{'vision' if match[1] else 'text'}_model.encoder.layers.{match[2]}"
             name, part = match[3].rsplit(".", 1)
             if match[3] in ("attn.in_proj_weight", "attn.in_proj_bias"):
-                for letter, third in zip("qkv", value.chunk(3), strict=True):
+                for letter, third in zip("qkv", value.chunk(3), strict=False):
                     renamed[f"{layer}.self_attn.{letter}_proj.{part.removeprefix('in_proj_')}"] = third.contiguous()
             else:
                 renamed[f"{layer}.{_INNER.get(name, name)}.{part}"] = value
@@ -138,43 +138,16 @@ def load_open_clip(file: str | Path, config: dict[str, Any] | None = None) -> CL
 
     Raises ValueError for a file that is damaged, that holds something else, or whose weights do not fit.
     """
-    return clip_model(*open_clip_to_transformers(read_state_dict(file), config), file)
-
-
-def read_state_dict(file: str | Path) -> dict[str, Tensor]:
-    """The float32 tensors under "state_dict" of a torch file. Raises ValueError where it holds something else."""
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen unrelated types for a file that is none of its own
-        raise ValueError(f"{file} is not a torch checkpoint of plain tensors: {reason(error)}") from None
-    weights = stored.get("state_dict") if isinstance(stored, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        held = list(stored)[:5] if isinstance(stored, dict) else type(stored).__name__
-        raise ValueError(f"{file} has no key 'state_dict' with tensors; it holds {held}")
-    return {name: value.float() for name, value in weights.items()}
+    return clip_model(*open_clip_to_transformers(read_tensors(file, "state_dict"), config), file)
 
 
 def clip_model(config: CLIPConfig, weights: dict[str, Tensor], file: str | Path) -> CLIPModel:
-    """CLIPModel of ``config`` with exactly ``weights``, without ever holding random ones: ViT-H-14 is 4 GB."""
+    """CLIPModel of ``config`` with exactly ``weights``, in float32."""
     from transformers import CLIPModel
 
     with torch.device("meta"):
         model = CLIPModel(config)
-    wanted = {name: value.shape for name, value in model.state_dict().items()}
-    missing, foreign = [k for k in wanted if k not in weights], [k for k in weights if k not in wanted]
-    wrong = [
-        f"{k} is {tuple(weights[k].shape)}, not {tuple(wanted[k])}"
-        for k in wanted
-        if k in weights and weights[k].shape != wanted[k]
-    ]
-    if missing or foreign or wrong:
-        told = [
-            f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-            for what, keys in (("missing", missing), ("unexpected", foreign), ("other shape", wrong))
-            if keys
-        ]
-        raise ValueError(f"{file} does not fit a CLIP of the sizes it shows; {'; '.join(told)}")
-    model.load_state_dict(weights, assign=True)
+    fill(model, weights, file, "a CLIP of the sizes it shows")
     for part in (model.text_model.embeddings, model.vision_model.embeddings):  # not among the weights
         part.position_ids = torch.arange(part.position_ids.shape[-1])[None]
     return model

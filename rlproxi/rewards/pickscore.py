@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ class PickScore(ClipScorer):
 
     checkpoint_parameter = "clip"
     published = VIT_H_14
+    published_parameters = 986_109_441
 
     def __init__(
         self,
@@ -48,8 +49,3 @@ class PickScore(ClipScorer):
         """pixels float32 [B, 3, H, W] in [0, 1] -> float32 [B], differentiable in pixels."""
         images = shortest_side(pixels, self.size, self.eight_bit, crop_down=True)
         return self.model.logit_scale.exp() * self.cosines(images, prompts)
-
-    @classmethod
-    def parameter_count(cls, params: Mapping[str, Any]) -> int:
-        """Of a ViT-H-14 CLIP, as the authors publish it."""
-        return 986_109_441

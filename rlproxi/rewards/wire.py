@@ -1,6 +1,6 @@
-"""What travels between the ``http`` scorer and its server: arrays, PNGs and text, never a pickle.
+"""The format of requests and answers between the ``http`` scorer and its server: arrays, PNGs and text, no pickles.
 
-Both sides use this module; docs/rewards/http.md is its description for those who write a server of their own.
+Both sides use this module. docs/rewards/http.md describes the format for a server in another language.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONTENT_TYPES = {"npz": NPZ, "json": JSON}
 
 
 class WireError(ValueError):
-    """A body that is not of the format."""
+    """A body that does not have the format."""
 
 
 def media_type(header: str | None) -> str:
@@ -33,13 +33,13 @@ def media_type(header: str | None) -> str:
 
 
 def request_id(images: np.ndarray, prompts: Sequence[str]) -> str:
-    """The SHA-256 (hex) of a request's content: the same for a repetition, in either format."""
+    """The SHA-256 (hex) of a request's content: the same for a repeated request, in either format."""
     head = json.dumps([list(images.shape), list(prompts)]).encode()
     return hashlib.sha256(head + b"\0" + np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
 def answer_limit(count: int) -> int:
-    """Bytes that an answer of ``count`` scores may have: several times what either format needs."""
+    """The largest answer of ``count`` scores in bytes: several times what either format needs."""
     return 65536 + 64 * count
 
 
@@ -57,8 +57,8 @@ def encode_request(content_type: str, images: np.ndarray, prompts: Sequence[str]
 def decode_request(content_type: str, body: bytes, limit: int) -> tuple[np.ndarray, list[str]]:
     """The body of a POST -> (images uint8 [B, H, W, 3], B prompts).
 
-    Raises WireError for anything else, and where the arrays or decoded images would have more than ``limit`` bytes:
-    a small compressed body may describe large ones.
+    Raises WireError for anything else, and where the arrays or decoded images would have more than ``limit`` bytes: a
+    small compressed body may hold large ones.
     """
     if media_type(content_type) == NPZ:
         arrays = _members(body, ("images", "prompts"), limit)
@@ -101,7 +101,7 @@ def decode_scores(content_type: str | None, body: bytes, count: int) -> np.ndarr
     elif media_type(content_type) == JSON:
         value = _json(body)
         listed = value.get("scores") if isinstance(value, dict) else None
-        # A bool is an int in Python, and numpy would read "1.0" as a number.
+        # isinstance() would accept a bool, and numpy the text "1.0".
         if not isinstance(listed, list) or not all(type(x) in (int, float) for x in listed):
             raise WireError('the answer is not of the form {"scores": [numbers]}')
         try:
@@ -127,7 +127,7 @@ def _json(body: bytes) -> Any:
 
 
 def _members(body: bytes, names: Sequence[str], limit: int) -> dict[str, np.ndarray]:
-    """The named arrays of an npz, read-only. Not ``np.load``: it allocates what a header claims before it is there."""
+    """The named arrays of an npz, read-only. ``np.load`` would allocate what a header claims before it reads it."""
     try:
         with zipfile.ZipFile(io.BytesIO(body)) as archive:
             infos = {name: archive.getinfo(f"{name}.npy") for name in names}
@@ -139,7 +139,7 @@ def _members(body: bytes, names: Sequence[str], limit: int) -> dict[str, np.ndar
         raise WireError(f"the npz lacks an array: {error.args[0]}") from None
     except WireError:
         raise
-    except Exception as error:  # zipfile and zlib raise whatever damaged numbers lead to
+    except Exception as error:  # zipfile and zlib raise many types for damaged numbers
         raise WireError(f"the body is not an npz: {error}") from None
 
 
@@ -147,7 +147,7 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise WireError(f"{info.filename} is compressed by a method that an npz does not use")
     with archive.open(info) as stream:
-        return stream.read(info.file_size)  # the size keeps it from inflating more than the entry claims
+        return stream.read(info.file_size)  # no more than the entry claims, however much it inflates to
 
 
 def _array(name: str, raw: bytes) -> np.ndarray:
@@ -165,7 +165,7 @@ def _array(name: str, raw: bytes) -> np.ndarray:
         return np.frombuffer(raw, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
     except WireError:
         raise
-    except Exception as error:  # numpy's reader evaluates the header, and raises whatever that trips over
+    except Exception as error:  # numpy's reader evaluates the header, which can raise anything
         raise WireError(f"array {name!r} cannot be read: {error}") from None
 
 
@@ -174,7 +174,7 @@ def _texts(array: np.ndarray) -> Any:
     if array.dtype.kind == "U" and array.ndim == 1:
         try:
             return array.tolist()
-        except Exception as error:  # numpy's words for numbers that are no characters differ
+        except Exception as error:  # numpy raises several types for numbers that are no characters
             raise WireError(f"prompts are no text: {error}") from None
     if array.dtype == np.uint8 and array.ndim == 1:
         return _json(array.tobytes())
@@ -188,14 +188,14 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def _pictures(encoded: Any, limit: int) -> np.ndarray:
-    """Base64 PNGs of one size -> uint8 [B, H, W, 3]. Sizes are added up before anything is inflated."""
+    """Base64 PNGs of one size -> uint8 [B, H, W, 3]. Their total size is checked before any is decoded."""
     if not isinstance(encoded, list) or not encoded:
         raise WireError("images are not a list of base64 PNGs")
     opened = []
     for i, text in enumerate(encoded):
         try:
             opened.append(Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]))
-        except Exception as error:  # Pillow's readers raise whatever they trip over
+        except Exception as error:  # Pillow's readers raise many types
             raise WireError(f"image {i} is not a base64 PNG: {error}") from None
     sizes = {image.size for image in opened}
     if len(sizes) > 1:

@@ -123,9 +123,9 @@ def test_what_the_reward_does_not_use_is_ignored(drawn):
 def test_weights_that_do_not_fit_are_named(drawn, tmp_path):
     eye, head, none = "blip.visual_encoder.", "mlp.layers.", torch.zeros
     for change, told in (
-        ({head + "6.bias": None}, "1 weights are missing, first head.6.bias"),
-        ({eye + "extra.weight": none(2)}, "1 weights are unknown, first vision.extra.weight"),
-        ({head + "7.bias": none(3)}, r"head.7.bias is \[3\] instead of \[1\]"),
+        ({head + "6.bias": None}, "does not fit ImageReward's network; missing: head.6.bias"),
+        ({eye + "extra.weight": none(2)}, "unexpected: vision.extra.weight"),
+        ({head + "7.bias": none(3)}, r"other shape: head.7.bias is \(3,\), not \(1,\)"),
         ({eye + "pos_embed": None}, "has no weight 'blip.visual_encoder.pos_embed'"),
         ({eye + "pos_embed": none(1, 48, 192)}, "48 positions"),
         ({eye + "patch_embed.proj.weight": none(100, 3, 2, 2)}, "100 wide"),
