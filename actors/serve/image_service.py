@@ -211,12 +211,10 @@ def application(
 
     Raises FileNotFoundError or ValueError, before anything is started, for a folder without a model.
     """
-    from rlproxi.models.folders import find_model, read_settings  # heavy, and nothing the frontend needs
+    from rlproxi.models.folders import ModelFolder  # heavy, and nothing the frontend needs
 
-    folder = find_model(model).resolve()
-    values = read_settings(folder)
-    schedule = Schedule.model_validate(values.get("schedule", {}))
-    sampler = Sampler.model_validate(values.get("sampler", {}))
+    found = ModelFolder.find(model)
+    folder, schedule, sampler = found.path.resolve(), found.schedule, found.sampler
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     painters = serve.deployment(
         Painter,

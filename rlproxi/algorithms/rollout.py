@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config.loading import Config
 from ..models.autoencoder import Autoencoder
-from ..models.folders import find_model
+from ..models.folders import ModelFolder
 from ..models.loading import load_autoencoder, load_encoder, trainable, training_form
 from ..models.pipeline import TextToImage, to_uint8
 from ..models.precision import compute_dtype
@@ -69,7 +69,7 @@ class GroupSampler:
     @classmethod
     def from_pretrained(cls, config: Config, folder: str | Path, device: str | torch.device = "cpu") -> GroupSampler:
         """Loads a model folder as the config trains it."""
-        folder = find_model(folder)
+        folder = ModelFolder.find(folder).path
         dtype = compute_dtype(config.model.precision, device)
         return cls(
             config,

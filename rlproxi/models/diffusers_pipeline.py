@@ -1,40 +1,39 @@
 """The trained model as a diffusers pipeline: its components, its loading and saving, its call.
 
-There is no second sampler here. The components are put together to a ``TextToImage``, and that draws.
+There is no second sampler here. The components are assembled to a ``TextToImage``, which samples.
 
-diffusers looks for a pipeline's class among its own names and imports no module because a folder says so. Importing
-this module puts ``ProxT2IPipeline`` there; after that ``DiffusionPipeline.from_pretrained`` loads every model folder.
+diffusers looks for a pipeline's class among its own names and imports no other module. Importing this module puts
+``ProxT2IPipeline`` among them. After that ``DiffusionPipeline.from_pretrained`` loads every model folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.sections import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora, transformer, unet
 from .autoencoder import Autoencoder
-from .backbone import LAM, NoiseLevels, ProximalBackbone
-from .checkpoint_files import read_json
-from .folders import INDEX, find_model, read_settings
+from .backbone import LAM, CheckpointNoise, ProximalBackbone, ProximalNetwork
+from .folders import ModelFolder
 from .generators import seeds_of
-from .loading import part_of
 from .pipeline import TextToImage, to_uint8
 from .preconditioning import Preconditioned
 from .text import TextEncoder
-from .text_loading import ENDS
-from .text_stacks import KINDS, TextSettings
+from .text_stacks import ENDS, KINDS, CheckpointText, TextSettings
 from .text_stacks import SETTINGS as TEXT_SETTINGS
 
 TEXT_PARTS = tuple(part + end for end in ENDS for part in ("tokenizer", "text_encoder"))
@@ -43,14 +42,15 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class ProximalSampler(SchedulerMixin):
-    """What of a model folder is no network, as a component: schedule, sampler, image size, text settings, adapters.
+    """A component for what is not a network in a model folder: schedule, sampler, size, text settings, adapters.
 
-    It has no folder of its own, so diffusers gives ``from_pretrained`` the model folder itself.
+    It has no subfolder, so diffusers gives ``from_pretrained`` the model folder itself.
 
     Args:
-        folder: the model folder; None for a model that was never saved.
+        schedule, sampler: the config's sections. size: H = W of the images in pixels.
         text: the settings of a published checkpoint's text encoders; None for the built-in encoder.
-        adapters: whether the network is still to get the folder's adapters.
+        folder: the model folder; None for a model that was never saved.
+        adapters: whether the network still lacks the folder's adapters.
     """
 
     def __init__(
@@ -65,20 +65,13 @@ class ProximalSampler(SchedulerMixin):
         self.schedule, self.sampler, self.size, self.text = schedule, sampler, size, text
         self.folder, self.adapters = folder, adapters
 
+    # diffusers' schedulers have more arguments, which a component without a subfolder has no use for.
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> ProximalSampler:
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> ProximalSampler:  # type: ignore[override]
         """Reads a model folder's sampler.json and text.json. Raises ValueError or FileNotFoundError naming the file."""
-        folder = Path(folder)
-        values, file = read_settings(folder), folder / TEXT_SETTINGS
-        text = TextSettings(**read_json(file)) if file.is_file() else None
-        return cls(
-            Schedule.model_validate(values.get("schedule", {})),
-            Sampler.model_validate(values.get("sampler", {})),
-            values.get("size"),
-            text,
-            folder,
-            (folder / lora.FOLDER).is_dir(),
-        )
+        found = ModelFolder.at(folder)
+        text = found.text if (found.path / TEXT_SETTINGS).is_file() else None
+        return cls(found.schedule, found.sampler, found.size, text, found.path, found.has_adapters)
 
 
 class ProxT2IPipeline(DiffusionPipeline):
@@ -92,9 +85,12 @@ class ProxT2IPipeline(DiffusionPipeline):
     ``model.precision`` of a run does; in float32 it draws what ``TextToImage`` draws, bit for bit.
     """
 
-    _optional_components = list(COMPONENTS)
+    _optional_components: ClassVar = list(COMPONENTS)
+    _assembled: TextToImage | None = None
+    _assembled_from: tuple[int, ...] = ()
 
-    # Every component is required in the signature's sense: diffusers then lets a caller of from_pretrained replace it.
+    # No component has a default, so that diffusers lets a caller of from_pretrained replace it; and none has an
+    # annotation, because diffusers would compare the component with it.
     def __init__(
         self,
         unet,
@@ -131,8 +127,6 @@ class ProxT2IPipeline(DiffusionPipeline):
             sampler=sampler,
         )
         self.precision = "float32"
-        self._assembled: TextToImage | None = None
-        self._assembled_from: tuple[int, ...] = ()
         if sampler.adapters:
             lora.load(unet if unet is not None else transformer, sampler.folder)
             sampler.adapters = False
@@ -148,12 +142,13 @@ class ProxT2IPipeline(DiffusionPipeline):
 
         Raises FileNotFoundError or ValueError naming what is missing or damaged.
         """
-        folder = find_model(pretrained_model_name_or_path)
-        if (folder / INDEX).is_file() and "sampler" in read_json(folder / INDEX):
-            return super().from_pretrained(folder, **options)
+        folder = ModelFolder.find(pretrained_model_name_or_path)
+        if "sampler" in folder.index:
+            return super().from_pretrained(folder.path, **options)
         if options:
             raise ValueError(
-                f"{folder} is a plain diffusers folder, loaded in float32 without options; given: {', '.join(options)}"
+                f"{folder.path} is a plain diffusers folder, loaded in float32 without options; "
+                f"given: {', '.join(options)}"
             )
         return cls.from_model(TextToImage.from_pretrained(folder))
 
@@ -163,7 +158,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         denoiser = model.denoiser
         parts: dict[str, Any] = dict.fromkeys(COMPONENTS)
         parts.update(model.text.components())
-        parts[part_of(denoiser)] = denoiser.net if isinstance(denoiser, ProximalBackbone) else denoiser
+        parts[denoiser.part] = denoiser.net if isinstance(denoiser, ProximalBackbone) else denoiser
         if isinstance(denoiser, ProximalBackbone):
             denoiser.net.lora = denoiser.lora
             parts[LAM], parts["scheduler"] = denoiser.lam_embedding, _scheduler(model.origin)
@@ -175,7 +170,10 @@ class ProxT2IPipeline(DiffusionPipeline):
         pipeline.precision = model.precision
         return pipeline
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True) -> None:
+    # diffusers' further options, of shards and uploads, have no meaning for a model folder.
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True
+    ) -> None:
         """Writes a model folder, which ``from_pretrained``, ``TextToImage`` and ``rlproxi sample`` read.
 
         What was not trained is linked from the folder this pipeline came from, where the file system can;
@@ -218,6 +216,7 @@ class ProxT2IPipeline(DiffusionPipeline):
     def _assemble(self) -> TextToImage:
         s = self.sampler
         vae = Autoencoder(self.vae) if self.vae is not None else None
+        text: TextEncoder | CheckpointText
         if s.text is None:
             text = TextEncoder(self.tokenizer, self.text_encoder, min(self.tokenizer.model_max_length, 512))
         else:
@@ -225,13 +224,14 @@ class ProxT2IPipeline(DiffusionPipeline):
             text = stack({name: getattr(self, name) for name in TEXT_PARTS[: 2 * len(stack.ENCODERS)]}, s.text)
         network = self.unet if self.unet is not None else self.transformer
         if not isinstance(network, Preconditioned):
-            size = s.size // vae.factor if s.size else None
+            size = s.size // (vae.factor if vae is not None else 1) if s.size else None
             adapters = getattr(network, "lora", None)
-            network = ProximalBackbone(network, self.lam_embedding, _levels(self.scheduler), s.schedule.build(), size)
+            noise = CheckpointNoise(json.loads(self.scheduler.to_json_string()))
+            network = ProximalBackbone(network, self.lam_embedding, noise, s.schedule.build(), size)
             network.lora = adapters
         return TextToImage(network, text, s.schedule, s.sampler, vae=vae, origin=s.folder)
 
-    def _arithmetic(self, denoiser: nn.Module) -> str:
+    def _arithmetic(self, denoiser: ProximalNetwork) -> str:
         """The network's arithmetic; its own dtype where it was loaded in another than float32."""
         network = lora.network_of(denoiser)
         dtype = next(network.parameters()).dtype
@@ -298,7 +298,7 @@ class ProxT2IPipeline(DiffusionPipeline):
                     parts.append(x if output_type == "latent" else _decoded(model, x))
             finally:
                 hook.remove()
-        images = _as(output_type, torch.cat(parts))
+        images: Any = _as(output_type, torch.cat(parts))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
@@ -327,24 +327,21 @@ def _precision(dtype: torch.dtype) -> str:
     return names[dtype]
 
 
-def _scheduler(folder: Path) -> Any:
-    name = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+def _scheduler(folder: Path | None) -> Any:
+    """The scheduler of the folder that a published network came from."""
+    if folder is None:
+        raise ValueError("this network has no model folder yet, and its scheduler is read from there: save it first")
+    name = ModelFolder.at(folder).json("scheduler/scheduler_config.json")["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder / "scheduler")
-
-
-def _levels(scheduler: Any) -> NoiseLevels:
-    """The noise levels of a scheduler, which are read from a folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        scheduler.save_pretrained(Path(folder) / "scheduler")
-        return NoiseLevels(Path(folder))
 
 
 def _register() -> None:
     # model_index.json names the class; folders of the first version call it TextToImage.
-    diffusers.ProxT2IPipeline = diffusers.TextToImage = ProxT2IPipeline
+    for name in ("ProxT2IPipeline", "TextToImage"):
+        setattr(diffusers, name, ProxT2IPipeline)
     # In the module that model_index.json names for a component diffusers also looks for the component's base class.
     for module in (unet, transformer):
-        module.ModelMixin = ModelMixin
+        setattr(module, ModelMixin.__name__, ModelMixin)
 
 
 _register()

@@ -10,8 +10,8 @@ import torch
 def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, each: int) -> list[int]:
     """A seed for each of prompts * each images. Raises ValueError for a list of another length.
 
-    A generator is a name here, not a source of noise: the noise is drawn on the CPU from the seed, so that an image is
-    the same on every device and in every company. The generator is advanced, so that using it again gives other images.
+    A generator is a name here, not a source of noise. The noise is drawn on the CPU from the seed, so an image is the
+    same on every device and in every batch. The generator is advanced, so that using it again gives other images.
     """
     if generator is None:
         return torch.randint(2**31, (prompts * each,)).tolist()

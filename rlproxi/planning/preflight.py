@@ -15,10 +15,8 @@ from ..data.cache import prompts_path
 from ..data.curation import job
 from ..data.prompts import heldout_prompts, training_prompts
 from ..data.shards import list_shards
-from ..models.backbone import NoiseLevels, adapter_of
-from ..models.folders import OWN, find_model, latent_space, network_config
+from ..models.folders import ModelFolder, latent_space
 from ..models.loading import build_denoiser
-from ..models.text_loading import text_widths
 from ..rewards import build, checked_params, names, parameters
 from ..rewards.base import is_differentiable
 from ..telemetry.exporters import check_packages
@@ -203,13 +201,13 @@ def _model(config: Config) -> Iterator[Problem]:
             False,
         )
     if m.init:
-        found = _told("model.init", lambda: _published(m.init))
+        found = _told("model.init", lambda: ModelFolder.find(m.init).check())
     elif m.encoders:
-        found = _told("model.encoders", lambda: text_widths(m.encoders))
+        found = _told("model.encoders", lambda: ModelFolder.at(m.encoders).check(network=False))
     else:
         found = []
     yield from found or _told("model", lambda: latent_space(config))
-    if config.data.buckets and (m.init is None or (not found and network_config(m.init)[1].get("_class_name") in OWN)):
+    if config.data.buckets and (m.init is None or (not found and ModelFolder.find(m.init).is_ours)):
         yield Problem(
             "data.buckets is true, but networks of our own have one size: set it false, or start from a "
             "diffusers folder with model.init",
@@ -217,15 +215,6 @@ def _model(config: Config) -> Iterator[Problem]:
         )
     if not found and not m.init:
         yield from _told("model", lambda: _fits(config))
-
-
-def _published(folder: str) -> None:
-    folder = find_model(folder)
-    _, values = network_config(folder)
-    if values.get("_class_name") not in OWN:
-        adapter_of(values)
-        NoiseLevels(folder)
-    text_widths(folder)
 
 
 def _fits(config: Config) -> None:
