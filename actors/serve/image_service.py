@@ -214,7 +214,7 @@ def application(
     from rlproxi.models.folders import ModelFolder  # heavy, and nothing the frontend needs
 
     found = ModelFolder.find(model)
-    folder, schedule, sampler = found.path.resolve(), found.schedule, found.sampler
+    folder, (schedule, sampler, _) = found.path.resolve(), found.settings
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     painters = serve.deployment(
         Painter,

@@ -115,7 +115,7 @@ class Encoder:
 
             self.autoencoder = Autoencoder.from_pretrained(parts_folder, batch_size=BATCH).to(device)
             if recipe.text:
-                from ..models.text_loading import load_text
+                from ..models.loading import load_text
 
                 self.text = load_text(parts_folder)
                 # The built-in encoder is a model beside its tokenizer, a stack moves itself.

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -29,7 +29,6 @@ from . import lora, transformer, unet
 from .autoencoder import Autoencoder
 from .backbone import LAM, CheckpointNoise, ProximalBackbone, ProximalNetwork
 from .folders import ModelFolder
-from .generators import seeds_of
 from .pipeline import TextToImage, to_uint8
 from .preconditioning import Preconditioned
 from .text import TextEncoder
@@ -71,7 +70,7 @@ class ProximalSampler(SchedulerMixin):
         """Reads a model folder's sampler.json and text.json. Raises ValueError or FileNotFoundError naming the file."""
         found = ModelFolder.at(folder)
         text = found.text if (found.path / TEXT_SETTINGS).is_file() else None
-        return cls(found.schedule, found.sampler, found.size, text, found.path, found.has_adapters)
+        return cls(*found.settings, text, found.path, found.has_adapters)
 
 
 class ProxT2IPipeline(DiffusionPipeline):
@@ -85,7 +84,7 @@ class ProxT2IPipeline(DiffusionPipeline):
     ``model.precision`` of a run does; in float32 it draws what ``TextToImage`` draws, bit for bit.
     """
 
-    _optional_components: ClassVar = list(COMPONENTS)
+    _optional_components = list(COMPONENTS)  # noqa: RUF012  # no ClassVar in diffusers
     _assembled: TextToImage | None = None
     _assembled_from: tuple[int, ...] = ()
 
@@ -112,20 +111,8 @@ class ProxT2IPipeline(DiffusionPipeline):
                 "this model_index.json names no sampler: the folder is a plain diffusers one, or older "
                 "than this version; ProxT2IPipeline.from_pretrained(folder) loads it"
             )
-        self.register_modules(
-            unet=unet,
-            transformer=transformer,
-            lam_embedding=lam_embedding,
-            vae=vae,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            tokenizer_2=tokenizer_2,
-            text_encoder_2=text_encoder_2,
-            tokenizer_3=tokenizer_3,
-            text_encoder_3=text_encoder_3,
-            scheduler=scheduler,
-            sampler=sampler,
-        )
+        given = locals()
+        self.register_modules(**{name: given[name] for name in COMPONENTS})
         self.precision = "float32"
         if sampler.adapters:
             lora.load(unet if unet is not None else transformer, sampler.folder)
@@ -295,16 +282,37 @@ class ProxT2IPipeline(DiffusionPipeline):
                     rows = slice(i, i + batch_size)
                     noise = NamedNoise([(seed,) for seed in seeds[rows]])
                     x = model.run(model.text.encode(prompts[rows]), noise, num_inference_steps, guidance_scale).x
-                    parts.append(x if output_type == "latent" else _decoded(model, x))
+                    parts.append(x if output_type == "latent" else model.pixels(x))
             finally:
                 hook.remove()
         images: Any = _as(output_type, torch.cat(parts))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _decoded(model: TextToImage, x: Tensor) -> Tensor:
-    """Samples -> images float32 [B, 3, H, W], about [-1, 1]."""
-    return x if model.vae is None else model.vae.decode(x)
+def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, each: int) -> list[int]:
+    """A seed for each of prompts * each images. Raises ValueError for a list of another length.
+
+    A generator is a name here, not a source of noise. The noise is drawn on the CPU from the seed, so an image is the
+    same on every device and in every batch. The generator is advanced, so that using it again gives other images.
+    """
+    if generator is None:
+        return torch.randint(2**31, (prompts * each,)).tolist()
+    if isinstance(generator, torch.Generator):
+        first = generator.initial_seed()
+        if not _draw(generator):
+            return [first + j for j in range(each)] * prompts
+        return torch.randint(2**31, (prompts * each,), generator=generator, device=generator.device).tolist()
+    if len(generator) != prompts * each:
+        raise ValueError(f"{len(generator)} generators for {prompts * each} images: give one for each, or a single one")
+    return [seed for one in generator for seed in seeds_of(one, 1, 1)]
+
+
+def _draw(generator: torch.Generator) -> bool:
+    """Draws a number; whether any had been drawn before."""
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    used = not torch.equal(fresh.get_state(), generator.get_state())
+    torch.rand(1, generator=generator, device=generator.device)
+    return used
 
 
 def _as(output_type: str, images: Tensor) -> list[Image.Image] | np.ndarray | Tensor:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 INDEX, SETTINGS = "model_index.json", "sampler.json"
 #: The subfolders that may hold the denoiser's network, in the order of search.
 NETWORKS = ("unet", "transformer")
-#: The classes of our own networks.
-OWN = ("ProximalUNet", "ProximalTransformer")
+#: The classes of our own networks, and their modules.
+OWN = {"ProximalUNet": "unet", "ProximalTransformer": "transformer"}
 EXPECTED = (
     "expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as diffusers lays them out) "
     "or a run directory that holds one as models/final or models/pretrained"
@@ -39,6 +39,14 @@ class Latents(NamedTuple):
 
     channels: int
     factor: int
+
+
+class Settings(NamedTuple):
+    """sampler.json: the proximal schedule, the sampler, and H = W of the images in pixels."""
+
+    schedule: Schedule
+    sampler: Sampler
+    size: int | None
 
 
 class ModelFolder:
@@ -115,7 +123,7 @@ class ModelFolder:
     @property
     def is_ours(self) -> bool:
         """Whether the network is a class of this project, not a published one."""
-        return self.network.get("_class_name") in OWN
+        return self.network.get("_class_name") in [*OWN]
 
     @cached_property
     def interface(self) -> Interface:
@@ -141,40 +149,22 @@ class ModelFolder:
         return (self.path / SETTINGS).is_file()
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """sampler.json; {} for a folder that diffusers saved."""
+    def settings(self) -> Settings:
+        """sampler.json; the defaults for a folder that diffusers saved."""
         file = self.path / SETTINGS
-        if self.has_settings:
-            values = self.json(SETTINGS)
-            for key in ("schedule", "sampler"):
-                if not isinstance(values.get(key), dict):
-                    raise ValueError(f"{file} is not readable: no {key!r} in it")
-            return values
-        if self.is_ours:
-            raise FileNotFoundError(f"{file} is missing: {EXPECTED}")
-        return {}
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        """The proximal schedule of sampler.json, else the default."""
-        return self._section(Schedule, "schedule")
-
-    @cached_property
-    def sampler(self) -> Sampler:
-        """The sampler of sampler.json, else the default."""
-        return self._section(Sampler, "sampler")
-
-    def _section(self, kind: type[Any], name: str) -> Any:
-        values = self.settings.get(name, {})
+        if not self.has_settings:
+            if self.is_ours:
+                raise FileNotFoundError(f"{file} is missing: {EXPECTED}")
+            return Settings(Schedule(), Sampler(), None)
+        values = self.json(SETTINGS)
+        for key in ("schedule", "sampler"):
+            if not isinstance(values.get(key), dict):
+                raise ValueError(f"{file} is not readable: no {key!r} in it")
         try:
-            return kind.model_validate(values)
-        except (AttributeError, TypeError, ValidationError) as error:
-            raise ValueError(f"{self.path / SETTINGS} is not readable: {' '.join(str(error).split())}") from None
-
-    @property
-    def size(self) -> int | None:
-        """H = W of the images in pixels, from sampler.json; None where it does not say."""
-        return self.settings.get("size")
+            schedule, sampler = Schedule.model_validate(values["schedule"]), Sampler.model_validate(values["sampler"])
+        except ValidationError as error:
+            raise ValueError(f"{file} is not readable: {' '.join(str(error).split())}") from None
+        return Settings(schedule, sampler, values.get("size"))
 
     @property
     def has_adapters(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,21 @@ from . import lora
 from .autoencoder import Autoencoder
 from .backbone import LAM, ProximalBackbone, ProximalNetwork, interface_of
 from .checkpoint_files import check_weights, load_network, naming
-from .folders import ModelFolder, latent_space, link
+from .folders import OWN, ModelFolder, latent_space, link
 from .lam import LamEmbedding
 from .preconditioning import Preconditioned
 from .text import TextEncoder
-from .text_loading import load_text
-from .text_stacks import CheckpointText
+from .text_stacks import CACHE_BYTES, ENDS, KINDS, CheckpointText
 
 
-def own_network(name: str | None) -> type[Preconditioned] | None:
+def own_network(name: object) -> Any:
     """The class ``name`` of our own networks; None for a class of another's.
 
     Imported when it is asked for: ``ProximalTransformer`` imports all of diffusers' transformers, which takes seconds.
     """
-    if name == "ProximalUNet":
-        from .unet import ProximalUNet
-
-        return ProximalUNet
-    if name == "ProximalTransformer":
-        from .transformer import ProximalTransformer
-
-        return ProximalTransformer
-    return None
+    if not isinstance(name, str) or name not in OWN:
+        return None
+    return getattr(import_module(f".{OWN[name]}", __package__), name)
 
 
 def load_part(kind: type, folder: Path) -> Any:
@@ -88,11 +82,8 @@ def _backbone(folder: ModelFolder, schedule: VPSchedule | None, size: int | None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(0x1A3))
             branch = LamEmbedding(_time_width(interface.time_embedder(net)))
-    if schedule is None:
-        schedule = folder.schedule.build()
-    else:
-        _ = folder.settings  # a damaged sampler.json is an error here too
-    size = size or folder.size
+    schedule = schedule or folder.settings.schedule.build()
+    size = size or folder.settings.size
     return ProximalBackbone(net, branch, noise, schedule, size // folder.latents.factor if size else None)
 
 
@@ -140,6 +131,50 @@ def load_encoder(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) 
         check_weights(part)
     with naming(path):
         return load_text(path, dtype)
+
+
+def load_text(
+    folder: str | os.PathLike, dtype: torch.dtype | None = None, cache_bytes: int = CACHE_BYTES
+) -> TextEncoder | CheckpointText:
+    """The text encoders of a model folder: a published checkpoint's stack, one saved from it, or the built-in encoder.
+
+    Args:
+        folder: a diffusers pipeline's folder, or what ``save_pretrained`` of one of the classes wrote.
+        dtype: of a stack's weights; None is float32. bfloat16 halves a T5-XXL to 9.5 GB. States are float32 anyway.
+        cache_bytes: of encoded captions that a stack keeps.
+
+    Raises FileNotFoundError naming what is missing, ValueError for encoders that are not supported or damaged files.
+    """
+    found = ModelFolder.at(folder)
+    path, settings, ends = found.path, found.text, found.text_ends
+    if settings is None:
+        return TextEncoder.from_pretrained(path)
+    for end in ends:
+        if not (path / f"tokenizer{end}").is_dir():
+            raise FileNotFoundError(f"{path / f'tokenizer{end}'} is missing, the tokenizer of text_encoder{end}")
+    import transformers
+
+    stack, dtype = KINDS[settings.kind], dtype or torch.float32
+    parts: dict[str, Any] = {}
+    for end, kind in zip(ENDS, stack.ENCODERS, strict=False):
+        tokenizer, encoder = path / f"tokenizer{end}", path / f"text_encoder{end}"
+        parts[tokenizer.name] = _tokenizer(tokenizer) if end in ends else None
+        parts[encoder.name] = None
+        if end in ends:
+            parts[encoder.name] = load_network(getattr(transformers, kind), encoder, "model", dtype=dtype)
+    return stack(parts, settings, cache_bytes)
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers' Rust has an error without a class, and converters raise anything
+        raise ValueError(
+            f"{folder} is not a tokenizer that can be loaded here ({error}); one that is a spiece.model "
+            "alone needs the package sentencepiece"
+        ) from None
 
 
 def training_form(
@@ -208,12 +243,8 @@ def build_denoiser(config: Config) -> Preconditioned:
             target=config.pretrain.target,
         )
         if m.kind == "transformer":
-            from .transformer import ProximalTransformer
-
-            return ProximalTransformer(layers=m.layers, heads=m.heads, **common)
-        from .unet import ProximalUNet
-
-        return ProximalUNet(
+            return own_network("ProximalTransformer")(layers=m.layers, heads=m.heads, **common)
+        return own_network("ProximalUNet")(
             channels=tuple(m.channels),
             blocks=tuple(m.blocks),
             attention=tuple(m.attention),
@@ -241,8 +272,7 @@ def _empty_denoiser(folder: ModelFolder, config: Config) -> ProximalNetwork:
     own = own_network(values.get("_class_name"))
     try:
         if own:
-            network: Any = own.from_config(values)
-            return network
+            return own.from_config(values)
         import diffusers
 
         interface = interface_of(values)  # an unknown class is refused before it is looked up

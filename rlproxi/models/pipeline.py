@@ -88,7 +88,7 @@ class TextToImage:
         Raises FileNotFoundError naming what is missing where, ValueError naming a file that is damaged.
         """
         found = ModelFolder.find(folder)
-        schedule, sampler = schedule or found.schedule, sampler or found.sampler
+        schedule, sampler = schedule or found.settings.schedule, sampler or found.settings.sampler
         denoiser, path = load_denoiser(found, schedule.build(), size), found.path
         return cls(denoiser, load_encoder(path), schedule, sampler, precision, load_autoencoder(path), path)
 

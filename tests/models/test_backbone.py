@@ -67,7 +67,7 @@ def answer(pipeline, kind: str, x, time, text) -> torch.Tensor:
 
 
 def formula(pipeline, kind: str, y, t: float, lam: float, text) -> torch.Tensor:
-    """eps_prox by method.md's warm start, through x_0 and with numpy's interpolation, in float64 but for the network."""
+    """eps_prox by method.md's warm start, through x_0, with numpy's interpolation, in float64 but for the network."""
     bar = VPSchedule().alpha_bar(t)
     noise = 1 - bar + lam
     ones = torch.ones(len(y))

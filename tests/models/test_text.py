@@ -13,8 +13,8 @@ from diffusers import (
 
 from fixtures import tiny_checkpoints as tiny
 from rlproxi.models.folders import ModelFolder
+from rlproxi.models.loading import load_text
 from rlproxi.models.text import TextEncoder, TextStates, build_text_encoder
-from rlproxi.models.text_loading import load_text
 from rlproxi.models.text_stacks import CaptionCache
 
 CAPTIONS = ["A photo of a cat", "", " An ASTRONAUT riding a horse, 8k", "a very long prompt " * 200, "£ 猫"]
