@@ -200,10 +200,10 @@ def _model(config: Config) -> Iterator[Problem]:
             "model folder, a run directory or a diffusers folder with model.init, or add the stage",
             False,
         )
-    if m.init:
-        found = _told("model.init", lambda: ModelFolder.find(m.init).check())
-    elif m.encoders:
-        found = _told("model.encoders", lambda: ModelFolder.at(m.encoders).check(network=False))
+    if init := m.init:
+        found = _told("model.init", lambda: ModelFolder.find(init).check())
+    elif encoders := m.encoders:
+        found = _told("model.encoders", lambda: ModelFolder.at(encoders).check(network=False))
     else:
         found = []
     yield from found or _told("model", lambda: latent_space(config))
