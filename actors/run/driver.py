@@ -22,7 +22,7 @@ from rlproxi.config.loading import Config, dump_config, smaller_micro_batch
 from rlproxi.config.sections import STAGES
 from rlproxi.errors import ConfigError, RunStopped
 from rlproxi.files import write_json
-from rlproxi.models.folders import find_model, parts_folder
+from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import trainable, training_form
 from rlproxi.planning.preflight import cache_folder, with_paths
 from rlproxi.run_directory import RunDirectory
@@ -119,10 +119,9 @@ class Driver:
 
         from ..data.encoder import encode
 
-        parts = parts_folder(self.config)
-        latent = parts is not None and (parts / "vae").is_dir()
+        parts = ModelFolder.of(self.config)
         told = self._watch(
-            lambda: encode(self.config, Path(self._cache()), str(parts) if latent else None, self.scribe),
+            lambda: encode(self.config, Path(self._cache()), str(parts.path) if parts is not None and parts.has_vae else None, self.scribe),
             [("encode", len(list_shards(self.config.data.urls)))],
         )
         print(f"               {told['samples']} samples, {told['skipped']} skipped {told['reasons'] or ''}")
@@ -436,6 +435,6 @@ def _micro_batch(config: Config, stage: str) -> str:
 
 def _model_folder(path: str) -> Path:
     try:
-        return find_model(path)
+        return ModelFolder.find(path).path
     except FileNotFoundError as error:
         raise ConfigError(f"model.init: {error}") from None

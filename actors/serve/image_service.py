@@ -229,12 +229,10 @@ def application(
 
     Raises FileNotFoundError or ValueError, before anything is started, for a folder without a model.
     """
-    from rlproxi.models.folders import find_model, read_settings  # heavy, and the frontend does not need them
+    from rlproxi.models.folders import ModelFolder  # heavy, and the frontend does not need it
 
-    folder = find_model(model).resolve()
-    values = read_settings(folder)
-    schedule = Schedule.model_validate(values.get("schedule", {}))
-    sampler = Sampler.model_validate(values.get("sampler", {}))
+    found = ModelFolder.find(model)
+    folder, (schedule, sampler, _) = found.path.resolve(), found.settings
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     painters: Any = serve.deployment(  # its types take it for a decorator with arguments
         Painter,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, drop_captions
-from rlproxi.models.autoencoder import latent_facts
+from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import load_autoencoder
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.rewards.combine import mean_present
@@ -37,7 +37,8 @@ class Pretrainer(Rank):
         self.vae = None if setup.cache else load_autoencoder(self.origin)
         if self.vae is not None:
             self.vae.to(self.device)
-        self.factor = latent_facts(self.origin)[1] if (self.origin / "vae").is_dir() else 1
+        folder = ModelFolder.at(self.origin)
+        self.factor = folder.latents.factor if folder.has_vae else 1
         self.checkpoint_every = config.pretrain.checkpoint_every
         self.since, self.window = time.time(), []
         self.build()

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlproxi.algorithms.base import AlgorithmStopped
 from rlproxi.algorithms.guards.updates import GoBack, UpdateGuard
 from rlproxi.config.loading import Config
-from rlproxi.models.folders import find_model
+from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import load_autoencoder, load_encoder, trainable, training_form
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.precision import autocast, compute_dtype
@@ -60,7 +60,7 @@ class Rank(Saved):
         self.run_dir = Path(run_dir)
         self.diary, self.told = Diary(), time.time()
         self.dtype = compute_dtype(config.model.precision, self.device)
-        self.origin = find_model(model_folder)
+        self.origin = ModelFolder.find(model_folder).path
         self.encoder = load_encoder(self.origin, self.dtype).to(self.device)
         self.root = checkpoints.root(run_dir, stage)
         self.guard = UpdateGuard(

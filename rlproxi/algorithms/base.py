@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..config.loading import Config
 from ..data.prompts import training_prompts
-from ..models.text import TextEncoder
+from ..models.text import TextConditioning
 from ..proximal.operator import Denoiser
 from ..rewards.gradients import RewardGradients
 from .requests import SampleRequest, split_request
@@ -70,7 +70,7 @@ class Parts:
     networks: dict[str, Denoiser]
     plain: dict[str, nn.Module]
     reference: Denoiser | None
-    encoder: TextEncoder
+    encoder: TextConditioning
     gradients: RewardGradients | None
     sample_shape: tuple[int, int, int]
     device: torch.device

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.loading import Config
 from ..config.sections import Pretrain as Settings
@@ -17,7 +17,9 @@ from ..data import cache as cached
 from ..data import faces
 from ..models.autoencoder import Autoencoder
 from ..models.loading import build_denoiser
+from ..models.preconditioning import Preconditioned
 from ..models.text import TextEncoder, TextStates
+from ..models.text_stacks import CheckpointText
 from ..proximal.matching import TimeTable, corrupt, level_weight, looks_for_mode, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..proximal.schedule import VPSchedule
@@ -115,7 +117,7 @@ class Matching:
             yield loss, {"loss": loss.item()}
 
 
-def start_denoiser(config: Config, samples: Tensor) -> nn.Module:
+def start_denoiser(config: Config, samples: Tensor) -> Preconditioned:
     """The network that pre-training starts from: new, with the Gaussian of its preconditioning fitted to ``samples``
     [B, C, H, W] of the data (pixels in [-1, 1], or latents)."""
     denoiser = build_denoiser(config)
@@ -147,7 +149,7 @@ def drop_captions(captions: list[str], probability: float, seed: int, step: int,
 
 
 def conditioning(
-    encoder: TextEncoder,
+    encoder: TextEncoder | CheckpointText,
     batch: Mapping[str, np.ndarray],
     captions: list[str],
     pixels: tuple[int, int],

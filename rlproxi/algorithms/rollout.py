@@ -11,15 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.loading import Config
 from ..models.autoencoder import Autoencoder
-from ..models.folders import find_model
+from ..models.backbone import ProximalNetwork
+from ..models.folders import ModelFolder
 from ..models.loading import load_autoencoder, load_encoder, trainable, training_form
 from ..models.pipeline import TextToImage, to_uint8
 from ..models.precision import compute_dtype
 from ..models.text import TextEncoder
+from ..models.text_stacks import CheckpointText
 from ..proximal.samplers import AFTER
 from ..seeds import NamedNoise
 from .requests import SampleRequest
@@ -53,14 +55,13 @@ class GroupSampler:
     def __init__(
         self,
         config: Config,
-        denoiser: nn.Module,
-        text: TextEncoder,
+        denoiser: ProximalNetwork,
+        text: TextEncoder | CheckpointText,
         vae: Autoencoder | None = None,
         device: str | torch.device = "cpu",
         origin: Path | None = None,
     ):
         self.config = config
-        denoiser = denoiser.to(device)
         self.trained = trainable(denoiser)
         self.pipeline = TextToImage(
             denoiser.requires_grad_(False), text, config.schedule, config.sampler, config.model.precision, vae, origin
@@ -69,7 +70,7 @@ class GroupSampler:
     @classmethod
     def from_pretrained(cls, config: Config, folder: str | Path, device: str | torch.device = "cpu") -> GroupSampler:
         """Loads a model folder as the config trains it."""
-        folder = find_model(folder)
+        folder = ModelFolder.find(folder).path
         dtype = compute_dtype(config.model.precision, device)
         return cls(
             config,

@@ -157,10 +157,11 @@ def files(config: Config, load: bool = False) -> Iterator[Finding]:
 
 
 def _model(key: str, folder: str) -> Iterator[Finding]:
-    from ..models.folders import check_weights, find_model
+    from ..models.checkpoint_files import check_weights
+    from ..models.folders import ModelFolder
 
     try:
-        parts = [p for p in sorted(find_model(folder).iterdir()) if p.is_dir() and (p / "config.json").is_file()]
+        parts = [p for p in sorted(ModelFolder.find(folder).path.iterdir()) if p.is_dir() and (p / "config.json").is_file()]
     except FileNotFoundError:
         return  # preflight has told
     for part in parts:

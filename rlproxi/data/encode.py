@@ -53,7 +53,7 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
 
     Raises FileNotFoundError or ValueError naming a part that is missing or unusable, or a key that asks for one.
     """
-    from ..models.autoencoder import latent_facts
+    from ..models.folders import ModelFolder
 
     d, m = config.data, config.model
     if parts_folder is None and d.cache_text:
@@ -61,7 +61,7 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
             "data.cache_text is true, but the model works on pixels with the built-in text encoder: set "
             "it to false, or name a checkpoint in model.init or model.encoders"
         )
-    factor = latent_facts(parts_folder)[1] if parts_folder else 1
+    factor = ModelFolder.at(parts_folder).latents.factor if parts_folder else 1
     # A published network comes with sizes of its own, which the bucket's step covers.
     levels = 1 if m.init else m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
     fit = build_fit(d.size, d.buckets, d.crop, config.run.seed if d.crop == "random" else 0, factor, factor * levels)
@@ -115,7 +115,7 @@ class Encoder:
 
             self.autoencoder = Autoencoder.from_pretrained(parts_folder, batch_size=BATCH).to(device)
             if recipe.text:
-                from ..models.text_loading import load_text
+                from ..models.loading import load_text
 
                 self.text = load_text(parts_folder)
                 # The built-in encoder is a model beside its tokenizer, a stack moves itself.

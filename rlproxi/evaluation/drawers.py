@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..algorithms.requests import SampleRequest
-from ..models.folders import SETTINGS, find_model
+from ..models.folders import ModelFolder
 from ..models.pipeline import TextToImage, to_uint8
 from ..models.precision import autocast, compute_dtype
 from ..models.text import operator
@@ -73,8 +73,8 @@ def open_model(
     chosen = sampler or named
     if chosen and chosen not in NAMES:
         raise ValueError(f"sampler {chosen!r} is unknown; choose one of {', '.join(NAMES)}")
-    folder = find_model(path)
-    ours = (folder / SETTINGS).is_file()
+    found = ModelFolder.find(path)
+    folder, ours = found.path, found.has_settings
     if not chosen and not ours:
         chosen = PIPELINE
     if lora and chosen != PIPELINE:

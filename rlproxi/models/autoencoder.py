@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .precision import autocast
 
 
 class Autoencoder:
-    """diffusers' AutoencoderKL, between images in [-1, 1] and latents scaled as the denoiser knows them.
+    """diffusers' AutoencoderKL, between images in [-1, 1] and latents on the denoiser's scale.
 
     ``latents = (z - shift) * scale``, with shift and scale from config.json: shift_factor and scaling_factor, or, where
     a checkpoint has them, latents_mean and scaling_factor / latents_std of each channel.
@@ -25,7 +26,7 @@ class Autoencoder:
         batch_size: images in one forward; bounds the memory only.
     """
 
-    def __init__(self, vae, batch_size: int = 8):
+    def __init__(self, vae: Any, batch_size: int = 8):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: give at least 1")
         self.vae = vae.eval().requires_grad_(False)
@@ -43,8 +44,8 @@ class Autoencoder:
         """Loads ``folder``/vae.
 
         Args:
-            dtype: of the weights; None is float32. A checkpoint that overflows in float16 and says so (force_upcast,
-                as SDXL's does) stays in float32 when float16 is asked for.
+            dtype: of the weights; None is float32. A checkpoint with force_upcast, as SDXL's, overflows in float16
+                and is loaded in float32 instead.
 
         Raises FileNotFoundError naming what is missing, ValueError for another class or damaged weights.
         """
@@ -54,7 +55,7 @@ class Autoencoder:
         config = read_json(folder / "config.json")
         if config.get("_class_name") != AutoencoderKL.__name__:
             raise ValueError(
-                f"{folder} holds a {config.get('_class_name')}; the autoencoder known here is an "
+                f"{folder} holds a {config.get('_class_name')}; the supported autoencoder is an "
                 f"{AutoencoderKL.__name__}"
             )
         if dtype is None or (dtype is torch.float16 and config.get("force_upcast", True)):
@@ -66,6 +67,7 @@ class Autoencoder:
         self.vae.save_pretrained(Path(folder) / "vae")
 
     def to(self, device: str | torch.device) -> Autoencoder:
+        """Moves the weights."""
         self.vae.to(device)
         return self
 
@@ -107,18 +109,6 @@ class Autoencoder:
         x = x.to(self.vae.device, self.vae.dtype)
         with autocast(torch.float32, x.device):
             return torch.cat([network(part).float() for part in x.split(self.batch_size)])
-
-
-def latent_facts(folder: str | Path) -> tuple[int, int]:
-    """(channels, factor) of the autoencoder in ``folder``/vae, from its config.json alone.
-
-    Raises FileNotFoundError or ValueError naming the file.
-    """
-    file = Path(folder) / "vae" / "config.json"
-    config = read_json(file)
-    if not isinstance(config.get("block_out_channels"), list):
-        raise ValueError(f"{file} is not the config of an AutoencoderKL: it has no block_out_channels")
-    return config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def _per_channel(values: list[float]) -> Tensor:

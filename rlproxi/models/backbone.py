@@ -1,46 +1,52 @@
 """Published diffusion networks as proximal ones: diffusers' own classes inside the warm-start formula.
 
 A checkpoint of any eps-, v- or flow-prediction model is a proximal policy as it stands (``proximal.warmstart``).
-What it lacks is lam: a zero-initialised branch adds that to its time embedding, so that at load the output *is* the
-formula, and training moves on from there.
+The checkpoint has no input for lam. A zero-initialised branch adds lam to the time embedding. So at load the output
+*is* the formula, and training moves on from there.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..config.sections import LoRA
 from ..proximal.schedule import VPSchedule
 from ..proximal.warmstart import WarmStart
-from .checkpoint_files import read_json
-from .lam import LamEmbedding, told_of_lam
+from .lam import LamEmbedding, added_to_time
+from .preconditioning import Preconditioned
 from .text import TextStates
 
 #: Folder of the lam branch inside a model folder.
 LAM = "lam_embedding"
 
 
-class Adapter:
-    """What differs between diffusers' networks: how they are called, and where their time embedding is made."""
+class Interface:
+    """How one of diffusers' networks is called, and which layer makes its time embedding. This one: a plain U-Net."""
 
     part = "unet"
 
-    def time_embedder(self, net: nn.Module) -> nn.Module:
+    def time_embedder(self, net: Any) -> nn.Module:
+        """The layer of ``net`` whose output is the time embedding [B, dim]."""
         return net.time_embedding
 
-    def call(self, net: nn.Module, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
+    def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
+        """The prediction of ``net``, like x [B, C, H, W]; time [B] in the network's units."""
         return net(x, time, encoder_hidden_states=text.states).sample
 
 
-class SDXLAdapter(Adapter):
+class SDXLInterface(Interface):
     """SDXL's U-Net: pooled text and six sizes beside the text states."""
 
-    def call(self, net, x, time, text):
+    def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
+        """As ``Interface.call``; without time_ids, those of an image of x's own size that was not cropped."""
         sizes = text.time_ids
-        if sizes is None:  # what a sampler asks for: an image that was that large and not cropped
+        if sizes is None:
             height, width = (8.0 * side for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=x.device).expand(len(x), -1)
         return net(
@@ -51,35 +57,39 @@ class SDXLAdapter(Adapter):
         ).sample
 
 
-class SD3Adapter(Adapter):
+class SD3Interface(Interface):
     """SD3's transformer: joint attention, pooled text in the time embedding."""
 
     part = "transformer"
 
-    def time_embedder(self, net):
+    def time_embedder(self, net: Any) -> nn.Module:
+        """As ``Interface.time_embedder``."""
         return net.time_text_embed.timestep_embedder
 
-    def call(self, net, x, time, text):
+    def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
+        """As ``Interface.call``."""
         return net(x, encoder_hidden_states=text.states, pooled_projections=text.pooled, timestep=time).sample
 
 
-class PixArtAdapter(Adapter):
+class PixArtInterface(Interface):
     """PixArt's transformer: T5 states under their mask; resolution embeddings where the checkpoint has them."""
 
     part = "transformer"
 
-    def time_embedder(self, net):
+    def time_embedder(self, net: Any) -> nn.Module:
+        """As ``Interface.time_embedder``."""
         return net.adaln_single.emb.timestep_embedder
 
-    def call(self, net, x, time, text):
-        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+    def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
+        """As ``Interface.call``."""
+        added: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if net.use_additional_conditions:
             height, width = (8.0 * side for side in x.shape[-2:])
             added = {
                 "resolution": torch.tensor([[height, width]], device=x.device).expand(len(x), -1),
                 "aspect_ratio": torch.tensor([[height / width]], device=x.device).expand(len(x), -1),
             }
-        # Beside the prediction it has the variance's channels, which a prox does not need.
+        # The output also has channels for the variance, which a prox does not need.
         return net(
             x,
             encoder_hidden_states=text.states,
@@ -89,8 +99,8 @@ class PixArtAdapter(Adapter):
         ).sample[:, : x.shape[1]]
 
 
-def adapter_of(net_config: dict) -> Adapter:
-    """The adapter for a network's config.json. Raises ValueError for a class that is not known here."""
+def interface_of(net_config: Mapping[str, Any]) -> Interface:
+    """The interface for a network's config.json. Raises ValueError for a class that is not supported."""
     kind = net_config.get("_class_name")
     if kind == "UNet2DConditionModel":
         if net_config.get("class_embed_type") or net_config.get("in_channels") != net_config.get("out_channels"):
@@ -99,83 +109,96 @@ def adapter_of(net_config: dict) -> Adapter:
                 "upscaling or image-conditioned checkpoint); use a plain text-to-image one"
             )
         if net_config.get("addition_embed_type") not in (None, "text_time"):
-            raise ValueError(f"addition_embed_type {net_config['addition_embed_type']!r} is not known here")
-        return SDXLAdapter() if net_config.get("addition_embed_type") == "text_time" else Adapter()
-    known = {"SD3Transformer2DModel": SD3Adapter, "PixArtTransformer2DModel": PixArtAdapter}
-    if kind not in known:
+            raise ValueError(f"addition_embed_type {net_config['addition_embed_type']!r} is not supported")
+        return SDXLInterface() if net_config.get("addition_embed_type") == "text_time" else Interface()
+    supported = {"SD3Transformer2DModel": SD3Interface, "PixArtTransformer2DModel": PixArtInterface}
+    if kind not in supported:
         raise ValueError(
-            f"a {kind} cannot be made a proximal network here; known: UNet2DConditionModel, {', '.join(known)}"
+            f"a {kind} cannot be made a proximal network; supported: UNet2DConditionModel, {', '.join(supported)}"
         )
-    return known[kind]()
+    return supported[kind]()
 
 
-class NoiseLevels:
-    """The noise levels of a checkpoint's own scheduler: which prediction, and which time belongs to an alpha_bar.
+class CheckpointNoise:
+    """A checkpoint's own noise levels: which quantity its network predicts, and which time belongs to an alpha_bar.
 
-    Read from scheduler/scheduler_config.json, with diffusers' own class.
+    Args:
+        values: scheduler_config.json, read by diffusers' own class. file: its place, for error messages.
+
+    Attributes:
+        prediction: epsilon, v_prediction or flow. steps: the number of discrete times.
+
+    Raises ValueError for another prediction_type.
     """
 
-    def __init__(self, folder: Path):
-        file = folder / "scheduler" / "scheduler_config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: it says what the network predicts and at which noise levels")
-        values = read_json(file)
+    def __init__(self, values: Mapping[str, Any], file: str | os.PathLike = "scheduler_config.json"):
+        self._log_snr = torch.empty(0)
         if str(values.get("_class_name", "")).startswith("FlowMatch"):
-            self.prediction, self.log_snr = "flow", None
+            self.prediction = "flow"
             self.steps = values.get("num_train_timesteps", 1000)
             return
         from diffusers import DDIMScheduler
 
-        # Whatever sampler the checkpoint names, its betas are told by the same keys.
+        # All of diffusers' schedulers name their betas by the same keys.
         scheduler = DDIMScheduler.from_config({key: value for key, value in values.items() if key != "_class_name"})
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(
-                f"{file}: prediction_type {self.prediction!r} is not known here; epsilon, v_prediction and flow are"
+                f"{file}: prediction_type {self.prediction!r} is not supported; epsilon, v_prediction and flow are"
             )
         self.steps = scheduler.config.num_train_timesteps
         levels = scheduler.alphas_cumprod.double().clamp_min(1e-8)  # 0 at the end with a zero terminal SNR
-        self.log_snr = (levels / (1 - levels)).log()
+        self._log_snr = (levels / (1 - levels)).log()
 
     def time(self, level: Tensor) -> Tensor:
-        """The time [B] in the network's units, in float64: of alpha_bar [B], linear in log SNR between the discrete
-        levels and clamped to them; for a flow of s [B], s times their number."""
+        """The time [B] in the network's units, float64, of the noise level [B].
+
+        A level is an alpha_bar; its time is linear in log SNR between the discrete levels and clamped to them. For a
+        flow a level is s, and its time is s times the number of steps.
+        """
         if self.prediction == "flow":
             return level.double() * self.steps
         wanted = level.double().clamp(1e-12, 1 - 1e-12).logit()
-        falling = self.log_snr = self.log_snr.to(wanted.device)
+        falling = self._log_snr = self._log_snr.to(wanted.device)
         right = torch.searchsorted(-falling, -wanted).clamp(1, len(falling) - 1)
         high, low = falling[right - 1], falling[right]
         return right - 1 + ((high - wanted) / (high - low)).clamp(0, 1)
 
 
 class ProximalBackbone(nn.Module):
-    """eps_theta(y, t, lam, text): a diffusers network ``net`` under the warm-start formula, told of lam by a branch.
+    """eps_theta(y, t, lam, text): a diffusers network ``net`` under the warm-start formula; a branch adds lam.
 
     Args:
-        net: a UNet2DConditionModel, SD3Transformer2DModel or PixArtTransformer2DModel. lam_embedding: the branch.
-        levels: the checkpoint's noise levels. schedule: the proximal one.
+        net: a UNet2DConditionModel, SD3Transformer2DModel or PixArtTransformer2DModel.
+        lam_embedding: the branch. noise: the checkpoint's noise levels. schedule: the proximal schedule.
         size: H = W of a sample in latent pixels; None takes what the checkpoint was made for.
     """
 
-    #: The adapters' settings, where there are any (``models.lora``).
-    lora = None
+    #: Settings of the LoRA adapters, where there are any (``models.lora``).
+    lora: LoRA | None = None
 
     def __init__(
         self,
-        net: nn.Module,
+        net: Any,
         lam_embedding: LamEmbedding,
-        levels: NoiseLevels,
+        noise: CheckpointNoise,
         schedule: VPSchedule,
         size: int | None = None,
     ):
         super().__init__()
-        self.net, self.lam_embedding = net, lam_embedding
-        self.adapter = adapter_of(dict(net.config))
-        self.schedule, self.levels = schedule, levels
-        size = size or net.config.sample_size
-        self.sample_shape = (net.config.in_channels, size, size)
-        self.formula = WarmStart(self._predict, levels.prediction, schedule, levels.time)
+        self.net = net
+        self.lam_embedding = lam_embedding
+        self.interface = interface_of(dict(net.config))
+        self.schedule = schedule
+        side = size or net.config.sample_size
+        #: [C, H, W] of a sample.
+        self.sample_shape: tuple[int, int, int] = (net.config.in_channels, side, side)
+        self.formula = WarmStart(self._predict, noise.prediction, schedule, noise.time)
+
+    @property
+    def part(self) -> str:
+        """The subfolder of its network inside a model folder: 'unet' or 'transformer'."""
+        return self.interface.part
 
     def forward(self, y: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """y [B, C, H, W] float32; t, lam [B] float32; text with B rows. Returns eps, float32 like y."""
@@ -183,21 +206,27 @@ class ProximalBackbone(nn.Module):
 
     def _predict(self, x: Tensor, time: Tensor, cond: tuple[TextStates, Tensor]) -> Tensor:
         text, shift = cond
-        with told_of_lam(self.adapter.time_embedder(self.net), shift):
-            return self.adapter.call(self.net, x, time, text)
+        with added_to_time(self.interface.time_embedder(self.net), shift):
+            return self.interface.call(self.net, x, time, text)
 
     @property
     def device(self) -> torch.device:
+        """Where the network's weights are."""
         return self.net.device
 
     def enable_gradient_checkpointing(self) -> None:
+        """Makes the network recompute activations in the backward."""
         self.net.enable_gradient_checkpointing()
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the network alone; the formula around it is a few operations."""
         self.net.compile(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes the network and the branch as two parts of the model folder ``folder``."""
-        self.net.save_pretrained(Path(folder) / self.adapter.part)
+        self.net.save_pretrained(Path(folder) / self.part)
         self.lam_embedding.save_pretrained(Path(folder) / LAM)
+
+
+#: What this project samples from and trains: a network of its own, or a published one under the warm-start formula.
+ProximalNetwork = Preconditioned | ProximalBackbone

@@ -7,16 +7,16 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
-#: Keys of a config.json that say how often a layer is there.
+#: Keys of a config.json that give numbers of layers.
 _LAYERS = ("blocks", "layers", "num_layers", "layers_per_block", "transformer_layers_per_block", "num_single_layers")
 
 
 def read_json(file: Path) -> dict:
-    """Raises FileNotFoundError or ValueError, naming the file."""
+    """The JSON object in ``file``. Raises FileNotFoundError or ValueError, naming the file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: not a diffusers-shaped model folder")
     try:
@@ -28,10 +28,30 @@ def read_json(file: Path) -> dict:
     return values
 
 
+def check_weights(folder: Path) -> None:
+    """Reads the headers of the safetensors files in ``folder``.
+
+    Raises FileNotFoundError where there are none, ValueError naming a file that is damaged or cut short.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no .safetensors file, the only kind of weights that is loaded")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}): copy or save the model again") from None
+
+
 @contextlib.contextmanager
 def naming(place: Path) -> Iterator[None]:
-    """Inside, whatever a library trips over is a ValueError that names ``place``: folders come from strangers, and
-    loaders raise KeyError, AttributeError and their like for what they did not expect. FileNotFoundError stays."""
+    """Turns every error inside into a ValueError that names ``place``, but for FileNotFoundError and MemoryError.
+
+    Folders may come from strangers, and loaders raise KeyError, AttributeError and others for unexpected values.
+    """
     try:
         yield
     except (FileNotFoundError, MemoryError):
@@ -39,11 +59,11 @@ def naming(place: Path) -> Iterator[None]:
     except Exception as error:
         if type(error) is ValueError and str(place) in str(error):
             raise
-        told = " ".join(str(error).split())[:500]
-        raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {told}") from error
+        message = " ".join(str(error).split())[:500]
+        raise ValueError(f"{place} cannot be loaded: {type(error).__name__}: {message}") from error
 
 
-def load_network(kind: type, folder: Path, stem: str, **options) -> nn.Module:
+def load_network(kind: Any, folder: Path, stem: str, **options: Any) -> Any:
     """``kind.from_pretrained`` for a class of diffusers or transformers; safetensors only, nothing from the network.
 
     Args:
@@ -59,7 +79,7 @@ def load_network(kind: type, folder: Path, stem: str, **options) -> nn.Module:
         network, info = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, variant=variant, output_loading_info=True, **options
         )
-    except Exception as error:  # the libraries' own, and what values that they did not expect lead to
+    except Exception as error:  # the libraries' own errors, and whatever unexpected values lead to
         raise ValueError(f"{folder}: the weights are damaged or do not fit config.json ({error})") from None
     missing = sorted(info["missing_keys"])
     if missing:
@@ -70,31 +90,32 @@ def load_network(kind: type, folder: Path, stem: str, **options) -> nn.Module:
     return network
 
 
-def _size_fits(kind: type, folder: Path, stem: str, variant: str | None) -> None:
+def _size_fits(kind: Any, folder: Path, stem: str, variant: str | None) -> None:
     """Raises ValueError where config.json asks for far more than the weights hold, before memory is taken for it."""
     from safetensors import safe_open
 
-    told, shapes = f"{folder}: the weights are damaged or do not fit config.json", []
+    message = f"{folder}: the weights are damaged or do not fit config.json"
+    shapes: list[list[int]] = []
     for file in folder.glob(f"{stem}*.safetensors"):
         if (".fp16" in file.name) == (variant is not None):
             try:
                 with safe_open(file, framework="pt") as found:
-                    shapes += [found.get_slice(name).get_shape() for name in found.keys()]
+                    shapes += [found.get_slice(name).get_shape() for name in list(found.keys())]
             except Exception as error:
-                raise ValueError(f"{told} ({error})") from None
+                raise ValueError(f"{message} ({error})") from None
     held, tensors = sum(math.prod(shape) for shape in shapes), len(shapes)
     values = read_json(folder / "config.json")
     # A loop over so many layers would not end.
     layers = [n for key in _LAYERS for n in _integers(values.get(key))]
     if max(layers, default=0) > tensors:
-        raise ValueError(f"{told} ({max(layers)} layers of {tensors} tensors)")
+        raise ValueError(f"{message} ({max(layers)} layers of {tensors} tensors)")
     try:
         with torch.device("meta"):
             asked = sum(p.numel() for p in kind.from_config(values).parameters())
     except Exception as error:
-        raise ValueError(f"{told} ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{message} ({type(error).__name__}: {error})") from None
     if asked > 2 * held + 10**6:
-        raise ValueError(f"{told} (it asks for {asked} numbers, and they hold {held})")
+        raise ValueError(f"{message} (it asks for {asked} numbers, and they hold {held})")
 
 
 def _integers(value: object) -> list[int]:

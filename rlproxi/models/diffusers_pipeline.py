@@ -1,15 +1,15 @@
 """The trained model as a diffusers pipeline: its components, its loading and saving, its call.
 
-There is no second sampler here. The components are put together to a ``TextToImage``, and that draws.
+There is no second sampler here. The components are assembled to a ``TextToImage``, which samples.
 
-diffusers looks for a pipeline's class among its own names and imports no module because a folder says so. Importing
-this module puts ``ProxT2IPipeline`` there; after that ``DiffusionPipeline.from_pretrained`` loads every model folder.
+diffusers looks for a pipeline's class among its own names and imports no other module. Importing this module puts
+``ProxT2IPipeline`` among them. After that ``DiffusionPipeline.from_pretrained`` loads every model folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,22 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.sections import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora, transformer, unet
 from .autoencoder import Autoencoder
-from .backbone import LAM, NoiseLevels, ProximalBackbone
-from .checkpoint_files import read_json
-from .folders import INDEX, find_model, read_settings
-from .generators import seeds_of
-from .loading import part_of
+from .backbone import LAM, CheckpointNoise, ProximalBackbone, ProximalNetwork
+from .folders import ModelFolder
 from .pipeline import TextToImage, to_uint8
 from .preconditioning import Preconditioned
 from .text import TextEncoder
-from .text_loading import ENDS
-from .text_stacks import KINDS, TextSettings
+from .text_stacks import ENDS, KINDS, CheckpointText, TextSettings
 from .text_stacks import SETTINGS as TEXT_SETTINGS
 
 TEXT_PARTS = tuple(part + end for end in ENDS for part in ("tokenizer", "text_encoder"))
@@ -43,14 +41,15 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class ProximalSampler(SchedulerMixin):
-    """What of a model folder is no network, as a component: schedule, sampler, image size, text settings, adapters.
+    """A component for what is not a network in a model folder: schedule, sampler, size, text settings, adapters.
 
-    It has no folder of its own, so diffusers gives ``from_pretrained`` the model folder itself.
+    It has no subfolder, so diffusers gives ``from_pretrained`` the model folder itself.
 
     Args:
-        folder: the model folder; None for a model that was never saved.
+        schedule, sampler: the config's sections. size: H = W of the images in pixels.
         text: the settings of a published checkpoint's text encoders; None for the built-in encoder.
-        adapters: whether the network is still to get the folder's adapters.
+        folder: the model folder; None for a model that was never saved.
+        adapters: whether the network still lacks the folder's adapters.
     """
 
     def __init__(
@@ -65,20 +64,13 @@ class ProximalSampler(SchedulerMixin):
         self.schedule, self.sampler, self.size, self.text = schedule, sampler, size, text
         self.folder, self.adapters = folder, adapters
 
+    # diffusers' schedulers have more arguments, which a component without a subfolder has no use for.
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> ProximalSampler:
+    def from_pretrained(cls, folder: str | os.PathLike, **options: Any) -> ProximalSampler:  # type: ignore[override]
         """Reads a model folder's sampler.json and text.json. Raises ValueError or FileNotFoundError naming the file."""
-        folder = Path(folder)
-        values, file = read_settings(folder), folder / TEXT_SETTINGS
-        text = TextSettings(**read_json(file)) if file.is_file() else None
-        return cls(
-            Schedule.model_validate(values.get("schedule", {})),
-            Sampler.model_validate(values.get("sampler", {})),
-            values.get("size"),
-            text,
-            folder,
-            (folder / lora.FOLDER).is_dir(),
-        )
+        found = ModelFolder.at(folder)
+        text = found.text if (found.path / TEXT_SETTINGS).is_file() else None
+        return cls(*found.settings, text, found.path, found.has_adapters)
 
 
 class ProxT2IPipeline(DiffusionPipeline):
@@ -92,9 +84,12 @@ class ProxT2IPipeline(DiffusionPipeline):
     ``model.precision`` of a run does; in float32 it draws what ``TextToImage`` draws, bit for bit.
     """
 
-    _optional_components = list(COMPONENTS)
+    _optional_components = list(COMPONENTS)  # noqa: RUF012  # no ClassVar in diffusers
+    _assembled: TextToImage | None = None
+    _assembled_from: tuple[int, ...] = ()
 
-    # Every component is required in the signature's sense: diffusers then lets a caller of from_pretrained replace it.
+    # No component has a default, so that diffusers lets a caller of from_pretrained replace it; and none has an
+    # annotation, because diffusers would compare the component with it.
     def __init__(
         self,
         unet,
@@ -116,23 +111,9 @@ class ProxT2IPipeline(DiffusionPipeline):
                 "this model_index.json names no sampler: the folder is a plain diffusers one, or older "
                 "than this version; ProxT2IPipeline.from_pretrained(folder) loads it"
             )
-        self.register_modules(
-            unet=unet,
-            transformer=transformer,
-            lam_embedding=lam_embedding,
-            vae=vae,
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            tokenizer_2=tokenizer_2,
-            text_encoder_2=text_encoder_2,
-            tokenizer_3=tokenizer_3,
-            text_encoder_3=text_encoder_3,
-            scheduler=scheduler,
-            sampler=sampler,
-        )
+        given = locals()
+        self.register_modules(**{name: given[name] for name in COMPONENTS})
         self.precision = "float32"
-        self._assembled: TextToImage | None = None
-        self._assembled_from: tuple[int, ...] = ()
         if sampler.adapters:
             lora.load(unet if unet is not None else transformer, sampler.folder)
             sampler.adapters = False
@@ -148,12 +129,13 @@ class ProxT2IPipeline(DiffusionPipeline):
 
         Raises FileNotFoundError or ValueError naming what is missing or damaged.
         """
-        folder = find_model(pretrained_model_name_or_path)
-        if (folder / INDEX).is_file() and "sampler" in read_json(folder / INDEX):
-            return super().from_pretrained(folder, **options)
+        folder = ModelFolder.find(pretrained_model_name_or_path)
+        if "sampler" in folder.index:
+            return super().from_pretrained(folder.path, **options)
         if options:
             raise ValueError(
-                f"{folder} is a plain diffusers folder, loaded in float32 without options; given: {', '.join(options)}"
+                f"{folder.path} is a plain diffusers folder, loaded in float32 without options; "
+                f"given: {', '.join(options)}"
             )
         return cls.from_model(TextToImage.from_pretrained(folder))
 
@@ -163,7 +145,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         denoiser = model.denoiser
         parts: dict[str, Any] = dict.fromkeys(COMPONENTS)
         parts.update(model.text.components())
-        parts[part_of(denoiser)] = denoiser.net if isinstance(denoiser, ProximalBackbone) else denoiser
+        parts[denoiser.part] = denoiser.net if isinstance(denoiser, ProximalBackbone) else denoiser
         if isinstance(denoiser, ProximalBackbone):
             denoiser.net.lora = denoiser.lora
             parts[LAM], parts["scheduler"] = denoiser.lam_embedding, _scheduler(model.origin)
@@ -175,7 +157,10 @@ class ProxT2IPipeline(DiffusionPipeline):
         pipeline.precision = model.precision
         return pipeline
 
-    def save_pretrained(self, save_directory: str | os.PathLike, safe_serialization: bool = True) -> None:
+    # diffusers' further options, of shards and uploads, have no meaning for a model folder.
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True
+    ) -> None:
         """Writes a model folder, which ``from_pretrained``, ``TextToImage`` and ``rlproxi sample`` read.
 
         What was not trained is linked from the folder this pipeline came from, where the file system can;
@@ -218,6 +203,7 @@ class ProxT2IPipeline(DiffusionPipeline):
     def _assemble(self) -> TextToImage:
         s = self.sampler
         vae = Autoencoder(self.vae) if self.vae is not None else None
+        text: TextEncoder | CheckpointText
         if s.text is None:
             text = TextEncoder(self.tokenizer, self.text_encoder, min(self.tokenizer.model_max_length, 512))
         else:
@@ -225,13 +211,14 @@ class ProxT2IPipeline(DiffusionPipeline):
             text = stack({name: getattr(self, name) for name in TEXT_PARTS[: 2 * len(stack.ENCODERS)]}, s.text)
         network = self.unet if self.unet is not None else self.transformer
         if not isinstance(network, Preconditioned):
-            size = s.size // vae.factor if s.size else None
+            size = s.size // (vae.factor if vae is not None else 1) if s.size else None
             adapters = getattr(network, "lora", None)
-            network = ProximalBackbone(network, self.lam_embedding, _levels(self.scheduler), s.schedule.build(), size)
+            noise = CheckpointNoise(json.loads(self.scheduler.to_json_string()))
+            network = ProximalBackbone(network, self.lam_embedding, noise, s.schedule.build(), size)
             network.lora = adapters
         return TextToImage(network, text, s.schedule, s.sampler, vae=vae, origin=s.folder)
 
-    def _arithmetic(self, denoiser: nn.Module) -> str:
+    def _arithmetic(self, denoiser: ProximalNetwork) -> str:
         """The network's arithmetic; its own dtype where it was loaded in another than float32."""
         network = lora.network_of(denoiser)
         dtype = next(network.parameters()).dtype
@@ -295,16 +282,37 @@ class ProxT2IPipeline(DiffusionPipeline):
                     rows = slice(i, i + batch_size)
                     noise = NamedNoise([(seed,) for seed in seeds[rows]])
                     x = model.run(model.text.encode(prompts[rows]), noise, num_inference_steps, guidance_scale).x
-                    parts.append(x if output_type == "latent" else _decoded(model, x))
+                    parts.append(x if output_type == "latent" else model.pixels(x))
             finally:
                 hook.remove()
-        images = _as(output_type, torch.cat(parts))
+        images: Any = _as(output_type, torch.cat(parts))
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _decoded(model: TextToImage, x: Tensor) -> Tensor:
-    """Samples -> images float32 [B, 3, H, W], about [-1, 1]."""
-    return x if model.vae is None else model.vae.decode(x)
+def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, each: int) -> list[int]:
+    """A seed for each of prompts * each images. Raises ValueError for a list of another length.
+
+    A generator is a name here, not a source of noise. The noise is drawn on the CPU from the seed, so an image is the
+    same on every device and in every batch. The generator is advanced, so that using it again gives other images.
+    """
+    if generator is None:
+        return torch.randint(2**31, (prompts * each,)).tolist()
+    if isinstance(generator, torch.Generator):
+        first = generator.initial_seed()
+        if not _draw(generator):
+            return [first + j for j in range(each)] * prompts
+        return torch.randint(2**31, (prompts * each,), generator=generator, device=generator.device).tolist()
+    if len(generator) != prompts * each:
+        raise ValueError(f"{len(generator)} generators for {prompts * each} images: give one for each, or a single one")
+    return [seed for one in generator for seed in seeds_of(one, 1, 1)]
+
+
+def _draw(generator: torch.Generator) -> bool:
+    """Draws a number; whether any had been drawn before."""
+    fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    used = not torch.equal(fresh.get_state(), generator.get_state())
+    torch.rand(1, generator=generator, device=generator.device)
+    return used
 
 
 def _as(output_type: str, images: Tensor) -> list[Image.Image] | np.ndarray | Tensor:
@@ -327,24 +335,21 @@ def _precision(dtype: torch.dtype) -> str:
     return names[dtype]
 
 
-def _scheduler(folder: Path) -> Any:
-    name = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+def _scheduler(folder: Path | None) -> Any:
+    """The scheduler of the folder that a published network came from."""
+    if folder is None:
+        raise ValueError("this network has no model folder yet, and its scheduler is read from there: save it first")
+    name = ModelFolder.at(folder).json("scheduler/scheduler_config.json")["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder / "scheduler")
-
-
-def _levels(scheduler: Any) -> NoiseLevels:
-    """The noise levels of a scheduler, which are read from a folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        scheduler.save_pretrained(Path(folder) / "scheduler")
-        return NoiseLevels(Path(folder))
 
 
 def _register() -> None:
     # model_index.json names the class; folders of the first version call it TextToImage.
-    diffusers.ProxT2IPipeline = diffusers.TextToImage = ProxT2IPipeline
+    for name in ("ProxT2IPipeline", "TextToImage"):
+        setattr(diffusers, name, ProxT2IPipeline)
     # In the module that model_index.json names for a component diffusers also looks for the component's base class.
     for module in (unet, transformer):
-        module.ModelMixin = ModelMixin
+        setattr(module, ModelMixin.__name__, ModelMixin)
 
 
 _register()

@@ -1,7 +1,7 @@
 """``rlproxi export``: from a run to a folder that stands alone.
 
 A run's model folders share their frozen files by hard links, and keep adapters apart from the base. An export shares
-nothing, and can merge adapters, change the weights' dtype, or take the adapters alone in diffusers' own format.
+no file. It can merge adapters, change the weights' dtype, or write the adapters alone in diffusers' own format.
 """
 
 from __future__ import annotations
@@ -10,26 +10,27 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..config.plain_yaml import read_yaml
+from ..config.sections import LoRA
 from ..files import folder_draft
 from ..run_directory import RunDirectory
-from ..telemetry.run_reader import RunReader, dig
 from . import lora
 from .backbone import ProximalBackbone
-from .folders import find_model
-from .loading import part_of
+from .folders import ModelFolder
 from .pipeline import TextToImage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: What diffusers calls a file of adapters.
 ADAPTER = "pytorch_lora_weights.safetensors"
 CARD = "README.md"
-#: Tensors that stay in float32 whatever is asked for: the closed-form prox needs its basis orthogonal. Not its mean, a
-#: network's first tensor: by the first alone diffusers decides whether a file is cast as it is loaded.
+#: Tensors that stay in float32 whatever the dtype: the closed-form prox needs its basis orthogonal. The mean does not
+#: stay: it is a network's first tensor, by which diffusers decides whether it casts a file as it loads it.
 EXACT = ("gaussian.variance", "gaussian.colors")
 
 USE = [
@@ -72,16 +73,18 @@ def export(
         raise FileExistsError(f"{out} exists and is not an empty folder; choose another name")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    folder = find_model(source)
-    has_adapters = (folder / lora.FOLDER).is_dir()
+    found = ModelFolder.find(source)
+    folder, has_adapters = found.path, found.has_adapters
     if not has_adapters and (merge or adapter_only):
         raise ValueError(
             f"{folder} has no adapters (no {lora.FOLDER}/ in it): it was trained whole; export it without "
             f"{'--adapter-only' if adapter_only else '--merge'}"
         )
     if merge and adapter_only:
-        raise ValueError("--merge and --adapter-only exclude each other: merged adapters are no adapters any more")
-    model = TextToImage.from_pretrained(folder)
+        raise ValueError(
+            "--merge and --adapter-only exclude each other: merged adapters no longer exist apart from the base"
+        )
+    model = TextToImage.from_pretrained(found)
     published = isinstance(model.denoiser, ProximalBackbone)
     if adapter_only and not published:
         raise ValueError(
@@ -99,8 +102,8 @@ def export(
             _stand_alone(fresh)
         if dtype is not None:
             _cast(fresh, DTYPES[dtype])
-        told = card(model, folder, out.name, has_adapters, merged, adapter_only, dtype)
-        (fresh / CARD).write_text(told, encoding="utf-8")
+        text = card(model, folder, out.name, has_adapters, merged, adapter_only, dtype)
+        (fresh / CARD).write_text(text, encoding="utf-8")
     return out
 
 
@@ -145,14 +148,14 @@ def _write_adapter(model: TextToImage, folder: Path) -> None:
     """The adapters in diffusers' format: names with the part in front, rank and alpha in the file's header."""
     from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
 
-    part, settings = part_of(model.denoiser), model.denoiser.lora
+    part, settings = model.denoiser.part, _settings(model)
     weights = {
         name.replace(".default.", "."): p.detach().contiguous()
         for name, p in lora.adapter_weights(model.denoiser).items()
     }
     targets = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
     facts = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": targets}
-    writer = StableDiffusionLoraLoaderMixin if part == "unet" else SD3LoraLoaderMixin
+    writer: Any = StableDiffusionLoraLoaderMixin if part == "unet" else SD3LoraLoaderMixin
     folder.mkdir()
     writer.save_lora_weights(
         folder, weight_name=ADAPTER, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": facts}
@@ -167,7 +170,7 @@ def card(
     network = type(lora.network_of(model.denoiser) if isinstance(model.denoiser, ProximalBackbone) else model.denoiser)
     s, schedule = model.sampler, model.schedule
     rows = [
-        ("network", f"{network.__name__} ({part_of(model.denoiser)}/)"),
+        ("network", f"{network.__name__} ({model.denoiser.part}/)"),
         ("images", f"{model.size} x {model.size} pixels"),
         ("sampler", f"{s.name}, {s.num_inference_steps} steps from t = {s.start_time:g} on the {s.grid} grid"),
         ("guidance scale", f"{s.guidance_scale:g}{' (none)' if s.guidance_scale == 1 else ''}"),
@@ -203,15 +206,22 @@ def _adapters(model: TextToImage, has_adapters: bool, merged: bool, adapter_only
         return "none"
     if merged:
         return "merged into the network"
-    told = f"rank {model.denoiser.lora.rank}, alpha {model.denoiser.lora.alpha:g}"
-    return f"{told}, {'this file' if adapter_only else f'in {lora.FOLDER}/'}"
+    settings = _settings(model)
+    place = "this file" if adapter_only else f"in {lora.FOLDER}/"
+    return f"rank {settings.rank}, alpha {settings.alpha:g}, {place}"
+
+
+def _settings(model: TextToImage) -> LoRA:
+    if model.denoiser.lora is None:
+        raise ValueError("this model has no adapters")
+    return model.denoiser.lora
 
 
 def _adapter_use(model: TextToImage) -> list[str]:
-    part, settings = part_of(model.denoiser), model.denoiser.lora
+    part, settings = model.denoiser.part, _settings(model)
     if hasattr(lora.network_of(model.denoiser), "load_lora_adapter"):
         code = [f'pipe.{part}.load_lora_adapter("path/to/this/folder", prefix="{part}", weight_name="{ADAPTER}")']
-    else:  # a network for which diffusers has no such verb
+    else:  # a network without that method in diffusers
         code = [
             "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
             "from safetensors.torch import load_file",
@@ -231,37 +241,36 @@ def _adapter_use(model: TextToImage) -> list[str]:
         "on the pipeline of the base. The adapters were trained for the proximal sampler named above; under an "
         "ordinary sampler the network is the base's with what training changed in it.",
     ]
-    if model.denoiser.lam_embedding.linear_2.weight.any():
+    if isinstance(model.denoiser, ProximalBackbone) and model.denoiser.lam_embedding.linear_2.weight.any():
         lines.append(
-            "The branch that tells the network of lam was trained too, and is not in this file: the policy as "
-            "trained is what `rlproxi export` writes without `--adapter-only`."
+            "The network's branch for lam was trained too and is not in this file. To get the policy as trained, "
+            "run `rlproxi export` without `--adapter-only`."
         )
     return lines
 
 
 def _results(folder: Path) -> list[str]:
     """What the run measured, for models/final and models/pretrained of a run directory; nothing for another folder."""
-    files = RunDirectory(folder.parent.parent)
-    if folder not in (files.final, files.pretrained):
+    run, tuned = RunDirectory(folder.parent.parent), folder.name == "final"
+    if folder not in (run.final, run.pretrained):
         return []
-    try:
-        run = RunReader(files.path)
-    except FileNotFoundError:
-        return []
-    tuned = folder == files.final
-    rewards = dig(run.config, "rewards", "train") or []
-    lines = [
-        f"| training reward ({' + '.join(str(r.get('name')) for r in rewards)}), first and last iteration | "
-        f"{_number(dig(run.summary, 'reward', 'first'))} | {_number(dig(run.summary, 'reward', 'last'))} |"
+    summary, config = _read(run.summary), _read(run.config)
+    rewards, steps = _dig(config, "rewards", "train") or [], _dig(config, "sampler", "num_inference_steps")
+    scores = [
+        _dig(_read(run.evaluation(tag)), "by_steps", str(steps), "heldout") or {} for tag in ("before", "after")
     ]
-    if not tuned or dig(run.summary, "reward", "last") is None:
-        lines = []
-    before, after = dig(run.summary, "heldout", "before"), dig(run.summary, "heldout", "after") if tuned else None
+    judge = next((name for found in scores for name in found), None)
+    lines = []
+    if tuned and _dig(summary, "reward", "last") is not None:
+        names = " + ".join(str(_dig(reward, "name")) for reward in rewards)
+        first, last = (_number(_dig(summary, "reward", key)) for key in ("first", "last"))
+        lines.append(f"| training reward ({names}), first and last iteration | {first} | {last} |")
+    before, after = (_dig(summary, "heldout", tag) for tag in ("before", "after"))
+    after = after if tuned else None
     if before is not None or after is not None:
-        lines.append(
-            f"| held-out {run.judge or 'judge'}, {run.headline_steps} steps | "
-            f"{_measured(run, 'before', before)} | {_measured(run, 'after', after)} |"
-        )
+        errors = [_dig(found, judge, "sem") if judge else None for found in scores]
+        cells = [_number(mean, sem) for mean, sem in zip((before, after), errors, strict=True)]
+        lines.append(f"| held-out {judge or 'judge'}, {steps} steps | {cells[0]} | {cells[1]} |")
     if not lines:
         return []
     return [
@@ -272,15 +281,28 @@ def _results(folder: Path) -> list[str]:
         "|---|---|---|",
         *lines,
         "",
-        f"Run `{folder.parent.parent.resolve().name}`, seed {run.summary.get('seed')}. The held-out reward is the "
+        f"Run `{run.resolve().name}`, seed {summary.get('seed')}. The held-out reward is the "
         "mean over fixed prompts and seeds, with its standard error; nothing was trained on it.",
     ]
 
 
-def _measured(run: RunReader, tag: str, mean: float | None) -> str:
-    found = run.score(tag, run.judge) if mean is not None and run.judge else None
-    return f"{_number(mean)} ± {found[1]:.4f}" if found else _number(mean)
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON or YAML file of a run; {} where it is missing or damaged: the card then lacks its line."""
+    try:
+        values = (json.loads if file.suffix == ".json" else read_yaml)(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _dig(values: Any, *keys: str) -> Any:
+    """values[a][b]..., or None where a part of the path is missing."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _number(value: Any, error: Any = None) -> str:
+    if not isinstance(value, (int, float)):
+        return ""
+    return f"{value:.4f} ± {error:.4f}" if isinstance(error, (int, float)) else f"{value:.4f}"

@@ -1,38 +1,344 @@
-"""Model folders: which they are and what they say of themselves, before a network is loaded."""
+"""``ModelFolder``: the one reader of what a model folder says of itself, before any weights are loaded."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
 
 from ..config.loading import Config
+from ..config.sections import LoRA, Sampler, Schedule
 from ..run_directory import RunDirectory
-from .autoencoder import latent_facts
+from . import lora
 from .checkpoint_files import read_json
+from .text_stacks import ENDS, KINDS, TextSettings
+from .text_stacks import SETTINGS as TEXT_SETTINGS
+
+if TYPE_CHECKING:
+    from .backbone import CheckpointNoise, Interface
 
 INDEX, SETTINGS = "model_index.json", "sampler.json"
-#: Where a denoiser's network lies, in the order that is looked.
+#: The subfolders that may hold the denoiser's network, in the order of search.
 NETWORKS = ("unet", "transformer")
-#: The classes of our own networks.
-OWN = ("ProximalUNet", "ProximalTransformer")
+#: The classes of our own networks, and their modules.
+OWN = {"ProximalUNet": "unet", "ProximalTransformer": "transformer"}
 EXPECTED = (
     "expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as diffusers lays them out) "
     "or a run directory that holds one as models/final or models/pretrained"
 )
 
 
-def find_model(path: str | os.PathLike) -> Path:
-    """The model folder that ``path`` is, or that the run directory ``path`` holds: models/final, else pretrained.
+class Latents(NamedTuple):
+    """An autoencoder's latents: ``channels``, and ``factor``, the pixels of a latent's side."""
 
-    Raises FileNotFoundError that names the folder and says what was expected there.
+    channels: int
+    factor: int
+
+
+class Settings(NamedTuple):
+    """sampler.json: the proximal schedule, the sampler, and H = W of the images in pixels."""
+
+    schedule: Schedule
+    sampler: Sampler
+    size: int | None
+
+
+class ModelFolder:
+    """One model folder. Each fact is read when it is first asked for, and once; no weights are loaded.
+
+    ``find``, ``at`` and ``of`` give the same object again while the folder's files are unchanged. Every property raises
+    FileNotFoundError or ValueError, naming the file, where the folder lacks the fact or the file is damaged.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: {EXPECTED}")
-    for folder in (path, RunDirectory(path).final, RunDirectory(path).pretrained):
-        if any((folder / part).is_dir() for part in NETWORKS):
-            return folder
-    raise FileNotFoundError(f"{path} holds no model: {EXPECTED}")
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self._files: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def at(cls, path: str | os.PathLike) -> ModelFolder:
+        """The folder ``path`` itself, whatever it holds."""
+        path = Path(path)
+        return _opened(path, _state(path))
+
+    @classmethod
+    def find(cls, path: str | os.PathLike) -> ModelFolder:
+        """The model folder ``path``, or that of the run directory ``path``: models/final, else models/pretrained.
+
+        Raises FileNotFoundError that names ``path`` and says what was expected there.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path} is not a folder: {EXPECTED}")
+        for folder in (path, RunDirectory(path).final, RunDirectory(path).pretrained):
+            if any((folder / part).is_dir() for part in NETWORKS):
+                return cls.at(folder)
+        raise FileNotFoundError(f"{path} holds no model: {EXPECTED}")
+
+    @classmethod
+    def of(cls, config: Config) -> ModelFolder | None:
+        """The folder that gives a run its autoencoder and text encoders: ``model.init``, else ``model.encoders``.
+
+        None for a model of pixels with the built-in text encoder. Raises FileNotFoundError as ``find`` for model.init.
+        """
+        if config.model.init:
+            return cls.find(config.model.init)
+        return cls.at(config.model.encoders) if config.model.encoders else None
+
+    def __fspath__(self) -> str:
+        """The path, so that a ModelFolder is taken wherever a path is."""
+        return str(self.path)
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A copy of the JSON object in the file ``name``, such as ``unet/config.json``."""
+        if name not in self._files:
+            self._files[name] = read_json(self.path / name)
+        return copy.deepcopy(self._files[name])  # libraries take keys out of what they are given
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json; {} where there is none."""
+        return self.json(INDEX) if (self.path / INDEX).is_file() else {}
+
+    # -- the network ------------------------------------------------------------------------
+
+    @cached_property
+    def part(self) -> str:
+        """The subfolder of the denoiser's network: 'unet' or 'transformer'."""
+        for part in NETWORKS:
+            if (self.path / part).is_dir():
+                return part
+        raise FileNotFoundError(f"{self.path} holds no model: {EXPECTED}")
+
+    @cached_property
+    def network(self) -> dict[str, Any]:
+        """config.json of the denoiser's network."""
+        return self.json(f"{self.part}/config.json")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the network is a class of this project, not a published one."""
+        return self.network.get("_class_name") in [*OWN]
+
+    @cached_property
+    def interface(self) -> Interface:
+        """How a published network is called. Raises ValueError for a class that is not supported."""
+        from .backbone import interface_of  # imports diffusers, which takes seconds
+
+        return interface_of(self.network)
+
+    def noise(self) -> CheckpointNoise:
+        """A published network's prediction type and noise levels, new at each call: they move between devices."""
+        from .backbone import CheckpointNoise
+
+        file = self.path / "scheduler" / "scheduler_config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: it says what the network predicts and at which noise levels")
+        return CheckpointNoise(self.json("scheduler/scheduler_config.json"), file)
+
+    # -- sampler.json and lora/ -------------------------------------------------------------
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether the folder has sampler.json: this project saved it."""
+        return (self.path / SETTINGS).is_file()
+
+    @cached_property
+    def settings(self) -> Settings:
+        """sampler.json; the defaults for a folder that diffusers saved."""
+        file = self.path / SETTINGS
+        if not self.has_settings:
+            if self.is_ours:
+                raise FileNotFoundError(f"{file} is missing: {EXPECTED}")
+            return Settings(Schedule(), Sampler(), None)
+        values = self.json(SETTINGS)
+        for key in ("schedule", "sampler"):
+            if not isinstance(values.get(key), dict):
+                raise ValueError(f"{file} is not readable: no {key!r} in it")
+        try:
+            schedule, sampler = Schedule.model_validate(values["schedule"]), Sampler.model_validate(values["sampler"])
+        except ValidationError as error:
+            raise ValueError(f"{file} is not readable: {' '.join(str(error).split())}") from None
+        return Settings(schedule, sampler, values.get("size"))
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the folder has LoRA adapters, in ``lora/``."""
+        return (self.path / lora.FOLDER).is_dir()
+
+    @cached_property
+    def adapters(self) -> LoRA:
+        """Rank, alpha and targets of the adapters in ``lora/``."""
+        return LoRA.model_validate(self.json(f"{lora.FOLDER}/{lora.SETTINGS}"))
+
+    # -- the autoencoder --------------------------------------------------------------------
+
+    @property
+    def has_vae(self) -> bool:
+        """Whether the folder has an autoencoder, in ``vae/``; else its samples are pixels."""
+        return (self.path / "vae").is_dir()
+
+    @cached_property
+    def latents(self) -> Latents:
+        """Channels and factor of the autoencoder. Raises FileNotFoundError without one."""
+        values = self.json("vae/config.json")
+        if not isinstance(values.get("block_out_channels"), list):
+            file = self.path / "vae" / "config.json"
+            raise ValueError(f"{file} is not the config of an AutoencoderKL: it has no block_out_channels")
+        return Latents(values.get("latent_channels", 4), 2 ** (len(values["block_out_channels"]) - 1))
+
+    # -- the text encoders ------------------------------------------------------------------
+
+    @cached_property
+    def text_ends(self) -> tuple[str, ...]:
+        """The ends of the names of the text encoders' folders: '' for text_encoder/, '_2' for text_encoder_2/."""
+        found = tuple(end for end in ENDS if (self.path / f"text_encoder{end}").is_dir())
+        if not found:
+            raise FileNotFoundError(f"{self.path / 'text_encoder'} is missing: not a diffusers-shaped model folder")
+        return found
+
+    @cached_property
+    def text_configs(self) -> tuple[dict[str, Any], ...]:
+        """config.json of each text encoder, in the order of ``text_ends``."""
+        return tuple(self.json(f"text_encoder{end}/config.json") for end in self.text_ends)
+
+    @cached_property
+    def text_classes(self) -> tuple[str, ...]:
+        """transformers' class of each text encoder, in the order of ``text_ends``."""
+        pairs = zip(self.text_ends, self.text_configs, strict=True)
+        return tuple(self._text_class(f"text_encoder{end}", values) for end, values in pairs)
+
+    def _text_class(self, part: str, values: dict[str, Any]) -> str:
+        """The class that a text encoder was saved from."""
+        named = (values.get("architectures") or [None])[0] or (self.index.get(part) or [None, None])[1]
+        if not isinstance(named, str):
+            raise ValueError(f"{self.path / part / 'config.json'} names no class: it has no 'architectures'")
+        return named
+
+    @cached_property
+    def text(self) -> TextSettings | None:
+        """Settings of a checkpoint's text encoders: text.json, else by the pipeline's class; None: the built-in one."""
+        if (self.path / TEXT_SETTINGS).is_file():
+            return self._saved_text()
+        pipeline = str(self.index.get("_class_name", ""))
+        if not pipeline.endswith("Pipeline") or pipeline == "ProxT2IPipeline":
+            return None
+        kinds = [kind for kind in KINDS if self._has_encoders_of(kind)]
+        # Other pipelines too have one T5, but with lengths and captions of their own.
+        if not kinds or (kinds == ["pixart"] and not pipeline.startswith("PixArt")):
+            raise ValueError(
+                f"{self.path} is a {pipeline} with {self._encoder_names()}: its text encoders are not supported; "
+                "supported are those of Stable Diffusion 1 and 2, SDXL, Stable Diffusion 3 and PixArt"
+            )
+        if kinds == ["sd3"]:  # the length is the default of diffusers' pipelines
+            # Without a T5, the width is what the denoiser takes.
+            has_t5 = "_3" in self.text_ends
+            width = self.text_configs[-1]["d_model"] if has_t5 else self.network["joint_attention_dim"]
+            return TextSettings("sd3", t5_length=256, t5_width=width)
+        if kinds == ["pixart"]:
+            return TextSettings("pixart", t5_length=300 if "Sigma" in pipeline else 120)
+        zero_null = kinds == ["sdxl"] and self.index.get("force_zeros_for_empty_prompt", True)
+        return TextSettings(kinds[0], zero_null=zero_null)
+
+    def _saved_text(self) -> TextSettings:
+        values, file = self.json(TEXT_SETTINGS), self.path / TEXT_SETTINGS
+        keys = [x.name for x in fields(TextSettings)]
+        if set(values) != set(keys) or values["kind"] not in KINDS:
+            raise ValueError(
+                f"{file} is not of this version: its kind must be one of {', '.join(KINDS)}, "
+                f"its other keys {', '.join(keys[1:])}"
+            )
+        settings = TextSettings(**values)
+        if not self._has_encoders_of(settings.kind):
+            raise ValueError(
+                f"{self.path} holds {self._encoder_names()}, which are not the text encoders of the kind "
+                f"{settings.kind} that {TEXT_SETTINGS} names"
+            )
+        return settings
+
+    def _has_encoders_of(self, kind: str) -> bool:
+        """Whether the encoders are those of a kind of stack. T5 may be left out of Stable Diffusion 3."""
+        wanted = KINDS[kind].ENCODERS
+        allowed = [wanted, wanted[:-1]] if kind == "sd3" else [wanted]
+        return self.text_classes in allowed and self.text_ends == ENDS[: len(self.text_ends)]
+
+    def _encoder_names(self) -> str:
+        pairs = zip(self.text_ends, self.text_classes, strict=True)
+        return ", ".join(f"text_encoder{end} of class {name}" for end, name in pairs)
+
+    @cached_property
+    def text_shape(self) -> tuple[int, int, int]:
+        """(tokens, width of the states, width of the pooled vector) of an encoded caption."""
+        try:
+            widths = self._text_widths()
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{self.path}: a text encoder's config.json lacks {error}") from None
+        length = self.text_configs[0].get("max_position_embeddings", 0)
+        if self.text is not None:
+            # CLIP's states, then T5's; a T5 alone has no position embeddings.
+            length = (0 if self.text.kind == "pixart" else length) + self.text.t5_length
+        return (length, *widths)
+
+    def _text_widths(self) -> tuple[int, int]:
+        configs = self.text_configs
+        width = [values["hidden_size"] if "hidden_size" in values else values["d_model"] for values in configs]
+        if self.text is None or self.text.kind == "clip":
+            return width[0], width[0]
+        if self.text.kind == "sdxl":
+            return sum(width), configs[1]["projection_dim"]
+        if self.text.kind == "sd3":
+            return self.text.t5_width, configs[0]["projection_dim"] + configs[1]["projection_dim"]
+        return width[0], 0
+
+    # -- before a run -----------------------------------------------------------------------
+
+    def check(self, network: bool = True) -> None:
+        """Reads every config.json that a run needs, and none of the weights.
+
+        Args:
+            network: whether the run needs the denoiser's network too, not the autoencoder and text encoders alone.
+
+        Raises FileNotFoundError or ValueError for what is missing, damaged or not supported.
+        """
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path} is not a folder")
+        if network and not self.is_ours:
+            _ = self.interface
+            self.noise()
+        _ = self.text_shape
+
+
+def _state(folder: Path) -> tuple[tuple[Any, ...], ...]:
+    """What changes when one of the folder's small files is written, added or removed."""
+    files = sorted([*folder.glob("*"), *folder.glob("*/*.json")])
+    states = ((file, file.stat()) for file in files if file.exists())
+    return tuple((str(file), x.st_ino, x.st_size, x.st_mtime_ns) for file, x in states)
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(path: Path, state: tuple[tuple[Any, ...], ...]) -> ModelFolder:
+    return ModelFolder(path)
+
+
+def latent_space(config: Config) -> tuple[int, int]:
+    """(channels, H = W) of a sample: the autoencoder's latents, or pixels.
+
+    Raises ValueError where ``data.size`` is not a multiple of the autoencoder's factor, else as ``ModelFolder``.
+    """
+    folder = ModelFolder.of(config)
+    if folder is None or not folder.has_vae:
+        return 3, config.data.size
+    channels, factor = folder.latents
+    if config.data.size % factor:
+        raise ValueError(
+            f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder.path})"
+        )
+    return channels, config.data.size // factor
 
 
 def published_shapes(folder: str | os.PathLike) -> Path | None:
@@ -44,62 +350,3 @@ def published_shapes(folder: str | os.PathLike) -> Path | None:
     return shapes if shapes.is_dir() else None
 
 
-def network_config(folder: str | os.PathLike) -> tuple[str, dict]:
-    """('unet' or 'transformer', its config.json). Raises FileNotFoundError or ValueError naming the file."""
-    folder = find_model(folder)
-    part = next(part for part in NETWORKS if (folder / part).is_dir())
-    return part, read_json(folder / part / "config.json")
-
-
-def check_weights(folder: str | os.PathLike) -> None:
-    """Looks at the headers of ``folder``'s safetensors files.
-
-    Raises FileNotFoundError where there are none, ValueError naming a file that is damaged or cut short.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file, the only kind of weights that is loaded")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}): copy or save the model again") from None
-
-
-def read_settings(folder: Path) -> dict:
-    """sampler.json of a model folder; {} where there is none, as in a folder of diffusers' own."""
-    file = folder / SETTINGS
-    if file.is_file():
-        values = read_json(file)
-        for key in ("schedule", "sampler"):
-            if not isinstance(values.get(key), dict):
-                raise ValueError(f"{file} is not readable: no {key!r} in it")
-        return values
-    if network_config(folder)[1].get("_class_name") in OWN:
-        raise FileNotFoundError(f"{file} is missing: {EXPECTED}")
-    return {}
-
-
-def parts_folder(config: Config) -> Path | None:
-    """The folder with autoencoder and text encoders that a config brings along; None: pixels, built-in text."""
-    named = config.model.init or config.model.encoders
-    if named is None:
-        return None
-    return find_model(named) if config.model.init else Path(named)
-
-
-def latent_space(config: Config) -> tuple[int, int]:
-    """(channels, H = W) of a sample: the autoencoder's latents, or pixels."""
-    folder = parts_folder(config)
-    if folder is None or not (folder / "vae").is_dir():
-        return 3, config.data.size
-    channels, factor = latent_facts(folder)
-    if config.data.size % factor:
-        raise ValueError(
-            f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder})"
-        )
-    return channels, config.data.size // factor

@@ -1,4 +1,4 @@
-"""How a published network, which knows one noise level, is told of the prox's second number, lam."""
+"""The branch that gives a network of one noise level the prox's second number, lam."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from .preconditioning import noise_features
 
 
-class LamEmbedding(ModelMixin, ConfigMixin):
-    """(t, lam) -> a vector that is added to a network's time embedding. Its last layer starts at zero, so that a
-    network it is added to starts as what it was.
+class LamEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers declares config_name in both
+    """(t, lam) -> a vector that is added to a network's time embedding.
+
+    Its last layer starts at zero, so the network it is added to computes at first what it computed without it.
 
     Args:
         dim: width of the time embedding. hidden: of its one hidden layer.
@@ -35,10 +36,10 @@ class LamEmbedding(ModelMixin, ConfigMixin):
 
 
 @contextlib.contextmanager
-def told_of_lam(time_embedder: nn.Module, shift: Tensor) -> Iterator[None]:
+def added_to_time(time_embedder: nn.Module, shift: Tensor) -> Iterator[None]:
     """Inside, ``shift`` [B, dim] is added to whatever ``time_embedder`` returns.
 
-    A hook, and not a changed network: its weights keep the names that diffusers loads and saves.
+    It is a hook, not a changed network, so that weights keep the names that diffusers loads and saves.
     """
     handle = time_embedder.register_forward_hook(lambda module, inputs, output: output + shift.to(output.dtype))
     try:

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config.loading import Config
-from ..config.sections import Schedule
 from ..files import link
 from ..proximal.schedule import VPSchedule
 from ..seeds import LAM_BRANCH, Purpose, seed_of
 from . import lora
-from .autoencoder import Autoencoder, latent_facts
-from .backbone import LAM, NoiseLevels, ProximalBackbone, adapter_of
-from .checkpoint_files import load_network, naming, read_json
-from .folders import check_weights, find_model, latent_space, network_config, parts_folder, read_settings
+from .autoencoder import Autoencoder
+from .backbone import LAM, ProximalBackbone, ProximalNetwork, interface_of
+from .checkpoint_files import check_weights, load_network, naming
+from .folders import OWN, ModelFolder, latent_space
 from .lam import LamEmbedding
+from .preconditioning import Preconditioned
 from .text import TextEncoder
-from .text_loading import load_text, text_widths
-from .text_stacks import CheckpointText
+from .text_stacks import CACHE_BYTES, ENDS, KINDS, CheckpointText
 
 
-def own_network(name: str | None) -> type | None:
-    """Our own network's class; None for a class of another's. Imported when it is asked for: ``ProximalTransformer``
-    brings all of diffusers' transformers along, seconds for every process of a run."""
-    if name == "ProximalUNet":
-        from .unet import ProximalUNet
+def own_network(name: object) -> Any:
+    """The class ``name`` of our own networks; None for a class of another's.
 
-        return ProximalUNet
-    if name == "ProximalTransformer":
-        from .transformer import ProximalTransformer
-
-        return ProximalTransformer
-    return None
+    Imported when it is asked for: ``ProximalTransformer`` imports all of diffusers' transformers, which takes seconds.
+    """
+    if not isinstance(name, str) or name not in OWN:
+        return None
+    return getattr(import_module(f".{OWN[name]}", __package__), name)
 
 
-def load_part(kind: type, folder: Path) -> nn.Module:
-    """A diffusers-style module in float32. Raises ValueError or FileNotFoundError naming the folder."""
+def load_part(kind: type, folder: Path) -> Any:
+    """A module of a diffusers class ``kind`` in float32. Raises ValueError or FileNotFoundError naming the folder."""
     check_weights(folder)
     # Cast here too: diffusers goes by the first tensor's dtype, and a file may hold several.
     return load_network(
@@ -47,7 +45,9 @@ def load_part(kind: type, folder: Path) -> nn.Module:
     ).float()
 
 
-def load_denoiser(folder: str | os.PathLike, schedule: VPSchedule | None = None, size: int | None = None) -> nn.Module:
+def load_denoiser(
+    folder: str | os.PathLike, schedule: VPSchedule | None = None, size: int | None = None
+) -> ProximalNetwork:
     """The denoiser of a model folder, run directory or diffusers folder, in float32, for inference (``eval``).
 
     Args:
@@ -56,97 +56,136 @@ def load_denoiser(folder: str | os.PathLike, schedule: VPSchedule | None = None,
         size: H = W of its images in pixels, where the network is free to choose; None: the folder's own.
 
     Raises FileNotFoundError for a folder without one, ValueError for damaged files, weights that do not fit
-    their config.json, or a network that is not known.
+    their config.json, or a network that is not supported.
     """
-    folder = find_model(folder)
-    part, values = network_config(folder)
-    with naming(folder):
-        own = own_network(values.get("_class_name"))
-        if own:
-            denoiser = load_part(own, folder / part)
-        else:
-            denoiser = _backbone(folder, part, values, schedule, size)
-        if (folder / lora.FOLDER).is_dir():
-            lora.load(denoiser, folder)
+    found = ModelFolder.find(folder)
+    denoiser: ProximalNetwork
+    with naming(found.path):
+        own = own_network(found.network.get("_class_name"))
+        denoiser = load_part(own, found.path / found.part) if own else _backbone(found, schedule, size)
+        if found.has_adapters:
+            lora.load(denoiser, found.path)
     return denoiser.eval()
 
 
-def _backbone(folder: Path, part: str, values: dict, schedule: VPSchedule | None, size: int | None) -> ProximalBackbone:
+def _backbone(folder: ModelFolder, schedule: VPSchedule | None, size: int | None) -> ProximalBackbone:
     import diffusers
 
     try:
-        adapter_of(values)
+        interface = folder.interface
     except ValueError as error:
-        raise ValueError(f"{folder / part}: {error}") from None
-    levels = NoiseLevels(folder)
-    net = load_part(getattr(diffusers, values["_class_name"]), folder / part)
-    if (folder / LAM).is_dir():
-        branch = load_part(LamEmbedding, folder / LAM)
+        raise ValueError(f"{folder.path / folder.part}: {error}") from None
+    noise = folder.noise()
+    net = load_part(getattr(diffusers, folder.network["_class_name"]), folder.path / folder.part)
+    if (folder.path / LAM).is_dir():
+        branch = load_part(LamEmbedding, folder.path / LAM)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(LAM_BRANCH))
-            branch = LamEmbedding(adapter_of(values).time_embedder(net).linear_2.out_features)
-    settings = read_settings(folder)
-    if schedule is None:
-        schedule = Schedule.model_validate(settings.get("schedule", {})).build()
-    size = size or settings.get("size")
-    return ProximalBackbone(net, branch, levels, schedule, size // latent_facts(folder)[1] if size else None)
+            branch = LamEmbedding(_time_width(interface.time_embedder(net)))
+    schedule = schedule or folder.settings.schedule.build()
+    size = size or folder.settings.size
+    return ProximalBackbone(net, branch, noise, schedule, size // folder.latents.factor if size else None)
 
 
-def part_of(denoiser: nn.Module) -> str:
-    """The folder of a denoiser's network: 'unet' or 'transformer'."""
-    if isinstance(denoiser, ProximalBackbone):
-        return denoiser.adapter.part
-    return denoiser.part
+def _time_width(time_embedder: Any) -> int:
+    """Width of the time embedding that one of diffusers' layers makes."""
+    return time_embedder.linear_2.out_features
 
 
-def save_denoiser(denoiser: nn.Module, folder: Path, origin: Path | None) -> None:
+def save_denoiser(denoiser: ProximalNetwork, folder: Path, origin: Path | None) -> None:
     """Writes the network's parts into the model folder ``folder``.
 
     With adapters, the base is linked from ``origin``, the folder it came from: it was frozen, so it is not written
     again. Raises ValueError for adapters without an origin.
     """
-    part = part_of(denoiser)
     if denoiser.lora is None:
-        denoiser.save_pretrained(folder if isinstance(denoiser, ProximalBackbone) else folder / part)
+        denoiser.save_pretrained(folder if isinstance(denoiser, ProximalBackbone) else folder / denoiser.part)
         return
     if origin is None:
         raise ValueError(
             "adapters are saved beside the base they belong to, and this base was never saved: save the model "
             "before model.lora is attached"
         )
-    link(origin / part, folder / part)
+    link(origin / denoiser.part, folder / denoiser.part)
     lora.save(denoiser, folder)
     if isinstance(denoiser, ProximalBackbone):
         denoiser.lam_embedding.save_pretrained(folder / LAM)
 
 
-def load_autoencoder(folder: Path) -> Autoencoder | None:
-    """The autoencoder of a model folder; None for a model of pixels."""
-    with naming(folder):
-        return Autoencoder.from_pretrained(folder) if (folder / "vae").is_dir() else None
+def load_autoencoder(folder: str | os.PathLike) -> Autoencoder | None:
+    """The autoencoder of a model folder; None for a model of pixels. Raises as ``Autoencoder.from_pretrained``."""
+    found = ModelFolder.at(folder)
+    with naming(found.path):
+        return Autoencoder.from_pretrained(found.path) if found.has_vae else None
 
 
-def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> TextEncoder | CheckpointText:
-    """The text encoders of a model folder. Large frozen stacks are held in the network's ``dtype``; what rolls out and
-    what trains must give the same one.
+def load_encoder(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> TextEncoder | CheckpointText:
+    """The text encoders of a model folder.
+
+    Large frozen stacks are held in the network's ``dtype``; rollout and learner must pass the same one.
 
     Raises as ``load_text``, and ValueError naming a file of weights that is damaged.
     """
-    for part in sorted(folder.glob("text_encoder*")):
+    path = Path(folder)
+    for part in sorted(path.glob("text_encoder*")):
         check_weights(part)
-    with naming(folder):
-        return load_text(folder, dtype)
+    with naming(path):
+        return load_text(path, dtype)
+
+
+def load_text(
+    folder: str | os.PathLike, dtype: torch.dtype | None = None, cache_bytes: int = CACHE_BYTES
+) -> TextEncoder | CheckpointText:
+    """The text encoders of a model folder: a published checkpoint's stack, one saved from it, or the built-in encoder.
+
+    Args:
+        folder: a diffusers pipeline's folder, or what ``save_pretrained`` of one of the classes wrote.
+        dtype: of a stack's weights; None is float32. bfloat16 halves a T5-XXL to 9.5 GB. States are float32 anyway.
+        cache_bytes: of encoded captions that a stack keeps.
+
+    Raises FileNotFoundError naming what is missing, ValueError for encoders that are not supported or damaged files.
+    """
+    found = ModelFolder.at(folder)
+    path, settings, ends = found.path, found.text, found.text_ends
+    if settings is None:
+        return TextEncoder.from_pretrained(path)
+    for end in ends:
+        if not (path / f"tokenizer{end}").is_dir():
+            raise FileNotFoundError(f"{path / f'tokenizer{end}'} is missing, the tokenizer of text_encoder{end}")
+    import transformers
+
+    stack, dtype = KINDS[settings.kind], dtype or torch.float32
+    parts: dict[str, Any] = {}
+    for end, kind in zip(ENDS, stack.ENCODERS, strict=False):
+        tokenizer, encoder = path / f"tokenizer{end}", path / f"text_encoder{end}"
+        parts[tokenizer.name] = _tokenizer(tokenizer) if end in ends else None
+        parts[encoder.name] = None
+        if end in ends:
+            parts[encoder.name] = load_network(getattr(transformers, kind), encoder, "model", dtype=dtype)
+    return stack(parts, settings, cache_bytes)
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers' Rust has an error without a class, and converters raise anything
+        raise ValueError(
+            f"{folder} is not a tokenizer that can be loaded here ({error}); one that is a spiece.model "
+            "alone needs the package sentencepiece"
+        ) from None
 
 
 def training_form(
     folder: str | os.PathLike, config: Config, stage: str, dtype: torch.dtype = torch.float32
-) -> nn.Module:
+) -> ProximalNetwork:
     """A model folder's denoiser as ``config`` trains it in ``stage`` (pretrain or rl): the same in learner and rollout.
 
     Without LoRA everything is trained, adapters of the folder merged into it. With it the folder's adapters go on, or
     new ones are attached, and the frozen base is held in ``dtype``; pre-training trains the lam branch as well.
-    ``trainable`` tells what is trained.
+    ``trainable`` gives what is trained. Raises as ``load_denoiser``.
     """
     denoiser = load_denoiser(folder, config.schedule.build(), config.data.size)
     if denoiser.lora and config.model.lora is None:
@@ -157,7 +196,7 @@ def training_form(
     return denoiser
 
 
-def _set_trained(denoiser: nn.Module, config: Config, stage: str, dtype: torch.dtype) -> None:
+def _set_trained(denoiser: ProximalNetwork, config: Config, stage: str, dtype: torch.dtype) -> None:
     if config.model.lora is None:
         denoiser.requires_grad_(True)
     else:
@@ -174,12 +213,15 @@ def _set_trained(denoiser: nn.Module, config: Config, stage: str, dtype: torch.d
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
-    """name -> parameter of what is trained, in the module's order: what optimizers, averages and updates hold."""
+    """The parameters that are trained, by name, in the module's order: what optimizers, averages and updates hold."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def build_denoiser(config: Config) -> nn.Module:
-    """A new network as the config describes it; the run's seed names its initial weights."""
+def build_denoiser(config: Config) -> Preconditioned:
+    """A new network as the config describes it; the run's seed names its initial weights.
+
+    Raises ValueError for a size that the network's levels do not divide, else as ``latent_space``.
+    """
     m, s = config.model, config.schedule
     channels, size = latent_space(config)
     if size % (2 ** (len(m.channels) - 1) * m.patch if m.kind == "unet" else m.patch):
@@ -187,11 +229,11 @@ def build_denoiser(config: Config) -> nn.Module:
             f"a sample is {size} wide (data.size {config.data.size}), which model.patch {m.patch} and the "
             "levels do not divide"
         )
-    folder = parts_folder(config)
-    text_dim, pooled_dim = (m.text_dim, m.text_dim) if folder is None else text_widths(folder)
+    folder = ModelFolder.of(config)
+    text_dim, pooled_dim = (m.text_dim, m.text_dim) if folder is None else folder.text_shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.run.seed, Purpose.NETWORK))
-        common = dict(
+        common: dict[str, Any] = dict(
             sample_size=size,
             in_channels=channels,
             patch=m.patch,
@@ -212,34 +254,34 @@ def build_denoiser(config: Config) -> nn.Module:
         )
 
 
-def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> ProximalNetwork:
     """What ``config`` trains in ``stage``, as ``training_form`` gives it, but on the meta device: shapes without data.
 
     Built from config.json files alone, in seconds at any size. Raises FileNotFoundError or ValueError as loading does.
     """
+    folder = None if config.model.init is None else ModelFolder.find(config.model.init)
     with torch.device("meta"):
-        denoiser = build_denoiser(config) if config.model.init is None else _empty_denoiser(config)
-        folder = None if config.model.init is None else find_model(config.model.init)
-        if config.model.lora and folder is not None and (folder / lora.FOLDER).is_dir():
-            lora.attach(denoiser, lora.LoRA.model_validate(read_json(folder / lora.FOLDER / lora.SETTINGS)))
+        denoiser = build_denoiser(config) if folder is None else _empty_denoiser(folder, config)
+        if config.model.lora and folder is not None and folder.has_adapters:
+            lora.attach(denoiser, folder.adapters)
         _set_trained(denoiser, config, stage, dtype)
     return denoiser
 
 
-def _empty_denoiser(config: Config) -> nn.Module:
-    folder = find_model(config.model.init)
-    part, values = network_config(folder)
+def _empty_denoiser(folder: ModelFolder, config: Config) -> ProximalNetwork:
+    values = copy.deepcopy(folder.network)
     own = own_network(values.get("_class_name"))
     try:
         if own:
             return own.from_config(values)
         import diffusers
 
-        adapter = adapter_of(values)  # an unknown class is refused before it is looked up
+        interface = interface_of(values)  # an unknown class is refused before it is looked up
         net = getattr(diffusers, values["_class_name"]).from_config(values)
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{folder / part / 'config.json'} describes no network that is known here: {error}") from None
+        file = folder.path / folder.part / "config.json"
+        raise ValueError(f"{file} describes no network that is supported: {error}") from None
     with torch.device("cpu"):
-        levels = NoiseLevels(folder)
-    branch = LamEmbedding(adapter.time_embedder(net).linear_2.out_features)
-    return ProximalBackbone(net, branch, levels, config.schedule.build(), config.data.size // latent_facts(folder)[1])
+        noise = folder.noise()
+    branch = LamEmbedding(_time_width(interface.time_embedder(net)))
+    return ProximalBackbone(net, branch, noise, config.schedule.build(), config.data.size // folder.latents.factor)

@@ -1,15 +1,17 @@
-"""Low-rank adapters, by peft: what is trained is small, and the reference policy is the network with them off.
+"""Low-rank adapters, by peft. Few weights are trained, and the reference policy is the network with adapters off.
 
-A model folder keeps them apart from the base (``lora/``), so that sampling computes what training did and the base
-need not be written again.
+A model folder keeps the adapters apart from the base, in ``lora/``. So sampling computes exactly what training did, and
+the base is not written again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,9 @@ from torch import Tensor, nn
 from ..config.sections import LoRA
 from ..proximal.operator import Prox
 from ..seeds import Purpose, seed_of
+
+if TYPE_CHECKING:
+    from .backbone import ProximalNetwork
 
 FOLDER, WEIGHTS, SETTINGS = "lora", "adapter_model.safetensors", "adapter_config.json"
 
@@ -38,13 +43,15 @@ ATTENTION = (
 )
 
 
-def network_of(denoiser: nn.Module) -> nn.Module:
+def network_of(denoiser: nn.Module) -> Any:
     """The network inside a denoiser: a backbone's or transformer's ``net``, else the denoiser itself."""
     return getattr(denoiser, "net", denoiser)
 
 
-def attach(denoiser: nn.Module, lora: LoRA, seed: int = 0) -> None:
+def attach(denoiser: ProximalNetwork, lora: LoRA, seed: int = 0) -> None:
     """Adds adapters that change nothing yet (B = 0) and freezes everything else.
+
+    The adapters are float32, whatever dtype the base has. ``seed`` names their initial weights.
 
     Raises ValueError where ``lora.targets`` names no layer of the network.
     """
@@ -61,10 +68,12 @@ def attach(denoiser: nn.Module, lora: LoRA, seed: int = 0) -> None:
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, Purpose.LORA))
-        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=found), net)
+        # peft annotates alpha as int and only divides by the rank.
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=found)  # type: ignore[arg-type]
+        inject_adapter_in_model(config, net)
     for name, p in net.named_parameters():
         if "lora_" in name:
-            p.data = p.data.float()  # whatever dtype the frozen base has
+            p.data = p.data.float()
             p.requires_grad_(True)
     denoiser.lora = lora
 
@@ -77,7 +86,8 @@ def _targets(net: nn.Module, ends: tuple[str, ...] | list[str]) -> list[str]:
     ]
 
 
-def _layers(denoiser: nn.Module) -> list[nn.Module]:
+def _layers(denoiser: nn.Module) -> list[Any]:
+    """peft's layers of a denoiser."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [m for m in denoiser.modules() if isinstance(m, BaseTunerLayer)]
@@ -88,29 +98,28 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
     """Inside, the network is its base: the reference policy, without a second copy."""
     layers = _layers(denoiser)
     before = [layer._disable_adapters for layer in layers]
-    # Not peft's enable_adapters: that also turns requires_grad off and on again, under the feet of a graph whose
-    # backward is still to come.
+    # Not peft's enable_adapters: that also switches requires_grad, and a graph may still await its backward.
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, off in zip(layers, before):
+        for layer, off in zip(layers, before, strict=True):
             layer._disable_adapters = off
 
 
 def without_adapters(prox: Prox, denoiser: nn.Module) -> Prox:
     """``prox``, whose network is ``denoiser``, as the base computes it: the reference policy."""
 
-    def reference(*args):
+    def reference(*args: Any) -> Tensor:
         with adapters_off(denoiser):
             return prox(*args)
 
     return reference
 
 
-def merge(denoiser: nn.Module) -> None:
-    """Adds the adapters to the base's weights and removes them; in the base's dtype, so do it in float32."""
+def merge(denoiser: ProximalNetwork) -> None:
+    """Adds the adapters to the base's weights, in the base's dtype, and removes them. Call it in float32."""
     net = network_of(denoiser)
     for name, module in [(n, m) for n, m in net.named_modules() if m in set(_layers(net))]:
         module.merge(safe_merge=True)
@@ -120,19 +129,24 @@ def merge(denoiser: nn.Module) -> None:
 
 
 def adapter_weights(denoiser: nn.Module) -> dict[str, Tensor]:
-    """name -> adapter parameter of the network."""
+    """The adapters' parameters by their names in ``network_of(denoiser)``."""
     return {name: p for name, p in network_of(denoiser).named_parameters() if "lora_" in name}
 
 
-def save(denoiser: nn.Module, folder: str | Path) -> None:
-    """Writes ``folder``/lora: rank, alpha and targets as JSON, the adapters as safetensors."""
+def save(denoiser: ProximalNetwork, folder: str | os.PathLike) -> None:
+    """Writes ``folder``/lora: rank, alpha and targets as JSON, the adapters as safetensors.
+
+    Raises ValueError for a denoiser without adapters.
+    """
+    if denoiser.lora is None:
+        raise ValueError(f"{type(denoiser).__name__} has no adapters to save: attach some first (lora.attach)")
     folder = Path(folder) / FOLDER
     folder.mkdir(parents=True)
     save_file({name: p.detach().cpu().contiguous() for name, p in adapter_weights(denoiser).items()}, folder / WEIGHTS)
     (folder / SETTINGS).write_text(json.dumps(denoiser.lora.model_dump(), indent=2) + "\n", encoding="utf-8")
 
 
-def load(denoiser: nn.Module, folder: str | Path) -> None:
+def load(denoiser: ProximalNetwork, folder: str | os.PathLike) -> None:
     """Attaches the adapters of ``folder``/lora. Raises ValueError where they do not fit the network."""
     from safetensors import SafetensorError
 

@@ -16,28 +16,26 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from torch import nn
 
 from .. import __version__
 from ..config.sections import Sampler, Schedule
 from ..files import folder_draft, link
-from ..proximal.operator import Denoiser
 from ..proximal.samplers import Step, Trajectory, sample
 from ..seeds import NamedNoise
 from . import lora
 from .autoencoder import Autoencoder
-from .backbone import LAM, ProximalBackbone
-from .folders import INDEX, SETTINGS, find_model, read_settings
-from .loading import load_autoencoder, load_denoiser, load_encoder, part_of, save_denoiser
+from .backbone import LAM, ProximalBackbone, ProximalNetwork
+from .folders import INDEX, SETTINGS, ModelFolder
+from .loading import load_autoencoder, load_denoiser, load_encoder, save_denoiser
 from .precision import autocast, compute_dtype
 from .text import TextEncoder, TextStates, operator
 from .text_stacks import CheckpointText
 
-#: Beginnings of the names of what is never trained.
+#: Beginnings of the names of the frozen parts of a model folder.
 FROZEN = ("text_encoder", "tokenizer", "text.json", "vae", "scheduler")
 #: What model_index.json calls this model; ``diffusers_pipeline`` makes diffusers know it.
 PIPELINE = "ProxT2IPipeline"
@@ -47,8 +45,8 @@ class TextToImage:
     """Samples images from prompts by proximal diffusion.
 
     Args:
-        denoiser: the network. text: its text encoder. schedule, sampler: the config's sections; they give the
-            defaults of a call.
+        denoiser: the network. text: its text encoder.
+        schedule, sampler: the config's sections; they give the defaults of a call.
         precision: the network's arithmetic, as in the config: auto, float32 or bfloat16. The default draws the same
             image on every chip, to rounding.
         vae: decodes latents; None: samples are pixels.
@@ -57,8 +55,8 @@ class TextToImage:
 
     def __init__(
         self,
-        denoiser: nn.Module,
-        text: TextEncoder,
+        denoiser: ProximalNetwork,
+        text: TextEncoder | CheckpointText,
         schedule: Schedule,
         sampler: Sampler,
         precision: str = "float32",
@@ -89,15 +87,10 @@ class TextToImage:
 
         Raises FileNotFoundError naming what is missing where, ValueError naming a file that is damaged.
         """
-        folder = find_model(folder)
-        try:
-            values = read_settings(folder)
-            schedule = schedule or Schedule.model_validate(values.get("schedule", {}))
-            sampler = sampler or Sampler.model_validate(values.get("sampler", {}))
-        except (AttributeError, TypeError, ValidationError) as error:
-            raise ValueError(f"{folder / SETTINGS} is not readable: {' '.join(str(error).split())}") from None
-        denoiser = load_denoiser(folder, schedule.build(), size)
-        return cls(denoiser, load_encoder(folder), schedule, sampler, precision, load_autoencoder(folder), folder)
+        found = ModelFolder.find(folder)
+        schedule, sampler = schedule or found.settings.schedule, sampler or found.settings.sampler
+        denoiser, path = load_denoiser(found, schedule.build(), size), found.path
+        return cls(denoiser, load_encoder(path), schedule, sampler, precision, load_autoencoder(path), path)
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
         """Writes the model folder, atomically: a reader sees the old model or the new one, never a half.
@@ -114,7 +107,7 @@ class TextToImage:
     def _write(self, folder: Path) -> None:
         folder.mkdir()
         save_denoiser(self.denoiser, folder, self.origin)
-        index = {}
+        index: dict[str, Any] = {}
         if self.origin is None:
             self.text.save_pretrained(folder)
             parts = self.text.components()
@@ -123,13 +116,13 @@ class TextToImage:
                 parts = {**parts, "vae": self.vae.vae}
             index = {name: _class(x) for name, x in parts.items()}
         else:
-            index = _read_index(self.origin)
+            index = ModelFolder.at(self.origin).index
             for source in sorted(self.origin.iterdir()):
-                # What is frozen goes on in its files as they are.
+                # Frozen parts are linked, not written again.
                 if source.name.startswith(FROZEN) and not (folder / source.name).exists():
                     link(source, folder / source.name)
             if isinstance(self.text, CheckpointText):
-                self.text.save_settings(folder)  # the pipeline's class, which told them, is another one now
+                self.text.save_settings(folder)  # the origin's may follow from its pipeline's class, which changes
         denoiser = _denoiser_classes(self.denoiser)
         kept = {name: entry for name, entry in index.items() if not name.startswith("_") and (folder / name).is_dir()}
         _write_json(
@@ -160,7 +153,8 @@ class TextToImage:
 
     def to(self, device: str | torch.device) -> TextToImage:
         """Moves all networks."""
-        for part in (self.denoiser, self.text, self.vae):
+        parts: list[Any] = [self.denoiser, self.text, self.vae]
+        for part in parts:
             if part is not None:
                 part.to(device)
         return self
@@ -212,7 +206,7 @@ class TextToImage:
     def images(self, x: torch.Tensor) -> np.ndarray:
         """Samples [B, C, H, W] -> images, uint8 [B, H, W, 3]: through the autoencoder, where there is one.
 
-        Raises ValueError for NaN or Inf: no image is that.
+        Raises ValueError for NaN or Inf.
         """
         return to_uint8(self.pixels(x))
 
@@ -251,7 +245,7 @@ class TextToImage:
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """[B, C, H, W] in about [-1, 1] -> uint8 [B, H, W, C]. Raises ValueError for NaN or Inf: no image is that."""
+    """[B, C, H, W] in about [-1, 1] -> uint8 [B, H, W, C]. Raises ValueError for NaN or Inf."""
     if not torch.isfinite(x).all():
         raise ValueError(
             "the sampler returned NaN or infinite pixels: the weights are unusable, or guidance_scale is far too high"
@@ -259,15 +253,10 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _read_index(folder: Path) -> dict:
-    file = folder / INDEX
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _denoiser_classes(denoiser: Denoiser) -> dict[str, list[str]]:
+def _denoiser_classes(denoiser: ProximalNetwork) -> dict[str, list[str]]:
     if isinstance(denoiser, ProximalBackbone):
-        return {part_of(denoiser): _class(denoiser.net), LAM: _class(denoiser.lam_embedding)}
-    return {part_of(denoiser): _class(denoiser)}
+        return {denoiser.part: _class(denoiser.net), LAM: _class(denoiser.lam_embedding)}
+    return {denoiser.part: _class(denoiser)}
 
 
 def _class(part: object) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every new network of ours has around it: the closed-form prox of a Gaussian fitted to the data.
+"""The frame around every new network of ours: the closed-form prox of a Gaussian fitted to the data.
 
 The network F only has to learn what the data have beyond that Gaussian; F = 0 is the Gaussian's exact prox.
 """
@@ -6,11 +6,14 @@ The network F only has to learn what the data have beyond that Gaussian; F = 0 i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ..config.sections import LoRA
 from ..proximal.operator import expand
 from ..proximal.schedule import VPSchedule
 from .text import TextStates
@@ -25,17 +28,23 @@ def sinusoid(x: Tensor, dim: int, max_period: float = 1000.0) -> Tensor:
 
 
 def noise_features(t: Tensor, lam: Tensor) -> Tensor:
-    """What a network is told of t and lam: [B], [B] -> [B, 128]. lam spans decades, so its logarithm is taken."""
+    """A network's input for t and lam: [B], [B] -> float32 [B, 128]. lam spans decades, so its logarithm is taken."""
     return torch.cat([sinusoid(t, 64), sinusoid((lam + 1e-6).log() / 8, 64)], 1)
 
 
-class Gaussian(nn.Module):
-    """The Gaussian N(mean, Sigma) fitted to the data, Sigma diagonal in a fixed basis: principal colours times
-    the discrete cosine transform. Its prox is known in closed form, a Wiener filter.
+class FittedGaussian(nn.Module):
+    """The Gaussian N(mean, Sigma) fitted to the data. Its prox is known in closed form, a Wiener filter.
+
+    Sigma is diagonal in a fixed basis: principal colours times the discrete cosine transform.
 
     Buffers: ``mean`` [C, H, W]; ``variance`` [C, H, W], of each colour and frequency; ``colors`` [C, C], orthogonal.
     Starts as N(0, data_std^2 I).
     """
+
+    mean: Tensor
+    variance: Tensor
+    colors: Tensor
+    dct: Tensor
 
     def __init__(self, channels: int, size: int, data_std: float):
         super().__init__()
@@ -53,7 +62,7 @@ class Gaussian(nn.Module):
 
         Variances are kept between 1e-4 and the mean variance of a pixel. The lower bound keeps the filter
         invertible. The upper one matters more: with the true, very large variances of the lowest frequencies the
-        linear part explains layout and colour from y alone and the network learns much later to take them from the
+        linear part explains layout and colour from y alone, and the network learns much later to take them from the
         caption (docs/quickstart.md has the figures).
         """
         self.mean.copy_(images.mean(0))
@@ -72,7 +81,7 @@ class Gaussian(nn.Module):
         return torch.einsum("dc,bdhw->bchw", self.colors, self.dct.T @ x @ self.dct)
 
 
-class Preconditioned(ModelMixin, ConfigMixin):
+class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers declares config_name in both
     """eps_theta(y, t, lam, text) for samples [B, C, H, W] of about unit spread; a subclass is the network F.
 
     The network is *preconditioned* with the closed form of a Gaussian p_0 = N(m, Sigma). In the basis where
@@ -81,33 +90,42 @@ class Preconditioned(ModelMixin, ConfigMixin):
         eps = sqrt(lam) (y - sqrt(alpha_bar) m) / (v + lam) + sqrt(v / (v + lam)) F(..., t, lam, text)
 
     so F = 0 is the exact prox of that Gaussian, and F's target has unit variance at every frequency and every
-    (t, lam): what y leaves open of n2. Where the network is trained for E[n2 | y, x_0] (``target`` "expected")
-    less is open, and F's factor is sqrt(lam / (1 - alpha_bar + lam)) sqrt(alpha_bar S / (v + lam)). Where a
-    frequency carries nothing but noise, F has no say: flat areas are clean from the first step. F sees y and the
-    Gaussian's prox, both scaled to unit variance by lam as well as t, so a few large steps, which spread z far
-    beyond the data, do not leave its range. (The closed form is ProxDM's; scaling by it is EDM's idea, Karras et
-    al. 2022.)
+    (t, lam): the part of n2 that y does not determine. Where the network is trained for E[n2 | y, x_0] (``target``
+    "expected") that part is smaller, and F's factor is sqrt(lam / (1 - alpha_bar + lam)) sqrt(alpha_bar S / (v + lam)).
+    Where a frequency carries nothing but noise, F's factor is 0: flat areas are clean from the first step. F sees y and
+    the Gaussian's prox, both scaled to unit variance by lam as well as t. So a few large steps, which spread z far
+    beyond the data, do not leave F's range.
+
+    Sources: the closed form is ProxDM's (arXiv 2507.08956); scaling by it is EDM's idea (Karras et al. 2022).
 
     A subclass calls ``precondition`` in its constructor and has ``network(x [B, 2 C, H, W], t, lam, text)``.
     """
 
+    config: Any  # diffusers' frozen dict, whose keys can be read as attributes
+    gaussian: FittedGaussian
     _supports_gradient_checkpointing = True
-    #: The adapters' settings, where there are any (``models.lora``).
-    lora = None
-    #: Its folder inside a model folder.
+    #: Settings of the LoRA adapters, where there are any (``models.lora``).
+    lora: LoRA | None = None
+    #: Its subfolder inside a model folder.
     part = "unet"
 
     def precondition(self, channels: int, size: int, data_std: float, schedule: VPSchedule, target: str) -> None:
-        """Sets the schedule (for alpha_bar), a first Gaussian, N(0, data_std^2 I), and ``pretrain.target``, which F's factor follows."""
+        """Sets up what surrounds F; a subclass calls it first in its constructor.
+
+        Args:
+            channels, size, data_std: of the first Gaussian, N(0, data_std^2 I). schedule: gives alpha_bar.
+            target: ``pretrain.target``, on which F's factor depends.
+        """
         self.schedule = schedule
         self.target = target
-        self.gaussian = Gaussian(channels, size, data_std)
+        self.gaussian = FittedGaussian(channels, size, data_std)
         self.gradient_checkpointing = False
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """[C, H, W] of a sample."""
-        return tuple(self.gaussian.mean.shape)
+        channels, height, width = self.gaussian.mean.shape
+        return channels, height, width
 
     def forward(self, y: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """y [B, C, H, W] float32; t, lam [B] float32; text with B rows. Returns eps, float32 like y."""
@@ -128,11 +146,13 @@ class Preconditioned(ModelMixin, ConfigMixin):
         text: TextStates,
         open_part: Tensor | None = None,
     ) -> Tensor:
-        """The unit noise n in y = sqrt(alpha_bar) m + a signal of variance ``signal`` [B, C, H, W] (in the
-        Gaussian's basis) + sqrt(noise) n; ``alpha_bar``, ``noise`` [B, 1, 1, 1].
+        """The unit noise n in y = sqrt(alpha_bar) m + a signal + sqrt(noise) n, float32 [B, C, H, W] like y.
 
         The prox has signal = v and noise = lam; the score model signal = alpha_bar S and noise = 1 - alpha_bar.
-        ``open_part`` over the whole is the variance that F has to itself; None: the signal's, which is n's own.
+
+        Args:
+            signal: variance of the signal [B, C, H, W], in the Gaussian's basis. alpha_bar, noise: [B, 1, 1, 1].
+            open_part: divided by signal + noise, the variance of F's contribution; None takes ``signal``.
         """
         g = self.gaussian
         with torch.autocast(y.device.type, enabled=False):

@@ -1,8 +1,8 @@
-"""Text conditioning: one small interface that the built-in encoder, CLIP and T5 all fit.
+"""Text conditioning: one small interface for the built-in encoder, CLIP and T5.
 
-``TextStates`` is what a denoiser sees; ``TextEncoder`` makes it from captions with a transformers
-tokenizer and text model. The built-in one is a two-layer CLIP text model with a word tokenizer.
-``text_stacks`` has the same verbs for the text encoders of published checkpoints.
+``TextStates`` is a denoiser's text input. ``TextEncoder`` makes it from captions with a transformers tokenizer and text
+model. The built-in one is a two-layer CLIP text model with a word tokenizer. ``text_stacks`` has the same methods for
+the text encoders of published checkpoints.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +19,16 @@ from torch import Tensor
 from ..proximal.operator import Denoiser, ProximalOperator
 from .precision import autocast
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 
 @dataclass(frozen=True)
 class TextStates:
-    """What a denoiser is told, all float32: states [B, L, D], pooled [B, P], mask [B, L] (1 = token, 0 = padding).
+    """A denoiser's text input, float32: states [B, L, D], pooled [B, P], mask [B, L] (1 = token, 0 = padding).
 
     ``time_ids`` [B, 6] is SDXL's micro-conditioning (height and width of the original image, top and left of its crop,
-    height and width of the target, in pixels); None where nothing was said of it.
+    height and width of the target, in pixels); None where they are not known.
     """
 
     states: Tensor
@@ -35,44 +39,58 @@ class TextStates:
     def __len__(self) -> int:
         return self.states.shape[0]
 
-    def __getitem__(self, index) -> TextStates:
+    def __getitem__(self, index: Any) -> TextStates:
+        """The rows that ``index`` picks, as it does of a tensor's first dimension."""
         return self._each(lambda x: x[index])
 
     def repeat(self, count: int) -> TextStates:
         """Each row ``count`` times in a row: [B] -> [B * count]."""
         return self._each(lambda x: x.repeat_interleave(count, 0))
 
-    def to(self, device) -> TextStates:
+    def to(self, device: str | torch.device) -> TextStates:
+        """The same states on ``device``."""
         return self._each(lambda x: x.to(device))
 
     @staticmethod
     def join(*parts: TextStates) -> TextStates:
         """Concatenates along the batch. Raises ValueError where only some parts have time_ids."""
-        if len({part.time_ids is None for part in parts}) > 1:
+        sizes = [part.time_ids for part in parts if part.time_ids is not None]
+        if sizes and len(sizes) < len(parts):
             raise ValueError("text states with and without time_ids cannot be joined: give all of them, or none")
         return TextStates(
-            *(
-                None if rows[0] is None else torch.cat(rows)
-                for rows in zip(*((p.states, p.pooled, p.mask, p.time_ids) for p in parts))
-            )
+            torch.cat([part.states for part in parts]),
+            torch.cat([part.pooled for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            torch.cat(sizes) if sizes else None,
         )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TextStates:
-        return TextStates(
-            *(None if x is None else change(x) for x in (self.states, self.pooled, self.mask, self.time_ids))
-        )
+        sizes = None if self.time_ids is None else change(self.time_ids)
+        return TextStates(change(self.states), change(self.pooled), change(self.mask), sizes)
+
+
+class TextConditioning(Protocol):
+    """What losses and samplers need of a text encoder; ``TextEncoder`` and ``CheckpointText`` have it."""
+
+    def groups(self, captions: Sequence[str], size: int) -> TextStates:
+        """P captions -> P * size rows, each caption's rows side by side."""
+        ...
+
+    def null_like(self, text: TextStates) -> TextStates:
+        """The unconditional input, as many rows as ``text`` and on its device."""
+        ...
 
 
 class TextEncoder:
-    """A frozen tokenizer and text model.
+    """A frozen tokenizer and text model of transformers.
 
-    Works with any transformers pair whose model returns ``last_hidden_state`` (and, where it has
-    one, ``pooler_output``; else the mean over tokens is the pooled vector, as is usual for T5).
+    The model returns ``last_hidden_state``, and perhaps ``pooler_output``. Without that, the mean over tokens is the
+    pooled vector, as is usual for T5.
     """
 
     KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
-    def __init__(self, tokenizer, model, max_length: int):
+    def __init__(self, tokenizer: Any, model: Any, max_length: int):
         self.tokenizer = tokenizer
         self.model = model.eval()
         self.max_length = max_length
@@ -83,12 +101,16 @@ class TextEncoder:
         return {"text_encoder": self.model, "tokenizer": self.tokenizer}
 
     def to(self, device: str | torch.device) -> TextEncoder:
+        """Moves the text model."""
         self.model.to(device)
         return self
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TextEncoder:
-        """Loads ``folder``/tokenizer and ``folder``/text_encoder, diffusers' layout."""
+        """Loads ``folder``/tokenizer and ``folder``/text_encoder, diffusers' layout.
+
+        Raises FileNotFoundError naming what is missing, ValueError for a class that is not in ``KINDS``.
+        """
         import transformers
 
         folder = Path(folder)
@@ -106,15 +128,16 @@ class TextEncoder:
         )[0]
         if kind not in cls.KINDS:
             raise ValueError(
-                f"{folder / 'text_encoder'} holds a {kind}; text encoders known here: {', '.join(cls.KINDS)}"
+                f"{folder / 'text_encoder'} holds a {kind}; supported text encoders: {', '.join(cls.KINDS)}"
             )
         model = getattr(transformers, kind).from_pretrained(
             folder / "text_encoder", use_safetensors=True, local_files_only=True
         )
-        # Some tokenizers say 1e30 where they know no limit.
+        # Some tokenizers give 1e30 for no limit.
         return cls(tokenizer, model, min(tokenizer.model_max_length, 512))
 
     def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``folder``/tokenizer and ``folder``/text_encoder."""
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         self.model.save_pretrained(Path(folder) / "text_encoder")
 
@@ -130,8 +153,10 @@ class TextEncoder:
         return tokens["input_ids"], tokens["attention_mask"]
 
     def encode(self, captions: list[str]) -> TextStates:
-        """Captions -> TextStates, without gradient and in the model's own precision, also under a caller's autocast: rollout
-        and learner enter theirs at different places."""
+        """Captions -> TextStates, without gradient and in the model's own precision.
+
+        A caller's autocast changes nothing: rollout and learner enter theirs at different places.
+        """
         ids, mask = self.tokenize(captions)
         device = next(self.model.parameters()).device
         with torch.no_grad(), autocast(torch.float32, device):
@@ -156,17 +181,17 @@ class TextEncoder:
 
 
 def as_null(row: TextStates, text: TextStates) -> TextStates:
-    """The one unconditional ``row`` for every row of ``text``: on its device, and told of the same sizes."""
+    """The one unconditional ``row`` for every row of ``text``: on its device, with the same time_ids."""
     return replace(row.to(text.states.device).repeat(len(text)), time_ids=text.time_ids)
 
 
-def unknown_words(tokenizer, prompt: str) -> list[str]:
+def unknown_words(tokenizer: Any, prompt: str) -> list[str]:
     """The words of ``prompt`` that ``tokenizer`` cannot spell without its token for unknown ones."""
     words = re.findall(r"\w+", prompt)
     return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
 
-def word_tokenizer(captions: list[str], max_length: int):
+def word_tokenizer(captions: list[str], max_length: int) -> PreTrainedTokenizerFast:
     """A lower-casing word tokenizer over the words of ``captions``, as a transformers fast tokenizer."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -192,7 +217,11 @@ def word_tokenizer(captions: list[str], max_length: int):
 def build_text_encoder(
     captions: list[str], dim: int = 64, layers: int = 2, max_length: int = 40, seed: int = 0
 ) -> TextEncoder:
-    """A new, untrained CLIP-shaped text encoder whose words are those of ``captions``."""
+    """A new, untrained CLIP-shaped text encoder whose words are those of ``captions``.
+
+    Args:
+        dim, layers: width and depth. max_length: tokens of a caption. seed: names the initial weights.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = word_tokenizer(captions, max_length)
@@ -214,6 +243,9 @@ def build_text_encoder(
     return TextEncoder(tokenizer, model, max_length)
 
 
-def operator(denoiser: Denoiser, text: TextEncoder, guidance_scale: float) -> ProximalOperator:
-    """The prox of a text-conditional denoiser, with the empty caption for guidance; the learner's as the sampler's."""
+def operator(denoiser: Denoiser, text: TextConditioning, guidance_scale: float) -> ProximalOperator:
+    """The prox of a text-conditional denoiser, with ``text``'s unconditional input for guidance.
+
+    Learner and sampler share it.
+    """
     return ProximalOperator(denoiser, guidance_scale, text.null_like, TextStates.join)

@@ -1,10 +1,10 @@
 """The text encoders of published checkpoints: Stable Diffusion 1 and 2, SDXL, Stable Diffusion 3, PixArt.
 
 Each is a stack of tokenizers and text models in diffusers' folders (text_encoder/, tokenizer/, text_encoder_2/, ...).
-``CheckpointText`` has the verbs of ``TextEncoder``, and gives what diffusers' ``encode_prompt`` gives.
+``CheckpointText`` has the methods of ``TextEncoder``, and gives what diffusers' ``encode_prompt`` gives.
 
-A caption is encoded alone, never in a batch: in a batch its states would depend, in the last digits, on the captions
-beside it, and a rollout and a learner that meet it in different company would disagree. So an answer can also be kept.
+A caption is encoded alone, never in a batch. In a batch its states would depend, in the last digits, on the other
+captions, and rollout and learner have different ones. So encoded captions can also be cached.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,14 @@ from .text import TextStates, as_null, unknown_words
 
 #: Bytes of encoded captions that are kept: 1,100 of Stable Diffusion 1, 425 of SDXL, 49 of Stable Diffusion 3.
 CACHE_BYTES = 256 * 2**20
-#: Beside the encoders' folders in a folder of our own: what diffusers keeps in its pipeline's class, not in a file.
+#: A file in a folder of our own, beside the encoders' folders: the settings that diffusers keeps in a pipeline's class.
 SETTINGS = "text.json"
+#: The ends of the names of the folders tokenizer*/ and text_encoder*/, in the order of a stack's encoders.
+ENDS = ("", "_2", "_3")
 
 
 class CaptionCache:
-    """Encoded captions, the least recently used forgotten first. On the CPU, in float32.
+    """Encoded captions on the CPU, in float32. The least recently used is dropped first.
 
     Args:
         limit: bytes kept; a row larger than that is not kept, 0 keeps nothing.
@@ -44,12 +47,13 @@ class CaptionCache:
         return len(self._rows)
 
     def get(self, caption: str) -> TextStates | None:
+        """The caption's states; None where they are not kept."""
         if caption in self._rows:
             self._rows.move_to_end(caption)
         return self._rows.get(caption)
 
     def put(self, caption: str, row: TextStates) -> None:
-        """Keeps ``row``, a new caption's."""
+        """Keeps the states of a new caption, and drops old ones beyond the limit."""
         if self._size(row) > self.limit:
             return
         self._rows[caption] = row
@@ -64,7 +68,7 @@ class CaptionCache:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What a stack must know beyond its folders.
+    """Settings of a stack that its folders do not hold.
 
     Attributes:
         kind: clip, sdxl, sd3 or pixart.
@@ -89,24 +93,12 @@ class CheckpointText:
     #: The classes of text_encoder, text_encoder_2, ...
     ENCODERS: tuple[str, ...] = ()
 
-    def __init__(self, parts: dict[str, object | None], settings: TextSettings, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, parts: dict[str, Any], settings: TextSettings, cache_bytes: int = CACHE_BYTES):
         self.parts = parts
         self.settings = settings
         self.cache = CaptionCache(cache_bytes)
         for model in self._models():
             model.eval().requires_grad_(False)
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype | None = None, cache_bytes: int = CACHE_BYTES
-    ) -> CheckpointText:
-        """``load_text`` for a folder that must hold this kind. Raises ValueError for another."""
-        from .text_loading import load_text  # it knows the kinds, which are declared below
-
-        text = load_text(folder, dtype, cache_bytes)
-        if not isinstance(text, cls):
-            raise ValueError(f"{folder} holds a {type(text).__name__}, not a {cls.__name__}")
-        return text
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes each part's folder and ``text.json``."""
@@ -122,17 +114,19 @@ class CheckpointText:
         file.unlink(missing_ok=True)  # it may be a link to another model's
         file.write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
 
-    def components(self) -> dict[str, object | None]:
+    def components(self) -> dict[str, Any]:
         """The parts by the names of their folders, for model_index.json; None for one left out."""
         return dict(self.parts)
 
     def to(self, device: str | torch.device) -> CheckpointText:
+        """Moves the text models."""
         for model in self._models():
             model.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
+        """Where the text models are."""
         return next(iter(self._models())).device
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -179,7 +173,7 @@ class CheckpointText:
         """(states [1, L, D], pooled [1, P], mask [1, L]) of one caption."""
         raise NotImplementedError
 
-    def _models(self) -> list[torch.nn.Module]:
+    def _models(self) -> list[Any]:
         return [part for name, part in self.parts.items() if name.startswith("text_encoder") and part is not None]
 
     def _tokens(self, tokenizer: str, caption: str, length: int) -> tuple[Tensor, Tensor]:
@@ -189,13 +183,13 @@ class CheckpointText:
         )
         return tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
 
-    def _clip(self, end: str, caption: str):
-        """Output of the CLIP text model whose folder's name has this end. Published CLIPs attend to their padding."""
+    def _clip(self, end: str, caption: str) -> Any:
+        """Output of the CLIP text model text_encoder<end>. Published CLIPs attend to their padding."""
         model = self.parts["text_encoder" + end]
-        # All CLIPs of a checkpoint have 77 places; diffusers too asks the first tokenizer.
+        # All CLIPs of a checkpoint have 77 positions; diffusers too takes the first tokenizer's number.
         ids, mask = self._tokens("tokenizer" + end, caption, self.parts["tokenizer"].model_max_length)
-        mask = mask if getattr(model.config, "use_attention_mask", False) else None
-        return model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        attended = mask if getattr(model.config, "use_attention_mask", False) else None
+        return model(input_ids=ids, attention_mask=attended, output_hidden_states=True)
 
 
 class ClipText(CheckpointText):
@@ -203,7 +197,7 @@ class ClipText(CheckpointText):
 
     ENCODERS = ("CLIPTextModel",)
 
-    def _row(self, caption):
+    def _row(self, caption: str) -> tuple[Tensor, Tensor, Tensor]:
         out = self._clip("", caption)
         return out.last_hidden_state, out.pooler_output, _ones(out.last_hidden_state)
 
@@ -213,7 +207,7 @@ class SdxlText(CheckpointText):
 
     ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
-    def _row(self, caption):
+    def _row(self, caption: str) -> tuple[Tensor, Tensor, Tensor]:
         first, second = self._clip("", caption), self._clip("_2", caption)
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
         return states, second.text_embeds, _ones(states)
@@ -224,7 +218,7 @@ class Sd3Text(CheckpointText):
 
     ENCODERS = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel")
 
-    def _row(self, caption):
+    def _row(self, caption: str) -> tuple[Tensor, Tensor, Tensor]:
         first, second = self._clip("", caption), self._clip("_2", caption)
         clip, t5 = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), self._t5(caption)
         states = torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5.to(clip)], 1)
@@ -242,7 +236,7 @@ class PixartText(CheckpointText):
 
     ENCODERS = ("T5EncoderModel",)
 
-    def _row(self, caption):
+    def _row(self, caption: str) -> tuple[Tensor, Tensor, Tensor]:
         ids, mask = self._tokens("tokenizer", caption.lower().strip(), self.settings.t5_length)
         states = self.parts["text_encoder"](input_ids=ids, attention_mask=mask).last_hidden_state
         return states, states.new_zeros(1, 0), mask

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from diffusers import PixArtTransformer2DModel
+from typing import Any
+
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from ..proximal.schedule import VPSchedule
-from .lam import LamEmbedding, told_of_lam
+from .lam import LamEmbedding, added_to_time
 from .preconditioning import Preconditioned
 from .text import TextStates
 
@@ -59,7 +61,8 @@ class ProximalTransformer(Preconditioned):
         nn.init.zeros_(self.net.proj_out.bias)
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
-        with told_of_lam(self.net.adaln_single.emb.timestep_embedder, self.lam_embedding(t, lam)):
+        """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""
+        with added_to_time(self.net.adaln_single.emb.timestep_embedder, self.lam_embedding(t, lam)):
             return self.net(
                 x,
                 encoder_hidden_states=text.states,
@@ -68,8 +71,10 @@ class ProximalTransformer(Preconditioned):
                 added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             ).sample
 
-    def enable_gradient_checkpointing(self, *args) -> None:
+    def enable_gradient_checkpointing(self, *args: Any) -> None:
+        """As diffusers' ``ModelMixin``, for the transformer inside."""
         self.net.enable_gradient_checkpointing(*args)
 
-    def compile(self, *args, **kwargs) -> None:
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles the transformer alone; the closed form around it is a few operations."""
         self.net.compile(*args, **kwargs)

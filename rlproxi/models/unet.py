@@ -7,6 +7,8 @@ and on the text encoder's states (through cross-attention).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
@@ -15,6 +17,12 @@ from torch import Tensor, nn
 from ..proximal.schedule import VPSchedule
 from .preconditioning import Preconditioned, noise_features
 from .text import TextStates
+
+
+def _zero(layer: nn.Linear | nn.Conv2d) -> None:
+    """Makes the layer's output 0."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
 
 
 class ResBlock(nn.Module):
@@ -27,10 +35,10 @@ class ResBlock(nn.Module):
         self.film = nn.Linear(emb, 2 * channels)
         self.norm2 = nn.GroupNorm(8, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        _zero(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x [B, C, H, W], emb [B, E] -> like x."""
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.film(emb)[:, :, None, None].chunk(2, 1)
         h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
@@ -51,16 +59,18 @@ class TextAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.text_kv = nn.Linear(text_dim, 2 * channels)
         self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        _zero(self.out)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """x [B, C, H, W]; text [B, L, D]; mask [B, L], 1 where there is a token."""
+        """x [B, C, H, W]; text [B, L, D]; mask [B, L], 1 where there is a token. Returns like x."""
         b, c, h, w = x.shape
         pixels = self.norm(x).permute(0, 2, 3, 1).reshape(b, h * w, c)
         q, k, v = self.qkv(pixels).chunk(3, -1)
         text_k, text_v = self.text_kv(text).chunk(2, -1)
-        split = lambda y: y.reshape(b, -1, self.heads, c // self.heads).transpose(1, 2)  # noqa: E731
+
+        def split(y: Tensor) -> Tensor:
+            return y.reshape(b, -1, self.heads, c // self.heads).transpose(1, 2)
+
         q, k, v = split(q), split(torch.cat([text_k, k], 1)), split(torch.cat([text_v, v], 1))
         scores = (q * (c // self.heads) ** -0.5) @ k.transpose(-1, -2)
         bias = torch.zeros(b, 1, 1, k.shape[2], dtype=scores.dtype, device=x.device)
@@ -124,8 +134,7 @@ class ProximalUNet(Preconditioned):
         width = channels[0]
         self.norm = nn.GroupNorm(8, width)
         self.head = nn.Conv2d(width, stem, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        _zero(self.head)
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""
@@ -138,18 +147,20 @@ class ProximalUNet(Preconditioned):
             if level:
                 h = next(shrink)(h)
             for _ in range(count):
-                h = self._block(*next(down), h, emb, text)
+                h = self._block(next(down), h, emb, text)
                 skips.append(h)
-        h = self._block(*self.middle, h, emb, text)
+        h = self._block(self.middle, h, emb, text)
         up, grow = iter(self.up), iter(self.grow)
         for level in reversed(range(len(self.config.blocks))):
             for _ in range(self.config.blocks[level]):
-                h = self._block(*next(up), h + skips.pop(), emb, text)
+                h = self._block(next(up), h + skips.pop(), emb, text)
             if level:
                 h = F.interpolate(next(grow)(h), scale_factor=2.0, mode="nearest")
         return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
 
-    def _block(self, block: nn.Module, attend: nn.Module, h: Tensor, emb: Tensor, text: TextStates) -> Tensor:
+    def _block(self, pair: Any, h: Tensor, emb: Tensor, text: TextStates) -> Tensor:
+        """A residual block and the attention after it; ``pair`` is an nn.ModuleList of both."""
+        block, attend = pair
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(self._whole_block, block, attend, h, emb, text)
         return self._whole_block(block, attend, h, emb, text)

@@ -19,12 +19,10 @@ from ..algorithms.base import Algorithm
 from ..algorithms.pretrain import Matching
 from ..config.loading import Config
 from ..errors import ConfigError
-from ..models.backbone import NoiseLevels, adapter_of
-from ..models.folders import OWN, latent_space, network_config, parts_folder
+from ..models.folders import ModelFolder, latent_space
 from ..models.loading import empty_form, trainable
 from ..models.lora import adapters_off, without_adapters
 from ..models.precision import compute_dtype
-from ..models.text_loading import text_widths
 from ..proximal.matching import TimeTable
 from ..rewards.gradients import RewardGradients
 from .memory_parts import count, empty_vae, held, text_encoder_bytes, text_shape, with_engines
@@ -76,25 +74,15 @@ def estimate(config: Config) -> Estimate:
 
 def check_folders(config: Config) -> None:
     """Reads every config.json that a run will need, and none of the weights. Raises ConfigError as ``estimate``."""
-    key = "init" if config.model.init else "encoders"
-    named = config.model.init or config.model.encoders
-    if named is None:
-        return
     try:
-        folder = parts_folder(config)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder")
-        if config.model.init:
-            _, values = network_config(folder)
-            if values.get("_class_name") not in OWN:
-                adapter_of(values)
-                NoiseLevels(folder)
-        latent_space(config)
-        text_widths(folder)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        said = error if isinstance(error, (OSError, ValueError)) else f"an encoder's config.json lacks {error}"
+        folder = ModelFolder.of(config)
+        if folder is not None:
+            folder.check(network=bool(config.model.init))
+            latent_space(config)
+    except (OSError, ValueError) as error:
+        key, named = ("init", config.model.init) if config.model.init else ("encoders", config.model.encoders)
         raise ConfigError(
-            f"model.{key} = {named!r}: {said}; give a complete model folder, such as `hf download` of a "
+            f"model.{key} = {named!r}: {error}; give a complete model folder, such as `hf download` of a "
             "diffusers repository or a run of ours leaves it"
         ) from None
 
@@ -104,9 +92,9 @@ class _Estimator:
 
     def __init__(self, config: Config):
         self.config = config
-        self.folder = parts_folder(config)
+        self.folder = ModelFolder.of(config)
         self.shape = (latent_space(config)[0], *(latent_space(config)[1],) * 2)
-        self.text_shape = text_shape(config, self.folder)
+        self.text_shape = text_shape(config)
         self.networks: dict[tuple, nn.Module] = {}
         self.counts: tuple[int, int] | None = None
         self.vae = empty_vae(self.folder)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..config.loading import Config
 from ..data import faces
-from ..models.checkpoint_files import read_json
+from ..models.folders import ModelFolder
 from ..models.text import build_text_encoder
-from ..models.text_loading import ENDS, _look, text_widths
-from ..models.text_stacks import KINDS
 
 #: The most gradients in DeepSpeed's reduction buffer (see actors/train/engine.py), which is allocated whole from ZeRO 1 on.
 BUCKET = 500_000_000
@@ -29,20 +26,18 @@ def held(module: nn.Module) -> int:
     return sum(x.nbytes for x in module.parameters()) + sum(x.nbytes for x in module.buffers())
 
 
-def text_shape(config: Config, folder: Path | None) -> tuple[int, int, int]:
-    """(tokens, width of the states, width of the pooled vector) of an encoded caption."""
+def text_shape(config: Config) -> tuple[int, int, int]:
+    """(tokens, width of the states, width of the pooled vector) of an encoded caption.
+
+    Raises as ``ModelFolder``.
+    """
+    folder = ModelFolder.of(config)
     if folder is None:
         return config.model.text_length, config.model.text_dim, config.model.text_dim
-    found, settings = _look(folder)
-    values = read_json(folder / f"text_encoder{found[0]}" / "config.json")
-    length = values.get("max_position_embeddings", 0)
-    if settings is not None:
-        # CLIP's states, then T5's; a T5 alone has no places of its own.
-        length = {"pixart": 0}.get(settings.kind, length) + settings.t5_length
-    return (length, *text_widths(folder))
+    return folder.text_shape
 
 
-def text_encoders(config: Config, folder: Path | None) -> list[nn.Module]:
+def text_encoders(config: Config, folder: ModelFolder | None) -> list[nn.Module]:
     """The text models on the meta device; enter ``torch.device('meta')`` first."""
     import transformers
 
@@ -50,35 +45,30 @@ def text_encoders(config: Config, folder: Path | None) -> list[nn.Module]:
         captions = [faces.portrait(0, i, 0.5).caption for i in range(256)]
         m = config.model
         return [build_text_encoder([*captions, ""], m.text_dim, m.text_layers, m.text_length).model]
-    found, settings = _look(folder)
     models = []
-    for end in found:
-        values = read_json(folder / f"text_encoder{end}" / "config.json")
-        name = (values.get("architectures") or ["CLIPTextModel"])[0]
-        if settings is not None:
-            name = KINDS[settings.kind].ENCODERS[ENDS.index(end)]
+    for end, name in zip(folder.text_ends, folder.text_classes):
         kind = getattr(transformers, name)
-        models.append(kind(kind.config_class.from_dict(values)))
+        models.append(kind(kind.config_class.from_dict(folder.json(f"text_encoder{end}/config.json"))))
     return models
 
 
-def text_encoder_bytes(config: Config, folder: Path | None, dtype: torch.dtype) -> int:
+def text_encoder_bytes(config: Config, folder: ModelFolder | None, dtype: torch.dtype) -> int:
     """Bytes of the text models as ``load_encoder`` holds them: the built-in one in float32, others in ``dtype``."""
     with torch.device("meta"):
         models = text_encoders(config, folder)
-    built_in = folder is None or _look(folder)[1] is None
+    built_in = folder is None or folder.text is None
     size = 4 if built_in else dtype.itemsize
     return sum(size * count(model.parameters()) for model in models)
 
 
-def empty_vae(folder: Path | None):
+def empty_vae(folder: ModelFolder | None) -> nn.Module | None:
     """The folder's AutoencoderKL on the meta device; None for a model of pixels."""
-    if folder is None or not (folder / "vae").is_dir():
+    if folder is None or not folder.has_vae:
         return None
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.device("meta"):
-        return AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
+        return AutoencoderKL.from_config(folder.json("vae/config.json"))
 
 
 def with_engines(

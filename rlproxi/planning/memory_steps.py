@@ -20,7 +20,7 @@ from ..algorithms.requests import SampleRequest
 from ..config.loading import Config
 from ..data import faces
 from ..models.autoencoder import Autoencoder
-from ..models.folders import latent_space, parts_folder
+from ..models.folders import latent_space
 from ..models.precision import autocast
 from ..models.text import TextStates
 from ..proximal.operator import Denoiser, ProximalOperator
@@ -35,7 +35,7 @@ class Captions:
     """In the place of a text encoder: states of the shapes that the config asks for, all zeros, whatever is said."""
 
     def __init__(self, config: Config, device: torch.device):
-        self.shape, self.device = text_shape(config, parts_folder(config)), device
+        self.shape, self.device = text_shape(config), device
 
     def groups(self, captions: Sequence[str], size: int) -> TextStates:
         """As ``TextEncoder.groups``."""

@@ -16,10 +16,8 @@ from ..data.cache import prompts_path
 from ..data.curation import job
 from ..data.prompts import heldout_prompts, training_prompts
 from ..data.shards import list_shards
-from ..models.backbone import NoiseLevels, adapter_of
-from ..models.folders import OWN, find_model, latent_space, network_config
+from ..models.folders import ModelFolder, latent_space
 from ..models.loading import build_denoiser
-from ..models.text_loading import text_widths
 from ..rewards import checked_params, facts, is_differentiable, names, parameters
 from ..rewards.registry import find
 from ..run_directory import INSIDE, RunDirectory
@@ -200,13 +198,14 @@ def _model(config: Config) -> Iterator[Problem]:
             "model folder, a run directory or a diffusers folder with model.init, or add the stage",
             False,
         )
-    found: list[Problem] = []
-    if m.init:
-        found = _told("model.init", partial(_published, m.init))
-    elif m.encoders:
-        found = _told("model.encoders", partial(text_widths, m.encoders))
+    if init := m.init:
+        found = _told("model.init", lambda: ModelFolder.find(init).check())
+    elif encoders := m.encoders:
+        found = _told("model.encoders", lambda: ModelFolder.at(encoders).check(network=False))
+    else:
+        found = []
     yield from found or _told("model", lambda: latent_space(config))
-    if config.data.buckets and (m.init is None or (not found and network_config(m.init)[1].get("_class_name") in OWN)):
+    if config.data.buckets and (m.init is None or (not found and ModelFolder.find(m.init).is_ours)):
         yield Problem(
             "data.buckets is true, but networks of our own have one size: set it false, or start from a "
             "diffusers folder with model.init",
@@ -214,15 +213,6 @@ def _model(config: Config) -> Iterator[Problem]:
         )
     if not found and not m.init:
         yield from _told("model", lambda: _fits(config))
-
-
-def _published(name: str) -> None:
-    folder = find_model(name)
-    _, values = network_config(folder)
-    if values.get("_class_name") not in OWN:
-        adapter_of(values)
-        NoiseLevels(folder)
-    text_widths(folder)
 
 
 def _fits(config: Config) -> None:

@@ -108,7 +108,7 @@ def test_every_kind_of_bad_sample_is_skipped_counted_and_listed(tmp_path):
 
 def test_latents_and_text_are_what_the_checkpoint_gives(tmp_path):
     from rlproxi.models.autoencoder import Autoencoder
-    from rlproxi.models.text_loading import load_text
+    from rlproxi.models.loading import load_text
 
     parts = str(tiny_checkpoints.sdxl(tmp_path / "sdxl"))
     (tmp_path / "data").mkdir()

@@ -6,7 +6,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from fixtures import tiny_checkpoints as tiny
-from rlproxi.models.autoencoder import Autoencoder, latent_facts
+from rlproxi.models.autoencoder import Autoencoder
+from rlproxi.models.folders import ModelFolder
 
 #: scaling_factor and shift_factor as published.
 PUBLISHED = {"sd15": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609), "pixart": (0.18215, 0.0)}
@@ -31,7 +32,7 @@ def test_latents_and_images_are_those_of_diffusers(folders, name):
     posterior = vae.encode(images()).latent_dist
     latents = mine.encode(images())
     assert latents.shape == (3, 16 if name == "sd3" else 4, 4, 6) and latents.dtype == torch.float32
-    assert (mine.latent_channels, mine.factor) == (latents.shape[1], 8) == latent_facts(folders[name])
+    assert (mine.latent_channels, mine.factor) == (latents.shape[1], 8) == ModelFolder.at(folders[name]).latents
     assert torch.allclose(latents, (posterior.mode() - shift) * scaling, atol=1e-5, rtol=1e-5)
     drawn = mine.encode(images(), torch.Generator().manual_seed(3))
     expected = (posterior.sample(torch.Generator().manual_seed(3)) - shift) * scaling
@@ -123,7 +124,7 @@ def test_what_is_wrong_is_named(folders, tmp_path):
             Autoencoder.from_pretrained(folder)
     change_config(tmp_path / "shape", block_out_channels=None)
     with pytest.raises(ValueError, match="config.json is not the config of an AutoencoderKL"):
-        latent_facts(tmp_path / "shape")
+        _ = ModelFolder.at(tmp_path / "shape").latents
     file = tmp_path / "class" / "vae" / "diffusion_pytorch_model.safetensors"
     change_config(tmp_path / "class", _class_name="AutoencoderKL")
     file.write_bytes(file.read_bytes()[:-100])

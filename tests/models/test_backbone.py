@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fixtures import tiny_checkpoints
-from rlproxi.models.lam import told_of_lam
+from rlproxi.models.lam import added_to_time
 from rlproxi.models.loading import load_denoiser, load_encoder
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.proximal.schedule import VPSchedule
@@ -67,7 +67,7 @@ def answer(pipeline, kind: str, x, time, text) -> torch.Tensor:
 
 
 def formula(pipeline, kind: str, y, t: float, lam: float, text) -> torch.Tensor:
-    """eps_prox by method.md's warm start, through x_0 and with numpy's interpolation, in float64 but for the network."""
+    """eps_prox by method.md's warm start, through x_0, with numpy's interpolation, in float64 but for the network."""
     bar = VPSchedule().alpha_bar(t)
     noise = 1 - bar + lam
     ones = torch.ones(len(y))
@@ -116,12 +116,12 @@ def test_the_branch_starts_silent_and_then_speaks(kind, folder):
         last.weight.normal_(std=0.3)
         after = denoiser(y, t, lam, text)
     assert not torch.allclose(before, after, atol=1e-4)
-    assert not denoiser.adapter.time_embedder(denoiser.net)._forward_hooks  # the network itself is as it was
+    assert not denoiser.interface.time_embedder(denoiser.net)._forward_hooks  # the network itself is as it was
 
 
 def test_a_hook_does_not_outlive_an_error():
     layer = torch.nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="inside"), told_of_lam(layer, torch.ones(1, 2)):
+    with pytest.raises(RuntimeError, match="inside"), added_to_time(layer, torch.ones(1, 2)):
         assert torch.equal(layer(torch.zeros(1, 2)), layer.bias[None] + 1)
         raise RuntimeError("inside")
     assert not layer._forward_hooks
@@ -139,7 +139,7 @@ def test_images_survive_saving_and_the_network_stays_diffusers_own(kind, folder,
     assert images.shape == (len(prompts), model.size, model.size, 3) and images.std() > 5
     again = TextToImage.from_pretrained(model.save_pretrained(tmp_path / "saved"))
     assert np.array_equal(again(prompts, num_inference_steps=2, seeds=seeds), images)
-    part = again.denoiser.adapter.part
+    part = again.denoiser.part
     plain = getattr(diffusers, type(again.denoiser.net).__name__).from_pretrained(tmp_path / "saved" / part)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.denoiser.net.parameters()))
     index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
@@ -167,14 +167,14 @@ def test_what_cannot_be_a_proximal_network_is_named(tmp_path):
     folder = tiny_checkpoints.sd15(tmp_path / "model")
     config, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
     _change(scheduler, prediction_type="sample")
-    with pytest.raises(ValueError, match="prediction_type 'sample' is not known"):
+    with pytest.raises(ValueError, match="prediction_type 'sample' is not supported"):
         load_denoiser(folder)
     _change(scheduler, prediction_type="epsilon")
     _change(config, in_channels=9)
     with pytest.raises(ValueError, match="unet: this UNet2DConditionModel takes more than a latent"):
         load_denoiser(folder)
     _change(config, in_channels=4, _class_name="UNet3DConditionModel")
-    with pytest.raises(ValueError, match="a UNet3DConditionModel cannot be made a proximal network here; known: "):
+    with pytest.raises(ValueError, match="a UNet3DConditionModel cannot be made a proximal network; supported: "):
         load_denoiser(folder)
     _change(config, _class_name="UNet2DConditionModel", block_out_channels=[64, 64])
     with pytest.raises(ValueError, match="unet: the weights are damaged or do not fit config.json"):

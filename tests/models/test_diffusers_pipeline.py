@@ -12,8 +12,7 @@ from fixtures import tiny_checkpoints
 from rlproxi.config.sections import LoRA, Sampler, Schedule
 from rlproxi.models import lora
 from rlproxi.models.autoencoder import Autoencoder
-from rlproxi.models.diffusers_pipeline import ProxT2IPipeline
-from rlproxi.models.generators import seeds_of
+from rlproxi.models.diffusers_pipeline import ProxT2IPipeline, seeds_of
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
 from rlproxi.models.transformer import ProximalTransformer

@@ -160,7 +160,7 @@ def test_adapters_alone_load_into_the_base_by_diffusers_own_verbs(lora_run, tmp_
         assert torch.equal(again.unet(x, t, states).sample, expected)
     card = (out / "README.md").read_text()
     assert "pipe.unet.load_lora_adapter(" in card and "rank 4, alpha 8" in card
-    assert "branch that tells the network of lam was trained too" in card
+    assert "branch for lam was trained too" in card
 
 
 @pytest.mark.parametrize("kind", ["sd3", "pixart"])

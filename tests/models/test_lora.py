@@ -100,7 +100,7 @@ def test_round_trip_and_merge(folder, tmp_path):
     assert again.denoiser.lora == LoRA(rank=4, alpha=8)
     assert np.array_equal(again(PROMPTS, num_inference_steps=2, seeds=[1, 2]), images)
     # The base is linked, not written again.
-    part = again.denoiser.adapter.part
+    part = again.denoiser.part
     for file in (folder / part).iterdir():
         assert (saved / part / file.name).stat().st_ino == file.stat().st_ino
     merged = TextToImage.from_pretrained(again.merged().save_pretrained(tmp_path / "merged"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlproxi.config.sections import Sampler, Schedule
-from rlproxi.models.folders import find_model
+from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import load_denoiser
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.text import build_text_encoder
@@ -103,9 +103,9 @@ def test_an_interrupted_save_keeps_the_old_model(model, folder, monkeypatch):
 
 def test_a_run_directory_gives_its_final_model_else_the_pretrained_one(model, tmp_path):
     model.save_pretrained(tmp_path / "run/models/pretrained")
-    assert find_model(tmp_path / "run").name == "pretrained"
+    assert ModelFolder.find(tmp_path / "run").path.name == "pretrained"
     model.save_pretrained(tmp_path / "run/models/final")
-    assert find_model(tmp_path / "run").name == "final"
+    assert ModelFolder.find(tmp_path / "run").path.name == "final"
     assert torch.equal(load_denoiser(tmp_path / "run").head.weight, model.denoiser.head.weight)
 
 

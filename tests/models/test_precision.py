@@ -8,7 +8,7 @@ from rlproxi.models import precision
 
 
 def gradients(net: nn.Module, x: torch.Tensor, without_first: bool) -> list[torch.Tensor]:
-    """Of a forward in bfloat16, after one without gradients in the same context, as R0's and DIDR's updates have them."""
+    """Gradients of a forward in bfloat16, after one without gradients in the same context, as R0 and DIDR have it."""
     net.zero_grad()
     with precision.autocast(torch.bfloat16, "cpu"):
         if without_first:

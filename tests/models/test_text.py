@@ -12,9 +12,10 @@ from diffusers import (
 )
 
 from fixtures import tiny_checkpoints as tiny
+from rlproxi.models.folders import ModelFolder
+from rlproxi.models.loading import load_text
 from rlproxi.models.text import TextEncoder, TextStates, build_text_encoder
-from rlproxi.models.text_loading import load_text, text_widths
-from rlproxi.models.text_stacks import CaptionCache, CheckpointText
+from rlproxi.models.text_stacks import CaptionCache
 
 CAPTIONS = ["A photo of a cat", "", " An ASTRONAUT riding a horse, 8k", "a very long prompt " * 200, "£ 猫"]
 
@@ -80,7 +81,7 @@ def test_a_stack_gives_what_the_pipeline_of_diffusers_gives(folders, tmp_path, n
     assert_same(mine, text, pooled=name != "sd15")  # Stable Diffusion 1's pipeline has no pooled vector
     assert_same(stack.null_like(mine), null, pooled=name != "sd15")
     assert mine.states.std() > 0.1 and mine.time_ids is None
-    assert text_widths(folder) == (mine.states.shape[-1], mine.pooled.shape[-1])
+    assert ModelFolder.at(folder).text_shape[1:] == (mine.states.shape[-1], mine.pooled.shape[-1])
     if name == "sdxl":
         assert stack.null_like(mine).states.any() != options.get("force_zeros_for_empty_prompt", True)
 
@@ -209,9 +210,7 @@ def test_the_built_in_encoder_is_loaded_as_before(tmp_path):
         loaded = load_text(tmp_path)
         assert type(loaded) is TextEncoder
         assert torch.equal(loaded.encode(["a cat"]).states, encoder.encode(["a cat"]).states)
-        with pytest.raises(ValueError, match="TextEncoder, not a CheckpointText"):
-            CheckpointText.from_pretrained(tmp_path)
-    assert text_widths(tmp_path) == (64, 64)
+    assert ModelFolder.at(tmp_path).text_shape[1:] == (64, 64)
     assert set(encoder.components()) == {"text_encoder", "tokenizer"} and encoder.to("cpu") is encoder
 
 
@@ -252,7 +251,7 @@ def test_what_cannot_be_loaded_is_named(folders, tmp_path):
     shutil.copytree(folders("pixart") / "text_encoder", flux / "text_encoder_2")
     with pytest.raises(ValueError, match="FluxPipeline with text_encoder of class CLIPTextModel, text_encoder_2 of"):
         load_text(flux)
-    with pytest.raises(ValueError, match="IFPipeline .* not known here"):
+    with pytest.raises(ValueError, match="IFPipeline .* not supported"):
         load_text(changed("if", "pixart", _class_name="IFPipeline"))
 
     folder = changed("no-tokenizer", "sdxl")
@@ -279,7 +278,7 @@ def test_what_cannot_be_loaded_is_named(folders, tmp_path):
 
     load_text(folders("sdxl")).save_pretrained(tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours" / "text_encoder_2")
-    with pytest.raises(ValueError, match="not the text side of the kind sdxl"):
+    with pytest.raises(ValueError, match="not the text encoders of the kind sdxl"):
         load_text(tmp_path / "ours")
     (tmp_path / "ours" / "text.json").write_text('{"kind": "sd9"}')
     with pytest.raises(ValueError, match="text.json is not of this version"):

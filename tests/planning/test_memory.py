@@ -15,6 +15,7 @@ from fixtures.memory import SHAPES, profiled_peak, real_network, real_step, smal
 from rlproxi.config.loading import build_config
 from rlproxi.errors import ConfigError
 from rlproxi.models.autoencoder import Autoencoder
+from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import empty_form, trainable
 from rlproxi.planning.memory import estimate
 from rlproxi.planning.memory_parts import BUCKET, count, empty_vae, text_encoders
@@ -131,7 +132,7 @@ def test_gradient_checkpointing_shows(lora, tmp_path):
 
 def test_decoding_peak_is_what_the_profiler_sees(tmp_path):
     folder = small_folder("sd15", tmp_path / "sd15")
-    real = Autoencoder(empty_vae(folder).to_empty(device="cpu").requires_grad_(False))
+    real = Autoencoder(empty_vae(ModelFolder.at(folder)).to_empty(device="cpu").requires_grad_(False))
     z = torch.zeros(4, 4, 8, 8)
 
     def decode():
@@ -140,7 +141,7 @@ def test_decoding_peak_is_what_the_profiler_sees(tmp_path):
 
     decode()
     with no_memory():
-        estimated = decoding_peak(empty_vae(folder), (4, 8, 8), 4, "cpu")
+        estimated = decoding_peak(empty_vae(ModelFolder.at(folder)), (4, 8, 8), 4, "cpu")
     assert estimated == pytest.approx(profiled_peak(decode), rel=0.05)
 
 
@@ -235,8 +236,8 @@ def test_published_shapes_have_the_published_parameters(name, network, texts, va
     assert count(denoiser.net.parameters()) == network
     assert all(x.device.type == "meta" for x in denoiser.parameters())
     with torch.device("meta"):
-        assert [count(model.parameters()) for model in text_encoders(config, SHAPES[name])] == texts
-    assert count(empty_vae(SHAPES[name]).parameters()) == vae
+        assert [count(model.parameters()) for model in text_encoders(config, ModelFolder.at(SHAPES[name]))] == texts
+    assert count(empty_vae(ModelFolder.at(SHAPES[name])).parameters()) == vae
 
 
 @pytest.mark.parametrize(

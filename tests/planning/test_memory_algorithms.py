@@ -10,6 +10,7 @@ from fixtures.memory import profiled_peak
 from fixtures.memory_learner import LORA, learner_config, real_peaks
 from rlproxi.config.loading import build_config
 from rlproxi.config.sections import Reward
+from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import empty_form, trainable
 from rlproxi.planning.memory import estimate
 from rlproxi.planning.memory_parts import count, empty_vae, with_engines
@@ -52,7 +53,7 @@ def test_peak_of_adapters_through_an_autoencoder_is_what_the_profiler_sees(tmp_p
     )
     parts, measured = estimate(config).roles[0].parts, real_peaks(config)
     assert parts["activations"] == pytest.approx(measured["policy"], rel=0.03)
-    assert parts["autoencoder"] == 4 * count(empty_vae(tmp_path / "sd15").parameters())
+    assert parts["autoencoder"] == 4 * count(empty_vae(ModelFolder.at(tmp_path / "sd15")).parameters())
     assert "reference copy" not in parts  # it is the network with its adapters off
 
 

@@ -54,7 +54,7 @@ def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "FluxTransformer2DModel"}))
     text, missing = one(f"model.init={other}", "data.size=64")
     assert (
-        text.startswith("model.init: a FluxTransformer2DModel cannot be made a proximal network here") and not missing
+        text.startswith("model.init: a FluxTransformer2DModel cannot be made a proximal network;") and not missing
     )
 
 

@@ -23,7 +23,7 @@ import torch
 from fixtures.memory import profiled_peak, real_network, real_step, small_folder
 from rlproxi.config.loading import Config, build_config, load_config
 from rlproxi.models.autoencoder import Autoencoder
-from rlproxi.models.folders import parts_folder
+from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import empty_form
 from rlproxi.models.precision import autocast
 from rlproxi.planning.memory import estimate
@@ -135,7 +135,7 @@ class Recipe:
         return self._seconds(step)
 
     def _decoding(self) -> float:
-        vae = empty_vae(parts_folder(self.config))
+        vae = empty_vae(ModelFolder.of(self.config))
         if vae is None:
             return 0.0
         real = vae.to_empty(device=self.device)

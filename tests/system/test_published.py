@@ -80,7 +80,7 @@ def test_shards_are_encoded_once_for_a_step_of_pretraining_and_an_iteration_of_g
         # The reference of RL is the pre-trained model: its adapters went into the base.
         merged = load_denoiser(models / "pretrained-merged")
         assert merged.lora is None and final.lora is not None
-        part = final.adapter.part
+        part = final.part
         for file in (models / "final" / part).iterdir():
             assert file.stat().st_ino == (models / "pretrained-merged" / part / file.name).stat().st_ino
         for file in (models / "pretrained" / part).iterdir():
