@@ -13,12 +13,13 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
-#: Of tests/system, what needs nothing of the smoke run: on a Ray of its own it keeps the second process at work as long as the first.
+#: Of tests/system, what needs nothing of the smoke run: on a Ray of its own it keeps the second process at work as long
+#: as the first.
 ON_A_RAY_OF_THEIR_OWN = ("test_curation", "test_published", "test_serve_images")
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n 2` one process takes the tests that share the smoke run and its Ray, the other the rest, file by file."""
+    """With `-n 2` one process takes the tests that share the smoke run and its Ray, the other the rest by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
@@ -40,7 +41,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-# What a test runs in this process may set another number, and images are equal to the bit only at one number of threads.
+# What a test runs in this process may set another number, and images are equal to the bit only at one number of
+# threads.
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_for_what_a_module_shares():
     torch.set_num_threads(1)

@@ -7,9 +7,9 @@ import pytest
 
 from actors.run import driver
 from rlproxi import api
-from rlproxi.cli.main import run_command
 from rlproxi.config.loading import build_config, dump_config
 from rlproxi.errors import RunStopped
+from rlproxi.run import main
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def no_system(monkeypatch, tmp_path):
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_message(no_system, arguments, words, capsys, tmp_path):
-    assert run_command("run", arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and words in captured.err
     assert list(tmp_path.iterdir()) == []
@@ -40,7 +40,7 @@ def test_bad_input_is_exit_code_2_and_one_message(no_system, arguments, words, c
 
 def test_dry_run_prints_the_plan_and_stops(no_system, capsys):
     shown = ["run.name=tiny", "data.size=16", "model.channels=[32,32]", "grpo.max_staleness=2"]
-    assert run_command("run", [*shown, "--dry-run"]) == 0
+    assert main([*shown, "--dry-run"]) == 0
     captured = capsys.readouterr()
     assert "run        tiny, seed 0" in captured.out and "16x16" in captured.out and captured.err == ""
     assert "staleness  at most 2 version(s)" in captured.out
@@ -61,7 +61,7 @@ def test_resume_takes_the_runs_own_config_and_overrides(tmp_path, monkeypatch, c
             raise RunStopped("half of the groups have no score")
 
     monkeypatch.setattr(driver, "Driver", Session)
-    assert run_command("run", ["--resume", str(tmp_path), "grpo.lr=1e-6"]) == 1
+    assert main(["--resume", str(tmp_path), "grpo.lr=1e-6"]) == 1
     assert begun == [("mine", 1e-6, tmp_path)]
     assert capsys.readouterr().err == "\nstopped: half of the groups have no score\n"
 
@@ -74,8 +74,8 @@ def test_a_new_run_directory_never_reuses_one(tmp_path):
 
 def test_the_front_door_needs_neither_ray_nor_actors_to_refuse():
     program = (
-        "import sys; from rlproxi.cli.main import main\n"
-        "assert main(['run', 'gone.yaml']) == 2\n"
+        "import sys; from rlproxi.run import main\n"
+        "assert main(['gone.yaml']) == 2\n"
         "assert not {'ray', 'actors'} & set(sys.modules), 'Ray was imported to refuse a file name'"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -89,6 +89,6 @@ def test_what_a_scorer_does_not_take_is_refused_before_ray_is_asked(capsys, tmp_
         ("{name: jpeg, params: {qualty: 3}}", "it takes no 'qualty', did you mean 'quality'"),
         ("{name: mine, scorer: python}", "'function' is missing"),
     ):
-        assert run_command("run", [f"rewards.train=[{reward}]", *start]) == 2
+        assert main([f"rewards.train=[{reward}]", *start]) == 2
         assert words in capsys.readouterr().err
-    assert run_command("run", ["rewards.train=[{name: mine, scorer: jpeg}]", *start]) == 0
+    assert main(["rewards.train=[{name: mine, scorer: jpeg}]", *start]) == 0

@@ -138,7 +138,8 @@ def save_tokenizer(file: str | Path, folder: Path) -> None:
     """A vocabulary file of open_clip's as a transformers tokenizer folder."""
     from transformers import CLIPTokenizer
 
-    lines = gzip.open(file, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        lines = stream.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     letters = list(fixtures.byte_letters().values())
     words = [
         *letters,

@@ -8,8 +8,8 @@ import pytest
 
 from fixtures import tiny_checkpoints
 from fixtures.shards import sample, write_tar
+from rlproxi import run
 from rlproxi.algorithms.grpo import bytes_per_micro_batch
-from rlproxi.cli import run
 from rlproxi.config.loading import build_config, config_folder, load_config
 from rlproxi.planning.preflight import problems
 

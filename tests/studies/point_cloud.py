@@ -1,9 +1,9 @@
-"""Proximal and score samplers on a cloud of points, with the exact prox and the exact score: ProxDM's synthetic experiment.
+"""Proximal and score samplers on a cloud of points, with the exact prox and score: ProxDM's synthetic experiment.
 
     PYTHONPATH=.:tests python tests/studies/point_cloud.py [--plot docs/images/point_cloud.png] [--json FILE]
 
-No network and no training: what differs is the sampler alone. W2 is the exact optimal transport between as many samples as
-the target has points, and has a floor: a second draw of as many points from the same spiral.
+No network and no training: what differs is the sampler alone. W2 is the exact optimal transport between as many samples
+as the target has points, and has a floor: a second draw of as many points from the same spiral.
 """
 
 from __future__ import annotations

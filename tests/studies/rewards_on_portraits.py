@@ -4,8 +4,8 @@
 
 starts three short RL runs from the pre-trained model of a finished quickstart run:
 
-- ``none`` and ``group``: `attributes` beside JPEG smallness times 100, whose ``weight`` is the smaller, without and with
-  rewards.normalize=group;
+- ``none`` and ``group``: `attributes` beside JPEG smallness times 100, whose ``weight`` is the smaller, without and
+  with rewards.normalize=group;
 - ``hacked``: JPEG smallness alone at three times the learning rate. The quickest way to a small file is an empty
   picture, so the judge must fall, the alarm go off, and models/best stay.
 """
@@ -18,12 +18,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LOUD = "{{name: smallness, scorer: python, weight: {weight}, params: {{function: 'fixtures.reward_functions:loud_smallness'}}}}"
+LOUD = (
+    "{{name: smallness, scorer: python, weight: {weight}, "
+    "params: {{function: 'fixtures.reward_functions:loud_smallness'}}}}"
+)
 
 
 def go(start: Path, base: Path, name: str, iterations: int, *overrides: str) -> Path:
     """One RL run from the models of ``start``; returns its run directory, that of an earlier call where it finished."""
-    from rlproxi.cli.run import main
+    from rlproxi.run import main
 
     for folder in base.glob(f"{name}-*"):
         if (folder / "report.html").is_file():

@@ -5,6 +5,7 @@ fire), and Prometheus must have loaded and evaluated the rule itself without an 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -286,7 +287,7 @@ def test_the_timeline_agrees_with_the_log(watched):
     lines = timeline.read(run_dir)
     assert [(line["stage"], line["step"]) for line in lines] == [("rl", step) for step in range(1, STEPS + 1)]
     records = {r["step"]: r for r in read(run_dir) if r["event"] == "metrics" and "seconds/step" in r}
-    for before, line in zip(lines, lines[1:]):
+    for before, line in itertools.pairwise(lines):
         record, spans = records[line["step"]], line["spans"]
         assert {(s.role, s.phase) for s in spans} >= {
             ("rollout", "sample"),
