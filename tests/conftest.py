@@ -31,8 +31,20 @@ def pytest_xdist_make_scheduler(config, log):
     return OneRay(config, log)
 
 
+#: Files, and folders that end in "/", whose tests are marked slow: they took more than 12 CPU seconds (TESTS.md says how
+#: to measure). What is left takes at most five minutes on two cores: ``pytest -m fast -n 2``.
+SLOW = ("actors/train/test_engine_state.py",)
+
+
 def pytest_collection_modifyitems(items):
-    # What takes longest begins first, and what counts seconds comes last of it, when the other process is at its end.
+    """Mark what is slow or fast, and sort: what takes longest begins first."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        if place.startswith(SLOW):
+            item.add_marker("slow")
+        if not any(item.get_closest_marker(name) for name in ("system", "slow", "exhaustive")):
+            item.add_marker("fast")
+    # Of the system tests, those that count seconds come last, when the other process is at its end.
     items.sort(key=lambda item: (item.get_closest_marker("system") is None, "test_faults" in item.nodeid))
 
 

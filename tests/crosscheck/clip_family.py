@@ -8,7 +8,7 @@
 It needs an environment of its own: torchvision has to match torch, and the hpsv2 wheel pins protobuf<4 and
 pytest==7.2.0. The wheel also lacks its tokenizer's vocabulary; the script copies the one of open_clip_torch there.
 
-The networks are small and their weights follow from their names (tests/clip_fixtures.py). What is computed by whom:
+The networks are small and their weights follow from their names (tests/fixtures/clip.py). What is computed by whom:
 
 - hpsv2.*: ``hpsv2.img_score.score`` with a checkpoint file, and the model, transform and tokenizer it uses.
 - pick.*, clip.*: transformers' processor and model in the few lines of the authors' README, and torchmetrics'

@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="where the runs go; finished ones there are not run again")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args()
-    # Replicas import tests/reward_functions.py by name.
+    # Replicas import tests/fixtures/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     start, base = options.run_dir.resolve(), options.base or Path(tempfile.mkdtemp(prefix="rewards-"))
     attributes = f"{{name: attributes, params: {{path: {start / 'models' / 'reward.safetensors'}}}}}"
