@@ -43,7 +43,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Measured:
+class IterationCosts:
     """What one iteration costs, in seconds.
 
     rollout, reward: of one actor or replica for one micro-batch. learner: of all ranks together. sync: at the end of
@@ -82,7 +82,7 @@ class Measured:
         return [n for n in range(1, min(LIMIT, self.micro_batches) + 1) if self.micro_batches % (n * self.updates) == 0]
 
 
-def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measured | None:
+def measured(run_dir: str | os.PathLike, config: Config | None = None) -> IterationCosts | None:
     """Return what the stage rl of a run directory measured: medians over its iterations, without the first.
 
     None where there is nothing to balance: no iterations in the log, or an algorithm whose learner samples for itself.
@@ -103,7 +103,7 @@ def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measur
     replicas = min(x.replicas or w.replicas for x in scorers)
     # In the log, waiting for a free replica counts as scoring. The bound: all replicas score during all of the step.
     scoring = min(found["reward"], replicas * found["step"])
-    return Measured(
+    return IterationCosts(
         micro_batches=m,
         rollout=min(found["rollout"], r.rollout_actors * found["step"]) / m,
         reward=scoring / m,
@@ -117,7 +117,7 @@ def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measur
     )
 
 
-def best(what: Measured, places: float, overlapped: bool | None = None) -> Split | None:
+def best(what: IterationCosts, places: float, overlapped: bool | None = None) -> Split | None:
     """Return the fastest split of at most ``places`` GPUs (processes, where no role uses a GPU); None where none fits.
 
     Of equally fast splits it is the smallest. A role without a GPU beside roles with one keeps its number: only GPUs
@@ -141,7 +141,7 @@ def best(what: Measured, places: float, overlapped: bool | None = None) -> Split
     )
 
 
-def describe(what: Measured, places: float | None = None) -> list[str]:
+def describe(what: IterationCosts, places: float | None = None) -> list[str]:
     """Return lines for the user: what was measured, and the best splits of the run's GPUs and of twice as many."""
     unit = "GPUs" if any(what.gpus) else "processes"
     had = what.used(what.split)

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlproxi.config.loading import Config
 from rlproxi.errors import ConfigError
 
-from .plan import Cluster, Group, Shortfall, describe_resources, place, problems
+from .plan import Cluster, NodeGroup, Shortfall, describe_resources, place, problems
 from .resources import RoleDemand, bundles, role_resources, stage_demand, total_resources
 
 
@@ -107,7 +107,7 @@ def beside_driver() -> dict[str, Any]:
 def current_cluster() -> Cluster:
     """Return the cluster as it is now: every live node is a group of one."""
     groups = tuple(
-        Group(node["NodeID"][:8], dict(node["Resources"]), 1, 1, dict(node.get("Labels") or {}), head=True)
+        NodeGroup(node["NodeID"][:8], dict(node["Resources"]), 1, 1, dict(node.get("Labels") or {}), head=True)
         for node in ray.nodes()
         if node["Alive"]
     )
@@ -122,19 +122,21 @@ def largest_cluster() -> Cluster | None:
         reported = state.get_cluster_config()
         groups = [] if reported is None else list(reported.node_group_configs)
         found = [
-            Group(g.name, dict(g.resources), g.min_count, 10**6 if g.max_count < 0 else g.max_count)
+            NodeGroup(g.name, dict(g.resources), g.min_count, 10**6 if g.max_count < 0 else g.max_count)
             for g in groups
             if g.max_count
         ]
     except Exception:  # half private, and only gives a better message: without it the run waits until its timeout
         return None
     now = tuple(
-        Group(g.name, g.resources, 1, 1, g.labels, True) for g in current_cluster().groups if not _of_a_group(g, found)
+        NodeGroup(g.name, g.resources, 1, 1, g.labels, True)
+        for g in current_cluster().groups
+        if not _of_a_group(g, found)
     )
     return Cluster("the cluster", (*now, *found), sum(g.most for g in found)) if found else None
 
 
-def _of_a_group(node: Group, groups: list[Group]) -> bool:
+def _of_a_group(node: NodeGroup, groups: list[NodeGroup]) -> bool:
     """Whether a live node is of a group that the autoscaler may start, and so is counted already."""
     return any(
         all(node.resources.get(kind) == amount for kind, amount in g.resources.items() if kind != "memory")

@@ -54,7 +54,7 @@ _TINY = 1e-9
 
 
 @dataclass(frozen=True)
-class Group:
+class NodeGroup:
     """Nodes of one kind. resources: of one node. least, most: the nodes that the cluster keeps and may have."""
 
     name: str
@@ -70,7 +70,7 @@ class Cluster:
     """groups: the head's among them. max_workers: all groups together, the head not counted. warnings: for the user."""
 
     source: str
-    groups: tuple[Group, ...]
+    groups: tuple[NodeGroup, ...]
     max_workers: int
     warnings: tuple[str, ...] = ()
 
@@ -168,10 +168,10 @@ def _ray_up(path: Path, document: dict) -> Cluster:
         resources = {kind: float(amount) for kind, amount in (node.get("resources") or {}).items()}
         labels = node.get("labels") or {}
         if name == head:
-            groups.append(Group(name, resources, 1, 1, labels, True))
+            groups.append(NodeGroup(name, resources, 1, 1, labels, True))
             continue
         own_most = int(node.get("max_workers", most))
-        groups.append(Group(name, resources, int(node.get("min_workers", 0)), min(own_most, most), labels))
+        groups.append(NodeGroup(name, resources, int(node.get("min_workers", 0)), min(own_most, most), labels))
         if not resources:
             warnings.append(f"group {name} names no resources, so what it offers is not known before it is started")
     return Cluster(str(path), tuple(groups), most, tuple(warnings))
@@ -184,7 +184,7 @@ def _by_address(path: Path, document: dict, warnings: list[str]) -> Cluster:
         "what its machines offer is known once they run: `rlproxi doctor CONFIG --address auto` checks the "
         "cluster itself"
     )
-    groups = (Group("head", {}, 1, 1, head=True), Group("workers", {}, len(workers), len(workers)))
+    groups = (NodeGroup("head", {}, 1, 1, head=True), NodeGroup("workers", {}, len(workers), len(workers)))
     return Cluster(str(path), groups, len(workers), (*warnings, counted))
 
 
@@ -192,13 +192,13 @@ def _kuberay(path: Path, document: dict) -> Cluster:
     spec = document["spec"]["rayClusterSpec"] if document["kind"] == "RayJob" else document["spec"]
     grows = bool(spec.get("enableInTreeAutoscaling"))
     head = spec["headGroupSpec"]
-    groups = [Group("head", _pod_resources(head), 1, 1, head.get("labels") or {}, True)]
+    groups = [NodeGroup("head", _pod_resources(head), 1, 1, head.get("labels") or {}, True)]
     for group in spec.get("workerGroupSpecs") or []:
         hosts = int(group.get("numOfHosts", 1))
         least, most = int(group["minReplicas"]) * hosts, int(group["maxReplicas"]) * hosts
         if not grows:
             least = most = int(group.get("replicas", group["minReplicas"])) * hosts
-        groups.append(Group(group["groupName"], _pod_resources(group), least, most, group.get("labels") or {}))
+        groups.append(NodeGroup(group["groupName"], _pod_resources(group), least, most, group.get("labels") or {}))
     warnings = () if grows else ("enableInTreeAutoscaling is off, so each group stays at its `replicas`",)
     return Cluster(str(path), tuple(groups), sum(g.most for g in groups if not g.head), warnings)
 
@@ -256,7 +256,7 @@ def place(demands: list[RoleDemand], cluster: Cluster) -> tuple[dict[str, int], 
     Returns:
         ({worker group: nodes in use}, the actors that fit nowhere).
     """
-    nodes: list[tuple[Group, dict[str, float]]] = [(g, dict(g.resources)) for g in cluster.groups if g.head]
+    nodes: list[tuple[NodeGroup, dict[str, float]]] = [(g, dict(g.resources)) for g in cluster.groups if g.head]
     used = {group.name: 0 for group in cluster.groups if not group.head}
     short = []
     for demand in sorted(
@@ -289,14 +289,14 @@ def _waste(demand: RoleDemand, resources: dict[str, float]) -> tuple[bool, int, 
     )
 
 
-def _node_for(demand: RoleDemand, nodes: list[tuple[Group, dict[str, float]]]) -> dict[str, float] | None:
+def _node_for(demand: RoleDemand, nodes: list[tuple[NodeGroup, dict[str, float]]]) -> dict[str, float] | None:
     """What is free on the best node in use, or None."""
     fitting = [(group, free) for group, free in nodes if _fits(demand, free)]
     return min(fitting, key=lambda node: _waste(demand, node[0].resources))[1] if fitting else None
 
 
 def _new_node(
-    demand: RoleDemand, cluster: Cluster, used: dict[str, int], nodes: list[tuple[Group, dict[str, float]]]
+    demand: RoleDemand, cluster: Cluster, used: dict[str, int], nodes: list[tuple[NodeGroup, dict[str, float]]]
 ) -> dict[str, float] | None:
     """What is free on a node that is added to ``nodes``, or None where the cluster may not grow."""
     if sum(used.values()) >= cluster.max_workers:

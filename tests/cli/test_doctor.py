@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from actors.cluster import doctor as cluster_doctor
-from actors.cluster.plan import Cluster, ClusterReport, Group, NodeReport
+from actors.cluster.plan import Cluster, ClusterReport, NodeGroup, NodeReport
 from fixtures import tiny_checkpoints
 from rlproxi.cli import doctor
 from rlproxi.cli.main import run_command
@@ -216,13 +216,13 @@ def test_models_are_opened(tmp_path):
 # -- clusters -----------------------------------------------------------------------------
 
 
-def cluster(*groups: Group) -> Cluster:
-    return Cluster("test", (Group("head", {"CPU": 0.0}, 1, 1, head=True), *groups), 10)
+def cluster(*groups: NodeGroup) -> Cluster:
+    return Cluster("test", (NodeGroup("head", {"CPU": 0.0}, 1, 1, head=True), *groups), 10)
 
 
 def test_roles_that_are_not_told_apart_and_nodes_nobody_uses():
-    groups = [Group(role, {"CPU": 4.0, role: 1.0}, 0, 2) for role in ("rollout", "learner")] + [
-        Group("reward", {"CPU": 4.0, "reward": 1.0}, 2, 2)
+    groups = [NodeGroup(role, {"CPU": 4.0, role: 1.0}, 0, 2) for role in ("rollout", "learner")] + [
+        NodeGroup("reward", {"CPU": 4.0, "reward": 1.0}, 2, 2)
     ]
     found = list(cluster_doctor.check_fit(config(), cluster(*groups)))
     assert "add resources.placement=roles" in [f.remedy for f in found]
@@ -237,7 +237,7 @@ def test_roles_that_are_not_told_apart_and_nodes_nobody_uses():
 
 def test_max_replicas_beyond_the_cluster_is_worth_a_word():
     grows = build_config({"rewards": {"train": [{"name": "jpeg", "num_gpus": 1, "max_replicas": 3}], "heldout": []}})
-    groups = Group("any", {"CPU": 8.0, "GPU": 1.0}, 0, 2)
+    groups = NodeGroup("any", {"CPU": 8.0, "GPU": 1.0}, 0, 2)
     found = list(cluster_doctor.check_fit(grows, cluster(groups)))
     assert "fail" not in levels(found) and any("max_replicas: this run asks for 3 reward GPUs" in f.text for f in found)
 
@@ -284,7 +284,7 @@ def test_a_cluster_that_cannot_be_joined():
 def test_a_cluster_that_answers():
     def inspect(address, folder):
         assert address == "auto" and os.path.isabs(folder)
-        return ClusterReport((node(head=True),), cluster(Group("a", {"CPU": 4.0}, 1, 1)), None)
+        return ClusterReport((node(head=True),), cluster(NodeGroup("a", {"CPU": 4.0}, 1, 1)), None)
 
     found = list(cluster_doctor.check_running(config(), "auto", inspect))
     assert "fail" not in levels(found) and any("stays as it is" in f.text for f in found)

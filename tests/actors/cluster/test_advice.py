@@ -7,15 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.cluster.advice import Measured, Split, advise, best, describe, measured
+from actors.cluster.advice import IterationCosts, Split, advise, best, describe, measured
 from rlproxi.config.loading import build_config, dump_config
 from rlproxi.telemetry.runlog import RunLog
 
 ONE_EACH = Split(1, 1, 1)
 
 
-def made(m=64, a=1.0, b=0.0, c=64.0, s=0.0, split=ONE_EACH, gpus=(1.0, 0.0, 1.0), overlapped=False, **more) -> Measured:
-    return Measured(m, a, b, c, s, 1.0, split, gpus, overlapped, **more)
+def made(
+    m=64, a=1.0, b=0.0, c=64.0, s=0.0, split=ONE_EACH, gpus=(1.0, 0.0, 1.0), overlapped=False, **more
+) -> IterationCosts:
+    return IterationCosts(m, a, b, c, s, 1.0, split, gpus, overlapped, **more)
 
 
 def simulated(m: int, a: float, b: float, actors: int, replicas: int) -> float:

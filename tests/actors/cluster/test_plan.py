@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.cluster.plan import Cluster, Group, place, problems, read_cluster
+from actors.cluster.plan import Cluster, NodeGroup, place, problems, read_cluster
 from actors.cluster.resources import RoleDemand, bundles, run_demand, stage_demand, total_resources
 from rlproxi.config.loading import build_config
 from rlproxi.errors import ConfigError
@@ -13,8 +13,8 @@ from rlproxi.errors import ConfigError
 JPEG = {"rewards": {"train": [{"name": "jpeg"}], "heldout": []}}
 
 
-def cluster(*groups: Group, most: int = 10) -> Cluster:
-    return Cluster("test", (Group("head", {"CPU": 0.0}, 1, 1, head=True), *groups), most)
+def cluster(*groups: NodeGroup, most: int = 10) -> Cluster:
+    return Cluster("test", (NodeGroup("head", {"CPU": 0.0}, 1, 1, head=True), *groups), most)
 
 
 # -- demand -------------------------------------------------------------------------------
@@ -84,27 +84,27 @@ def test_what_ray_counts_itself_is_refused_as_a_custom_resource():
 
 def test_the_sentence_of_the_issue():
     demands = [RoleDemand("reward", "replicas of hpsv2.1", {"GPU": 1.0}, 4)]
-    (text,) = problems(demands, cluster(Group("reward", {"CPU": 8.0, "GPU": 1.0}, 0, 2)))
+    (text,) = problems(demands, cluster(NodeGroup("reward", {"CPU": 8.0, "GPU": 1.0}, 0, 2)))
     assert text.startswith("this run asks for 4 reward GPUs, the cluster tops out at 2: raise the maximum of reward")
-    assert problems(demands, cluster(Group("reward", {"GPU": 1.0}, 0, 4))) == []
+    assert problems(demands, cluster(NodeGroup("reward", {"GPU": 1.0}, 0, 4))) == []
 
 
 def test_what_no_node_offers_what_is_taken_by_others_and_the_ceiling_of_all():
     big = [RoleDemand("learner", "learner ranks", {"GPU": 1.0, "learner": 0.001}, 2)]
-    (text,) = problems(big, cluster(Group("any", {"GPU": 8.0}, 0, 2)))
+    (text,) = problems(big, cluster(NodeGroup("any", {"GPU": 8.0}, 0, 2)))
     assert "no node of the cluster offers 1 GPU, 0.001 learner" in text and "resources.placement" in text
     two = [
         RoleDemand("rollout", "rollout actors", {"GPU": 1.0}, 2),
         RoleDemand("learner", "learner ranks", {"GPU": 1.0}, 2),
     ]
-    (text,) = problems(two, cluster(Group("any", {"GPU": 1.0}, 0, 3)))
+    (text,) = problems(two, cluster(NodeGroup("any", {"GPU": 1.0}, 0, 3)))
     assert "not beside the other roles" in text
-    (text,) = problems(two[:1], cluster(Group("any", {"GPU": 1.0}, 0, 5), most=1))
+    (text,) = problems(two[:1], cluster(NodeGroup("any", {"GPU": 1.0}, 0, 5), most=1))
     assert "tops out at 1" in text and "max_workers is 1" in text
 
 
 def test_small_demands_share_a_node_and_do_not_open_gpu_nodes():
-    groups = (Group("gpu", {"CPU": 8.0, "GPU": 1.0}, 0, 4), Group("cpu", {"CPU": 4.0}, 0, 4))
+    groups = (NodeGroup("gpu", {"CPU": 8.0, "GPU": 1.0}, 0, 4), NodeGroup("cpu", {"CPU": 4.0}, 0, 4))
     used, short = place(
         [RoleDemand("rollout", "r", {"CPU": 4.0, "GPU": 0.5}, 4), RoleDemand("prepare", "p", {"CPU": 4.0}, 1)],
         cluster(*groups),
@@ -134,10 +134,10 @@ def test_small_demands_share_a_node_and_do_not_open_gpu_nodes():
     gpus=st.integers(1, 4),
 )
 def test_nobody_is_lost_and_no_node_is_overfull(demands, nodes, gpus):
-    used, short = place(demands, cluster(Group("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))
+    used, short = place(demands, cluster(NodeGroup("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))
     placed = sum(a.total("GPU") for a in demands) - sum(s.missing * s.demand.resources["GPU"] for s in short)
     assert placed <= used["g"] * gpus + 1e-9 and used["g"] <= nodes
-    assert bool(problems(demands, cluster(Group("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))) == bool(short)
+    assert bool(problems(demands, cluster(NodeGroup("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))) == bool(short)
 
 
 # -- reading ------------------------------------------------------------------------------
