@@ -17,39 +17,25 @@ import yaml
 
 from .resources import RoleDemand
 
+
+def _keys(text: str) -> set[str]:
+    return set(text.split())
+
+
+_CLOUD = "type region availability_zone cache_stopped_nodes use_internal_ips"
 #: Provider keys that Ray 2.60 reads. Ray's own validation lets every other key pass, and then ignores it.
 PROVIDER_KEYS = {
-    "aws": {
-        "type",
-        "region",
-        "availability_zone",
-        "cache_stopped_nodes",
-        "use_internal_ips",
-        "key_pair",
-        "security_group",
-        "aws_credentials",
-        "cloudwatch",
-    },
-    "gcp": {
-        "type",
-        "region",
-        "availability_zone",
-        "project_id",
-        "cache_stopped_nodes",
-        "use_internal_ips",
-        "gcp_credentials",
-    },
-    "local": {"type", "head_ip", "worker_ips", "coordinator_address", "use_external_head_ip", "external_head_ip"},
-    "fake_multinode": {"type", "gcs_address", "head_node_id", "launch_multiple", "use_node_id_as_ip"},
+    "aws": _keys(f"{_CLOUD} key_pair security_group aws_credentials cloudwatch"),
+    "gcp": _keys(f"{_CLOUD} project_id gcp_credentials"),
+    "local": _keys("type head_ip worker_ips coordinator_address use_external_head_ip external_head_ip"),
+    "fake_multinode": _keys("type gcs_address head_node_id launch_multiple use_node_id_as_ip"),
 }
-_ANY_PROVIDER = {
-    "module",
-    "disable_node_updaters",
-    "disable_launch_config_check",
-    "foreground_node_launch",
-    "worker_liveness_check",
-    "worker_rpc_drain",
-}
+_ANY_PROVIDER = _keys(
+    "module disable_node_updaters disable_launch_config_check foreground_node_launch worker_liveness_check "
+    "worker_rpc_drain"
+)
+#: Suffix of a Kubernetes quantity -> its factor.
+_UNITS = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _TINY = 1e-9
 
 
@@ -229,19 +215,7 @@ def _quantity(value: Any) -> float:
     match = re.fullmatch(r"([0-9.]+)(m|k|M|G|T|Ki|Mi|Gi|Ti)?", str(value).strip())
     if not match:
         raise ValueError(f"{value!r} is not a quantity such as 2, 500m or 64Gi")
-    scale = {
-        None: 1,
-        "m": 1e-3,
-        "k": 1e3,
-        "M": 1e6,
-        "G": 1e9,
-        "T": 1e12,
-        "Ki": 2**10,
-        "Mi": 2**20,
-        "Gi": 2**30,
-        "Ti": 2**40,
-    }
-    return float(match[1]) * scale[match[2]]
+    return float(match[1]) * (_UNITS[match[2]] if match[2] else 1)
 
 
 # -- placing ------------------------------------------------------------------------------

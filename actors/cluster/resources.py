@@ -106,44 +106,25 @@ def stage_demand(config: Config, stage: str = "rl", largest: bool = False) -> li
     busy = [role for role in _ROLES_OF_STAGE.get(stage, ()) if role != "learner" or learns]
     found = []
     if "rollout" in busy:
-        found.append(
-            RoleDemand(
-                "rollout",
-                "rollout actors",
-                _resources(r.rollout_cpus, r.rollout_gpus, role_resources(config, "rollout")),
-                r.rollout_actors,
-            )
-        )
+        each = _resources(r.rollout_cpus, r.rollout_gpus, role_resources(config, "rollout"))
+        found.append(RoleDemand("rollout", "rollout actors", each, r.rollout_actors))
     if "learner" in busy:
-        found.append(
-            RoleDemand(
-                "learner",
-                "learner ranks",
-                _resources(r.learner_cpus, r.learner_gpus, role_resources(config, "learner")),
-                r.learner_workers,
-            )
-        )
+        each = _resources(r.learner_cpus, r.learner_gpus, role_resources(config, "learner"))
+        found.append(RoleDemand("learner", "learner ranks", each, r.learner_workers))
     if "reward" in busy:
         for x in [*w.train, *w.heldout]:
             o = replica_options(w, x, r.placement)
             least = x.replicas or w.replicas
             each = _resources(o["num_cpus"], o["num_gpus"], o.get("resources", {}))
-            found.append(
-                RoleDemand(
-                    "reward", f"replicas of {x.name}", each, max(least, x.max_replicas or 0) if largest else least
-                )
-            )
+            count = max(least, x.max_replicas or 0) if largest else least
+            found.append(RoleDemand("reward", f"replicas of {x.name}", each, count))
     return found
 
 
 def run_demand(config: Config, largest: bool = False) -> list[RoleDemand]:
     """Return what the most demanding of the config's stages holds at once."""
-    stages = [
-        stage
-        for stage in ("rl", "before", "after", "pretrain", "encode", "prepare", "curate")
-        if stage in config.run.stages
-    ]
-    found = [stage_demand(config, stage, largest) for stage in stages]
+    stages = ("rl", "before", "after", "pretrain", "encode", "prepare", "curate")
+    found = [stage_demand(config, stage, largest) for stage in stages if stage in config.run.stages]
     return max(found, key=lambda each: [sum(a.total(kind) for a in each) for kind in ("GPU", "CPU")], default=[])
 
 

@@ -54,29 +54,15 @@ def command(options: argparse.Namespace) -> int:
     from actors.serve import image_service
 
     identity = secrets.token_hex(4)
-    limits = image_service.Limits(
-        options.max_queue,
-        options.max_batch,
-        options.batch_wait_ms,
-        options.max_steps,
-        options.max_prompt_chars,
-    )
-    app = image_service.application(
-        options.model,
-        identity,
-        options.replicas,
-        options.cpus,
-        options.gpus,
-        options.precision,
-        options.exact,
-        limits,
-    )
+    o = options
+    limits = image_service.Limits(o.max_queue, o.max_batch, o.batch_wait_ms, o.max_steps, o.max_prompt_chars)
+    app = image_service.application(o.model, identity, o.replicas, o.cpus, o.gpus, o.precision, o.exact, limits)
     started, name = connect() == "started", f"images-{identity}"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        image_service.check_size(options.replicas, options.cpus, options.gpus)
-        url = image_service.up(app, identity, name, options.host, options.port)
-        print(f"serving {options.model} at {url}; Ctrl-C ends it", flush=True)
+        image_service.check_size(o.replicas, o.cpus, o.gpus)
+        url = image_service.up(app, identity, name, o.host, o.port)
+        print(f"serving {o.model} at {url}; Ctrl-C ends it", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print("\nending", flush=True)

@@ -19,19 +19,8 @@ from ..config.loading import Config
 from .findings import Finding, fail, ok, warn
 
 NEEDED = (
-    "ray",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "diffusers",
-    "peft",
-    "safetensors",
-    "numpy",
-    "pydantic",
-    "matplotlib",
-    "pillow",
-    "sentencepiece",
-    "tqdm",
+    *("ray", "torch", "deepspeed", "transformers", "diffusers", "peft", "safetensors"),
+    *("numpy", "pydantic", "matplotlib", "pillow", "sentencepiece", "tqdm"),
 )
 #: Port of a Ray head -> what listens there.
 RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard and job server"}
