@@ -1,8 +1,17 @@
 """``python -m rlproxi.run``: the same as ``rlproxi run``."""
 
-import sys
+from __future__ import annotations
 
-from .cli.run import main
+import sys
+from collections.abc import Sequence
+
+from .cli.main import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``rlproxi run`` with ``argv``, by default the process's own, and return the exit status."""
+    return run_command("run", sys.argv[1:] if argv is None else argv)
+
 
 if __name__ == "__main__":
     sys.exit(main())

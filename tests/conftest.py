@@ -13,12 +13,13 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 
-#: Of tests/system, what needs nothing of the smoke run: on a Ray of its own it keeps the second process at work as long as the first.
+#: Of tests/system, what needs nothing of the smoke run: on a Ray of its own it keeps the second process at work as long
+#: as the first.
 ON_A_RAY_OF_THEIR_OWN = ("test_curation", "test_published", "test_serve_images")
 
 
 def pytest_xdist_make_scheduler(config, log):
-    """With `-n 2` one process takes the tests that share the smoke run and its Ray, the other the rest, file by file."""
+    """With `-n 2` one process takes the tests that share the smoke run and its Ray, the other the rest by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class OneRay(LoadScopeScheduling):
@@ -30,8 +31,33 @@ def pytest_xdist_make_scheduler(config, log):
     return OneRay(config, log)
 
 
+#: Files and folders whose tests are marked slow: each takes more than 15 CPU seconds. What is left, ``-m fast``, takes
+#: at most five minutes on two cores.
+SLOW = (
+    "actors/train/test_engine_state.py",
+    "actors/train/test_saving.py",
+    "actors/train/test_two_ranks.py",
+    "fuzz",
+    "models/test_diffusers_pipeline.py",
+    "models/test_export.py",
+    "models/test_lora.py",
+    "planning/test_memory.py",
+    "planning/test_memory_algorithms.py",
+)
+TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
 def pytest_collection_modifyitems(items):
-    # What takes longest begins first, and what counts seconds comes last of it, when the other process is at its end.
+    """Mark what is slow or fast, and sort: what takes longest begins first."""
+    slow = [TESTS / place for place in SLOW]
+    assert all(place.exists() for place in slow), f"SLOW names what is not there: {slow}"
+    for item in items:
+        if any(item.path.is_relative_to(place) for place in slow):
+            item.add_marker("slow")
+        if not any(item.get_closest_marker(name) for name in ("system", "slow", "exhaustive")):
+            item.add_marker("fast")
+    # Of the system tests, those that count seconds come last, when the other process is at its end.
     items.sort(key=lambda item: (item.get_closest_marker("system") is None, "test_faults" in item.nodeid))
 
 
@@ -40,7 +66,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-# What a test runs in this process may set another number, and images are equal to the bit only at one number of threads.
+# What a test runs in this process may set another number, and images are equal to the bit only at one number of
+# threads.
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_for_what_a_module_shares():
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""Joining Ray, resources, placement, autoscaling, scaling advice, and what the doctor asks a cluster."""
+"""Joining Ray, resources, placement, autoscaling, scaling advice, and the doctor's checks of a cluster."""

@@ -1,8 +1,8 @@
-"""Scaling advice: from what a run measured to the split of GPUs that balances its roles, and the step time to expect.
+"""Scaling advice: which split of GPUs balances the roles of a run, from what the run measured.
 
 The model is small on purpose. An iteration is M micro-batches. A rollout actor takes a seconds for one, a scorer's
 replica b seconds, the learner's ranks share c seconds of work, and every iteration ends with s seconds of
-synchronisation. With n_r actors, n_w replicas and n_l ranks:
+synchronisation. With n_r actors, n_w replicas and n_l ranks, an iteration takes, in seconds:
 
     rollouts  R = ceil(M / n_r) a        rewards  W = ceil(M / n_w) b        learner  L = c / n_l + s
     synchronous (max_staleness 0)        max(R + b, a + W) + L
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
@@ -31,21 +32,24 @@ LIMIT = 64
 
 @dataclass(frozen=True)
 class Split:
-    """How many of each: rollout actors, replicas of each scorer, learner ranks."""
+    """The number of rollout actors, of replicas of each scorer, and of learner ranks."""
 
     rollout: int
     reward: int
     learner: int
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         return iter((self.rollout, self.reward, self.learner))
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one iteration costs. rollout, reward: seconds of one actor or replica for one micro-batch; learner: seconds
-    of all ranks together; sync: seconds at the end of the iteration. gpus: what one of each role takes, (rollout,
-    reward, learner). split and step: what it was measured with, and the seconds it took."""
+class IterationCosts:
+    """What one iteration costs, in seconds.
+
+    rollout, reward: of one actor or replica for one micro-batch. learner: of all ranks together. sync: at the end of
+    the iteration. split, step: what it was measured with, and how long it took. gpus: what one of each role takes,
+    (rollout, reward, learner). overlapped: max_staleness > 0. updates: optimizer steps of an iteration.
+    """
 
     micro_batches: int
     rollout: float
@@ -59,7 +63,7 @@ class Measured:
     updates: int = 1
 
     def seconds(self, split: Split, overlapped: bool | None = None) -> float:
-        """The step time to expect of another split, in seconds."""
+        """Return the step time to expect of another split, in seconds. ``overlapped`` None: as measured."""
         m, a, b = self.micro_batches, self.rollout, self.reward
         sampled, scored = math.ceil(m / split.rollout) * a, math.ceil(m / split.reward) * b
         learner = self.learner / split.learner + self.sync
@@ -68,36 +72,38 @@ class Measured:
         return max(sampled + b, a + scored) + learner
 
     def used(self, split: Split) -> float:
-        """The GPUs of a split; where no role uses one, its processes."""
+        """Return the GPUs of a split; where no role uses one, its processes."""
         if not any(self.gpus):
             return float(sum(split))
-        return sum(count * each for count, each in zip(split, self.gpus))
+        return sum(count * each for count, each in zip(split, self.gpus, strict=True))
 
     def ranks(self) -> list[int]:
-        """Numbers of learner ranks that give each an equal share of an iteration's micro-batches."""
+        """Return the numbers of learner ranks that give each rank an equal share of an iteration's micro-batches."""
         return [n for n in range(1, min(LIMIT, self.micro_batches) + 1) if self.micro_batches % (n * self.updates) == 0]
 
 
-def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measured | None:
-    """What the stage rl of a run directory measured: medians over its iterations, the first left out.
+def measured(run_dir: str | os.PathLike, config: Config | None = None) -> IterationCosts | None:
+    """Return what the stage rl of a run directory measured: medians over its iterations, without the first.
 
     None where there is nothing to balance: no iterations in the log, or an algorithm whose learner samples for itself.
     Raises FileNotFoundError or ConfigError where the directory has no config.yaml that can be read.
     """
     config = config or load_config(RunDirectory(run_dir).config)
     records = read(run_dir)
-    found = {}
+    found: dict[str, float] = {}
     for key in ("rollout", "reward", "train", "sync", "step"):
         values = [v for v in series(records, "rl", f"seconds/{key}")[1] if v == v]
-        found[key] = median(values[1:] or values) if values else None
-    if any(value is None for value in found.values()) or not last_step(records, "rl"):
+        if not values:
+            return None
+        found[key] = median(values[1:] or values)
+    if not last_step(records, "rl"):
         return None
     r, w, m = config.resources, config.rewards, config.rl.micro_batches
     scorers = [w.replicas_of(x) for x in w.train]
     replicas = min(x.least for x in scorers)
-    # Waiting for a place counts as scoring in the log; more than all replicas for all of the step it cannot be.
+    # In the log, waiting for a free replica counts as scoring. The bound: all replicas score during all of the step.
     scoring = min(found["reward"], replicas * found["step"])
-    return Measured(
+    return IterationCosts(
         micro_batches=m,
         rollout=min(found["rollout"], r.rollout_actors * found["step"]) / m,
         reward=scoring / m,
@@ -111,11 +117,11 @@ def measured(run_dir: str | os.PathLike, config: Config | None = None) -> Measur
     )
 
 
-def best(what: Measured, places: float, overlapped: bool | None = None) -> Split | None:
-    """The fastest split that takes at most ``places`` GPUs (or processes, where none uses a GPU); None where none fits.
+def best(what: IterationCosts, places: float, overlapped: bool | None = None) -> Split | None:
+    """Return the fastest split of at most ``places`` GPUs (processes, where no role uses a GPU); None where none fits.
 
-    Of equally fast ones the one that takes fewest. A role without a GPU beside roles with one is not what is short: its
-    number stays.
+    Of equally fast splits it is the smallest. A role without a GPU beside roles with one keeps its number: only GPUs
+    are scarce.
     """
     free = not any(what.gpus)
 
@@ -135,12 +141,12 @@ def best(what: Measured, places: float, overlapped: bool | None = None) -> Split
     )
 
 
-def describe(what: Measured, places: float | None = None) -> list[str]:
-    """Lines for the user: what was measured, and the best splits of as many GPUs as the run had, and twice as many."""
+def describe(what: IterationCosts, places: float | None = None) -> list[str]:
+    """Return lines for the user: what was measured, and the best splits of the run's GPUs and of twice as many."""
     unit = "GPUs" if any(what.gpus) else "processes"
     had = what.used(what.split)
-    told = [
-        f"scaling    an iteration took {what.step:.2f} s on {_told(what.split)} ({had:g} {unit}): rollouts "
+    lines = [
+        f"scaling    an iteration took {what.step:.2f} s on {_describe(what.split)} ({had:g} {unit}): rollouts "
         f"{what.micro_batches} x {what.rollout:.2f} s, rewards {what.micro_batches} x {what.reward:.2f} s, learner "
         f"{what.learner:.2f} s in all, sync {what.sync:.2f} s"
     ]
@@ -148,30 +154,30 @@ def describe(what: Measured, places: float | None = None) -> list[str]:
         for overlapped in (False, True):
             split = best(what, number, overlapped)
             if split is None:
-                told.append(f"scaling    {number:g} {unit}: too few for one of each role")
+                lines.append(f"scaling    {number:g} {unit}: too few for one of each role")
                 break
             now = what.seconds(what.split, what.overlapped)
             then = what.seconds(split, overlapped)
             how = "max_staleness 1 or more" if overlapped else "max_staleness 0"
-            told.append(
-                f"scaling    {number:g} {unit}, {how}: {_told(split)}, {then:.2f} s an iteration "
+            lines.append(
+                f"scaling    {number:g} {unit}, {how}: {_describe(split)}, {then:.2f} s an iteration "
                 f"({now / then:.2f} x as fast as this split's {now:.2f} s)"
                 if then
-                else f"scaling    {number:g} {unit}, {how}: {_told(split)}"
+                else f"scaling    {number:g} {unit}, {how}: {_describe(split)}"
             )
-    return told
+    return lines
 
 
-def _told(split: Split) -> str:
+def _describe(split: Split) -> str:
     def several(count: int, word: str) -> str:
         return f"{count} {word}{'s' * (count != 1)}"
 
     words = ("rollout actor", "reward replica", "learner rank")
-    return ", ".join(several(count, word) for count, word in zip(split, words))
+    return ", ".join(several(count, word) for count, word in zip(split, words, strict=True))
 
 
-def of_run(run_dir: str | os.PathLike, places: float | None = None) -> list[str]:
-    """``describe`` of a run directory, or one line that says why there is no advice."""
+def advise(run_dir: str | os.PathLike, places: float | None = None) -> list[str]:
+    """Return ``describe``'s lines for a run directory, or one line that says why there is no advice."""
     what = measured(run_dir)
     if what is None:
         return ["scaling    no advice: the run has no iterations whose samples rollout actors drew and rewards scored"]

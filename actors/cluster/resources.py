@@ -1,8 +1,8 @@
-"""What a config asks of a cluster, role by role: the one place where Ray's resource dictionaries are made.
+"""The resources that a run needs, role by role. Ray's resource dictionaries are made here and nowhere else.
 
-A node offers amounts of named resources (CPU, GPU, and whatever it was started with); an actor or a rank goes where
-its own amounts fit. ``resources.placement = roles`` adds a small amount of a custom resource of the role's name, so
-that the role fits only on nodes that were started with that resource.
+A node offers amounts of named resources: CPU, GPU, and custom ones that it was started with. Ray places an actor or a
+rank where its amounts fit. ``resources.placement = roles`` adds a small amount of a custom resource named after the
+role, so that the role fits only on nodes that were started with that resource.
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from rlproxi.config.sections import Reward, Rewards
 from rlproxi.errors import ConfigError
 
 ROLES = ("rollout", "learner", "reward")
-#: How much of its role's resource an actor takes of a node that offers 1: GPUs and CPUs bound the number, not this.
+#: The amount of its role's resource that an actor takes; a node offers 1. GPUs and CPUs bound the number, not this.
 SHARE = 0.001
-#: Roles that a stage keeps busy. ``before`` is followed by ``rl`` within minutes: the learner's nodes may come already.
-_BUSY = {"encode": ("learner",), "pretrain": ("learner",), "before": ROLES, "rl": ROLES, "after": ("rollout", "reward")}
+#: Stage -> roles that it uses. ``rl`` follows ``before`` within minutes, so the learner's nodes may start already.
+_ROLES_OF_STAGE = {
+    "encode": ("learner",),
+    "pretrain": ("learner",),
+    "before": ROLES,
+    "rl": ROLES,
+    "after": ("rollout", "reward"),
+}
 _OWN_KEYS = {
     "CPU": "num_cpus, rollout_cpus or learner_cpus",
     "GPU": "num_gpus, rollout_gpus or learner_gpus",
@@ -28,7 +34,7 @@ _OWN_KEYS = {
 
 
 @dataclass(frozen=True)
-class Ask:
+class RoleDemand:
     """``count`` actors or ranks of one kind. resources: what each takes of its node, {"CPU": 1.0, "GPU": 0.5, ...}."""
 
     role: str
@@ -37,18 +43,22 @@ class Ask:
     count: int
 
     def total(self, kind: str) -> float:
+        """Return the amount of one resource that all of them take together."""
         return self.count * self.resources.get(kind, 0.0)
 
 
 def role_resources(config: Config, role: str) -> dict[str, float]:
-    """The custom resources of a rollout actor or a learner rank, {} where it may go anywhere. Raises ConfigError."""
+    """Return the custom resources of a rollout actor or a learner rank, {} where Ray may place it anywhere.
+
+    Raises ConfigError where the config names one of Ray's own resources.
+    """
     r = config.resources
     own = {"rollout": r.rollout_resources, "learner": r.learner_resources}[role]
     return _custom(f"resources.{role}_resources", own, role, r.placement)
 
 
 def replica_options(rewards: Rewards, reward: Reward, placement: str = "any") -> dict[str, Any]:
-    """num_cpus, num_gpus and resources of one replica of a scorer, as Serve's ``ray_actor_options`` takes them.
+    """Return num_cpus, num_gpus and resources of one replica of a scorer, as Serve's ``ray_actor_options`` takes them.
 
     Args:
         placement: ``resources.placement`` of the run.
@@ -76,65 +86,49 @@ def _resources(cpus: float, gpus: float, custom: dict[str, float]) -> dict[str, 
     return {name: float(amount) for name, amount in {"CPU": cpus, "GPU": gpus, **custom}.items() if amount}
 
 
-def asks(config: Config, stage: str = "rl", largest: bool = False) -> list[Ask]:
-    """What ``stage`` holds at once; [] for a stage that takes whatever is there.
+def stage_demand(config: Config, stage: str = "rl", largest: bool = False) -> list[RoleDemand]:
+    """Return what ``stage`` holds at once; [] for a stage that needs nothing of its own.
 
     Args:
-        largest: with as many replicas of each scorer as ``max_replicas`` allows, instead of what it starts with.
+        largest: count as many replicas of each scorer as ``max_replicas`` allows, instead of those it starts with.
     """
     r, w = config.resources, config.rewards
     if stage == "prepare":
-        return [Ask("prepare", "classifiers", {"CPU": 1.0}, 1)]
+        return [RoleDemand("prepare", "classifiers", {"CPU": 1.0}, 1)]
     if stage == "curate":
         c = config.curate
-        return [Ask("curate", "curation workers", _resources(c.num_cpus, c.num_gpus, {}), c.workers)]
+        return [RoleDemand("curate", "curation workers", _resources(c.num_cpus, c.num_gpus, {}), c.workers)]
     learns = stage != "before" or "rl" in config.run.stages
-    busy = [role for role in _BUSY.get(stage, ()) if role != "learner" or learns]
+    busy = [role for role in _ROLES_OF_STAGE.get(stage, ()) if role != "learner" or learns]
     found = []
     if "rollout" in busy:
-        found.append(
-            Ask(
-                "rollout",
-                "rollout actors",
-                _resources(r.rollout_cpus, r.rollout_gpus, role_resources(config, "rollout")),
-                r.rollout_actors,
-            )
-        )
+        each = _resources(r.rollout_cpus, r.rollout_gpus, role_resources(config, "rollout"))
+        found.append(RoleDemand("rollout", "rollout actors", each, r.rollout_actors))
     if "learner" in busy:
-        found.append(
-            Ask(
-                "learner",
-                "learner ranks",
-                _resources(r.learner_cpus, r.learner_gpus, role_resources(config, "learner")),
-                r.learner_workers,
-            )
-        )
+        each = _resources(r.learner_cpus, r.learner_gpus, role_resources(config, "learner"))
+        found.append(RoleDemand("learner", "learner ranks", each, r.learner_workers))
     if "reward" in busy:
         for x in w.all:
             o, replicas = replica_options(w, x, r.placement), w.replicas_of(x)
             each = _resources(o["num_cpus"], o["num_gpus"], o.get("resources", {}))
             count = replicas.most if largest else replicas.least
-            found.append(Ask("reward", f"replicas of {x.name}", each, count))
+            found.append(RoleDemand("reward", f"replicas of {x.name}", each, count))
     return found
 
 
-def of_run(config: Config, largest: bool = False) -> list[Ask]:
-    """What the most demanding of the configured stages holds at once."""
-    stages = [
-        stage
-        for stage in ("rl", "before", "after", "pretrain", "encode", "prepare", "curate")
-        if stage in config.run.stages
-    ]
-    found = [asks(config, stage, largest) for stage in stages]
+def run_demand(config: Config, largest: bool = False) -> list[RoleDemand]:
+    """Return what the most demanding of the config's stages holds at once."""
+    stages = ("rl", "before", "after", "pretrain", "encode", "prepare", "curate")
+    found = [stage_demand(config, stage, largest) for stage in stages if stage in config.run.stages]
     return max(found, key=lambda each: [sum(a.total(kind) for a in each) for kind in ("GPU", "CPU")], default=[])
 
 
-def totals(found: list[Ask]) -> dict[str, float]:
-    """{"CPU": ..., "GPU": ..., custom...}: the sums over all."""
-    kinds = dict.fromkeys(["CPU", "GPU", *(kind for ask in found for kind in ask.resources)])
-    return {kind: sum(ask.total(kind) for ask in found) for kind in kinds}
+def total_resources(demands: list[RoleDemand]) -> dict[str, float]:
+    """Return the sums over all: {"CPU": ..., "GPU": ..., custom resources ...}."""
+    kinds = dict.fromkeys(["CPU", "GPU", *(kind for demand in demands for kind in demand.resources)])
+    return {kind: sum(demand.total(kind) for demand in demands) for kind in kinds}
 
 
-def bundles(found: list[Ask]) -> list[dict[str, float]]:
-    """One resource dictionary for each actor or rank, as ``ray.autoscaler.sdk.request_resources`` takes them."""
-    return [dict(ask.resources) for ask in found for _ in range(ask.count) if ask.resources]
+def bundles(demands: list[RoleDemand]) -> list[dict[str, float]]:
+    """Return one resource dictionary for each actor or rank, as ``ray.autoscaler.sdk.request_resources`` takes them."""
+    return [dict(demand.resources) for demand in demands for _ in range(demand.count) if demand.resources]

@@ -16,7 +16,7 @@ from rlproxi.config.loading import Config
 from rlproxi.telemetry import gallery, timeline
 from rlproxi.telemetry.timeline import Diary
 
-from ..cluster import resources as demand
+from ..cluster.resources import stage_demand, total_resources
 from .messages import Scored, Trained
 
 
@@ -36,7 +36,7 @@ class Observer:
         self.settings, self.run_dir, self.scribe = config.telemetry, run_dir, scribe
         self.diary, self.lost = diary, lost
         self.learners_begun = 0
-        self.gpus = demand.totals(demand.asks(config, "rl"))["GPU"]
+        self.gpus = total_resources(stage_demand(config, "rl"))["GPU"]
         self.lanes: dict[str, Sequence[int | str]] = {"learner": [0]}
         if all_roles:
             self.lanes["rollout"] = range(config.resources.rollout_actors)

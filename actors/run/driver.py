@@ -121,7 +121,12 @@ class Driver:
 
         parts = ModelFolder.of(self.config)
         told = self._watch(
-            lambda: encode(self.config, Path(self._cache()), str(parts.path) if parts is not None and parts.has_vae else None, self.scribe),
+            lambda: encode(
+                self.config,
+                Path(self._cache()),
+                str(parts.path) if parts is not None and parts.has_vae else None,
+                self.scribe,
+            ),
             [("encode", len(list_shards(self.config.data.urls)))],
         )
         print(f"               {told['samples']} samples, {told['skipped']} skipped {told['reasons'] or ''}")

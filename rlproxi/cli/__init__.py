@@ -1,1 +1,1 @@
-"""The command line: one module for each command. The only code, with rlproxi.api, that imports actors."""
+"""The command line: one module for each command, listed in main.py."""

@@ -11,11 +11,11 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from ..models.precision import autocast, compute_dtype, has_fast_bfloat16
 from ..models.text import TextEncoder, TextStates, build_text_encoder, operator
 from ..models.unet import ProximalUNet
 from ..proximal.samplers import generator_noise, sample
+from ..rewards import TorchScorer
 from ..run_directory import RunDirectory
 
 
@@ -105,7 +106,7 @@ def bfloat16_speedup(config: Config, repeats: int = 15) -> float:
     shapes = _Shapes(config)
     low = ProximalUNet.from_config(shapes.unet.config)
 
-    def run(unet: ProximalUNet, dtype: torch.dtype) -> None:
+    def run(unet: torch.nn.Module, dtype: torch.dtype) -> None:
         with autocast(dtype, "cpu"):
             loss = unet(shapes.y, shapes.t, shapes.lam, shapes.text).square().mean()
         loss.backward()
@@ -114,21 +115,25 @@ def bfloat16_speedup(config: Config, repeats: int = 15) -> float:
 
 
 def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, str]:
-    """(ratio, what it was made of), of the config's algorithm: seconds of a real iteration over those of its bare work.
+    """(seconds of a real iteration of the config's algorithm over those of its bare work, the parts in words).
 
-    The real one runs on Ray: rollout actors and Serve reward where the algorithm has them, DeepSpeed learner, synchronous.
-    The bare work is the same number of network forwards and backwards and of reward calls with nothing around them
-    (``_bare_micro_batch``), split over as many processes as the learner has ranks, which exchange nothing and have the
-    machine to themselves. It is measured before the real one and after it, and both are told: shared machines drift by more
-    than the bar, and where the two differ by so much the ratio says nothing.
+    The real one runs on Ray, synchronously: rollout actors and a Serve reward where the algorithm has them, and a
+    DeepSpeed learner. The bare work is the same number of network forwards and backwards and of reward calls with
+    nothing around them (``_bare_micro_batch``). It is split over as many processes as the learner has ranks; they
+    exchange nothing and have the machine to themselves. It is measured before the real iteration and after it, and
+    both are printed: a shared machine drifts by more than the bar, and where the two differ by so much the ratio means
+    nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
         reward_file = _random_classifier(config, Path(folder))
         before = _bare_seconds(config, reward_file)
         real = _real_iterations(config, Path(folder), reward_file, iterations)
         after = _bare_seconds(config, reward_file)
-    told = f"real iteration {real:.2f} s / bare work {statistics.median(before):.2f} s before, {statistics.median(after):.2f} s after"
-    return real / statistics.median([*before, *after]), told
+    parts = (
+        f"real iteration {real:.2f} s / bare work {statistics.median(before):.2f} s before, "
+        f"{statistics.median(after):.2f} s after"
+    )
+    return real / statistics.median([*before, *after]), parts
 
 
 def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
@@ -139,7 +144,7 @@ def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
     with ProcessPoolExecutor(workers, spawn, initializer=_keep_barrier, initargs=(barrier,)) as pool:
         jobs = [pool.submit(_bare_iterations, config, reward_file) for _ in range(workers)]
         # An iteration is done when its slowest process is.
-        return [max(times) for times in zip(*(job.result() for job in jobs))]
+        return [max(times) for times in zip(*(job.result() for job in jobs), strict=True)]
 
 
 def _one_rank(config: Config) -> Config:
@@ -148,7 +153,10 @@ def _one_rank(config: Config) -> Config:
     )
 
 
-def _keep_barrier(barrier) -> None:
+_barrier: Barrier  # of the processes that run _bare_iterations
+
+
+def _keep_barrier(barrier: Barrier) -> None:
     global _barrier
     _barrier = barrier
 
@@ -209,7 +217,7 @@ def _bare_micro_batch(config: Config, shapes: _Shapes, scorer) -> None:
                 scorer.rewards(pixels, rows)
 
 
-def _reward_gradient(scorer, pixels: torch.Tensor, prompts: list[str]) -> None:
+def _reward_gradient(scorer: TorchScorer, pixels: torch.Tensor, prompts: list[str]) -> None:
     pixels = pixels.clone().requires_grad_(True)
     torch.autograd.grad(scorer.rewards(pixels, prompts).sum(), pixels)
 
@@ -226,7 +234,7 @@ def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations
     """Median ``seconds/step`` of a real run from random weights, the first two iterations left out."""
     from ..models.pipeline import TextToImage
     from ..telemetry.runlog import read, series
-    from .run import main as run
+    from .main import run_command
 
     model = folder / "model"
     TextToImage(build_denoiser(config), _encoder(config), config.schedule, config.sampler).save_pretrained(model)
@@ -240,19 +248,21 @@ def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations
     run_dir = folder / "run"
     run_dir.mkdir()
     dump_config(real, RunDirectory(run_dir).config)
-    if run(["--resume", str(run_dir)]):
+    if run_command("run", ["--resume", str(run_dir)]):
         raise SystemExit("the run that was to be timed ended with the error above")
     _, seconds = series(read(run_dir), "rl", "seconds/step")
     return statistics.median(seconds[2:])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints a table and, with ``--json``, writes {name: {value, bar, ok, unit}}. Returns 1 where a bar is missed."""
-    parser = argparse.ArgumentParser("rlproxi bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--config", default=str(config_folder() / "quickstart.yaml"))
-    options = parser.parse_args(argv)
-    config = load_config(options.config)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--json", metavar="FILE", help="also write {name: {value, bar, ok, unit}} here")
+    parser.add_argument("--config", metavar="FILE", help="measure this config alone (default: quickstart and quick-*)")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Print a table and, with ``--json``, write it. Returns 1 where a bar is missed, else 0."""
+    config = load_config(options.config or config_folder() / "quickstart.yaml")
     torch.set_num_threads(config.resources.threads)
     results: dict[str, dict] = {}
 
@@ -276,27 +286,18 @@ def main(argv: list[str] | None = None) -> int:
             1.0,
             "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1",
         )
-    others = (
-        []
-        if options.config != parser.get_default("config")
-        else [load_config(config_folder() / f"{name}.yaml") for name in ("quick-r0", "quick-didr")]
-    )
+    others = [] if options.config else [load_config(config_folder() / f"quick-{name}.yaml") for name in ("r0", "didr")]
     for one in [config, *others]:
-        ratio, told = iteration_ratio(one)
+        ratio, parts = iteration_ratio(one)
         if one is config:
-            add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, told)
+            add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, parts)
             continue
-        # Its ranks compute all the time. As many as the machine has cores share them with Ray's own processes, which no rank with
-        # a device of its own does: so the bar is for a rank with a core to itself.
-        print(
-            f"{one.run.algorithm}_{one.resources.learner_workers}_ranks_vs_bare{'':<6} {ratio:8.3f}  {told}", flush=True
-        )
-        ratio, told = iteration_ratio(_one_rank(one))
-        add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, f"one rank: {told}")
+        # Its ranks compute all the time. Where there are as many as cores, they share the cores with Ray's processes,
+        # which a rank with a device of its own does not. So the bar is for one rank, which has a core to itself.
+        name = f"{one.run.algorithm}_{one.resources.learner_workers}_ranks_vs_bare"
+        print(f"{name:<28} {ratio:8.3f}  {parts}", flush=True)
+        ratio, parts = iteration_ratio(_one_rank(one))
+        add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, f"one rank: {parts}")
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1))
     return 0 if all(r["ok"] for r in results.values()) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The command ``rlproxi score``; its arguments are defined in rlproxi/cli/main.py."""
+"""``rlproxi score``: score images that already exist."""
 
 from __future__ import annotations
 
@@ -15,9 +15,31 @@ import numpy as np
 
 from ..rewards import RewardError, build, checked_params, facts, parameters, provenance
 from ..rewards.api import batches, find_images, read_prompts, score_batches
+from .arguments import at_least
 
 
-def score(arguments: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGES", help="files, or folders with images in them and below")
+    add("--reward", required=True, metavar="NAME", help="a registered scorer, for example hpsv2")
+    add("--checkpoint", metavar="FILE", help="its weights: short for --param checkpoint=FILE (or path=)")
+    add("--param", action="append", default=[], metavar="KEY=VALUE", help="another of its parameters, as YAML")
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--prompt", metavar="TEXT", help="one prompt for all images")
+    words.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a prompt for each image in order (.txt, .json, .jsonl), or a folder with the HPSv2 benchmark's; default: "
+        "the .txt file beside each image",
+    )
+    add("--batch", type=at_least(1), default=32, metavar="N", help="images scored at once (default 32)")
+    out = parser.add_mutually_exclusive_group()
+    out.add_argument("--json", type=Path, metavar="FILE", help="also write the scores here")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="also write the scores here")
+
+
+def command(arguments: argparse.Namespace) -> int:
     """Prints a score for each image, and their mean; returns 0.
 
     Everything that can be checked without the scorer is checked before it is loaded. Raises ValueError, or an OSError,

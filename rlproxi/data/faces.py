@@ -14,7 +14,6 @@ import numpy as np
 
 from ..seeds import Collection, seed_of
 
-
 #: attribute -> its values, in the order of the classifier's logits.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "skin": ("pale", "tan", "dark"),

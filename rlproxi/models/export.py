@@ -256,9 +256,7 @@ def _results(folder: Path) -> list[str]:
         return []
     summary, config = _read(run.summary), _read(run.config)
     rewards, steps = _dig(config, "rewards", "train") or [], _dig(config, "sampler", "num_inference_steps")
-    scores = [
-        _dig(_read(run.evaluation(tag)), "by_steps", str(steps), "heldout") or {} for tag in ("before", "after")
-    ]
+    scores = [_dig(_read(run.evaluation(tag)), "by_steps", str(steps), "heldout") or {} for tag in ("before", "after")]
     judge = next((name for found in scores for name in found), None)
     lines = []
     if tuned and _dig(summary, "reward", "last") is not None:

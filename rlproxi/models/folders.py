@@ -348,5 +348,3 @@ def published_shapes(folder: str | os.PathLike) -> Path | None:
     """
     shapes = Path(__file__).parent / "published" / Path(folder).name
     return shapes if shapes.is_dir() else None
-
-

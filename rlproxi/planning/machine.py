@@ -1,4 +1,4 @@
-"""What ``rlproxi doctor`` finds on this machine: packages, GPUs, tokens, room, clock, ports."""
+"""What ``rlproxi doctor`` checks on this machine: packages, GPUs, tokens, disk, memory, clock, ports."""
 
 from __future__ import annotations
 
@@ -13,34 +13,22 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from actors.cluster.resources import of_run, totals
-
-from ..cli.doctor import Finding, fail, ok, warn
 from ..config.loading import Config
+from .findings import Finding, fail, ok, warn
 
 NEEDED = (
-    "ray",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "diffusers",
-    "peft",
-    "safetensors",
-    "numpy",
-    "pydantic",
-    "matplotlib",
-    "pillow",
-    "sentencepiece",
-    "tqdm",
+    *("ray", "torch", "deepspeed", "transformers", "diffusers", "peft", "safetensors"),
+    *("numpy", "pydantic", "matplotlib", "pillow", "sentencepiece", "tqdm"),
 )
-#: Ports of a Ray head, and what is there.
+#: Port of a Ray head -> what listens there.
 RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard and job server"}
 _GIB = 1024**3
 
 
 def packages() -> Iterator[Finding]:
-    """Versions, against what the installed package asks for where it is installed."""
+    """Compare the installed versions with what the installed rlproxi asks for."""
     bounds = _bounds()
     versions, wrong = [f"python {platform.python_version()}"], []
     for name in NEEDED:
@@ -57,8 +45,8 @@ def packages() -> Iterator[Finding]:
     yield from wrong
 
 
-def _bounds() -> dict:
-    """{package: versions that rlproxi asks for}; {} where it is used from a checkout."""
+def _bounds() -> dict[str, Any]:
+    """{package: packaging's SpecifierSet that rlproxi asks for}; {} where rlproxi is not installed."""
     try:
         from packaging.requirements import Requirement
 
@@ -72,11 +60,15 @@ def _bounds() -> dict:
     }
 
 
-def accelerators(config: Config, elsewhere: bool) -> Iterator[Finding]:
-    """GPUs that torch sees, against what the config asks for; NCCL where the learner has several ranks."""
+def accelerators(config: Config, asked: float, elsewhere: bool) -> Iterator[Finding]:
+    """Compare the GPUs that torch sees with those the run asks for; check NCCL for a learner of several ranks.
+
+    Args:
+        asked: GPUs of all roles together.
+        elsewhere: the run is meant for a cluster, not for this machine.
+    """
     import torch
 
-    asked = totals(of_run(config))["GPU"] if of_run(config) else 0.0
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for i in range(count):
         about = torch.cuda.get_device_properties(i)
@@ -116,7 +108,7 @@ def accelerators(config: Config, elsewhere: bool) -> Iterator[Finding]:
 
 def _driver() -> str | None:
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -124,11 +116,11 @@ def _driver() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return told.stdout.strip().splitlines()[0] if told.returncode == 0 and told.stdout.strip() else None
+    return answer.stdout.strip().splitlines()[0] if answer.returncode == 0 and answer.stdout.strip() else None
 
 
 def token() -> Iterator[Finding]:
-    """What this shell would show to a cluster, and what `ray start` would do (Ray 2.60)."""
+    """Check the token that this shell would send to a cluster, and what `ray start` would do (Ray 2.60)."""
     mode, spelt = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     there = bool(spelt) or file.is_file()
@@ -144,7 +136,7 @@ def token() -> Iterator[Finding]:
         yield warn(
             "token",
             f"a token is there ({'RAY_AUTH_TOKEN' if spelt else file}), but RAY_AUTH_MODE is not "
-            "set: `ray start --head` turns tokens on, and clients of this shell show none",
+            "set: `ray start --head` turns tokens on, and clients of this shell send none",
             "export RAY_AUTH_MODE=token (docs/cluster.md, Tokens)",
         )
     else:
@@ -158,7 +150,7 @@ def token() -> Iterator[Finding]:
 
 
 def space(config: Config) -> Iterator[Finding]:
-    """Room where run directories are made, and for Ray's objects."""
+    """Check the free space where run directories are made, and the memory for Ray's objects."""
     folder = Path(config.run.dir).absolute()
     there = next(p for p in (folder, *folder.parents) if p.exists())
     try:
@@ -200,26 +192,26 @@ def _memory() -> int:
 
 
 def clock() -> Iterator[Finding]:
-    """Certificates, tokens of clouds and timelines need the time. Whether it is kept is asked of systemd, if it is there."""
+    """Check the clock, which certificates, cloud tokens and timelines need. systemd says whether NTP runs."""
     now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     if time.gmtime().tm_year < 2025:
         yield fail("clock", f"it is {now} here, which cannot be", "set the clock: sudo timedatectl set-ntp true")
         return
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             ["timedatectl", "show", "-p", "NTPSynchronized", "--value"], capture_output=True, text=True, timeout=10
         )
-        kept = told.stdout.strip() if told.returncode == 0 else ""
+        kept = answer.stdout.strip() if answer.returncode == 0 else ""
     except (OSError, subprocess.TimeoutExpired):
         kept = ""
     if kept == "no":
-        yield warn("clock", f"{now}, and nothing keeps it right", "sudo timedatectl set-ntp true")
+        yield warn("clock", f"{now}, and no NTP client keeps it right", "sudo timedatectl set-ntp true")
     else:
         yield ok("clock", now + (", kept by NTP" if kept == "yes" else ""))
 
 
 def ports(config: Config) -> Iterator[Finding]:
-    """Who listens where a head or the live page would."""
+    """Check the ports where a Ray head and the live page would listen."""
     for port, what in RAY_PORTS.items():
         taken = _taken("127.0.0.1", port)
         yield ok(

@@ -11,13 +11,14 @@ import pytest
 import torch
 import yaml
 
-from actors.cluster import doctor as doctor_cluster
-from actors.cluster.plan import Cluster, Group
+from actors.cluster import doctor as cluster_doctor
+from actors.cluster.plan import Cluster, ClusterReport, NodeGroup, NodeReport
 from fixtures import tiny_checkpoints
 from rlproxi.cli import doctor
+from rlproxi.cli.main import run_command
 from rlproxi.config.loading import build_config, dump_config
 from rlproxi.errors import ConfigError
-from rlproxi.planning import machine as doctor_machine
+from rlproxi.planning import machine
 
 ROOT = Path(__file__).parents[2]
 JPEG = {"rewards": {"train": [{"name": "jpeg"}], "heldout": []}}
@@ -40,18 +41,18 @@ def levels(found) -> list[str]:
 
 
 def test_a_config_in_order_ends_with_0_and_says_what_is_installed(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor_machine, "NEEDED", ("ray", "torch"))
+    monkeypatch.setattr(machine, "NEEDED", ("ray", "torch"))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert (
-        doctor.command([str(ROOT / "configs" / "smoke.yaml"), f"run.dir={tmp_path}", "telemetry.dashboard=false"]) == 0
-    )
+    arguments = [str(ROOT / "configs" / "smoke.yaml"), f"run.dir={tmp_path}", "telemetry.dashboard=false"]
+    assert run_command("doctor", arguments) == 0
     told = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in told and "smoke: stages" in told and "\n0 to mend" in told
     assert all(line.split()[0] in ("ok", "warn", "->") for line in told.splitlines()[:-2])
 
 
 def test_options_may_stand_anywhere_and_a_cluster_that_is_too_small_ends_with_1(capsys, tmp_path):
-    code = doctor.command(
+    code = run_command(
+        "doctor",
         [
             str(ROOT / "configs" / "proxt2i-512.yaml"),
             "--cluster",
@@ -59,7 +60,7 @@ def test_options_may_stand_anywhere_and_a_cluster_that_is_too_small_ends_with_1(
             "resources.placement=roles",
             "rewards.replicas=5",
             f"run.dir={tmp_path}",
-        ]
+        ],
     )
     told = capsys.readouterr().out
     assert code == 1
@@ -67,16 +68,16 @@ def test_options_may_stand_anywhere_and_a_cluster_that_is_too_small_ends_with_1(
     assert "checkpoint 'models/hpsv2/HPS_v2.1_compressed.pt' does not exist" in told
 
 
-def test_bad_input_is_the_users(tmp_path):
-    with pytest.raises(ConfigError, match="one config at a time"):
-        doctor.command(["a.yaml", "b.yaml"])
-    with pytest.raises(ConfigError, match="unknown key"):
-        doctor.command(["grpo.lrr=1"])
+def test_bad_input_is_the_users(capsys):
+    assert run_command("doctor", ["a.yaml", "b.yaml"]) == 2
+    assert "one config at a time" in capsys.readouterr().err
+    assert run_command("doctor", ["grpo.lrr=1"]) == 2
+    assert "unknown key" in capsys.readouterr().err
 
 
 def test_advice_of_a_run(capsys, tmp_path):
     dump_config(config(), tmp_path / "config.yaml")
-    assert doctor.command(["--run", str(tmp_path)]) == 0
+    assert run_command("doctor", ["--run", str(tmp_path)]) == 0
     assert "no advice" in capsys.readouterr().out
 
 
@@ -92,8 +93,8 @@ def test_the_pure_part_needs_no_ray():
 
 
 def test_a_missing_package(monkeypatch):
-    monkeypatch.setattr(doctor_machine, "NEEDED", ("torch", "no-such-package"))
-    found = list(doctor_machine.packages())
+    monkeypatch.setattr(machine, "NEEDED", ("torch", "no-such-package"))
+    found = list(machine.packages())
     assert (
         levels(found) == ["fail", "ok"]
         and "no-such-package is not installed" in found[0].text
@@ -105,41 +106,41 @@ def test_gpus_that_are_asked_for_and_not_there():
     if torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
     asked = config("resources.rollout_gpus=1", "resources.learner_gpus=1")
-    here = list(doctor_machine.accelerators(asked, elsewhere=False))
+    here = list(machine.accelerators(asked, 2.0, elsewhere=False))
     assert (
         here[-1].level == "fail"
         and "asks for 2 GPUs and this machine has 0" in here[-1].text
         and "--cluster" in here[-1].remedy
     )
-    assert "fail" not in levels(doctor_machine.accelerators(asked, elsewhere=True))
-    assert levels(doctor_machine.accelerators(config(), elsewhere=False)) == ["ok"]
+    assert "fail" not in levels(machine.accelerators(asked, 2.0, elsewhere=True))
+    assert levels(machine.accelerators(config(), 0.0, elsewhere=False)) == ["ok"]
 
 
 def test_tokens(monkeypatch, tmp_path):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert "open to whoever" in one(doctor_machine.token(), "token").text
+    assert "open to whoever" in one(machine.token(), "token").text
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    missing = one(doctor_machine.token(), "token")
+    missing = one(machine.token(), "token")
     assert missing.level == "fail" and "ray get-auth-token --generate" in missing.remedy
     file = tmp_path / ".ray" / "auth_token"
     file.parent.mkdir()
     file.write_text("abc")
     file.chmod(0o600)
-    assert levels(doctor_machine.token()) == ["ok"]
+    assert levels(machine.token()) == ["ok"]
     monkeypatch.delenv("RAY_AUTH_MODE")
-    trap = one(doctor_machine.token(), "token")
+    trap = one(machine.token(), "token")
     assert trap.level == "warn" and "export RAY_AUTH_MODE=token" in trap.remedy
     file.chmod(0o644)
-    assert "chmod 600" in list(doctor_machine.token())[-1].remedy and stat.S_IMODE(file.stat().st_mode) == 0o644
+    assert "chmod 600" in list(machine.token())[-1].remedy and stat.S_IMODE(file.stat().st_mode) == 0o644
 
 
 def test_room(tmp_path, monkeypatch):
-    found = list(doctor_machine.space(config(f"run.dir={tmp_path}/not/yet")))
+    found = list(machine.space(config(f"run.dir={tmp_path}/not/yet")))
     assert found[0].what == "disk" and "GiB free" in found[0].text and not (tmp_path / "not").exists()
-    monkeypatch.setattr(doctor_machine.os, "access", lambda *_: False)
-    assert "cannot be written" in next(doctor_machine.space(config(f"run.dir={tmp_path}"))).text
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
+    assert "cannot be written" in next(machine.space(config(f"run.dir={tmp_path}"))).text
 
 
 def test_a_port_that_is_taken():
@@ -149,7 +150,7 @@ def test_a_port_that_is_taken():
         one_socket.bind(("127.0.0.1", 0))
         one_socket.listen()
         port = one_socket.getsockname()[1]
-        told = [f.text for f in doctor_machine.ports(config(f"telemetry.dashboard_port={port}"))]
+        told = [f.text for f in machine.ports(config(f"telemetry.dashboard_port={port}"))]
     assert any(f"{port} (the live page): in use" in text for text in told)
 
 
@@ -215,72 +216,61 @@ def test_models_are_opened(tmp_path):
 # -- clusters -----------------------------------------------------------------------------
 
 
-def cluster(*groups: Group) -> Cluster:
-    return Cluster("test", (Group("head", {"CPU": 0.0}, 1, 1, head=True), *groups), 10)
+def cluster(*groups: NodeGroup) -> Cluster:
+    return Cluster("test", (NodeGroup("head", {"CPU": 0.0}, 1, 1, head=True), *groups), 10)
 
 
 def test_roles_that_are_not_told_apart_and_nodes_nobody_uses():
-    groups = [Group(role, {"CPU": 4.0, role: 1.0}, 0, 2) for role in ("rollout", "learner")] + [
-        Group("reward", {"CPU": 4.0, "reward": 1.0}, 2, 2)
+    groups = [NodeGroup(role, {"CPU": 4.0, role: 1.0}, 0, 2) for role in ("rollout", "learner")] + [
+        NodeGroup("reward", {"CPU": 4.0, "reward": 1.0}, 2, 2)
     ]
-    found = list(doctor.fit(config(), cluster(*groups)))
+    found = list(cluster_doctor.check_fit(config(), cluster(*groups)))
     assert "add resources.placement=roles" in [f.remedy for f in found]
-    found = list(doctor.fit(config("resources.placement=roles"), cluster(*groups)))
+    found = list(cluster_doctor.check_fit(config("resources.placement=roles"), cluster(*groups)))
     assert "add resources.placement=roles" not in [f.remedy for f in found] and "fail" not in levels(found)
     assert any("pays for nodes it does not use" in f.remedy for f in found), "two reward nodes are kept, one is used"
     assert any("resources.autoscaling=true" in f.remedy for f in found)
-    assert not any(
-        "resources.autoscaling=true" in f.remedy
-        for f in doctor.fit(config("resources.placement=roles", "resources.autoscaling=true"), cluster(*groups))
-    )
+    grows = config("resources.placement=roles", "resources.autoscaling=true")
+    found = list(cluster_doctor.check_fit(grows, cluster(*groups)))
+    assert not any("resources.autoscaling=true" in f.remedy for f in found)
 
 
 def test_max_replicas_beyond_the_cluster_is_worth_a_word():
     grows = build_config({"rewards": {"train": [{"name": "jpeg", "num_gpus": 1, "max_replicas": 3}], "heldout": []}})
-    groups = Group("any", {"CPU": 8.0, "GPU": 1.0}, 0, 2)
-    found = list(doctor.fit(grows, cluster(groups)))
+    groups = NodeGroup("any", {"CPU": 8.0, "GPU": 1.0}, 0, 2)
+    found = list(cluster_doctor.check_fit(grows, cluster(groups)))
     assert "fail" not in levels(found) and any("max_replicas: this run asks for 3 reward GPUs" in f.text for f in found)
 
 
 def test_a_cluster_file_that_cannot_be_read(tmp_path):
     (tmp_path / "c.yaml").write_text("a: 1")
-    assert levels(doctor.on_file(config(), str(tmp_path / "c.yaml"))) == ["fail"]
-    assert levels(doctor.on_file(config(), str(tmp_path / "d.yaml"))) == ["fail"]
+    assert levels(cluster_doctor.check_file(config(), str(tmp_path / "c.yaml"))) == ["fail"]
+    assert levels(cluster_doctor.check_file(config(), str(tmp_path / "d.yaml"))) == ["fail"]
     values = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     (tmp_path / "l.yaml").write_text(yaml.safe_dump(values))
-    assert levels(doctor.on_file(config(), str(tmp_path / "l.yaml"))) == ["warn"], (
+    assert levels(cluster_doctor.check_file(config(), str(tmp_path / "l.yaml"))) == ["warn"], (
         "what its machines offer is not in the file"
     )
 
 
-def node(address="10.0.0.1", **more) -> dict:
-    return {
-        "address": address,
-        "head": False,
-        "offers": "4 CPU",
-        "gpus": [],
-        "versions": {"torch": "2.13"},
-        "sees_folder": True,
-        "skew": 0.1,
-        **more,
-    }
+def node(address="10.0.0.1", **more) -> NodeReport:
+    return NodeReport(address, **{"head": False, "offers": "4 CPU", "versions": {"torch": "2.13"}, **GOOD, **more})
+
+
+GOOD = {"sees_folder": True, "skew": 0.1}
 
 
 def test_nodes_that_differ_are_silent_blind_or_late():
-    assert set(levels(doctor_cluster.nodes([node(), node("10.0.0.2")], "/shared"))) == {"ok"}
-    found = list(
-        doctor_cluster.nodes(
-            [
-                node(),
-                node("10.0.0.2", versions={"torch": "2.12"}, sees_folder=False, skew=-30.0),
-                {"address": "10.0.0.3", "head": False, "offers": "", "error": "timeout"},
-            ],
-            "/shared",
-        )
-    )
-    told = "\n".join(map(str, found))
-    assert "nodes differ in torch: 2.13 on 1 node(s), 2.12 on 1 node(s)" in told
-    assert "10.0.0.2 do not see" in told and "30.0 s apart" in told and "10.0.0.3 does not answer: timeout" in told
+    assert set(levels(cluster_doctor.check_nodes([node(), node("10.0.0.2")], "/shared"))) == {"ok"}
+    nodes = [
+        node(),
+        node("10.0.0.2", versions={"torch": "2.12"}, sees_folder=False, skew=-30.0),
+        NodeReport("10.0.0.3", False, "", error="timeout"),
+    ]
+    found = list(cluster_doctor.check_nodes(nodes, "/shared"))
+    text = "\n".join(map(str, found))
+    assert "nodes differ in torch: 2.13 on 1 node(s), 2.12 on 1 node(s)" in text
+    assert "10.0.0.2 do not see" in text and "30.0 s apart" in text and "10.0.0.3 does not answer: timeout" in text
     assert levels(found).count("fail") == 4
 
 
@@ -288,13 +278,13 @@ def test_a_cluster_that_cannot_be_joined():
     def refuse(address, folder):
         raise ConfigError("cannot join")
 
-    assert levels(doctor_cluster.on_cluster(config(), "1.2.3.4:6379", refuse)) == ["fail"]
+    assert levels(cluster_doctor.check_running(config(), "1.2.3.4:6379", refuse)) == ["fail"]
 
 
 def test_a_cluster_that_answers():
-    def survey(address, folder):
+    def inspect(address, folder):
         assert address == "auto" and os.path.isabs(folder)
-        return {"nodes": [node(head=True)], "now": cluster(Group("a", {"CPU": 4.0}, 1, 1)), "largest": None}
+        return ClusterReport((node(head=True),), cluster(NodeGroup("a", {"CPU": 4.0}, 1, 1)), None)
 
-    found = list(doctor_cluster.on_cluster(config(), "auto", survey))
+    found = list(cluster_doctor.check_running(config(), "auto", inspect))
     assert "fail" not in levels(found) and any("stays as it is" in f.text for f in found)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors.cluster import resources as demand
 from actors.cluster.plan import PROVIDER_KEYS, place, placeholders, problems, read_cluster
+from actors.cluster.resources import ROLES, run_demand
 from rlproxi.config.loading import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +136,7 @@ def test_a_head_without_work_and_a_group_for_each_role(path):
     (head,) = [g for g in cluster.groups if g.head]
     assert head.resources.get("CPU") == 0 and not head.resources.get("GPU")
     groups = {g.name: g for g in cluster.groups if not g.head}
-    assert set(groups) == set(demand.ROLES)
+    assert set(groups) == set(ROLES)
     for role, group in groups.items():
         assert set(group.resources) == {"CPU", "GPU", role} and group.least == 0 < group.most
     assert cluster.max_workers >= max(g.most for g in groups.values())
@@ -186,7 +186,7 @@ def test_every_pod_sees_the_shared_folder_and_the_token_is_on():
 
 def test_machines_one_has_are_of_every_role():
     start = " ".join(yaml.safe_load(RAY_UP[2].read_text())["worker_start_ray_commands"])
-    assert all(f"ROLE={role}" in start for role in demand.ROLES)
+    assert all(f"ROLE={role}" in start for role in ROLES)
 
 
 # -- the recipes --------------------------------------------------------------------------
@@ -196,19 +196,19 @@ def test_machines_one_has_are_of_every_role():
 @pytest.mark.parametrize("path", GROUPED, ids=name)
 def test_every_recipe_fits_with_each_role_on_its_own_group(recipe, path):
     config = load_config(recipe, ["resources.placement=roles"])
-    cluster, asks = read_cluster(path), demand.of_run(config)
-    assert asks and problems(asks, cluster) == []
-    used, short = place(asks, cluster)
+    cluster, demands = read_cluster(path), run_demand(config)
+    assert demands and problems(demands, cluster) == []
+    used, short = place(demands, cluster)
     assert not short
-    for ask in asks:
-        if ask.role in demand.ROLES:
+    for demand in demands:
+        if demand.role in ROLES:
             takers = [
-                g.name for g in cluster.groups if all(g.resources.get(k, 0) >= v for k, v in ask.resources.items())
+                g.name for g in cluster.groups if all(g.resources.get(k, 0) >= v for k, v in demand.resources.items())
             ]
-            assert takers == [ask.role] and used[ask.role] > 0
+            assert takers == [demand.role] and used[demand.role] > 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_a_recipe_alone_asks_for_no_labelled_machine(recipe):
-    for ask in demand.of_run(load_config(recipe)):
-        assert set(ask.resources) <= {"CPU", "GPU"}
+    for demand in run_demand(load_config(recipe)):
+        assert set(demand.resources) <= {"CPU", "GPU"}

@@ -8,7 +8,7 @@
 It needs an environment of its own: torchvision has to match torch, and the hpsv2 wheel pins protobuf<4 and
 pytest==7.2.0. The wheel also lacks its tokenizer's vocabulary; the script copies the one of open_clip_torch there.
 
-The networks are small and their weights follow from their names (tests/clip_fixtures.py). What is computed by whom:
+The networks are small and their weights follow from their names (tests/fixtures/clip.py). What is computed by whom:
 
 - hpsv2.*: ``hpsv2.img_score.score`` with a checkpoint file, and the model, transform and tokenizer it uses.
 - pick.*, clip.*: transformers' processor and model in the few lines of the authors' README, and torchmetrics'
@@ -138,7 +138,8 @@ def save_tokenizer(file: str | Path, folder: Path) -> None:
     """A vocabulary file of open_clip's as a transformers tokenizer folder."""
     from transformers import CLIPTokenizer
 
-    lines = gzip.open(file, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        lines = stream.read().split("\n")[1 : 49152 - 256 - 2 + 1]
     letters = list(fixtures.byte_letters().values())
     words = [
         *letters,

@@ -14,35 +14,16 @@ import urllib.parse
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
+from fixtures.dashboard_run import make_run
 from rlproxi.cli import main as cli
 from rlproxi.dashboard import ASSETS, asset
 from rlproxi.dashboard.beside import Beside, bind
-from rlproxi.telemetry import gallery, timeline
 from rlproxi.telemetry.runlog import RunLog
 
 ROOT = Path(__file__).parents[2]
-
-
-def make_run(folder: Path) -> Path:
-    with RunLog(folder) as log:
-        for step in range(1, 6):
-            log.append("metrics", stage="rl", step=step, loss=step / 10)
-        log.append("samples", stage="rl", step=5, file="samples/000005.json")
-    (folder / "config.yaml").write_text("sampler: {num_inference_steps: 3}\ngrpo: {steps: 9}\n")
-    images = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), dtype=np.uint8)
-    gallery.write(folder, 5, 4, [gallery.GalleryGroup("a hat", 0, images, np.arange(4.0))])
-    timeline.append(folder, "rl", 5, [timeline.Span("rollout", 0, "sample", 1.0, 2.0)])
-    (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "before.json").write_text(
-        json.dumps({"tag": "before", "iteration": 0, "prompts": ["x", "y"], "samples": 2, "by_steps": {"3": {}}})
-    )
-    np.savez_compressed(folder / "samples" / "before-N3.npz", images=images, heldout=np.arange(4, dtype=np.float32))
-    (folder / "secret.txt").write_text("secret")
-    return folder
 
 
 @contextmanager
@@ -241,7 +222,7 @@ def test_a_reconnecting_page_goes_on_where_it_was(port, runs):
             seen = again[-1][0]
             assert len(again) < 5, again
     assert [data["run"] for _, _, data in again] == ["two"] * len(again)
-    ((at, event, data),) = events(port, "/api/events?run=two", 1, Last_Event_ID="another-5")
+    ((_, event, data),) = events(port, "/api/events?run=two", 1, Last_Event_ID="another-5")
     assert event == "lost" and data == {}  # a server that knows nothing of it: the page fetches everything
 
 

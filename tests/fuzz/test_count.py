@@ -19,9 +19,9 @@ def test_ten_thousand_inputs_are_fed():
 
 
 def test_every_kind_of_find_is_seen():
-    room = importlib.import_module("fuzz.broken_room")
+    broken = importlib.import_module("fuzz.broken_readers")
     with pytest.raises(AssertionError) as told:
-        hunted("broken_room", room.INPUTS)
+        hunted("broken_readers", broken.INPUTS)
     finds = str(told.value)
     for words in (
         "another class, input 0: '0'",

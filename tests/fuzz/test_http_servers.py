@@ -127,10 +127,10 @@ def scope_of(method: str, target: bytes, headers) -> dict:
 
 def readers(folder):
     import numpy as np
-    from test_dashboard import make_run
 
     from actors.serve import image_service
     from actors.serve.image_request import Limits, Refused, parse
+    from fixtures.dashboard_run import make_run
     from rlproxi.config.sections import Sampler, Schedule
     from rlproxi.dashboard import server as dashboard
     from rlproxi.dashboard.beside import bind
@@ -284,7 +284,7 @@ def readers(folder):
     runs = folder / "runs"
     make_run(runs / "one")
     hub = Hub([runs])
-    app, page = dashboard.application(hub)
+    app, _page = dashboard.application(hub)
     one = "/api/runs/one"
     targets = [
         "/",

@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,7 @@ def readers(folder):
 
         return examples(forged, one)
 
-    def json_of(*files: Path, more: list[dict] = []):
+    def json_of(*files: Path, more: Sequence[dict] = ()):
         seeds = [json.loads(file.read_text()) for file in files]
         return examples(
             [json.dumps({**seeds[0], **extra}).encode() for extra in more], lambda draw: spoilt_json(draw, seeds)

@@ -155,7 +155,7 @@ def readers(folder):
 
     def report():
         found = RunReader(run)
-        found.headline_steps, found.judge
+        _ = found.headline_steps, found.judge
         for tag in found.evaluations:
             found.score(tag, "judge")
             found.samples(tag)

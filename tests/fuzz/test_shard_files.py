@@ -99,7 +99,7 @@ def readers(folder):
     tars = [
         _tar(sample),
         _tar(sample, tarfile.PAX_FORMAT),
-        _tar(sample[:2] + [("link", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})]),
+        _tar([*sample[:2], ("link", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})]),
     ]
     strange = [
         _tar([("0.jpg", pictures[0]), ("0.txt", b"x"), ("0.json", b"[" * 100_000)]),

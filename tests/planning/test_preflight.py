@@ -8,8 +8,8 @@ import pytest
 
 from fixtures import tiny_checkpoints
 from fixtures.shards import sample, write_tar
+from rlproxi import run
 from rlproxi.algorithms.grpo import bytes_per_micro_batch
-from rlproxi.cli import run
 from rlproxi.config.loading import build_config, config_folder, load_config
 from rlproxi.planning.preflight import problems
 
@@ -53,9 +53,7 @@ def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
     config = other / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "FluxTransformer2DModel"}))
     text, missing = one(f"model.init={other}", "data.size=64")
-    assert (
-        text.startswith("model.init: a FluxTransformer2DModel cannot be made a proximal network;") and not missing
-    )
+    assert text.startswith("model.init: a FluxTransformer2DModel cannot be made a proximal network;") and not missing
 
 
 def test_sizes_that_do_not_fit(folder):

@@ -1,4 +1,4 @@
-"""Arms of a study, each in a process of its own, and what they found kept line by line: the same command goes on from there."""
+"""Arms of a study, each in a process of its own. Results are kept line by line, so the same command continues."""
 
 from __future__ import annotations
 

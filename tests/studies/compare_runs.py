@@ -2,8 +2,8 @@
 
     python tests/studies/compare_runs.py RUN_A RUN_B [--renamed KEY=NEW_KEY ...]
 
-Times, throughputs and sizes in bytes of what is on its way are left out: they are measured, not computed. Prints what differs and
-exits with 1 where anything does.
+Times, throughputs and sizes in bytes of what is on its way are left out: they are measured, not computed. Prints what
+differs and exits with 1 where anything does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import torch

@@ -19,6 +19,7 @@ Prints the averaged generators (EMA) against the target, a mean over seeds with 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -100,7 +101,7 @@ class Stack(nn.Module):
         sizes = [inputs] + [WIDTH] * layers + [2]
         draws = [torch.Generator().manual_seed(1000 + s) for s in seeds]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for a, b in zip(sizes, sizes[1:]):
+        for a, b in itertools.pairwise(sizes):
             scale = (1 if b != 2 else 0.1) / math.sqrt(a)
             self.weights.append(torch.stack([scale * torch.randn(a, b, generator=g) for g in draws]))
             self.biases.append(torch.zeros(len(seeds), 1, b))

@@ -1,11 +1,13 @@
 """What makes a proximal network good at four steps: the table of docs/few-steps.md.
 
-    PYTHONPATH=. python tests/studies/few_step_study.py --run RUN_DIR --out FOLDER [--steps 520] [--arms ARM ...] [--plot FILE.png]
+    PYTHONPATH=. python tests/studies/few_step_study.py --run RUN_DIR --out FOLDER \\
+        [--steps 520] [--arms ARM ...] [--plot FILE.png]
 
-RUN_DIR is a quickstart run: its text encoder, classifier and judge are used. Each arm trains the quickstart's network, from the same
-weights on the same portraits for the same number of steps, with matching's (t, lam) drawn for another sampler, start time, grid or
-set of step counts, and is then drawn from in the ways of ``ASKED``: 64 held-out prompts, four samples of each, the same first noise in
-all. One thread for each arm, no Ray. FOLDER keeps a line of JSON for each measurement: the same command goes on from there.
+RUN_DIR is a quickstart run: its text encoder, classifier and judge are used. Each arm trains the quickstart's network,
+from the same weights on the same portraits for the same number of steps, with matching's (t, lam) drawn for another
+sampler, start time, grid or set of step counts, and is then drawn from in the ways of ``ASKED``: 64 held-out prompts,
+four samples of each, the same first noise in all. One thread for each arm, no Ray. FOLDER keeps a line of JSON for each
+measurement: the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ BETAS = (0.9, 0.99)
 FEW = [3, 4, 6, 8, 16]
 
 
-def _arm(sampler: dict = {}, schedule: dict = {}, **pretrain) -> dict[str, dict]:
+def _arm(sampler: dict | None = None, schedule: dict | None = None, **pretrain) -> dict[str, dict]:
     return {
-        "sampler": sampler,
-        "schedule": schedule,
+        "sampler": sampler or {},
+        "schedule": schedule or {},
         "pretrain": {"candidates": FEW, "loss": "matching", "target": "noise", "weight": "lam", **pretrain},
     }
 
@@ -130,8 +132,9 @@ def train(config: Config, run_dir: Path, log) -> TextToImage:
         )[:2]
         text = encoder.encode(drop_captions(list(captions), config.data.caption_dropout, seed, step))
         x0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        for loss, metrics in matching.losses(lambda *asked: _forward(denoiser, dtype, *asked), x0, text, step):
+        for loss, values in matching.losses(lambda *asked: _forward(denoiser, dtype, *asked), x0, text, step):
             loss.backward()
+            metrics = values
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), p.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = matching.lr(step)
@@ -192,7 +195,7 @@ def job(run: str, out: Path, steps: int, arm: str, seed: int) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Means over seeds; the judge's standard error over prompts, or its deviation over seeds where there are several."""
+    """Means over seeds; the judge's standard error over prompts, or its deviation over seeds where there are more."""
     keys = list(dict.fromkeys((row["arm"], json.dumps(row["asked"])) for row in rows))
     keys.sort(key=lambda key: list(ARMS).index(key[0]))
     lines = [

@@ -4,10 +4,10 @@
         [--arms r0 didr ...] [--processes 2] [key=value ...]
     PYTHONPATH=. python tests/studies/few_steps.py --out FOLDER --plot [--image docs/images/few_steps.png]
 
-RUN_DIR is a quickstart run: its starting policy (models/pretrained), classifier and judge are used. Every arm trains that
-policy for the same CPU seconds of one thread, with the loss objects, rewards and optimizer of a real run and without Ray;
-a seed names prompts and noise. FOLDER keeps a line of JSON for each (arm, seed) and its images: the same command goes on
-where it was interrupted.
+RUN_DIR is a quickstart run: its starting policy (models/pretrained), classifier and judge are used. Every arm trains
+that policy for the same CPU seconds of one thread, with the loss objects, rewards and optimizer of a real run and
+without Ray; a seed names prompts and noise. FOLDER keeps a line of JSON for each (arm, seed) and its images: the same
+command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def arm_config(run_dir: Path, arm: str, overrides: list[str]) -> Config:
 
 
 def seconds_per_image(run_dir: Path, repeats: int = 5) -> dict[str, float]:
-    """arm -> CPU seconds, the fewest of a few calls on 32 images, one thread. The network is the same in all: the step count decides."""
+    """arm -> CPU seconds, the fewest of a few calls on 32 images, one thread. Networks are equal: steps decide."""
     torch.set_num_threads(1)
     by_count: dict[int, float] = {}
     found = {}
@@ -272,7 +272,8 @@ COLUMNS = ("attributes", "judge", "diversity", "total", "layout", "texture")
 def table(rows: list[dict], seconds: dict[str, float]) -> str:
     """Means over seeds, with their standard deviation where there are several."""
     lines = [
-        "| arm | seeds | iterations | training reward | held-out judge | diversity | distance | layout | texture | ms an image |",
+        "| arm | seeds | iterations | training reward | held-out judge | diversity | distance | layout | texture "
+        "| ms an image |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in sorted({row["arm"] for row in rows}, key=list(ARMS).index):

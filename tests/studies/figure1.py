@@ -1,12 +1,14 @@
-"""Figure 1 of ProxT2I at the embedded scale: proximal and score models, before and after GRPO, against the number of steps.
+"""Figure 1 of ProxT2I at the embedded scale: proximal and score models, before and after GRPO, by number of steps.
 
-    PYTHONPATH=.:tests python tests/studies/figure1.py --out FOLDER [--seeds 0 1 2] [--rl-steps 60] [overrides of all runs ...]
+    PYTHONPATH=.:tests python tests/studies/figure1.py --out FOLDER [--seeds 0 1 2] [--rl-steps 60] \\
+        [overrides of all runs ...]
 
-For each seed: the quickstart's pre-training (the square error by level), that by L1 and by the square error as they are, and
-quick-score's, at all times and at its sampler's own (the same network, data, batch and 520 steps), then GRPO from each with as
-many images and network calls (ten sampling steps, two trained). Then ``rlproxi eval`` draws from all of them: the proximal models
-by hybrid, the score models by Euler-Maruyama, probability-flow Euler, DDIM, DPM-Solver++ and UniPC. Judge and held-out prompts
-are those of the first seed's run for all. The same command goes on where it was interrupted.
+For each seed: the quickstart's pre-training (the square error by level), that by L1 and by the square error as they
+are, and quick-score's, at all times and at its sampler's own (the same network, data, batch and 520 steps), then GRPO
+from each with as many images and network calls (ten sampling steps, two trained). Then ``rlproxi eval`` draws from all
+of them: the proximal models by hybrid, the score models by Euler-Maruyama, probability-flow Euler, DDIM, DPM-Solver++
+and UniPC. Judge and held-out prompts are those of the first seed's run for all. The same command goes on where it was
+interrupted.
 """
 
 from __future__ import annotations

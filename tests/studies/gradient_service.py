@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python tests/studies/gradient_service.py [--repeats 5]
 
-For each batch of images the same ``RewardGradients`` is asked in this process and in a replica that answers with scores and
-d reward / d image, both float32 as training needs them, one request at a time, for the learner waits for each. Both sides
-have one thread and take turns; medians count. ``way`` is the time of a request that is answered with the images themselves.
+For each batch of images the same ``RewardGradients`` is asked in this process and in a replica that answers with scores
+and d reward / d image, both float32 as training needs them, one request at a time, for the learner waits for each. Both
+sides have one thread and take turns; medians count. ``way`` is the time of a request that is answered with the images
+themselves.
 """
 
 from __future__ import annotations

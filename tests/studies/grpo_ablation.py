@@ -1,10 +1,12 @@
 """One change of GRPO's settings at a time, at equal compute.
 
-    PYTHONPATH=.:tests python tests/studies/grpo_ablation.py --run RUN_DIR --out FOLDER [--seeds 0 1 2] [--seconds 200] [--arms base ...]
+    PYTHONPATH=.:tests python tests/studies/grpo_ablation.py --run RUN_DIR --out FOLDER \\
+        [--seeds 0 1 2] [--seconds 200] [--arms base ...]
     PYTHONPATH=.:tests python tests/studies/grpo_ablation.py --out FOLDER
 
-RUN_DIR is a quickstart run, whose starting policy, classifier and judge are used (at four steps). Each arm trains for the same CPU
-seconds of one thread with the loop of few_steps.py: no Ray, else what a run does. The same command goes on where it was interrupted.
+RUN_DIR is a quickstart run, whose starting policy, classifier and judge are used (at four steps). Each arm trains for
+the same CPU seconds of one thread with the loop of few_steps.py: no Ray, else what a run does. The same command goes on
+where it was interrupted.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import few_steps
 import numpy as np
 from arms import collected
 
-#: arm -> what differs from ``few_steps.GRPO``: four steps, all three actions, 8 prompts of 8 samples that share their first noise, one
-#: update, lr 1e-4, no KL, mean over dimensions, each group's own std.
+#: arm -> what differs from ``few_steps.GRPO``: four steps, all three actions, 8 prompts of 8 samples that share their
+#: first noise, one update, lr 1e-4, no KL, mean over dimensions, each group's own std.
 CHANGES: dict[str, list[str]] = {
     "base": [],
     "one action of three": ["grpo.trained_steps=1"],
@@ -56,7 +58,8 @@ def table(rows: list[dict]) -> str:
         f"start: judge {start['judge']:.3f} ± {start['judge_sem']:.3f}, distance {start['total']:.3f}, "
         f"diversity {start['diversity']:.3f}",
         "",
-        "| change | seeds | iterations | judge | gain | gain in 1,000 images | training reward | distance | diversity |",
+        "| change | seeds | iterations | judge | gain | gain in 1,000 images | training reward | distance "
+        "| diversity |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in CHANGES:

@@ -3,15 +3,16 @@
     PYTHONPATH=.:tests python tests/studies/overlap.py --run RUN_DIR --out FOLDER [--steps 50] [--seeds 0 1]
     PYTHONPATH=.:tests python tests/studies/overlap.py --out FOLDER --table [--plot FILE.png]
 
-RUN_DIR is a finished quickstart run, whose starting policy and classifiers are used. Each arm is GRPO of the quickstart on a Ray of
-its own:
+RUN_DIR is a finished quickstart run, whose starting policy and classifiers are used. Each arm is GRPO of the quickstart
+on a Ray of its own:
 
-- ``own``: one rollout actor and one learner rank of one thread each, as on a cluster where each role has devices of its own;
+- ``own``: one rollout actor and one learner rank of one thread each, as on a cluster where each role has devices of its
+  own;
 - ``shared``: two of each on the same two cores, as the quickstart has it: all roles want all of the machine.
 
-Both with ``max_staleness`` 0 and 1, otherwise equal. Told of each: seconds of an iteration, images/s, the idle share of each role
-(from the run's timeline), the training reward over the last tenth of the iterations, and how long it took until the mean reward
-of ten iterations reached what the slower learner of the pair reached at the end.
+Both with ``max_staleness`` 0 and 1, otherwise equal. Told of each: seconds of an iteration, images/s, the idle share of
+each role (from the run's timeline), the training reward over the last tenth of the iterations, and how long it took
+until the mean reward of ten iterations reached what the slower learner of the pair reached at the end.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def table(out: Path, plot: Path | None) -> None:
     }
     (out / "overlap.json").write_text(json.dumps({"-".join(key): value for key, value in arms.items()}))
     print(
-        "| split | max_staleness | seed | s/iteration | images/s | idle rollout | idle reward | idle learner | reward, last tenth "
-        "| s to equal reward | total s |\n|---|---|---|---|---|---|---|---|---|---|---|"
+        "| split | max_staleness | seed | s/iteration | images/s | idle rollout | idle reward | idle learner "
+        "| reward, last tenth | s to equal reward | total s |\n|---|---|---|---|---|---|---|---|---|---|---|"
     )
     for (split, staleness, seed), arm in arms.items():
         pair = [arms[split, other, seed] for other in ("0", "1") if (split, other, seed) in arms]
@@ -115,8 +116,9 @@ def table(out: Path, plot: Path | None) -> None:
             for role in ("rollout", "reward", "learner")
         ]
         print(
-            f"| {split} | {staleness} | {seed} | {arm['seconds/step']:.2f} | {arm['images/s']:.1f} | {' | '.join(idle)} "
-            f"| {arm['last reward']:.3f} | {seconds_to(arm['curve'], level):.0f} | {arm['total']:.0f} |"
+            f"| {split} | {staleness} | {seed} | {arm['seconds/step']:.2f} | {arm['images/s']:.1f} "
+            f"| {' | '.join(idle)} | {arm['last reward']:.3f} "
+            f"| {seconds_to(arm['curve'], level):.0f} | {arm['total']:.0f} |"
         )
     if plot:
         draw(arms, plot)

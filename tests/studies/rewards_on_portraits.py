@@ -4,8 +4,8 @@
 
 starts three short RL runs from the pre-trained model of a finished quickstart run:
 
-- ``none`` and ``group``: `attributes` beside JPEG smallness times 100, whose ``weight`` is the smaller, without and with
-  rewards.normalize=group;
+- ``none`` and ``group``: `attributes` beside JPEG smallness times 100, whose ``weight`` is the smaller, without and
+  with rewards.normalize=group;
 - ``hacked``: JPEG smallness alone at three times the learning rate. The quickest way to a small file is an empty
   picture, so the judge must fall, the alarm go off, and models/best stay.
 """
@@ -18,12 +18,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LOUD = "{{name: smallness, scorer: python, weight: {weight}, params: {{function: 'fixtures.reward_functions:loud_smallness'}}}}"
+LOUD = (
+    "{{name: smallness, scorer: python, weight: {weight}, "
+    "params: {{function: 'fixtures.reward_functions:loud_smallness'}}}}"
+)
 
 
 def go(start: Path, base: Path, name: str, iterations: int, *overrides: str) -> Path:
     """One RL run from the models of ``start``; returns its run directory, that of an earlier call where it finished."""
-    from rlproxi.cli.run import main
+    from rlproxi.run import main
 
     for folder in base.glob(f"{name}-*"):
         if (folder / "report.html").is_file():
@@ -121,7 +124,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="where the runs go; finished ones there are not run again")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     options = parser.parse_args()
-    # Replicas import tests/reward_functions.py by name.
+    # Replicas import tests/fixtures/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     start, base = options.run_dir.resolve(), options.base or Path(tempfile.mkdtemp(prefix="rewards-"))
     attributes = f"{{name: attributes, params: {{path: {start / 'models' / 'reward.safetensors'}}}}}"

@@ -1,10 +1,12 @@
 """The smoke loop for half an hour while its processes are killed at random: the figures of docs/reliability.md.
 
-    PYTHONPATH=.:tests python tests/studies/soak.py --out FOLDER [--minutes 30] [--every 20] [--seed 0] [--compare STEPS] [--plot FILE.png]
+    PYTHONPATH=.:tests python tests/studies/soak.py --out FOLDER [--minutes 30] [--every 20] [--seed 0] \\
+        [--compare STEPS] [--plot FILE.png]
 
-Every ``--every`` seconds one process of the run, of a role drawn by the odds of ``VICTIMS``, gets SIGKILL. Meanwhile each
-process's own memory (USS) is noted. At the end the run is asked to end by SIGTERM; then the same run is made with nobody
-killed, as far as the first one came or for STEPS, and every metric of those steps is compared to the bit. --every 0 kills nobody.
+Every ``--every`` seconds one process of the run, of a role drawn by the odds of ``VICTIMS``, gets SIGKILL. Meanwhile
+each process's own memory (USS) is noted. At the end the run is asked to end by SIGTERM; then the same run is made with
+nobody killed, as far as the first one came or for STEPS, and every metric of those steps is compared to the bit.
+--every 0 kills nobody.
 
 FOLDER/soak.json holds what the figures are made of. Ends with 1 where a group was lost, doubled or came out otherwise.
 """
@@ -33,8 +35,9 @@ from rlproxi.telemetry.runlog import read, series
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs" / "smoke.yaml")
-#: Role -> (the title of its processes, the odds that it is drawn). A cluster has many actors and replicas, and one of each of
-#: the others; what the others cost to replace is longer than 20 s on two cores, and with even odds a run hardly moves.
+#: Role -> (the title of its processes, the odds that it is drawn). A cluster has many actors and replicas, and one of
+#: each of the others; what the others cost to replace is longer than 20 s on two cores, and with even odds a run hardly
+#: moves.
 VICTIMS = {
     "rollout actor": (faults.ROLLOUT, 8),
     "reward replica": (faults.REPLICA, 8),
@@ -176,7 +179,7 @@ def progress(records: list[dict], begun: float) -> list[tuple[float, int]]:
 
 
 def compared(ours: list[dict], theirs: list[dict]) -> tuple[int, list[str]]:
-    """(last step that both have, what is not as in the unbroken run up to it, and what is missing or masked in ours after it)."""
+    """(last step that both have, what differs from the unbroken run up to it, what is missing or masked after it)."""
     end = max(series(ours, "rl", "loss")[0])
     last = min(end, max(series(theirs, "rl", "loss")[0]))
     masked = dict(zip(*series(ours, "rl", "groups/masked")))
@@ -253,7 +256,8 @@ def main() -> int:
     steps = progress([r for r in records if r["time"] >= begun], begun)
     still = [b[0] - a[0] for a, b in zip([(0.0, 0), *steps], steps)]
     print(
-        f"asked to end: exit code {code}; step {run.furthest()} after {len(kills)} kills {dict(Counter(r for _, r in kills))}; "
+        f"asked to end: exit code {code}; step {run.furthest()} after {len(kills)} kills "
+        f"{dict(Counter(r for _, r in kills))}; "
         f"longest without a new step {max(still):.0f} s",
         flush=True,
     )

@@ -1,11 +1,13 @@
-"""What the system costs where `rlproxi bench` does not look: start-up, pre-training, the way of new weights. For docs/benchmarks.md.
+"""What the system costs where `rlproxi bench` does not look: start-up, pre-training, new weights (docs/benchmarks.md).
 
-    PYTHONPATH=.:tests python tests/studies/system_costs.py --run RUN_DIR [--json FILE] [--parts startup pretrain weights]
+    PYTHONPATH=.:tests python tests/studies/system_costs.py --run RUN_DIR [--json FILE] \\
+        [--parts startup pretrain weights]
 
-RUN_DIR is a quickstart run. ``startup``: seconds from the command to each stage of the smoke run and to its first iteration.
-``pretrain``: images/s of the quickstart's pre-training (Ray Data, Ray Train, DeepSpeed) against a plain torch loop that draws the same
-portraits and trains the same network, in as many processes, which exchange nothing. ``weights``: from the learner's flat array to
-rollout actors that have it in their network, by their own calls: the time of a request with new weights less that of one without.
+RUN_DIR is a quickstart run. ``startup``: seconds from the command to each stage of the smoke run and to its first
+iteration. ``pretrain``: images/s of the quickstart's pre-training (Ray Data, Ray Train, DeepSpeed) against a plain
+torch loop that draws the same portraits and trains the same network, in as many processes, which exchange nothing.
+``weights``: from the learner's flat array to rollout actors that have it in their network, by their own calls: the time
+of a request with new weights less that of one without.
 """
 
 from __future__ import annotations

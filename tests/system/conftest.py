@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlproxi.cli.run import main
+from rlproxi.run import main
 from rlproxi.telemetry.runlog import read, series
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
@@ -53,8 +53,10 @@ def ray_session():
 
 @pytest.fixture(scope="session")
 def start(ray_session, tmp_path_factory):
-    """start(*overrides, code=0) -> Done: the smoke config through the front door, in this process; its run directory is made
-    in ``base``, where that is given."""
+    """start(*overrides, code=0) -> Done: the smoke config as `rlproxi run` runs it, in this process.
+
+    The run directory is made in ``base``, where that is given.
+    """
 
     def run(*overrides: str, code: int = 0, base: Path | None = None) -> Done:
         base = base or tmp_path_factory.mktemp("runs")

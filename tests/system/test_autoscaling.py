@@ -55,7 +55,8 @@ WATCH = """
 import json, sys, time, ray
 ray.init(logging_level="ERROR", log_to_driver=False)
 while True:
-    rows = [{"id": n["NodeID"], **{k: v for k, v in n["Resources"].items() if k in ("CPU", "rollout", "reward", "learner")}}
+    kinds = ("CPU", "rollout", "reward", "learner")
+    rows = [{"id": n["NodeID"], **{k: v for k, v in n["Resources"].items() if k in kinds}}
             for n in ray.nodes() if n["Alive"]]
     print(json.dumps([time.time(), rows]), flush=True)
     time.sleep(1)

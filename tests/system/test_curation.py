@@ -9,8 +9,8 @@ import pytest
 from fixtures import curation as fixtures
 from fixtures import curation_models
 from fixtures.run_processes import kill_when, launch
-from rlproxi.cli.run import main
 from rlproxi.data.shards import read_shard
+from rlproxi.run import main
 from rlproxi.telemetry.runlog import read
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -69,7 +69,8 @@ def many(tmp_path_factory) -> tuple[Path, list[str]]:
         fixtures.write_tar(base / "raw" / f"{number:05d}.tar", samples)
     blip = curation_models.save_blip(base / "blip")
     return base / "raw", [
-        "curate.filters=[{name: bright, scorer: python, params: {function: 'fixtures.curation_functions:slow'}, min: 80}]",
+        "curate.filters=[{name: bright, scorer: python, min: 80, "
+        "params: {function: 'fixtures.curation_functions:slow'}}]",
         f"curate.caption={{model: {blip}, max_tokens: 6, precision: float32}}",
         "curate.samples_per_shard=1",
         "curate.workers=1",

@@ -1,4 +1,4 @@
-"""Every role killed and frozen in the middle of a run: the run goes on by itself, and its result is the unbroken one's."""
+"""Every role is killed and frozen in the middle of a run: the run continues, and its result is the unbroken one's."""
 
 import os
 import re
@@ -162,7 +162,7 @@ def test_a_disk_that_fills_up_for_a_while_costs_checkpoints_alone(from_smoke, un
 
 
 def test_what_dies_is_replaced_and_two_rollout_actors_do_what_one_does(start, from_smoke, smoke, tmp_path):
-    """On the session's Ray: a rollout actor dies after one step, a reward replica after another, the conductor after a third."""
+    """On the session's Ray: a rollout actor dies after one step, a reward replica and the conductor later."""
     when, base = [], tmp_path / "runs"
 
     def strike() -> None:
@@ -195,7 +195,7 @@ def test_what_dies_is_replaced_and_two_rollout_actors_do_what_one_does(start, fr
 
 
 def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_session, tmp_path):
-    """SIGTERM, as a scheduler or a cloud sends it: the run ends after the iteration under way, and goes on from there."""
+    """SIGTERM, as a scheduler or a cloud sends it: the run ends after the current iteration, and resumes from there."""
     environment = {**os.environ, "RAY_ADDRESS": ray_session.get_runtime_context().gcs_address}
     process = launch(
         [SMOKE, f"run.dir={tmp_path}", *faults.PATIENT, *rl_alone, "grpo.checkpoint_every=100"], environment

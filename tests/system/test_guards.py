@@ -1,4 +1,4 @@
-"""Learning rates that make NaN of every weight, on two ranks of real Ray, Train and DeepSpeed: the run notices and recovers."""
+"""Learning rates that make every weight NaN, on two ranks of real Ray, Train and DeepSpeed: the run recovers."""
 
 import json
 

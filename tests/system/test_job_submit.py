@@ -1,4 +1,4 @@
-"""`ray job submit` to a head with token authentication: the job runs, streams, can be stopped, leaves nothing, and resumes."""
+"""`ray job submit` to a head with token authentication: a job runs, streams, can be stopped, cleans up, and resumes."""
 
 import json
 import re
@@ -190,13 +190,13 @@ def test_a_run_that_is_placed_where_no_node_is_meant_for_it_is_refused(own, tmp_
 
 def test_the_doctor_asks_the_nodes_of_a_running_cluster(own, tmp_path):
     doctor = (
-        "from rlproxi.cli import doctor; from actors.cluster.survey import survey; "
-        f"doctor.command(['configs/smoke.yaml', 'run.dir={tmp_path}/shared', '--address', '{own.address}'], survey)"
+        "from rlproxi.cli.main import main; "
+        f"main(['doctor', 'configs/smoke.yaml', 'run.dir={tmp_path}/shared', '--address', '{own.address}'])"
     )
     answer = own.python(doctor, timeout=200)
     assert answer.returncode == 0, answer.stderr[-2000:]
     lines = answer.stdout.splitlines()
     assert any(line.startswith("ok    node") and "(head)" in line and "6 CPU" in line for line in lines), answer.stdout
-    assert any("no autoscaler tells of itself" in line for line in lines)
+    assert any("no autoscaler reports itself" in line for line in lines)
     assert any(line.startswith("ok    cluster     rollout: 1 rollout actors (0.25 CPU each): fits") for line in lines)
     assert list(tmp_path.iterdir()) == [], "the folder it looked through is as it was"

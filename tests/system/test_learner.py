@@ -20,7 +20,7 @@ def test_same_first_step(stage, ranks, start, rl_alone, smoke):
     assert reward == reference[2]
 
 
-@pytest.mark.exhaustive  # in every test run by tests/actors/test_two_ranks.py
+@pytest.mark.exhaustive  # in every test run by tests/actors/train/test_two_ranks.py
 @pytest.mark.parametrize("stage,ranks", [(3, 2)])
 def test_pretraining_takes_the_same_first_steps(stage, ranks, start, smoke):
     settings = [

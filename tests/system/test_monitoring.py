@@ -5,6 +5,7 @@ fire), and Prometheus must have loaded and evaluated the rule itself without an 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -56,19 +57,19 @@ PORTS = (
     "node-manager-port",
 )
 
-ANOTHER_SCRIBE = """
+ANOTHER_LOG = """
 import sys, time
 import ray
-from actors.scribe import Scribe
+from actors.run.log_writer import RunLogWriter
 
 ray.init(log_to_driver=False)
-scribe = Scribe.remote(sys.argv[1])
+log = RunLogWriter.remote(sys.argv[1])
 for step in range(1, 1000):
     rl = {"last_step/reward": 0.5, "fake/loss": 1.0, "fake/grad_norm": 0.1, "fake/lr": 1e-4,
           "images_per_second/gpu": 9.0, "entropy": 0.3}
-    ray.get(scribe.append.remote("metrics", {"stage": "rl", "step": step, **rl}))
+    ray.get(log.append.remote("metrics", {"stage": "rl", "step": step, **rl}))
     data = {"shards": step, "samples": 100 * step, "skipped": step, "passed": 50 * step}
-    ray.get(scribe.append.remote("metrics", {"stage": "encode", "step": step, **data}))
+    ray.get(log.append.remote("metrics", {"stage": "encode", "step": step, **data}))
     time.sleep(0.5)
 """
 
@@ -171,7 +172,7 @@ def watched(from_smoke, tmp_path_factory):
         other.mkdir()
         shutil.copy(Path(from_smoke[0].split("=")[1]).parents[1] / "config.yaml", other)  # the smoke run's config
         begun = time.time()
-        start("scribe", sys.executable, "-c", ANOTHER_SCRIBE, str(other))
+        start("scribe", sys.executable, "-c", ANOTHER_LOG, str(other))
         run = start(
             "run",
             sys.executable,
@@ -286,7 +287,7 @@ def test_the_timeline_agrees_with_the_log(watched):
     lines = timeline.read(run_dir)
     assert [(line["stage"], line["step"]) for line in lines] == [("rl", step) for step in range(1, STEPS + 1)]
     records = {r["step"]: r for r in read(run_dir) if r["event"] == "metrics" and "seconds/step" in r}
-    for before, line in zip(lines, lines[1:]):
+    for before, line in itertools.pairwise(lines):
         record, spans = records[line["step"]], line["spans"]
         assert {(s.role, s.phase) for s in spans} >= {
             ("rollout", "sample"),

@@ -27,7 +27,7 @@ def shards(tmp_path_factory):
 @pytest.mark.parametrize(
     "kind, adapters",
     [
-        ("sd3", True),  # all of them without Ray: tests/models, tests/test_memory.py
+        ("sd3", True),  # all of them without Ray: tests/models, tests/planning/test_memory.py
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in (("sd15", False), ("sd15", True), ("sdxl", False), ("sdxl", True), ("sd3", False))

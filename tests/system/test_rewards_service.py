@@ -7,7 +7,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 @pytest.fixture
 def rl(start, from_smoke):
-    """rl(function, *overrides, code) -> a finished RL stage with that function of tests/fixtures/reward_functions.py."""
+    """rl(function, *overrides, code) -> a finished RL stage with a function of tests/fixtures/reward_functions.py."""
 
     def run(function: str, *overrides: str, code: int = 0):
         reward = f"rewards.train=[{{name: python, params: {{function: 'fixtures.reward_functions:{function}'}}}}]"

@@ -184,7 +184,7 @@ def test_the_queue_is_bounded_and_the_rest_is_told_to_come_back(service, model):
 def test_bad_requests_are_refused_in_words(service, body, status, words):
     before = info(service["alone"])
     raw = body if isinstance(body, bytes) else None
-    code, headers, data = ask(service["alone"] + "/generate", body, raw)
+    code, _, data = ask(service["alone"] + "/generate", body, raw)
     told = json.loads(data)["error"]
     assert code == status and words in told and "Traceback" not in told and len(told) < 300
     after = info(service["alone"])

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rlproxi.cli.main import main as cli
-from rlproxi.cli.run import main
+from rlproxi.run import main
 
 SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 pytestmark = [pytest.mark.system, pytest.mark.slow]

@@ -7,19 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.cluster.advice import Measured, Split, best, describe, measured, of_run
+from actors.cluster.advice import IterationCosts, Split, advise, best, describe, measured
 from rlproxi.config.loading import build_config, dump_config
 from rlproxi.telemetry.runlog import RunLog
 
+ONE_EACH = Split(1, 1, 1)
+
 
 def made(
-    m=64, a=1.0, b=0.0, c=64.0, s=0.0, split=Split(1, 1, 1), gpus=(1.0, 0.0, 1.0), overlapped=False, **more
-) -> Measured:
-    return Measured(m, a, b, c, s, 1.0, split, gpus, overlapped, **more)
+    m=64, a=1.0, b=0.0, c=64.0, s=0.0, split=ONE_EACH, gpus=(1.0, 0.0, 1.0), overlapped=False, **more
+) -> IterationCosts:
+    return IterationCosts(m, a, b, c, s, 1.0, split, gpus, overlapped, **more)
 
 
 def simulated(m: int, a: float, b: float, actors: int, replicas: int) -> float:
-    """When the last of m micro-batches is scored: each is sampled by the first free actor, then scored by the first free replica."""
+    """When the last of m micro-batches is scored. The first free actor samples, the first free replica scores."""
     free_actors, free_replicas, scored = [0.0] * actors, [0.0] * replicas, 0.0
     done = []
     for _ in range(m):
@@ -123,10 +125,10 @@ def test_a_run_log_becomes_numbers_and_lines(tmp_path):
     assert (what.micro_batches, what.rollout, what.reward, what.learner, what.sync) == (8, 2.0, 0.5, 6.0, 0.5)
     assert what.split == Split(2, 2, 2) and what.gpus == (1.0, 0.0, 1.0) and not what.overlapped
     assert what.seconds(what.split) == pytest.approx(8.0 + 0.5 + 3.0 + 0.5)  # as measured: 12 s
-    lines = of_run(folder)
+    lines = advise(folder)
     assert "took 12.00 s on 2 rollout actors, 2 reward replicas, 2 learner ranks (4 GPUs)" in lines[0]
     assert any("8 GPUs, max_staleness 0: " in line for line in lines)
-    assert len(of_run(folder, 6)) == 3
+    assert len(advise(folder, 6)) == 3
 
 
 def test_waiting_does_not_count_as_work(tmp_path):
@@ -136,6 +138,6 @@ def test_waiting_does_not_count_as_work(tmp_path):
 
 def test_a_run_without_iterations_gets_no_advice(tmp_path):
     assert measured(write_run(tmp_path / "run", [])) is None
-    assert "no advice" in of_run(tmp_path / "run")[0]
+    assert "no advice" in advise(tmp_path / "run")[0]
     with pytest.raises(ValueError, match="config.yaml"):
-        of_run(tmp_path)
+        advise(tmp_path)

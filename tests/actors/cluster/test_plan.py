@@ -5,17 +5,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.cluster import resources as demand
-from actors.cluster.plan import Cluster, Group, place, problems, read_cluster
-from actors.cluster.resources import Ask
+from actors.cluster.plan import Cluster, NodeGroup, place, problems, read_cluster
+from actors.cluster.resources import RoleDemand, bundles, run_demand, stage_demand, total_resources
 from rlproxi.config.loading import build_config
 from rlproxi.errors import ConfigError
 
 JPEG = {"rewards": {"train": [{"name": "jpeg"}], "heldout": []}}
 
 
-def cluster(*groups: Group, most: int = 10) -> Cluster:
-    return Cluster("test", (Group("head", {"CPU": 0.0}, 1, 1, head=True), *groups), most)
+def cluster(*groups: NodeGroup, most: int = 10) -> Cluster:
+    return Cluster("test", (NodeGroup("head", {"CPU": 0.0}, 1, 1, head=True), *groups), most)
 
 
 # -- demand -------------------------------------------------------------------------------
@@ -39,24 +38,24 @@ def test_what_each_role_asks_for():
             "grpo.prompts_per_step=16",
         ],
     )
-    asks = demand.asks(config)
-    assert [(a.role, a.count, a.resources) for a in asks] == [
+    demands = stage_demand(config)
+    assert [(a.role, a.count, a.resources) for a in demands] == [
         ("rollout", 4, {"CPU": 0.5, "GPU": 1.0}),
         ("learner", 2, {"CPU": 0.5, "GPU": 1.0}),
         ("reward", 3, {"CPU": 0.25, "GPU": 0.5}),
         ("reward", 2, {"CPU": 1.0}),
     ]
-    assert demand.totals(asks) == {"CPU": 4 * 0.5 + 2 * 0.5 + 3 * 0.25 + 2, "GPU": 4 + 2 + 1.5}
-    assert len(demand.bundles(asks)) == 11
-    assert demand.asks(config, largest=True)[2].count == 6
-    assert [a.role for a in demand.asks(config, "pretrain")] == ["learner"] and demand.asks(config, "report") == []
-    assert {a.role for a in demand.asks(config, "after")} == {"rollout", "reward"}
-    assert demand.of_run(config) == asks
+    assert total_resources(demands) == {"CPU": 4 * 0.5 + 2 * 0.5 + 3 * 0.25 + 2, "GPU": 4 + 2 + 1.5}
+    assert len(bundles(demands)) == 11
+    assert stage_demand(config, largest=True)[2].count == 6
+    assert [a.role for a in stage_demand(config, "pretrain")] == ["learner"] and stage_demand(config, "report") == []
+    assert {a.role for a in stage_demand(config, "after")} == {"rollout", "reward"}
+    assert run_demand(config) == demands
 
 
 def test_placement_adds_a_little_of_the_roles_resource_unless_told_otherwise():
     config = build_config(JPEG, ["resources.placement=roles", "resources.learner_resources={big: 2}"])
-    assert [a.resources for a in demand.asks(config)] == [
+    assert [a.resources for a in stage_demand(config)] == [
         {"CPU": 0.5, "rollout": 0.001},
         {"CPU": 0.5, "big": 2.0},
         {"CPU": 0.25, "reward": 0.001},
@@ -64,18 +63,18 @@ def test_placement_adds_a_little_of_the_roles_resource_unless_told_otherwise():
     one = {
         "rewards": {"train": [{"name": "jpeg", "resources": {"judge_node": 1}}], "heldout": [], "resources": {"all": 1}}
     }
-    assert demand.asks(build_config(one))[-1].resources == {"CPU": 0.25, "judge_node": 1.0}
+    assert stage_demand(build_config(one))[-1].resources == {"CPU": 0.25, "judge_node": 1.0}
     one["rewards"]["train"][0].pop("resources")
-    assert demand.asks(build_config(one))[-1].resources == {"CPU": 0.25, "all": 1.0}
+    assert stage_demand(build_config(one))[-1].resources == {"CPU": 0.25, "all": 1.0}
     one["rewards"]["resources"] = {}
-    assert demand.asks(build_config(one, ["resources.placement=roles"]))[-1].resources == {"CPU": 0.25}, (
+    assert stage_demand(build_config(one, ["resources.placement=roles"]))[-1].resources == {"CPU": 0.25}, (
         "{} frees a role"
     )
 
 
 def test_what_ray_counts_itself_is_refused_as_a_custom_resource():
     with pytest.raises(ConfigError, match="resources.rollout_resources names 'GPU'.*rollout_gpus"):
-        demand.asks(build_config(JPEG, ["resources.rollout_resources={GPU: 1}"]))
+        stage_demand(build_config(JPEG, ["resources.rollout_resources={GPU: 1}"]))
     with pytest.raises(ConfigError, match="rollout_resources.x = 0"):
         build_config(JPEG, ["resources.rollout_resources={x: 0}"])
 
@@ -84,39 +83,44 @@ def test_what_ray_counts_itself_is_refused_as_a_custom_resource():
 
 
 def test_the_sentence_of_the_issue():
-    asks = [Ask("reward", "replicas of hpsv2.1", {"GPU": 1.0}, 4)]
-    (told,) = problems(asks, cluster(Group("reward", {"CPU": 8.0, "GPU": 1.0}, 0, 2)))
-    assert told.startswith("this run asks for 4 reward GPUs, the cluster tops out at 2: raise the maximum of reward")
-    assert problems(asks, cluster(Group("reward", {"GPU": 1.0}, 0, 4))) == []
+    demands = [RoleDemand("reward", "replicas of hpsv2.1", {"GPU": 1.0}, 4)]
+    (text,) = problems(demands, cluster(NodeGroup("reward", {"CPU": 8.0, "GPU": 1.0}, 0, 2)))
+    assert text.startswith("this run asks for 4 reward GPUs, the cluster tops out at 2: raise the maximum of reward")
+    assert problems(demands, cluster(NodeGroup("reward", {"GPU": 1.0}, 0, 4))) == []
 
 
 def test_what_no_node_offers_what_is_taken_by_others_and_the_ceiling_of_all():
-    big = [Ask("learner", "learner ranks", {"GPU": 1.0, "learner": 0.001}, 2)]
-    (told,) = problems(big, cluster(Group("any", {"GPU": 8.0}, 0, 2)))
-    assert "no node of the cluster offers 1 GPU, 0.001 learner" in told and "resources.placement" in told
-    two = [Ask("rollout", "rollout actors", {"GPU": 1.0}, 2), Ask("learner", "learner ranks", {"GPU": 1.0}, 2)]
-    (told,) = problems(two, cluster(Group("any", {"GPU": 1.0}, 0, 3)))
-    assert "not beside the other roles" in told
-    (told,) = problems(two[:1], cluster(Group("any", {"GPU": 1.0}, 0, 5), most=1))
-    assert "tops out at 1" in told and "max_workers is 1" in told
+    big = [RoleDemand("learner", "learner ranks", {"GPU": 1.0, "learner": 0.001}, 2)]
+    (text,) = problems(big, cluster(NodeGroup("any", {"GPU": 8.0}, 0, 2)))
+    assert "no node of the cluster offers 1 GPU, 0.001 learner" in text and "resources.placement" in text
+    two = [
+        RoleDemand("rollout", "rollout actors", {"GPU": 1.0}, 2),
+        RoleDemand("learner", "learner ranks", {"GPU": 1.0}, 2),
+    ]
+    (text,) = problems(two, cluster(NodeGroup("any", {"GPU": 1.0}, 0, 3)))
+    assert "not beside the other roles" in text
+    (text,) = problems(two[:1], cluster(NodeGroup("any", {"GPU": 1.0}, 0, 5), most=1))
+    assert "tops out at 1" in text and "max_workers is 1" in text
 
 
-def test_small_asks_share_a_node_and_do_not_open_gpu_nodes():
-    groups = (Group("gpu", {"CPU": 8.0, "GPU": 1.0}, 0, 4), Group("cpu", {"CPU": 4.0}, 0, 4))
+def test_small_demands_share_a_node_and_do_not_open_gpu_nodes():
+    groups = (NodeGroup("gpu", {"CPU": 8.0, "GPU": 1.0}, 0, 4), NodeGroup("cpu", {"CPU": 4.0}, 0, 4))
     used, short = place(
-        [Ask("rollout", "r", {"CPU": 4.0, "GPU": 0.5}, 4), Ask("prepare", "p", {"CPU": 4.0}, 1)], cluster(*groups)
+        [RoleDemand("rollout", "r", {"CPU": 4.0, "GPU": 0.5}, 4), RoleDemand("prepare", "p", {"CPU": 4.0}, 1)],
+        cluster(*groups),
     )
     assert used == {"gpu": 2, "cpu": 1} and not short
     used, short = place(
-        [Ask("rollout", "r", {"CPU": 1.0, "GPU": 0.5}, 1), Ask("prepare", "p", {"CPU": 4.0}, 1)], cluster(*groups)
+        [RoleDemand("rollout", "r", {"CPU": 1.0, "GPU": 0.5}, 1), RoleDemand("prepare", "p", {"CPU": 4.0}, 1)],
+        cluster(*groups),
     )
     assert used == {"gpu": 1, "cpu": 0}, "a node that runs already is taken first"
 
 
 @given(
-    asks=st.lists(
+    demands=st.lists(
         st.builds(
-            Ask,
+            RoleDemand,
             st.just("rollout"),
             st.just("r"),
             st.fixed_dictionaries(
@@ -129,11 +133,11 @@ def test_small_asks_share_a_node_and_do_not_open_gpu_nodes():
     nodes=st.integers(0, 6),
     gpus=st.integers(1, 4),
 )
-def test_nobody_is_lost_and_no_node_is_overfull(asks, nodes, gpus):
-    used, short = place(asks, cluster(Group("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))
-    placed = sum(a.total("GPU") for a in asks) - sum(s.missing * s.ask.resources["GPU"] for s in short)
+def test_nobody_is_lost_and_no_node_is_overfull(demands, nodes, gpus):
+    used, short = place(demands, cluster(NodeGroup("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))
+    placed = sum(a.total("GPU") for a in demands) - sum(s.missing * s.demand.resources["GPU"] for s in short)
     assert placed <= used["g"] * gpus + 1e-9 and used["g"] <= nodes
-    assert bool(problems(asks, cluster(Group("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))) == bool(short)
+    assert bool(problems(demands, cluster(NodeGroup("g", {"CPU": 4.0, "GPU": float(gpus)}, 0, nodes)))) == bool(short)
 
 
 # -- reading ------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Readers that break every promise: what the hunt must see."""
 
+import contextlib
 import os
 
 from fuzz import hunt
@@ -17,10 +18,8 @@ def readers(folder):
 
     def loop():
         while True:
-            try:
+            with contextlib.suppress(Exception):
                 os.getpid()
-            except Exception:
-                pass
 
     def numbers(made):
         if made > 1000:

@@ -1,0 +1,91 @@
+"""What the nodes of a running cluster report about themselves, for ``rlproxi doctor --address``."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rlproxi.errors import ConfigError
+
+from .join import connect, current_cluster, largest_cluster
+from .plan import ClusterReport, NodeReport, describe_resources
+
+
+@ray.remote(num_cpus=0)
+def _facts_of_this_node(mark: str) -> dict[str, Any]:
+    """Runs on one node. ``mark`` is a file that the driver wrote into the shared folder."""
+    import importlib.metadata
+
+    versions: dict[str, str | None] = {}
+    for name in ("torch", "rlproxi", "deepspeed"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    gpus = []
+    if ray.cluster_resources().get("GPU"):
+        import subprocess
+
+        try:  # torch would see none here: this task has no GPU of its own
+            answer = subprocess.run(
+                ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+            )
+            gpus = answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    return {"versions": versions, "gpus": tuple(gpus), "sees_folder": Path(mark).is_file(), "time": time.time()}
+
+
+def inspect_cluster(address: str, folder: str, timeout_s: float = 60.0) -> ClusterReport:
+    """Join the cluster, let every node report, and leave it.
+
+    Args:
+        address: HOST:PORT, or auto for the cluster on this machine.
+        folder: the run directory's parent; each node says whether it sees what this process writes there.
+        timeout_s: seconds to wait for each node.
+
+    Raises:
+        ConfigError: the cluster cannot be joined, or the folder cannot be written.
+    """
+    joins = not ray.is_initialized()
+    if joins:
+        os.environ["RAY_ADDRESS"] = address
+        connect()
+    mark = Path(folder) / f".doctor-{uuid.uuid4().hex}"
+    made = not Path(folder).exists()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise ConfigError(f"run.dir {folder}: {error}: give run.dir a folder that can be written") from None
+    try:
+        nodes = tuple(_report(node, str(mark), timeout_s) for node in ray.nodes() if node["Alive"])
+        return ClusterReport(nodes, current_cluster(), largest_cluster())
+    finally:
+        mark.unlink(missing_ok=True)
+        if made:
+            Path(folder).rmdir()
+        if joins:
+            ray.shutdown()
+
+
+def _report(node: dict[str, Any], mark: str, timeout_s: float) -> NodeReport:
+    address, offers = node["NodeManagerAddress"], describe_resources(node["Resources"])
+    head = "node:__internal_head__" in node["Resources"]
+    task = _facts_of_this_node.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+    try:
+        # Twice: the first call starts a worker process, which takes seconds. The second reads the clock.
+        ray.get(task.remote(mark), timeout=timeout_s)
+        begun = time.time()
+        facts = ray.get(task.remote(mark), timeout=timeout_s)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return NodeReport(address, head, offers, error=problem)
+    skew = facts.pop("time") - (begun + time.time()) / 2
+    return NodeReport(address, head, offers, skew=skew, **facts)
