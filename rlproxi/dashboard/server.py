@@ -143,7 +143,7 @@ class Page:
     def config(self, request: Request) -> dict:
         run = self.hub.opened(request.path_params["run"])
         with run.lock:
-            text, values = run.live.config()
+            text, values = run.config()
         sampler = values.get("sampler")
         steps = sampler.get("num_inference_steps") if isinstance(sampler, dict) else None
         return {"text": text, "headline_steps": steps if type(steps) is int and abs(steps) < 2**53 else None}
