@@ -1,9 +1,9 @@
-"""Which rows of which shards make batch number b: pure, seeded, and known for any b without reading what came before.
+"""Which rows of which shards make batch number b. A seed decides it, and no earlier batch has to be read for it.
 
-An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a
-window, the windows' rows follow each other, and every ``batch_size`` of them are a batch; so a batch lies in one
-window, or starts with the few rows that the window before left over. The batches that end in one window come in a
-random order. What is left of a bucket at the end of an epoch is not used in it; another epoch leaves other rows.
+An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a window.
+The rows of the windows follow each other, and every ``batch_size`` of them are a batch. So a batch lies in one window,
+or begins with the few rows that the window before left over. The batches that end in one window come in random order.
+The rows of a bucket that are left at the end of an epoch are not used in it; another epoch leaves other rows.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 from ..seeds import rng
 from .buckets import Size
 
-#: Shards read side by side: enough to mix sources, few enough files to stay in a node's page cache.
+#: Shards that are mixed: enough to mix sources, few enough to stay in a node's page cache.
 WINDOW = 16
 _SHARDS, _ROWS, _BATCHES = 0x0D01, 0x0D02, 0x0D03
 
 
 @dataclass(frozen=True)
-class Batch:
-    """``rows``: (shard, row within the shard's bucket) for each sample of the global batch."""
+class BatchRows:
+    """The rows of one global batch: (shard, row within the shard's bucket) for each sample."""
 
     epoch: int
     bucket: Size
     rows: list[tuple[int, int]]
 
     def share(self, rank: int, world: int) -> list[tuple[int, int]]:
-        """The rows of one of ``world`` ranks: equal parts in order, together what one rank would read."""
+        """The rows of one of ``world`` ranks: equal parts, in order."""
         count = len(self.rows) // world
         return self.rows[rank * count : (rank + 1) * count]
 
@@ -40,9 +40,9 @@ class Order:
 
     Args:
         index: for each shard, the number of rows in each bucket.
-        batch_size: the global one.
+        batch_size: the global batch size.
 
-    Raises ValueError where no bucket fills a batch.
+    Raises ValueError if no bucket fills a batch.
     """
 
     def __init__(self, index: Sequence[Mapping[Size, int]], batch_size: int, seed: int, window: int = WINDOW):
@@ -56,27 +56,28 @@ class Order:
         ).reshape(len(index), len(self.buckets))
         totals = self.rows.sum(0)
         self.batches_per_epoch = int((totals // batch_size).sum())
-        #: Rows of buckets with fewer rows than a batch, which no epoch uses.
+        #: The number of rows in buckets with fewer rows than a batch, which no epoch uses.
         self.never_used = int(totals[totals < batch_size].sum())
         if not self.batches_per_epoch:
-            filled = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.buckets, totals)) or "none"
+            filled = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.buckets, totals, strict=True)) or "none"
             raise ValueError(
                 f"no bucket fills a batch of {batch_size} (rows in each: {filled}): add data, lower "
                 "pretrain.batch_size, or set data.buckets=false"
             )
-        # The newest of each; plain dictionaries, so that an order can be sent to other processes.
+        # Only the newest are kept. Plain dictionaries, so that an order can be sent to other processes.
         self._epochs: dict[int, _Epoch] = {}
         self._shuffles: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> BatchRows:
         """Batch ``number`` = 0, 1, 2, ... of the endless sequence of epochs."""
         epoch, place = divmod(number, self.batches_per_epoch)
         plan = self._epoch(epoch)
         window = int(np.searchsorted(plan.batches_before, place, "right")) - 1
         bucket, chunk = plan.list_of(window)[place - plan.batches_before[window]]
-        return Batch(epoch, self.buckets[bucket], self._rows(epoch, bucket, chunk))
+        return BatchRows(epoch, self.buckets[bucket], self._rows(epoch, bucket, chunk))
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Iterator[BatchRows]:
+        """Batches ``start`` to ``stop`` - 1."""
         return (self.batch(number) for number in range(start, stop))
 
     def _epoch(self, epoch: int) -> _Epoch:
@@ -121,8 +122,13 @@ class Order:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """``windows``: their shards. ``rows_before``, ``chunks_before`` [windows + 1, buckets]: rows of each bucket in the
-    windows before, and batches that are full by then."""
+    """The plan of one epoch.
+
+    Attributes:
+        windows: the shards of each window.
+        rows_before, chunks_before: [windows + 1, buckets] rows of each bucket in the windows before, and batches that
+            are full by then.
+    """
 
     seed: int
     number: int
@@ -132,6 +138,7 @@ class _Epoch:
 
     @property
     def batches_before(self) -> np.ndarray:
+        """[windows + 1] batches that end before each window."""
         return self.chunks_before.sum(1)
 
     def list_of(self, window: int) -> list[tuple[int, int]]:

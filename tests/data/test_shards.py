@@ -267,7 +267,7 @@ def test_what_matches_nothing_is_named(tmp_path, url):
 def test_bad_addresses_name_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ends before it begins"):
         list_shards([f"{tmp_path}/{{9..1}}.tar"])
-    with pytest.raises(ValueError, match="no address that fsspec can open"):
+    with pytest.raises(ValueError, match="not an address that fsspec can open"):
         list_shards(["nowhere://x.tar"])
 
     def absent(url):
