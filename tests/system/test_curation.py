@@ -69,7 +69,8 @@ def many(tmp_path_factory) -> tuple[Path, list[str]]:
         fixtures.write_tar(base / "raw" / f"{number:05d}.tar", samples)
     blip = curation_models.save_blip(base / "blip")
     return base / "raw", [
-        "curate.filters=[{name: bright, scorer: python, params: {function: 'fixtures.curation_functions:slow'}, min: 80}]",
+        "curate.filters=[{name: bright, scorer: python, min: 80, "
+        "params: {function: 'fixtures.curation_functions:slow'}}]",
         f"curate.caption={{model: {blip}, max_tokens: 6, precision: float32}}",
         "curate.samples_per_shard=1",
         "curate.workers=1",
