@@ -91,10 +91,8 @@ def _is_here(host: str) -> bool:
 def _with_headers(send):
     async def sending(message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [
-                *message["headers"],
-                *((name.encode(), value.encode()) for name, value in _HEADERS.items()),
-            ]
+            own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+            message["headers"] = [*message["headers"], *own]
         await send(message)
 
     return sending

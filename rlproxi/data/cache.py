@@ -217,20 +217,8 @@ def run_name(config: Config) -> str:
     """A hash of the config keys that decide which data a run reads. It names the run's lists in a shared cache."""
     d, m = config.data, config.model
     urls = [url if "://" in url else os.path.abspath(url) for url in d.urls]
-    return digest(
-        urls,
-        d.size,
-        d.buckets,
-        d.crop,
-        d.crop == "random" and config.run.seed,
-        d.max_pixels,
-        d.cache_text,
-        m.init,
-        m.encoders,
-        m.patch,
-        m.channels,
-        m.kind,
-    )
+    pixels = d.size, d.buckets, d.crop, d.crop == "random" and config.run.seed, d.max_pixels, d.cache_text
+    return digest(urls, *pixels, m.init, m.encoders, m.patch, m.channels, m.kind)
 
 
 def manifest_path(config: Config, cache: Path) -> Path:
@@ -291,14 +279,8 @@ def read_index(config: Config, cache: Path) -> list[Entry]:
         for facts in map(json.loads, file):
             if "rows" not in facts:
                 break  # the skips follow
-            entries.append(
-                Entry(
-                    facts["shard"],
-                    facts["file"],
-                    {parse_size(b): n for b, n in facts["rows"].items()},
-                    facts["skipped"],
-                )
-            )
+            rows = {parse_size(b): n for b, n in facts["rows"].items()}
+            entries.append(Entry(facts["shard"], facts["file"], rows, facts["skipped"]))
             numbers = [*facts["rows"].values(), *facts["skipped"].values()]
             if not (
                 isinstance(facts["shard"], str)

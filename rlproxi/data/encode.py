@@ -74,14 +74,8 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
             f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder in "
             f"{parts_folder}: change it"
         )
-    return Recipe(
-        fit.sizes,
-        fit.crop,
-        fit.seed,
-        d.max_pixels,
-        d.cache_text,
-        identity(parts_folder, d.cache_text) if parts_folder else "",
-    )
+    weights = identity(parts_folder, d.cache_text) if parts_folder else ""
+    return Recipe(fit.sizes, fit.crop, fit.seed, d.max_pixels, d.cache_text, weights)
 
 
 def identity(folder: str, text: bool) -> str:

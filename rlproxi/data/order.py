@@ -71,7 +71,7 @@ class Order:
     def batch(self, number: int) -> BatchRows:
         """Batch ``number`` = 0, 1, 2, ... of the endless sequence of epochs."""
         epoch, place = divmod(number, self.batches_per_epoch)
-        plan = self._epoch(epoch)
+        plan = self.plan(epoch)
         window = int(np.searchsorted(plan.batches_before, place, "right")) - 1
         bucket, chunk = plan.list_of(window)[place - plan.batches_before[window]]
         return BatchRows(epoch, self.buckets[bucket], self._rows(epoch, bucket, chunk))
@@ -80,12 +80,13 @@ class Order:
         """Batches ``start`` to ``stop`` - 1."""
         return (self.batch(number) for number in range(start, stop))
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def plan(self, epoch: int) -> _Epoch:
+        """The windows of an epoch."""
         if epoch not in self._epochs:
-            self._epochs = {epoch: self._plan(epoch)}
+            self._epochs = {epoch: self._draw(epoch)}
         return self._epochs[epoch]
 
-    def _plan(self, epoch: int) -> _Epoch:
+    def _draw(self, epoch: int) -> _Epoch:
         shards = rng(self.seed, _SHARDS, epoch).permutation(len(self.rows))
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         rows_before = np.zeros((len(windows) + 1, len(self.buckets)), np.int64)
@@ -94,7 +95,7 @@ class Order:
 
     def _rows(self, epoch: int, bucket: int, chunk: int) -> list[tuple[int, int]]:
         """Rows [chunk * batch_size, ...) of a bucket's sequence over the windows."""
-        before = self._epoch(epoch).rows_before[:, bucket]
+        before = self.plan(epoch).rows_before[:, bucket]
         at, end, rows = chunk * self.batch_size, (chunk + 1) * self.batch_size, []
         while at < end:
             window = int(np.searchsorted(before, at, "right")) - 1
@@ -113,7 +114,7 @@ class Order:
         return self._shuffles[name]
 
     def _shuffle(self, epoch: int, window: int, bucket: int) -> np.ndarray:
-        shards = self._epoch(epoch).windows[window]
+        shards = self.plan(epoch).windows[window]
         counts = self.rows[shards, bucket]
         starts = np.repeat(np.cumsum(counts) - counts, counts)
         pairs = np.stack([np.repeat(shards, counts), np.arange(counts.sum()) - starts], 1)

@@ -61,7 +61,7 @@ def test_ranks_together_read_what_one_would(built, world):
 @given(orders())
 def test_a_batch_lies_in_one_window_or_starts_with_what_was_left_over(built):
     index, order = built
-    plan = order._epoch(0)
+    plan = order.plan(0)
     window_of = {int(shard): w for w, shards in enumerate(plan.windows) for shard in shards}
     assert sorted(window_of) == list(range(len(index))) and all(len(w) <= order.window for w in plan.windows)
     batches = list(order.batches(0, order.batches_per_epoch))

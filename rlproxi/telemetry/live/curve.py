@@ -45,16 +45,7 @@ class Curve:
                 self._halve()
             if not self.size or self.size[-1] >= self.stride:
                 return self._insert(len(self.first), step, value)
-        # The same as _merge_in at the end, written out because a long log calls this a hundred million times.
-        self.size[-1] += 1
-        self.last[-1] = step
-        if value is not None:
-            self.count[-1] += 1
-            self.total[-1] += value
-            if value < self.low[-1]:
-                self.low[-1] = value
-            if value > self.high[-1]:
-                self.high[-1] = value
+        self._merge_in(-1, step, value)
 
     def cut(self, step: int) -> bool:
         """Drop the points behind ``step``.
@@ -99,27 +90,24 @@ class Curve:
         return self.first, self.last, self.size, self.count, self.total, self.low, self.high
 
     def _insert(self, at: int, step: int, value: float | None) -> None:
-        known = value is not None
-        cells = (
-            step,
-            step,
-            1,
-            int(known),
-            value if known else 0.0,
-            value if known else math.inf,
-            value if known else -math.inf,
-        )
+        values = (0, 0.0, math.inf, -math.inf) if value is None else (1, value, value, value)
+        cells = (step, step, 1, *values)
         for column, cell in zip(self._columns(), cells, strict=True):
             column.insert(at, cell)
 
     def _merge_in(self, at: int, step: int, value: float | None) -> None:
         self.size[at] += 1
-        self.first[at], self.last[at] = min(self.first[at], step), max(self.last[at], step)
+        if step > self.last[at]:
+            self.last[at] = step
+        elif step < self.first[at]:
+            self.first[at] = step
         if value is not None:
             self.count[at] += 1
             self.total[at] += value
-            self.low[at] = min(self.low[at], value)
-            self.high[at] = max(self.high[at], value)
+            if value < self.low[at]:
+                self.low[at] = value
+            if value > self.high[at]:
+                self.high[at] = value
 
     def _again(self, step: int, value: float | None) -> None:
         for i, (known, _) in enumerate(self.tail):
