@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,20 +28,11 @@ class Captioner:
 
         self.settings, self.device = settings, torch.device(device)
         self.dtype = compute_dtype(settings.precision, self.device)
-        self.processor = models.load(
-            settings.model, KEY, lambda name: AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        )
-        self.model = (
-            models.load(
-                settings.model,
-                KEY,
-                lambda name: AutoModelForImageTextToText.from_pretrained(
-                    name, dtype=self.dtype, trust_remote_code=False
-                ),
-            )
-            .eval()
-            .to(self.device)
-        )
+        load = partial(models.load, settings.model, KEY)
+        self.processor = load(partial(AutoProcessor.from_pretrained, trust_remote_code=False))
+        kind = AutoModelForImageTextToText
+        self.model = load(partial(kind.from_pretrained, dtype=self.dtype, trust_remote_code=False))
+        self.model.eval().to(self.device)
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and settings.prompt is None:
             raise ValueError(

@@ -92,14 +92,6 @@ class HandFinder:
             names, result["scores"].tolist(), result["boxes"].tolist(), strict=True
         ):
             if self.zero_shot or str(name).lower() in self.wanted:
-                hands.append(
-                    {
-                        "x": round(left),
-                        "y": round(top),
-                        "w": round(right - left),
-                        "h": round(bottom - top),
-                        "confidence": round(score, 4),
-                        "label": str(name),
-                    }
-                )
+                box = {"x": round(left), "y": round(top), "w": round(right - left), "h": round(bottom - top)}
+                hands.append({**box, "confidence": round(score, 4), "label": str(name)})
         return hands
