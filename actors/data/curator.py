@@ -1,15 +1,15 @@
-"""The stage ``curate``: raw shards to curated ones by a pool of workers, each with its own models.
+"""The stage ``curate``: a pool of workers, each with its own models, turns raw shards into curated ones.
 
-Every step leaves files (``rlproxi.data.curation.records``) that are whole or not there, so a resumed job does only what
-is missing. A worker that dies is started again and repeats its shard.
+Every step writes files (``rlproxi.data.curation.records``) that are complete or absent, so a resumed job does only what
+is missing.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -24,13 +24,13 @@ from rlproxi.pages import curation as page
 from rlproxi.rewards import RewardError
 from rlproxi.run_directory import RunDirectory
 
-#: How often a shard is tried again whose worker died: one that kills every worker must end the job.
-_RETRIES = 3
+from .workers import Progress, WorkerPool
+
+_Tools = TypeVar("_Tools", Tools, WriteTools)
 
 
-@ray.remote(max_restarts=-1, max_task_retries=_RETRIES)
-class _Worker:
-    """One device, or one CPU core, with the models of the phase that it is in."""
+class CurateWorker:
+    """An actor with one device, or one CPU core, and the models of the current phase."""
 
     def __init__(self, settings: Curate, out: str):
         import torch
@@ -41,76 +41,102 @@ class _Worker:
             load_opencv().setNumThreads(threads)
         self.settings, self.place = settings, records.Place(out)
         self.device = "cuda" if settings.num_gpus else "cpu"
-        self.kind, self.tools = None, None
+        self.tools: Tools | WriteTools | None = None
 
     def examine(self, shard: str) -> tuple[int, int]:
-        """Writes the shard's records; (samples, those that passed). (-1, 0): the shard cannot be read."""
-        self._load(Tools)
+        """Write the shard's records and return (samples, those that passed); (-1, 0) for a shard that is unreadable."""
+        tools = self._load(Tools)
         try:
-            found = examine(shard, self.settings, self.tools)
+            found = examine(shard, self.settings, tools)
         except ShardUnreadable:
             return -1, 0
         records.save_records(self.place.records(shard), records.examine_fingerprint(self.settings, shard), found)
         return len(found), sum(record.stage is None for record in found)
 
     def write(self, output: plan.Output) -> tuple[int, int]:
-        """Writes one curated shard; (samples, the same)."""
-        self._load(WriteTools)
-        count = write(output, self.place, self.settings, self.tools)
+        """Write one curated shard and return (samples, samples)."""
+        count = write(output, self.place, self.settings, self._load(WriteTools))
         return count, count
 
-    def peek(self, wanted: tuple[str, dict[int, list[dict]]]) -> dict[int, str]:
-        """A raw shard's pictures for the page."""
-        shard, chosen = wanted
+    def peek(self, shard: str, chosen: dict[int, list[dict]]) -> dict[int, str]:
+        """A raw shard's thumbnails for the page, see ``pictures.peek``."""
         return pictures.peek(shard, chosen, self.settings.max_pixels)
 
-    def _load(self, kind: type) -> None:
-        """Makes way for the models of a phase, and loads them. Not in the constructor: what that raises reaches the
-        driver as a dead actor only."""
-        if self.kind is not kind:
-            self.kind, self.tools = None, None
+    def _load(self, kind: type[_Tools]) -> _Tools:
+        """The models of a phase; those of the phase before are freed first.
+
+        The constructor does not load them, because its errors reach the driver only as a dead actor.
+        """
+        if not isinstance(self.tools, kind):
+            self.tools = None
             self.tools = kind.load(self.settings, self.device)
-            self.kind = kind
+        return self.tools
 
 
 def curate(config: Config, run_dir: Path, scribe: Any) -> dict:
-    """The whole stage; returns what curation.json holds. Blocks.
+    """Run the whole stage and return the contents of curation.json. Blocks.
 
-    Progress: metrics of the stages curate/examine and curate/write, whose step is the per cent that are done.
-    Raises ConfigError for input that cannot be worked with, before any worker starts where that is possible.
+    Progress goes into the run log as metrics of curate/examine and curate/write, whose step is the percentage done.
+    Raises ConfigError for input that cannot be used, before any worker starts where that is possible.
     """
     settings = config.curate
     place = records.Place(settings.out or RunDirectory(run_dir).curated)
     shards = job.check(settings, place.out)
     _check_size(config)
     place.examined.mkdir(parents=True, exist_ok=True)
-    with _Pool(settings, place, len(shards)) as pool:
-        todo = [s for s in shards if not records.is_done(place.records(s), records.examine_fingerprint(settings, s))]
-        answers = pool.run("examine", todo, _Progress("curate/examine", len(shards), len(todo), scribe))
-        lost = sorted(shard for shard, (count, _) in answers if count < 0)
+    options = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
+    arguments = settings, str(place.out.resolve())
+    with WorkerPool(CurateWorker, [(options, arguments)] * min(settings.workers, len(shards))) as pool, _user_errors():
+        examined = {
+            s: (s,) for s in shards if not records.is_done(place.records(s), records.examine_fingerprint(settings, s))
+        }
+        lost = _run(pool, "examine", examined, len(shards), scribe)
         shards = _without(shards, lost, settings, scribe)
 
         found = plan.survivors(place, shards, settings)
         outputs = plan.outputs(found, shards, settings)
         job.clear_stale(place, outputs)
-        todo = [
-            o
+        written = {
+            place.shard(o.number).name: (o,)
             for o in outputs
             if not (records.is_done(place.part(o.number), o.fingerprint) and place.shard(o.number).is_file())
-        ]
-        list(pool.run("write", todo, _Progress("curate/write", len(outputs), len(todo), scribe)))
+        }
+        _run(pool, "write", written, len(outputs), scribe)
 
         statistics = merge.merge(place, shards, found, outputs, settings)
-        wanted = list(pictures.wanted(statistics, page.shown(statistics)).items())
-        shown = {shard: thumbnails for (shard, _), thumbnails in pool.run("peek", wanted)}
+        wanted = pictures.wanted(statistics, page.shown(statistics))
+        shown = dict(pool.run("peek", {shard: (shard, chosen) for shard, chosen in wanted.items()}))
     summary = {**statistics.summary(), "unreadable_shards": lost}
     page.write_page(place, statistics, shown)
     merge.write_summary(place, summary)
     return summary
 
 
+def _run(pool: WorkerPool, method: str, tasks: Mapping[str, tuple], total: int, scribe: Any) -> list[str]:
+    """Run ``tasks``, what is missing of ``total`` shards, and return the names of those that could not be read."""
+    progress = Progress(scribe, f"curate/{method}", total, total - len(tasks), samples=0, passed=0)
+    lost = []
+    for name, (samples, passed) in pool.run(method, tasks):
+        progress.add(samples=max(0, samples), passed=passed)
+        if samples < 0:
+            lost.append(name)
+    return sorted(lost)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Inside, an error of a worker that the user can correct becomes a ConfigError."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, (ImportError, FileNotFoundError, ValueError, RewardError, ShardUnreadable)):
+            raise ConfigError(f"curate: {cause}") from None
+        raise
+
+
 def _check_size(config: Config) -> None:
-    """A pool's worker that never starts would hold up the last shards for ever."""
+    """Raise ConfigError where the cluster is too small: the last shards would wait for ever for their workers."""
     if config.resources.autoscaling:
         return
     have, c = ray.cluster_resources(), config.curate
@@ -128,81 +154,11 @@ def _without(shards: list[str], lost: list[str], settings: Curate, scribe: Any) 
     if not lost:
         return shards
     named = ", ".join([*lost[:5], *(["..."] if len(lost) > 5 else [])])
-    told = f"{len(lost)} of {len(shards)} shards cannot be read: {named}"
+    message = f"{len(lost)} of {len(shards)} shards cannot be read: {named}"
     if settings.unreadable == "stop":
         raise ConfigError(
-            f"curate.urls: {told}; all others are examined, so make these readable and resume the run, "
+            f"curate.urls: {message}; all others are examined, so make these readable and resume the run, "
             "or leave them out with curate.unreadable=skip"
         )
-    scribe.append.remote("warning", {"message": f"curate: {told}; left out"})
+    scribe.append.remote("warning", {"message": f"curate: {message}; left out"})
     return [s for s in shards if s not in set(lost)]
-
-
-class _Progress:
-    """Tells the scribe whenever another per cent of a phase's shards is done."""
-
-    def __init__(self, stage: str, total: int, todo: int, scribe: Any):
-        self.stage, self.total, self.done, self.scribe = stage, total, total - todo, scribe
-        self.samples = self.passed = 0
-        self.told, self.begun = -1, time.time()
-
-    def __call__(self, samples: int, passed: int) -> None:
-        self.done, self.samples, self.passed = self.done + 1, self.samples + max(0, samples), self.passed + passed
-        step = 100 * self.done // self.total
-        if step > self.told:
-            self.told = step
-            self.scribe.append.remote(
-                "metrics",
-                {
-                    "stage": self.stage,
-                    "step": step,
-                    "shards": self.done,
-                    "samples": self.samples,
-                    "passed": self.passed,
-                    "images_per_second": self.samples / max(time.time() - self.begun, 1e-9),
-                },
-            )
-
-
-class _Pool:
-    """Workers that each have one task at a time; gone when the block ends."""
-
-    def __init__(self, settings: Curate, place: records.Place, most: int):
-        self.settings, self.out, self.most = settings, str(place.out.resolve()), most
-        self.workers: list = []
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for worker in self.workers:
-            ray.kill(worker)
-
-    def run(self, method: str, items: Sequence, progress: _Progress | None = None) -> Iterator[tuple[Any, Any]]:
-        """(item, result) as they are done. Raises ConfigError for what the user can mend, else what a task raised."""
-        if items and not self.workers:
-            options = _Worker.options(num_cpus=self.settings.num_cpus, num_gpus=self.settings.num_gpus)
-            count = min(self.settings.workers, self.most)
-            self.workers = [options.remote(self.settings, self.out) for _ in range(count)]
-        waiting, idle, busy = list(reversed(items)), list(self.workers), {}
-        while waiting or busy:
-            while waiting and idle:
-                worker, item = idle.pop(), waiting.pop()
-                busy[getattr(worker, method).remote(item)] = (worker, item)
-            (ref,), _ = ray.wait(list(busy), num_returns=1)
-            worker, item = busy.pop(ref)
-            result = _get(ref)
-            idle.append(worker)
-            if progress is not None:
-                progress(*result)
-            yield item, result
-
-
-def _get(ref: Any) -> Any:
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, (ImportError, FileNotFoundError, ValueError, RewardError, ShardUnreadable)):
-            raise ConfigError(f"curate: {cause}") from None
-        raise

@@ -1,13 +1,12 @@
-"""The stage ``encode``: shards to cached files, each by whichever worker is free.
+"""The stage ``encode``: a pool of workers turns shards into files of the cache.
 
-A shard is encoded whole or not at all and its file's name says what is in it, so a worker that dies costs one shard,
-which Ray gives to its successor, and a run that is started again encodes only what is missing.
+A shard's file is complete or absent, and its name says what is in it. So a worker that dies costs one shard, and a run
+that is started again encodes only what is missing.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,14 @@ from rlproxi.data.encode import Encoder, Recipe, Unreadable, build_recipe, entry
 from rlproxi.data.order import Order
 from rlproxi.data.shards import UNREADABLE, Skip
 
-#: Seconds before a shard that its storage did not give is asked for again.
+from .workers import Progress, WorkerPool
+
+#: Seconds to wait before each new try to read a shard whose storage failed.
 PAUSES = (1, 5, 20)
 
 
-@ray.remote(max_restarts=3, max_task_retries=3)
 class EncodeWorker:
-    """One device, or one CPU core, that encodes shards."""
+    """An actor with one device, or one CPU core, that encodes shards."""
 
     def __init__(self, recipe: Recipe, parts_folder: str | None, threads: int):
         import torch
@@ -38,47 +38,60 @@ class EncodeWorker:
         self.encoder = Encoder(recipe, parts_folder, device, threads)
 
     def encode(self, url: str, path: str) -> Entry | Skip:
-        """Encodes one shard; a Skip where its storage fails time and again."""
-        if Path(path).is_file():  # a worker that died after its last shard
+        """Encode one shard into ``path``; return a Skip if its storage fails at every try."""
+        if Path(path).is_file():  # written by a worker that died before it could answer
             return entry(url, Path(path))
-        for pause in (*PAUSES, None):
+        for pause in PAUSES:
             try:
                 return self.encoder.shard(url, Path(path))
-            except Unreadable as error:
-                if pause is None:
-                    return Skip(url, "", str(error))
+            except Unreadable:
                 time.sleep(pause)
+        try:
+            return self.encoder.shard(url, Path(path))
+        except Unreadable as error:
+            return Skip(url, "", str(error))
 
 
 def encode(config: Config, cache: Path, parts_folder: str | None, scribe: Any) -> dict[str, Any]:
-    """Encodes every shard of ``data.urls`` that is not in ``cache`` yet; blocks.
+    """Encode every shard of ``data.urls`` that is not in ``cache`` yet. Blocks.
 
     ``cache`` must be a folder that all nodes share. Writes the run's manifest and prompts there (``manifest_path``,
     ``prompts_path``).
 
     Args:
-        parts_folder: a folder with vae/ and text encoders, which all nodes see; None caches pixels.
+        parts_folder: a folder with vae/ and text encoders that all nodes share; None caches pixels.
 
-    Returns {"shards", "encoded" (of them, now), "samples", "skipped", "reasons" (kind -> count), "unused" (samples in
-    buckets too small for a batch), "prompts", "seconds"}.
+    Returns {"shards", "encoded" (shards encoded by this call), "samples", "skipped", "reasons" (kind -> count),
+    "unused" (samples in buckets too small for a batch), "prompts", "seconds"}.
 
-    Raises ValueError or FileNotFoundError before any work for addresses, keys or folders that cannot be used;
-    ValueError where no sample, or no whole batch, came out; RuntimeError naming a shard that its workers died of.
+    Raises ValueError or FileNotFoundError, before any work, for addresses, keys or folders that cannot be used.
+    Raises ValueError if there is no usable sample or no full batch, RuntimeError naming a shard that kills its workers.
     """
     begun = time.time()
     cache = Path(cache)
     recipe = build_recipe(config, parts_folder)
     urls = list_shards(config.data.urls)
     with ThreadPoolExecutor(16) as pool:  # remote storages answer slowly, but many at once
-        files = dict(zip(urls, pool.map(lambda url: _file(cache, url, recipe), urls)))
-    found: dict[str, Entry | Skip] = {url: file for url, file in files.items() if isinstance(file, Skip)}
-    found.update({url: entry(url, file) for url, file in files.items() if url not in found and file.is_file()})
-    todo = {url: file for url, file in files.items() if url not in found}
-    progress = _Progress(scribe, found, begun)
-    for url, result in _run(config, recipe, parts_folder, todo):
-        found[url] = result
-        progress.tell(result)
-    return _finish(config, cache, [found[url] for url in urls], len(todo), begun)
+        files = dict(zip(urls, pool.map(lambda url: _file(cache, url, recipe), urls), strict=True))
+    found: dict[str, Entry | Skip] = {}
+    todo: dict[str, tuple[str, str]] = {}
+    for url, file in files.items():
+        if isinstance(file, Skip):
+            found[url] = file
+        elif file.is_file():
+            found[url] = entry(url, file)
+        else:
+            todo[url] = url, str(file)
+    counts = [_counts(result) for result in found.values()]
+    samples, skipped = sum(n for n, _ in counts), sum(n for _, n in counts)
+    progress = Progress(scribe, "encode", done=len(found), samples=samples, skipped=skipped)
+    places = [(options, (recipe, parts_folder, n)) for options, n in _workers(config, parts_folder, len(todo))]
+    with WorkerPool(EncodeWorker, places) as workers:
+        for url, result in workers.run("encode", todo):
+            found[url] = result
+            samples, skipped = _counts(result)
+            progress.add(samples=samples, skipped=skipped)
+    return summarize(config, cache, [found[url] for url in urls], len(todo), begun)
 
 
 def _file(cache: Path, url: str, recipe: Recipe) -> Path | Skip:
@@ -88,39 +101,13 @@ def _file(cache: Path, url: str, recipe: Recipe) -> Path | Skip:
         return Skip(url, "", f"{UNREADABLE}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-class _Progress:
-    """Tells the run's log how far the stage is."""
-
-    def __init__(self, scribe: Any, found: dict[str, Entry | Skip], begun: float):
-        self.scribe, self.begun, self.done, self.samples, self.skipped = scribe, begun, 0, 0, 0
-        for result in found.values():
-            self._count(result)
-        self.before = self.samples
-
-    def _count(self, result: Entry | Skip) -> None:
-        self.done += 1
-        if isinstance(result, Skip):
-            self.skipped += 1
-        else:
-            self.samples += sum(result.rows.values())
-            self.skipped += sum(result.skipped.values())
-
-    def tell(self, result: Entry | Skip) -> None:
-        self._count(result)
-        self.scribe.append.remote(
-            "metrics",
-            {
-                "stage": "encode",
-                "step": self.done,
-                "samples": self.samples,
-                "skipped": self.skipped,
-                "images_per_second": (self.samples - self.before) / (time.time() - self.begun),
-            },
-        )
+def _counts(result: Entry | Skip) -> tuple[int, int]:
+    """(samples, skipped samples) of a shard."""
+    return (0, 1) if isinstance(result, Skip) else (sum(result.rows.values()), sum(result.skipped.values()))
 
 
-def _workers(config: Config, parts_folder: str | None, most: int) -> list[Any]:
-    """(options, threads) of each worker: one for each share of a GPU where networks have one, else each free CPU."""
+def _workers(config: Config, parts_folder: str | None, most: int) -> list[tuple[dict[str, float], int]]:
+    """(Ray options, threads) of each worker: one per share of a GPU if networks run on GPUs, else one per free CPU."""
     r, free = config.resources, ray.available_resources()
     cpus = free.get("CPU", 1.0)
     if parts_folder and r.learner_gpus > 0:
@@ -130,38 +117,12 @@ def _workers(config: Config, parts_folder: str | None, most: int) -> list[Any]:
     return [({"num_cpus": min(1.0, cpus)}, 1)] * max(1, min(most, int(cpus)))
 
 
-def _run(config: Config, recipe: Recipe, parts_folder: str | None, todo: dict[str, Path]):
-    """(address, result) of each shard, as they are done."""
-    if not todo:
-        return
-    idle = [
-        EncodeWorker.options(**options).remote(recipe, parts_folder, threads)
-        for options, threads in _workers(config, parts_folder, len(todo))
-    ]
-    workers, waiting, running = list(idle), deque(todo.items()), {}
-    try:
-        while waiting or running:
-            while waiting and idle:
-                url, path = waiting.popleft()
-                worker = idle.pop()
-                running[worker.encode.remote(url, str(path))] = (url, worker)
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            url, worker = running.pop(done)
-            try:
-                result = ray.get(done)
-            except ray.exceptions.RayActorError as error:
-                raise RuntimeError(
-                    f"every worker that was given {url} died, most likely for want of memory: a shard's "
-                    f"rows are held until they are written; make shards smaller ({error})"
-                ) from None
-            idle.append(worker)
-            yield url, result
-    finally:
-        for worker in workers:
-            ray.kill(worker)
+def summarize(config: Config, cache: Path, results: list[Entry | Skip], encoded: int, begun: float) -> dict[str, Any]:
+    """Write the run's manifest and prompts, and return and raise as ``encode``.
 
-
-def _finish(config: Config, cache: Path, results: list[Entry | Skip], encoded: int, begun: float) -> dict[str, Any]:
+    Args:
+        results: of each shard, in order. encoded: how many are new. begun: when the stage began, unix seconds.
+    """
     lost = [result for result in results if isinstance(result, Skip)]
     entries = [Entry(r.shard, None, {}, {r.kind: 1}) if isinstance(r, Skip) else r for r in results]
     totals = write_manifest(config, cache, entries, lost)

@@ -79,11 +79,11 @@ class Driver:
 
     def _show_page(self):
         """The live page beside the run; None where it is turned off or cannot be had, which ends no run."""
-        from rlproxi.dashboard.beside import Beside
+        from rlproxi.dashboard.process import PageProcess
 
         t = self.config.telemetry
         try:
-            page = Beside(self.run_dir, t.dashboard_host, t.dashboard_port, self._warn) if t.dashboard else None
+            page = PageProcess(self.run_dir, t.dashboard_host, t.dashboard_port, self._warn) if t.dashboard else None
         except (OSError, RuntimeError) as error:
             return self._warn(f"no live page: {error}")
         if page:

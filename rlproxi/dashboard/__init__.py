@@ -1,8 +1,8 @@
-"""The live page: its files, as they are served. Plain JavaScript, nothing to build, nothing fetched."""
+"""The files of the live page: plain JavaScript that needs no build and fetches nothing from other hosts."""
 
 from pathlib import Path
 
-#: What is served, and as what.
+#: File name -> media type of every file that is served.
 ASSETS = {
     "index.html": "text/html; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
@@ -15,7 +15,7 @@ ASSETS = {
 
 
 def asset(name: str) -> bytes:
-    """The bytes of a file of the page. Raises KeyError for a name that is not in ``ASSETS``."""
+    """The bytes of a file of the page. Raises KeyError for a name outside ``ASSETS``."""
     if name not in ASSETS:
         raise KeyError(name)
     return (Path(__file__).parent / name).read_bytes()

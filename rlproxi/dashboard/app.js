@@ -1,8 +1,8 @@
-// Puts the page together: which runs are shown, and who is told when something new has come.
+// Builds the page: which runs are shown, and which parts are updated when something changes.
 
 import { settings } from './chart.js';
 import { Config } from './config.js';
-import { byId, el, get, throttle } from './dom.js';
+import { byId, el, get, swatch, throttle } from './dom.js';
 import { Evaluations, Gallery } from './gallery.js';
 import { Sections } from './sections.js';
 import { showCards, showEvents } from './status.js';
@@ -24,19 +24,20 @@ function complain(error) {
   notice.textContent = error.message;
 }
 
-const store = new Store((run, kinds) => tell(run, kinds), connection);
+const store = new Store((run, kinds) => update(run, kinds), connection);
 const selected = () => chosen.map((id) => store.runs.get(id)).filter(Boolean);
 const primary = () => selected()[0];
 let sections, gallery, evaluations, timeline, config;
 
 const curves = throttle(150, () => { sections.update(); status(); });
-const status = throttle(300, () => { if (primary()) showCards(primary()); });
-const events = throttle(300, () => { if (primary()) showEvents(primary()); });
-const newSamples = throttle(300, () => { if (primary()) gallery.update(primary()); });
-const newEvaluations = throttle(1000, () => { if (primary()) evaluations.update(primary()); });
-const newSpans = throttle(2000, () => { if (primary()) timeline.update(primary()); });
+const ofPrimary = (wait, show) => throttle(wait, () => { if (primary()) show(primary()); });
+const status = ofPrimary(300, showCards);
+const events = ofPrimary(300, showEvents);
+const newSamples = ofPrimary(300, (run) => gallery.update(run));
+const newEvaluations = ofPrimary(1000, (run) => evaluations.update(run));
+const newSpans = ofPrimary(2000, (run) => timeline.update(run));
 
-function tell(run, kinds) {
+function update(run, kinds) {
   const all = kinds.has('all'), first = run === primary();
   if (all || kinds.has('points') || kinds.has('cut')) curves();
   if (all) newConfig();
@@ -54,16 +55,18 @@ async function newConfig() {
   curves();
 }
 
+const setTints = () => chosen.forEach((id, i) => { const run = store.runs.get(id); if (run) run.tint = i; });
+
 async function choose(ids) {
   chosen = ids.slice(0, MOST_TOGETHER);
-  chosen.forEach((id, i) => { const run = store.runs.get(id); if (run) run.tint = i; });
+  setTints();
   history.replaceState(null, '', `?${chosen.map((id) => `run=${encodeURIComponent(id)}`).join('&')}${location.hash}`);
   byId('title').textContent = chosen.length > 1 ? `${chosen[0]} and ${chosen.length - 1} more` : chosen[0];
   document.title = `${chosen[0]} – rlproxi`;
   await store.select(chosen);
-  chosen.forEach((id, i) => { const run = store.runs.get(id); if (run) run.tint = i; });
+  setTints();
   showRuns();
-  for (const run of selected()) tell(run, new Set(['all']));
+  for (const run of selected()) update(run, new Set(['all']));
 }
 
 function showRuns() {
@@ -72,14 +75,14 @@ function showRuns() {
   byId('runs-count').textContent = `(${chosen.length} of ${listing.length})`;
   const focused = document.activeElement?.value;
   byId('runs-list').replaceChildren(...listing.filter((run) => run.id.toLowerCase().includes(wanted)).map((run) => {
-    const at = chosen.indexOf(run.id), swatch = el('span', { class: 'swatch' });
-    if (at >= 0) swatch.style.background = `var(--c${at % 8})`;
+    const at = chosen.indexOf(run.id);
     const box = el('input', { type: 'checkbox', value: run.id, checked: at >= 0, onchange: () => {
       const next = box.checked ? [...chosen, run.id] : chosen.filter((id) => id !== run.id);
       if (!next.length || next.length > MOST_TOGETHER) { box.checked = !box.checked; return; }
       choose(next).catch(complain);
     } });
-    return el('label', { class: 'run' }, box, swatch, `${run.id}${run.finished ? '' : ' (not finished)'}`);
+    return el('label', { class: 'run' }, box, swatch(at >= 0 ? `var(--c${at % 8})` : ''),
+      `${run.id}${run.finished ? '' : ' (not finished)'}`);
   }));
   if (focused) byId('runs-list').querySelector(`input[value="${CSS.escape(focused)}"]`)?.focus();
 }

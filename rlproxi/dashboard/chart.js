@@ -1,12 +1,12 @@
-// A curve plot on a canvas: bands for least and greatest or standard errors, log scale, values by pointer and keyboard.
+// A curve plot on a canvas: bands for the range or standard errors, log scale, values by pointer and keyboard.
 
-import { colour, el, ink, number, sharpen, throttle, whole, withUnit } from './dom.js';
+import { CanvasView, colour, el, ink, number, sharpen, swatch, whole, withUnit } from './dom.js';
 
 const LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
 export const settings = { smoothing: 0, range: 'all' };
 
-// Exponential moving average without the pull of its start.
+// Exponential moving average, corrected for the bias of its start.
 export function smooth(values, weight) {
   let sum = 0, norm = 0;
   return values.map((value) => {
@@ -27,38 +27,23 @@ export function ticks(low, high, count) {
   return found;
 }
 
-export class Chart {
+export class Chart extends CanvasView {
   // spec: {title, unit, help, reading, axis, curves: () => [{label, tint, dash, curve, sem}]}
   constructor(spec) {
-    this.spec = spec;
-    this.log = false;
-    this.cursor = null;
-    this.visible = false;
     const unit = spec.unit && spec.unit !== '1' ? ` (${spec.unit})` : '';
+    super(`${spec.title}${unit}, values by step`);
+    Object.assign(this, { spec, log: false, visible: false, steps: [], lines: [] });
     this.button = el('button', { type: 'button', 'aria-pressed': 'false',
       'aria-label': `Logarithmic scale of ${spec.title}`,
       onclick: () => this.toggle() }, 'log');
-    this.canvas = el('canvas', { tabindex: '0', role: 'slider', 'aria-label': `${spec.title}${unit}, values by step`,
-      'aria-valuemin': '0', 'aria-valuemax': '0', 'aria-valuenow': '0', 'aria-valuetext': 'no data yet' });
-    this.readout = el('div', { class: 'readout' });
     this.legend = el('div', { class: 'legend' });
     this.root = el('figure', { class: 'chart' },
       el('div', { class: 'top' }, el('h3', {}, spec.title + unit), this.button), this.canvas, this.legend, this.readout,
       spec.help ? el('details', {}, el('summary', {}, 'How to read it'),
         el('p', {}, `${spec.help} ${spec.reading || ''}`)) : null);
     this.root.dataset.metric = spec.key || spec.title;
-    this.canvas.addEventListener('pointermove', (event) => this.point(event.offsetX));
-    this.canvas.addEventListener('pointerdown', (event) => this.point(event.offsetX));
-    this.canvas.addEventListener('pointerleave', () => { if (document.activeElement !== this.canvas) this.at(null); });
-    this.canvas.addEventListener('keydown', (event) => this.key(event));
-    this.canvas.addEventListener('focus', () => { if (this.cursor === null) this.at(this.steps.length - 1); });
-    this.canvas.addEventListener('blur', () => this.at(null));
-    this.draw = throttle(60, () => { if (this.visible && this.root.isConnected) this.paint(); });
-    new ResizeObserver(this.draw).observe(this.canvas);
     new IntersectionObserver((entries) => { this.visible = entries[entries.length - 1].isIntersecting; this.draw(); },
       { rootMargin: '300px' }).observe(this.canvas);
-    this.steps = [];
-    this.lines = [];
   }
 
   toggle() {
@@ -102,12 +87,8 @@ export class Chart {
     const text = many ? JSON.stringify(this.lines.map((line) => [line.label, line.hue, line.dash])) : '';
     if (text === this.legendText) return;
     this.legendText = text;
-    this.legend.replaceChildren(...(many ? this.lines.map((line) => {
-      const swatch = el('span', { class: 'swatch' });
-      swatch.style.background = line.hue;
-      if (line.dash) swatch.style.opacity = '0.55';
-      return el('span', { class: 'key' }, swatch, line.label);
-    }) : []));
+    this.legend.replaceChildren(...(many ? this.lines.map((line) =>
+      el('span', { class: 'key' }, swatch(line.hue, line.dash ? '0.55' : ''), line.label)) : []));
   }
 
   scale(width, height) {
@@ -130,6 +111,7 @@ export class Chart {
   }
 
   paint() {
+    if (!this.visible || !this.root.isConnected) return;
     this.prepare();
     const { context, width, height } = sharpen(this.canvas);
     context.font = '11px system-ui, sans-serif';
@@ -138,12 +120,12 @@ export class Chart {
     if (!scale) {
       context.fillStyle = ink('faint');
       context.fillText(this.lines.length ? 'no value that this scale can show' : 'no data yet', LEFT, height / 2);
-      return this.tell();
+      return this.show();
     }
     this.axes(context, scale, width, height);
     for (const line of this.lines) this.line(context, scale, line);
     if (this.cursor !== null) this.mark(context, scale, height);
-    this.tell();
+    this.show();
   }
 
   axes(context, scale, width, height) {
@@ -222,16 +204,10 @@ export class Chart {
     }
   }
 
-  tell() {
-    const last = this.steps.length - 1;
-    const text = last < 0 ? 'no data yet' : this.describe(this.cursor === null ? last : this.cursor);
-    this.readout.textContent = text;
-    this.readout.classList.toggle('faint', this.cursor === null);
-    const now = this.steps[this.cursor === null ? last : this.cursor] ?? 0;
-    for (const [name, value] of [['min', this.steps[0] ?? 0], ['max', this.steps[last] ?? 0], ['now', now]]) {
-      this.canvas.setAttribute(`aria-value${name}`, String(value));
-    }
-    this.canvas.setAttribute('aria-valuetext', text);
+  show() {
+    const last = this.steps.length - 1, index = this.cursor ?? last;
+    this.announce(last < 0 ? 'no data yet' : this.describe(index),
+      [0, last, index].map((i) => this.steps[i] ?? 0));
     this.canvas.dataset.points = String(this.lines.reduce((sum, line) => sum + line.x.length, 0));
     this.canvas.dataset.last = String(Math.max(...this.lines.map((line) =>
       (line.ends ? line.ends[1] : line.x).at(-1))));
@@ -253,24 +229,15 @@ export class Chart {
     return `${where}: ${parts.join('; ')}`;
   }
 
-  at(index) {
-    this.cursor = index === null || !this.steps.length ? null : Math.max(0, Math.min(this.steps.length - 1, index));
-    this.draw();
-  }
-
   point(offset) {
     if (!this.placed || !this.steps.length) return;
     const { from, to } = this.placed, across = this.canvas.clientWidth - LEFT - RIGHT;
     this.at(nearest(this.steps, from + ((offset - LEFT) / across) * (to - from)));
   }
 
-  key(event) {
-    const last = this.steps.length - 1, now = this.cursor ?? last, jump = Math.max(1, Math.round(last / 10));
-    const to = { ArrowLeft: now - 1, ArrowDown: now - 1, ArrowRight: now + 1, ArrowUp: now + 1, Home: 0, End: last,
-      PageDown: now - jump, PageUp: now + jump, Escape: null }[event.key];
-    if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
-    event.preventDefault();
-    this.at(to);
+  reach() {
+    const last = this.steps.length - 1;
+    return { last, step: 1, page: Math.max(1, Math.round(last / 10)) };
   }
 }
 

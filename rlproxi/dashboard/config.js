@@ -1,19 +1,18 @@
-// The config as it was resolved, line by line with its full key, to be searched.
+// The resolved config, whose lines can be searched by their full key.
 
-import { byId, el, get, runPath } from './dom.js';
+import { byId, el, field, get, runPath } from './dom.js';
 
 export class Config {
   constructor() {
     this.search = el('input', { type: 'search', maxlength: '100', autocomplete: 'off', oninput: () => this.show() });
     this.text = el('pre', { tabindex: '0', 'aria-label': 'Config' });
     this.count = el('span', { class: 'faint', role: 'status' });
-    byId('config-body').append(el('label', { class: 'field' }, 'Find a key or a value', this.search), this.count,
-      this.text);
+    byId('config-body').append(field('Find a key or a value', this.search), this.count, this.text);
     this.lines = [];
     this.texts = new Map();
   }
 
-  // Gives the run its number of denoising steps; shows its config where it is the one that is looked at.
+  // Sets the run's number of denoising steps, and shows its config if `shown`.
   async update(run, shown) {
     this.texts.set(run.id, await get(runPath(run.id, '/config')).then(({ text, headline_steps: steps }) => {
       run.headline_steps = steps;

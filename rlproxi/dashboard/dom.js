@@ -1,4 +1,4 @@
-// Small helpers. Text from a run only ever becomes text, never markup.
+// Small helpers. Text from a run always becomes text, never markup.
 
 export function el(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
@@ -10,6 +10,19 @@ export function el(tag, properties = {}, ...children) {
     else node.setAttribute(name, value === true ? '' : value);
   }
   node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+// The options of a select; entries: [[value, text]].
+export const options = (entries, chosen) => entries.map(([value, text]) =>
+  el('option', { value: String(value), selected: String(value) === String(chosen) }, String(text)));
+
+export const field = (text, ...controls) => el('label', { class: 'field' }, text, ...controls);
+
+// A coloured square, as in a legend.
+export function swatch(background, opacity = '') {
+  const node = el('span', { class: 'swatch' });
+  Object.assign(node.style, { background, opacity });
   return node;
 }
 
@@ -53,8 +66,8 @@ export function duration(seconds) {
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
-export const colour = (index) => getComputedStyle(document.documentElement).getPropertyValue(`--c${index % 8}`).trim();
 export const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+export const colour = (index) => ink(`c${index % 8}`);
 
 // A canvas as sharp as the screen; returns its context and size in CSS pixels.
 export function sharpen(canvas) {
@@ -77,4 +90,47 @@ export function throttle(wait, action) {
     if (timer !== null) return;
     timer = setTimeout(() => { timer = null; last = Date.now(); action(); }, Math.max(0, last + wait - Date.now()));
   };
+}
+
+// A canvas that is read at a cursor, which pointer and keyboard move. A subclass has paint(), point(offset in pixels)
+// and reach() => {last: the greatest position, step and page: what the arrow and page keys add}.
+export class CanvasView {
+  constructor(label) {
+    this.cursor = null;
+    this.readout = el('div', { class: 'readout faint' });
+    this.canvas = el('canvas', { tabindex: '0', role: 'slider', 'aria-label': label,
+      'aria-valuemin': '0', 'aria-valuemax': '0', 'aria-valuenow': '0', 'aria-valuetext': 'no data yet' });
+    this.draw = throttle(60, () => this.paint());
+    new ResizeObserver(this.draw).observe(this.canvas);
+    const on = (name, action) => this.canvas.addEventListener(name, action);
+    on('pointermove', (event) => this.point(event.offsetX));
+    on('pointerdown', (event) => this.point(event.offsetX));
+    on('pointerleave', () => { if (document.activeElement !== this.canvas) this.at(null); });
+    on('focus', () => { if (this.cursor === null) this.at(this.reach().last); });
+    on('blur', () => this.at(null));
+    on('keydown', (event) => this.key(event));
+  }
+
+  key(event) {
+    const { last, step, page } = this.reach(), now = this.cursor ?? last;
+    const to = { ArrowLeft: now - step, ArrowDown: now - step, ArrowRight: now + step, ArrowUp: now + step,
+      PageDown: now - page, PageUp: now + page, Home: 0, End: last, Escape: null }[event.key];
+    if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    this.at(to);
+  }
+
+  at(position) {
+    const { last } = this.reach();
+    this.cursor = position === null || last < 0 ? null : Math.max(0, Math.min(last, position));
+    this.draw();
+  }
+
+  // Writes what is at the cursor below the canvas, also for screen readers.
+  announce(text, [min, max, now]) {
+    this.readout.textContent = text;
+    this.readout.classList.toggle('faint', this.cursor === null);
+    const values = { valuetext: text, valuemin: min, valuemax: max, valuenow: now };
+    for (const [name, value] of Object.entries(values)) this.canvas.setAttribute(`aria-${name}`, String(value));
+  }
 }

@@ -1,7 +1,6 @@
-// Samples of training over time, and the held-out prompts: the same ones at each evaluation, side by side or one over
-// the other.
+// Samples of training over time, and those of the held-out prompts at each evaluation, which can be compared.
 
-import { byId, el, get, number, runPath } from './dom.js';
+import { byId, el, field, get, number, options, runPath } from './dom.js';
 
 const FIRST_PROMPTS = 6;
 const pictures = new Map(); // url -> promise of a decoded image; the newest few
@@ -16,6 +15,9 @@ function picture(url) {
   return pictures.get(url);
 }
 
+// The held-out scores of an evaluation's prompt; [] if they cannot be fetched.
+const heldout = (path) => get(path).then((answer) => answer.heldout).catch(() => []);
+
 // Draws sample `index` of `count` that stand side by side in the picture at `url`.
 function crop(url, index, count, label) {
   const canvas = el('canvas', { role: 'img', 'aria-label': label, width: 8, height: 8 });
@@ -26,7 +28,7 @@ function crop(url, index, count, label) {
     canvas.getContext('2d').drawImage(image, index * width, 0, width, image.naturalHeight, 0, 0, width,
       image.naturalHeight);
     canvas.dataset.drawn = url;
-  }).catch(() => canvas.setAttribute('aria-label', `${label}: the picture cannot be had`));
+  }).catch(() => canvas.setAttribute('aria-label', `${label}: the picture is missing`));
   return canvas;
 }
 
@@ -46,7 +48,7 @@ class Over {
     this.range = el('input', { type: 'range', min: '0', max: '0', value: '0', class: 'wide', 'aria-label': label,
       oninput: () => { this.follow = Number(this.range.value) === this.list.length - 1; this.moved(); } });
     this.words = el('output', {});
-    this.root = el('label', { class: 'field' }, label, this.range, this.words);
+    this.root = field(label, this.range, this.words);
   }
 
   get index() { return Math.min(Number(this.range.value), this.list.length - 1); }
@@ -57,13 +59,13 @@ class Over {
     this.range.max = String(Math.max(0, list.length - 1));
     const kept = this.follow ? -1 : list.findIndex((entry) => (entry.tag ?? entry) === (before?.tag ?? before));
     this.range.value = String(kept < 0 ? list.length - 1 : kept);
-    this.say = words;
+    this.describe = words;
     this.moved();
   }
 
   moved() {
     if (this.index < 0) return;
-    const text = this.say(this.list[this.index]);
+    const text = this.describe(this.list[this.index]);
     this.words.textContent = text;
     this.range.setAttribute('aria-valuetext', text);
     this.show(this.list[this.index]);
@@ -93,7 +95,7 @@ export class Gallery {
     this.shown = wanted;
     try {
       const { groups } = await get(runPath(this.run, `/galleries/${step}`));
-      // The pictures first: what is shown stays until there is something to show in its place.
+      // The pictures first: the old ones stay until the new ones are loaded.
       await Promise.allSettled(groups.filter((group) => group.picture)
         .map((group) => picture(runPath(this.run, `/galleries/${step}/${groups.indexOf(group)}.png`))));
       if (this.shown !== wanted) return;
@@ -118,7 +120,7 @@ export class Gallery {
         large.map(([word, i]) => `${word}: ${detail(i)}`).join('; ')) : null,
       el('details', { open: Boolean(open) }, el('summary', {}, `All ${count} samples`), el('div', { class: 'shots' },
         ...group.rewards.map((score, i) => shot(url, i, count, group.prompt, score)))),
-    ] : [el('p', { class: 'faint' }, 'Its picture is not there.')];
+    ] : [el('p', { class: 'faint' }, 'Its picture is missing.')];
     return el('div', { class: 'group' }, el('p', {}, group.prompt || '(no caption)'), ...shots.filter(Boolean));
   }
 }
@@ -134,7 +136,7 @@ export class Evaluations {
     this.more = el('button', { type: 'button', onclick: () =>
       { this.prompts += FIRST_PROMPTS; this.shown = null; this.over.moved(); } }, 'More prompts');
     this.compare = new Compare();
-    this.all = el('div', {}, el('label', { class: 'field' }, 'Denoising steps', this.steps), this.over.root,
+    this.all = el('div', {}, field('Denoising steps', this.steps), this.over.root,
       this.shots, this.more, this.compare.root);
     byId('evaluations-body').append(this.none, this.all);
   }
@@ -151,8 +153,7 @@ export class Evaluations {
     const headline = this.list.map((entry) => entry.headline).find((n) => counts.includes(n));
     const chosen = fresh || !counts.includes(Number(this.steps.value)) ? headline ?? counts[0]
       : Number(this.steps.value);
-    this.steps.replaceChildren(...counts.map((n) =>
-      el('option', { value: String(n), selected: n === chosen }, String(n))));
+    this.steps.replaceChildren(...options(counts.map((n) => [n, n]), chosen));
     this.refresh();
   }
 
@@ -171,8 +172,7 @@ export class Evaluations {
     this.shown = wanted;
     const rows = await Promise.all(entry.prompts.slice(0, this.prompts).map(async (prompt, p) => {
       const base = runPath(this.run, `/evaluations/${entry.tag}/${steps}/${p}`);
-      const [scores] = await Promise.all([get(base).then((answer) => answer.heldout).catch(() => []),
-        picture(`${base}.png`).catch(() => null)]);
+      const [scores] = await Promise.all([heldout(base), picture(`${base}.png`).catch(() => null)]);
       return el('div', { class: 'group' }, el('p', {}, prompt || '(no caption)'), el('div', { class: 'shots' },
         ...Array.from({ length: Math.min(8, entry.samples) }, (_, i) =>
           shot(`${base}.png`, i, entry.samples, prompt, scores[i]))));
@@ -195,24 +195,23 @@ class Compare {
     this.range = el('input', { type: 'range', min: '0', max: '100', value: '50', class: 'compare-range',
       'aria-label': 'Share of the left picture', oninput: () => this.place() });
     this.words = el('p', { class: 'faint', role: 'status' });
-    this.root = el('div', { class: 'group' }, el('h3', {}, 'Before and after'), el('p', {},
-      el('label', { class: 'field' }, 'Left', this.left), el('label', { class: 'field' }, 'Right', this.right),
-      el('label', { class: 'field' }, 'Prompt', this.prompt), el('label', { class: 'field' }, 'Sample', this.sample)),
-    this.stage, this.range, this.words);
+    this.root = el('div', { class: 'group' }, el('h3', {}, 'Before and after'),
+      el('p', {}, field('Left', this.left), field('Right', this.right), field('Prompt', this.prompt),
+        field('Sample', this.sample)),
+      this.stage, this.range, this.words);
   }
 
   set(run, steps, list) {
     const was = this.run === run && this.list ? [this.left.value, this.right.value, this.prompt.value,
       this.sample.value] : [];
     Object.assign(this, { run, steps, list });
-    const fill = (node, entries, chosen) => node.replaceChildren(...entries.map(([value, text]) =>
-      el('option', { value: String(value), selected: String(value) === chosen }, text)));
+    const fill = (node, entries, chosen) => node.replaceChildren(...options(entries, chosen));
     const tags = list.map((entry) => [entry.tag, entry.tag]), last = list[list.length - 1];
     fill(this.left, tags, was[0] ?? list[0].tag);
     fill(this.right, tags, was[1] && was[1] !== this.newest ? was[1] : last.tag);
     this.newest = last.tag;
     fill(this.prompt, last.prompts.slice(0, 64).map((text, p) => [p, `${p + 1}: ${text.slice(0, 80)}`]), was[2] ?? '0');
-    fill(this.sample, Array.from({ length: last.samples }, (_, i) => [i, String(i + 1)]), was[3] ?? '0');
+    fill(this.sample, Array.from({ length: last.samples }, (_, i) => [i, i + 1]), was[3] ?? '0');
     this.draw();
   }
 
@@ -222,16 +221,16 @@ class Compare {
     const sides = await Promise.all([this.left.value, this.right.value].map(async (tag) => {
       const entry = this.list.find((found) => found.tag === tag),
         base = runPath(this.run, `/evaluations/${tag}/${this.steps}/${p}`);
-      const scores = await get(base).then((answer) => answer.heldout).catch(() => []);
-      return { tag, score: scores[i], canvas: crop(`${base}.png`, i, entry?.samples ?? 1,
+      return { tag, score: (await heldout(base))[i], canvas: crop(`${base}.png`, i, entry?.samples ?? 1,
         `sample ${i + 1} of evaluation ${tag}`) };
     }));
     if (wanted !== this.wanted) return;
     this.upper = sides[0].canvas;
     this.stage.replaceChildren(sides[1].canvas, sides[0].canvas, this.edge);
-    const say = ({ tag, score }) =>
+    const describe = ({ tag, score }) =>
       `${tag} ${score === null || score === undefined ? 'without a score' : number(score, 3)}`;
-    this.words.textContent = `Left: ${say(sides[0])}. Right: ${say(sides[1])}. Held-out judge, same prompt and seed.`;
+    const [left, right] = sides.map(describe);
+    this.words.textContent = `Left: ${left}. Right: ${right}. Held-out judge, same prompt and seed.`;
     this.place();
   }
 

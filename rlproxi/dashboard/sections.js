@@ -1,11 +1,11 @@
-// Which curves stand together, under which heading. What is named nowhere comes last, so nothing is left out.
+// Which curves are shown together, under which heading. Curves without a place come last, so none is left out.
 
 import { Chart } from './chart.js';
 import { el } from './dom.js';
+import { EVALUATION } from './store.js';
 
 const one = (stage, ...names) => names.map((name) => ({ key: name, pick: (s, n) => s === stage && n === name }));
 const family = (stage, pattern, title) => ({ title, pattern, stage });
-const EVALUATION = /^evaluation@/;
 
 // A row is {key, pick} for a plot of its own, or {title, stage, pattern} for one plot of all that match.
 const LAYOUT = [
@@ -43,12 +43,12 @@ export class Sections {
     return this.known.find((m) => m.name === bare) || this.known.find((m) => m.test.test(bare));
   }
 
-  // A run's evaluations at its own number of denoising steps go by the stage name 'headline': runs differ in it.
+  // The stage 'headline' stands for evaluations at a run's own number of denoising steps, in which runs differ.
   curveOf(run, stage, name) {
     return run.curve(stage === 'headline' ? `evaluation@${run.headline}` : stage, name);
   }
 
-  // Makes the plots anew when a curve has come that was not there.
+  // Builds the plots again when there is a new curve.
   update() {
     const found = new Map();
     for (const run of this.selected()) {
@@ -147,16 +147,8 @@ export class Sections {
 
   // Reward against the number of denoising steps: the first and the last evaluation of each judge.
   frontiers(chart) {
-    const names = new Set();
-    const counts = (run) => Object.keys(run.curves).filter((stage) => EVALUATION.test(stage)).map((stage) =>
-      Number(stage.split('@')[1])).sort((a, b) => a - b);
-    for (const run of this.selected()) {
-      for (const n of counts(run)) {
-        for (const name of Object.keys(run.curves[`evaluation@${n}`])) {
-          if (/^heldout\/[^/]+$/.test(name)) names.add(name);
-        }
-      }
-    }
+    const counts = (run) => run.evaluated().sort((a, b) => a - b);
+    const names = new Set(this.selected().flatMap((run) => counts(run).flatMap((n) => run.judges(n))));
     return [...names].map((name) => chart(`frontier ${name}`, {
       title: `held-out ${name.slice(8)} against denoising steps`, axis: 'denoising steps', unit: 'reward',
       help: 'The first and the newest evaluation at each number of denoising steps.',
@@ -177,9 +169,9 @@ export class Sections {
   }
 }
 
-// The number of denoising steps a run is about: its config's, else the one with the most evaluations; null without any.
+// A run's main number of denoising steps: its config's, else the one with the most evaluations; null without any.
 function headlineSteps(run) {
-  const counts = Object.keys(run.curves).filter((stage) => EVALUATION.test(stage)).map((s) => Number(s.split('@')[1]));
+  const counts = run.evaluated();
   if (counts.includes(run.headline_steps)) return run.headline_steps;
   const size = (n) => Math.max(0, ...Object.values(run.curves[`evaluation@${n}`]).map((curve) => curve.x.length));
   return counts.sort((a, b) => size(b) - size(a))[0] ?? null;

@@ -14,7 +14,9 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -29,11 +31,12 @@ from ..run_directory import RunDirectory
 from ..telemetry.catalogue import CATALOGUE
 from ..telemetry.live import files as live_files
 from ..telemetry.live.hub import Hub
+from ..telemetry.live.values import whole
 from . import ASSETS, asset
-from .beside import MORE_PORTS, address, bind, is_loopback
+from .process import MORE_PORTS, address, bind, is_loopback
 
 DEFAULT_PORT = 8270
-#: A longer query is no page of ours. So many pages may listen at once. What one picture request may leave behind.
+#: Bytes of a query, pages that may listen at once, and bytes of pictures that are kept.
 QUERY_LIMIT, STREAMS, PICTURE_CACHE = 2048, 32, 16 << 20
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -46,8 +49,11 @@ _HEADERS = {
 
 
 class Guard:
-    """Every request passes here: GET and HEAD only, bounded queries, and on loopback only a loopback Host header, so
-    that a foreign page cannot reach this one by a name that it lets point here."""
+    """The ASGI wrapper that every request passes: GET and HEAD only, with bounded queries.
+
+    On loopback the Host header must name loopback too. Else a foreign page could reach this one by a name of its own
+    that resolves to this machine.
+    """
 
     def __init__(self, app, loopback: bool):
         self.app, self.loopback = app, loopback
@@ -68,7 +74,7 @@ class Guard:
             return _error(414, f"path and query have at most {QUERY_LIMIT} bytes each")
         try:
             scope["query_string"].decode()
-        except UnicodeDecodeError:  # Starlette would trip over it
+        except UnicodeDecodeError:  # Starlette would fail on it
             return _error(400, "the query is not UTF-8")
         if self.loopback and not _is_here(headers.get(b"host", b"").decode("latin-1")):
             return _error(403, "the Host header is not this machine's: use http://127.0.0.1 or http://localhost")
@@ -86,10 +92,8 @@ def _is_here(host: str) -> bool:
 def _with_headers(send):
     async def sending(message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [
-                *message["headers"],
-                *((name.encode(), value.encode()) for name, value in _HEADERS.items()),
-            ]
+            own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+            message["headers"] = [*message["headers"], *own]
         await send(message)
 
     return sending
@@ -100,7 +104,7 @@ def _error(status: int, words: str, headers: dict | None = None) -> JSONResponse
 
 
 class Page:
-    """The answers. Whatever reads files runs in a thread; the loop only passes on what is new."""
+    """The endpoints. Reading of files runs in threads; the event loop only passes updates on."""
 
     def __init__(self, hub: Hub):
         self.hub, self.streams = hub, 0
@@ -109,6 +113,7 @@ class Page:
         self._drawing = threading.Lock()
 
     def routes(self) -> list[Route]:
+        """The paths, each with its endpoint."""
         one = "/api/runs/{run}"
         return [
             Route("/", self.file),
@@ -127,52 +132,63 @@ class Page:
         ]
 
     def file(self, request: Request) -> Response:
+        """A file of the page."""
         name = request.path_params.get("name", "index.html")
         if name not in ASSETS:
             raise HTTPException(404, f"there is no {name[:100]!r} here")
         return Response(asset(name), media_type=ASSETS[name], headers={"Cache-Control": "no-cache"})
 
     def catalogue(self, request: Request) -> list[dict]:
+        """The unit and the explanation of every known metric."""
         return [{"name": m.name, "unit": m.unit, "help": m.help, "reading": m.reading} for m in CATALOGUE]
 
     def runs(self, request: Request) -> dict:
+        """The list of runs."""
         return {"runs": self.hub.listing(), "cursor": self.hub.cursor()}
 
     def run(self, request: Request) -> dict:
+        """All curves and events of a run."""
         return self.hub.snapshot(request.path_params["run"])
 
     def config(self, request: Request) -> dict:
+        """A run's config.yaml, and its number of denoising steps."""
         run = self.hub.opened(request.path_params["run"])
         with run.lock:
-            text, values = run.live.config()
+            text, values = run.config()
         sampler = values.get("sampler")
         steps = sampler.get("num_inference_steps") if isinstance(sampler, dict) else None
-        return {"text": text, "headline_steps": steps if type(steps) is int and abs(steps) < 2**53 else None}
+        return {"text": text, "headline_steps": whole(steps)}
 
     def timeline(self, request: Request) -> dict:
+        """The last iterations of a run's timeline."""
         run = self.hub.opened(request.path_params["run"])
         with run.lock:
             return {"iterations": run.timeline.read()}
 
     def gallery(self, request: Request) -> dict:
+        """The gallery of a step."""
         return live_files.gallery(self._folder(request), request.path_params["step"])
 
     def gallery_picture(self, request: Request) -> Response:
+        """The picture of a gallery's group."""
         at = request.path_params
         return _png(live_files.gallery_picture(self._folder(request), at["step"], at["group"]))
 
     def evaluations(self, request: Request) -> dict:
+        """The list of a run's evaluations."""
         return {"evaluations": live_files.evaluations(self._folder(request))}
 
     def evaluation_picture(self, request: Request) -> Response:
+        """The samples of an evaluation's prompt."""
         return _png(self._evaluation(request)[0])
 
     def evaluation_scores(self, request: Request) -> dict:
+        """The held-out scores of an evaluation's prompt."""
         return {"heldout": self._evaluation(request)[1]}
 
     def _evaluation(self, request: Request) -> tuple[bytes, list]:
         at, folder = request.path_params, self._folder(request)
-        # A picture's file may be written again by a resumed run.
+        # A resumed run may write a picture's file again.
         file = RunDirectory(folder).evaluation_samples(at["tag"][:100], at["steps"])
         try:
             changed = os.stat(file).st_mtime_ns
@@ -192,7 +208,7 @@ class Page:
         return self.hub.folders()[request.path_params["run"]]
 
     async def events(self, request: Request) -> Response:
-        """Server-sent events of ?run=ID[&run=ID..] from ?after=CURSOR on, or from the Last-Event-ID of a reconnect."""
+        """Server-sent events of ?run=ID[&run=ID..] since ?after=CURSOR, or since the Last-Event-ID of a reconnect."""
         names = set(request.query_params.getlist("run"))
         known = await run_in_threadpool(self.hub.folders)
         if not names or names - set(known):
@@ -219,19 +235,17 @@ class Page:
                 for at, text in fresh or ():
                     yield f"id: {at}\ndata: {text}\n\n".encode()
                 quiet = 0.0 if fresh or fresh is None else quiet + 0.25
-                if quiet >= 15:  # tells a proxy, and us, that both ends are there
+                if quiet >= 15:  # shows a proxy, and us, that both ends are alive
                     quiet = 0.0
                     yield b": still here\n\n"
-                try:
+                with suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self.stopping.wait(), 0.25)
-                except asyncio.TimeoutError:
-                    pass
         finally:
             self.streams -= 1
 
 
 def _json(answer: Callable[[Request], object]):
-    """An endpoint that sends what ``answer`` returns. NaN cannot be in it: it is no JSON."""
+    """An endpoint that sends what ``answer`` returns as JSON, without NaN."""
 
     def endpoint(request: Request) -> Response:
         try:
@@ -248,7 +262,7 @@ def _png(data: bytes) -> Response:
 
 
 def application(hub: Hub, loopback: bool = True) -> tuple[Guard, Page]:
-    """The ASGI application, and the page whose ``stopping`` ends its streams."""
+    """(ASGI application, its page, whose ``stopping`` ends the streams)."""
     page = Page(hub)
     handlers = {
         HTTPException: lambda request, error: _error(error.status_code, error.detail, error.headers),
@@ -259,13 +273,23 @@ def application(hub: Hub, loopback: bool = True) -> tuple[Guard, Page]:
     return Guard(Starlette(routes=page.routes(), exception_handlers=handlers), loopback), page
 
 
+class _Server(uvicorn.Server):
+    """A server that calls ``on_exit`` when a signal ends it, so that open streams end too."""
+
+    on_exit: Callable[[], object] = staticmethod(lambda: None)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.on_exit()
+        super().handle_exit(sig, frame)
+
+
 def serve(hub: Hub, listener: socket.socket, host: str, until: Callable[[], object] | None = None) -> None:
-    """Serves until Ctrl-C or SIGTERM, or until ``until`` returns, which is called in a thread."""
+    """Serve until Ctrl-C or SIGTERM, or until ``until``, which runs in a thread, returns."""
 
     async def main() -> None:
         app, page = application(hub, is_loopback(host))
-        # h11: its bound on a request's head is ours to set. The other implementation has none for a path.
-        server = uvicorn.Server(
+        # h11 lets us bound a request's head. The other implementation does not bound a path.
+        server = _Server(
             uvicorn.Config(
                 app,
                 http="h11",
@@ -286,26 +310,24 @@ def serve(hub: Hub, listener: socket.socket, host: str, until: Callable[[], obje
             page.stopping.set()
             server.should_exit = True
 
-        def wait() -> None:
-            until()
+        def wait(done: Callable[[], object]) -> None:
+            done()
             loop.call_soon_threadsafe(stop)
 
         if until is not None:
-            threading.Thread(target=wait, daemon=True).start()
-        handle = server.handle_exit
-        server.handle_exit = lambda *signal: (loop.call_soon_threadsafe(page.stopping.set), handle(*signal))
+            threading.Thread(target=wait, args=[until], daemon=True).start()
+        server.on_exit = lambda: loop.call_soon_threadsafe(page.stopping.set)
         await server.serve(sockets=[listener])
 
     try:
-        asyncio.run(main())
-    except KeyboardInterrupt:
-        pass
+        with suppress(KeyboardInterrupt):
+            asyncio.run(main())
     finally:
         hub.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The server beside a run, started by ``rlproxi.dashboard.beside`` with a socket that listens already."""
+    """Run the server that ``rlproxi.dashboard.process`` starts, with a socket that listens already."""
     parser = argparse.ArgumentParser("rlproxi.dashboard.server")
     parser.add_argument("run_dirs", nargs="+", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
@@ -320,8 +342,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(run_dirs: list[Path], host: str, port: int | None) -> int:
-    """``rlproxi dashboard``: serves ``run_dirs`` until Ctrl-C. Raises FileNotFoundError for what is no run, ValueError
-    where the port cannot be had."""
+    """Serve ``run_dirs`` until Ctrl-C, for ``rlproxi dashboard``.
+
+    Raises FileNotFoundError for a path that is no run, ValueError if the port is taken.
+    """
     hub, wanted = Hub(run_dirs), DEFAULT_PORT if port is None else port
     try:
         listener = bind(host, wanted, MORE_PORTS if port is None else 0)

@@ -1,4 +1,4 @@
-// Where the run is: cards on top, warnings and alarms below.
+// The state of the run: cards at the top, warnings and alarms below.
 
 import { byId, duration, el, number, whole, withUnit } from './dom.js';
 
@@ -27,10 +27,10 @@ export function showCards(run) {
   const trained = run.curve('rl', 'reward/mean');
   if (trained) cards.push(card('Training reward', number(run.newest('rl', 'reward/mean')),
     `began at ${number(trained.y[0])}`));
-  for (const [name, curve] of Object.entries(run.curves[`evaluation@${headline}`] || {})) {
-    if (!/^heldout\/[^/]+$/.test(name)) continue;
-    cards.push(card(`Held-out ${name.slice(8)}`, number(run.newest(`evaluation@${headline}`, name)),
-      `began at ${number(curve.y[0])}`));
+  const stage = `evaluation@${headline}`;
+  for (const name of run.judges(headline)) {
+    cards.push(card(`Held-out ${name.slice(8)}`, number(run.newest(stage, name)),
+      `began at ${number(run.curve(stage, name).y[0])}`));
   }
   for (const role of ['rollout', 'reward', 'learner']) {
     const idle = run.newest('rl', `idle/${role}`);

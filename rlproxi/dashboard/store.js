@@ -1,8 +1,10 @@
-// What is known of each run: curves and events as the server sent them, and what came since.
+// The data of each run: curves and events as the server sent them, and the changes since.
 
 import { get, runPath } from './dom.js';
 
-const MOST_POINTS = 3000; // beyond, the server's merged curves are fetched anew
+const MOST_POINTS = 3000; // with more, the server's merged curves are fetched again
+
+export const EVALUATION = /^evaluation@/;
 
 export class Run {
   constructor(id, values) {
@@ -26,7 +28,17 @@ export class Run {
     return curve.y[curve.y.length - 1];
   }
 
-  // Takes changes in order; returns false where the curves must be fetched anew.
+  // The numbers of denoising steps that have evaluations.
+  evaluated() {
+    return Object.keys(this.curves).filter((stage) => EVALUATION.test(stage)).map((s) => Number(s.split('@')[1]));
+  }
+
+  // The names of the held-out judges in the evaluations at a number of denoising steps.
+  judges(steps) {
+    return Object.keys(this.curves[`evaluation@${steps}`] || {}).filter((name) => /^heldout\/[^/]+$/.test(name));
+  }
+
+  // Applies changes in order; returns false if the curves must be fetched again.
   change(changes) {
     let fits = true;
     for (const [kind, ...rest] of changes) {
@@ -64,7 +76,7 @@ export class Run {
 
   cut(stage, step, record) {
     for (const [name, curves] of Object.entries(this.curves)) {
-      if (name !== stage && !(stage === 'rl' && name.startsWith('evaluation@'))) continue;
+      if (name !== stage && !(stage === 'rl' && EVALUATION.test(name))) continue;
       for (const curve of Object.values(curves)) {
         while (curve.x.length && curve.x[curve.x.length - 1] > step) {
           for (const column of ['x', 'y', 'first', 'low', 'high']) curve[column]?.pop();
@@ -84,7 +96,7 @@ export class Run {
   }
 }
 
-// Keeps the selected runs up to date. `changed(run, kinds)` is told what is new: 'points', 'gallery', 'evaluations'.
+// Keeps the selected runs up to date, and calls `changed(run, kinds)` with kinds such as 'points' or 'gallery'.
 export class Store {
   constructor(changed, connection) {
     this.changed = changed;
@@ -133,7 +145,7 @@ export class Store {
     const run = this.runs.get(news.run);
     const number = Number(at.split('-')[1]);
     if (!run || number <= run.number) return;
-    if (this.loading.has(run.id)) { // what is being fetched may be older than this: fetch once more
+    if (this.loading.has(run.id)) { // the answer under way may be older than this change: fetch once more
       this.loading.get(run.id).then(() => { if (run.number < number) return this.load(run.id); }).catch(() => {});
       return;
     }

@@ -1,49 +1,25 @@
-// Who did what when: a lane for each actor, rank and scorer, over the last iterations.
+// The timeline of the roles: a lane for each actor, rank and scorer, over the last iterations.
 
-import { byId, colour, el, get, ink, number, runPath, sharpen, throttle } from './dom.js';
+import { byId, CanvasView, colour, el, field, get, ink, number, options, runPath, sharpen, swatch } from './dom.js';
 
 const PHASES = ['sample', 'score', 'train', 'sync', 'evaluate', 'checkpoint', 'wait'];
 const ROLES = ['rollout', 'reward', 'learner', 'weights', 'evaluation'];
 const ROW = 22, FOOT = 20;
 const tint = (phase) => (phase === 'wait' ? ink('grid') : colour(Math.max(0, PHASES.indexOf(phase))));
 
-export class Timeline {
+export class Timeline extends CanvasView {
   constructor() {
+    super('Timeline of the roles; arrow keys move through time');
     this.lanes = [];
-    this.cursor = null;
     this.label = 100;
-    this.many = el('select', { onchange: () => this.lay() },
-      ...[3, 5, 10, 20, 60].map((n) => el('option', { value: String(n), selected: n === 5 }, String(n))));
-    this.canvas = el('canvas', { tabindex: '0', role: 'slider',
-      'aria-label': 'Timeline of the roles; arrow keys move through time',
-      'aria-valuemin': '0', 'aria-valuemax': '100', 'aria-valuenow': '100' });
-    this.readout = el('p', { class: 'faint readout' });
+    this.many = el('select', { onchange: () => this.lay() }, ...options([3, 5, 10, 20, 60].map((n) => [n, n]), 5));
     this.table = el('div', { class: 'scroll', tabindex: '0', 'aria-label': 'Busy and idle shares' });
     this.none = el('p', { class: 'faint' }, 'No timeline yet: telemetry.timeline keeps one.');
-    const legend = el('div', { class: 'legend' }, ...[...PHASES].map((phase) => {
-      const swatch = el('span', { class: 'swatch' });
-      swatch.style.background = `var(--${phase === 'wait' ? 'grid' : `c${PHASES.indexOf(phase)}`})`;
-      return el('span', { class: 'key' }, swatch, phase);
-    }), el('span', { class: 'key' }, 'empty: idle'));
-    this.all = el('div', {}, el('label', { class: 'field' }, 'Last iterations', this.many), this.canvas, legend,
-      this.readout, this.table);
+    const legend = el('div', { class: 'legend' }, ...PHASES.map((phase, i) =>
+      el('span', { class: 'key' }, swatch(`var(--${phase === 'wait' ? 'grid' : `c${i}`})`), phase)),
+    el('span', { class: 'key' }, 'empty: idle'));
+    this.all = el('div', {}, field('Last iterations', this.many), this.canvas, legend, this.readout, this.table);
     byId('timeline-body').append(this.none, this.all);
-    this.draw = throttle(60, () => this.paint());
-    new ResizeObserver(this.draw).observe(this.canvas);
-    const point = (event) => this.at((event.offsetX - this.label) / Math.max(1, this.canvas.clientWidth - this.label));
-    this.canvas.addEventListener('pointermove', point);
-    this.canvas.addEventListener('pointerdown', point);
-    this.canvas.addEventListener('pointerleave', () => { if (document.activeElement !== this.canvas) this.at(null); });
-    this.canvas.addEventListener('focus', () => this.at(this.cursor ?? 1));
-    this.canvas.addEventListener('blur', () => this.at(null));
-    this.canvas.addEventListener('keydown', (event) => {
-      const now = this.cursor ?? 1;
-      const to = { ArrowLeft: now - 0.01, ArrowRight: now + 0.01, ArrowDown: now - 0.01, ArrowUp: now + 0.01,
-        PageDown: now - 0.1, PageUp: now + 0.1, Home: 0, End: 1, Escape: null }[event.key];
-      if (to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
-      event.preventDefault();
-      this.at(to);
-    });
   }
 
   async update(run) {
@@ -128,15 +104,18 @@ export class Timeline {
       context.strokeStyle = ink('ink');
       context.beginPath(); context.moveTo(at, 0); context.lineTo(at, this.lanes.length * ROW); context.stroke();
     }
-    this.tell();
+    this.show();
   }
 
-  at(share) {
-    this.cursor = share === null ? null : Math.max(0, Math.min(1, share));
-    this.draw();
+  point(offset) {
+    this.at((offset - this.label) / Math.max(1, this.canvas.clientWidth - this.label));
   }
 
-  tell() {
+  reach() {
+    return { last: 1, step: 0.01, page: 0.1 };
+  }
+
+  show() {
     const first = this.shown[0].step, last = this.shown.at(-1).step;
     let text = `Iterations ${first} to ${last}, ${number(this.to - this.from, 3)} s.`;
     if (this.cursor !== null) {
@@ -147,9 +126,7 @@ export class Timeline {
       };
       text = `${number(now - this.from, 3)} s: ${this.lanes.map((lane) => `${lane.name} ${doing(lane)}`).join(', ')}`;
     }
-    this.readout.textContent = text;
-    this.canvas.setAttribute('aria-valuenow', String(Math.round((this.cursor ?? 1) * 100)));
-    this.canvas.setAttribute('aria-valuetext', text);
+    this.announce(text, [0, 100, Math.round((this.cursor ?? 1) * 100)]);
   }
 }
 
@@ -160,7 +137,7 @@ function fitting(context, text, width) {
   return `${text.slice(0, length)}…`;
 }
 
-// Seconds that at least one span covers; waiting is idling.
+// Seconds that at least one span covers. Waiting counts as idle.
 export function covered(spans) {
   let total = 0, reached = -Infinity;
   for (const { phase, start, end } of spans) {

@@ -1,1 +1,1 @@
-
+"""Data: portraits, prompts, shards and their cache. ``curation`` filters and captions raw shards."""

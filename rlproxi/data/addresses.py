@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-#: Endings of the files that are shards.
+#: File name endings of shards.
 TARS, PARQUETS = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 
-#: The package that a kind of storage needs beside fsspec.
+#: Protocol -> the package that fsspec needs for it.
 PACKAGES = {
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -24,9 +24,9 @@ PACKAGES = {
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path in it.
+    """(fsspec's file system of an address, the path in it).
 
-    Raises ValueError that names the address, and the package to install where its kind of storage needs one.
+    Raises ValueError that names the address, and the package to install if its protocol needs one.
     """
     import fsspec
 
@@ -37,18 +37,17 @@ def filesystem(url: str) -> tuple[Any, str]:
         remedy = f"pip install {package}" if package else str(error)
         raise ValueError(f"data.urls: {url!r} needs a package that is not installed here: {remedy}") from None
     except ValueError as error:
-        raise ValueError(f"data.urls: {url!r} is no address that fsspec can open ({error})") from None
+        raise ValueError(f"data.urls: {url!r} is not an address that fsspec can open ({error})") from None
 
 
 def list_shards(urls: Sequence[str]) -> list[str]:
-    """Every shard that ``urls`` name, sorted and distinct; local ones as absolute paths.
+    """All shards that ``urls`` name, sorted and distinct; local ones as absolute paths.
 
-    Each of them is a file, a folder (its tars and parquet files, not those of its subfolders), a glob, an fsspec
-    address, any of these with ``{00000..00099}`` ranges. In folders and globs a parquet file beside a tar of the same
-    name is that tar's table of metadata, as img2dataset writes it, and left out. A gap in a range stays in the list
-    for ``read_shard`` to report.
+    Each entry is a file, a folder (its tars and parquet files, without subfolders), a glob, or an fsspec address, each
+    with optional ``{00000..00099}`` ranges. In folders and globs, a parquet file beside a tar of the same name is left
+    out: img2dataset writes the tar's metadata there. A gap in a range stays in the list, and ``read_shard`` reports it.
 
-    Raises ValueError that names the entry which matches nothing, or cannot be opened with what is installed.
+    Raises ValueError that names an entry which matches nothing, or needs a package that is not installed.
     """
     return sorted({shard for url in urls for shard in _expand(url)})
 
@@ -58,7 +57,8 @@ def _expand(url: str) -> list[str]:
     fs = filesystem(parts[0])[0]
     paths = {filesystem(part)[1].rstrip("/"): part for part in parts}
     kinds = _kinds(fs, list(paths))
-    shards, missing = [], []
+    shards: list[str] = []
+    missing: list[str] = []
     for path, part in paths.items():
         if "*" in path or "?" in path:
             shards += _shards_among(fs, fs.glob(path))
@@ -75,8 +75,11 @@ def _expand(url: str) -> list[str]:
 
 
 def _kinds(fs: Any, paths: Sequence[str]) -> dict[str, str]:
-    """'file' or 'directory' for each path that exists. Many are looked up in the lists of their folders, since a remote
-    storage answers no more than some twenty questions a second."""
+    """path -> 'file' or 'directory', for each path that exists.
+
+    Several are looked up in the lists of their folders, because a remote storage answers only some twenty requests a
+    second.
+    """
     if len(paths) == 1:
         return {path: fs.info(path)["type"] for path in paths if fs.exists(path)}
     if "http" in fs.protocol:  # has no lists

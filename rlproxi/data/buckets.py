@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: a few sizes of about equal area, and images fitted to the nearest of them.
+"""Aspect-ratio buckets: a few sizes of about equal area, and images that are fitted to the nearest one.
 
-A batch needs one shape, and a square crop of every image cuts heads off portraits. Where an image came from, its size
-and the corner of its crop, is kept for SDXL's micro-conditioning (arXiv 2307.01952, section 2.2).
+A batch needs one shape, and a square crop of every image cuts heads off portraits. The original size of an image and
+the corner of its crop are kept for SDXL's micro-conditioning (arXiv 2307.01952, section 2.2).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ LONGEST = 2
 
 
 def bucket_step(size: int, factor: int = 1) -> int:
-    """What the sides of buckets are multiples of: 64 pixels from 512 on, 8 latents (or pixels) below."""
+    """The number that divides the sides of buckets, in pixels: 64 for sizes from 512 on, else 8 latents (or pixels)."""
     return 64 if size >= 512 else min(64, 8 * factor)
 
 
 def bucket_sizes(size: int, step: int) -> list[Size]:
-    """Buckets of at most size x size pixels, sides multiples of ``step``, from 1:2 to 2:1, narrowest first.
+    """Buckets of at most size x size pixels, from 1:2 to 2:1, the narrowest first; sides are multiples of ``step``.
 
-    For each height the widest that fits; of those with the same aspect ratio the largest. Raises ValueError where not
-    even one step fits.
+    For each height it is the widest that fits; of those with one aspect ratio the largest. Raises ValueError if
+    ``size`` is smaller than ``step``.
     """
     if step < 1 or size < step:
         raise ValueError(
@@ -48,11 +48,11 @@ def bucket_sizes(size: int, step: int) -> list[Size]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How images become pixels of a few sizes.
+    """The resizing and cropping of images to a few sizes.
 
     Attributes:
-        sizes: the buckets; one for square crops.
-        crop: center, or random: named by (seed, key), so that it is the same whoever asks.
+        sizes: the buckets; one of them for square crops.
+        crop: "center", or "random": drawn by (seed, key), so that it is the same in every process.
     """
 
     sizes: tuple[Size, ...]
@@ -60,22 +60,22 @@ class Fit:
     seed: int = 0
 
     def nearest(self, height: int, width: int) -> Size:
-        """The bucket whose aspect ratio is closest in the logarithm: the least of the image is lost."""
+        """The bucket whose aspect ratio is closest in the logarithm: it loses the least of the image."""
         ratio = math.log(width / height)
         return min(self.sizes, key=lambda s: (abs(math.log(s[1] / s[0]) - ratio), -math.prod(s), s))
 
     def __call__(self, image: np.ndarray, key: str) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """uint8 [H, W, 3] -> (uint8 [h, w, 3] of a bucket, (H, W, top, left)).
 
-        The image is resized (Lanczos, with antialiasing) until it just covers the bucket, then cropped; top and left
-        are the crop's corner in pixels of the resized image, as SDXL counts them. Small images are enlarged.
+        The image is resized (Lanczos, with antialiasing) until it just covers the bucket, then cropped. Small images
+        are enlarged. top and left are the crop's corner in pixels of the resized image, as SDXL counts them.
         """
         full = image.shape[:2]
         size = self.nearest(*full)
         scale = max(size[0] / full[0], size[1] / full[1])
-        covering = [max(s, round(f * scale)) for s, f in zip(size, full)]
+        covering = [max(s, round(f * scale)) for s, f in zip(size, full, strict=True)]
         resized = Image.fromarray(image).resize((covering[1], covering[0]), Image.Resampling.LANCZOS)
-        top, left = self._corner([c - s for c, s in zip(covering, size)], key)
+        top, left = self._corner([c - s for c, s in zip(covering, size, strict=True)], key)
         pixels = np.asarray(resized)[top : top + size[0], left : left + size[1]]
         return pixels.copy(), (*full, top, left)
 
@@ -87,11 +87,11 @@ class Fit:
 
 
 def build_fit(size: int, buckets: bool, crop: str, seed: int, factor: int = 1, multiple: int = 1) -> Fit:
-    """A Fit from the config's values.
+    """The Fit of a config's values.
 
     Args:
-        factor: pixels of a latent's side; 1 without an autoencoder. multiple: what the network needs sides to be
-            multiples of, in pixels.
+        factor: pixels of a latent's side; 1 without an autoencoder.
+        multiple: the number, in pixels, that the network needs to divide the sides.
     """
     if not buckets:
         return Fit(((size, size),), crop, seed)

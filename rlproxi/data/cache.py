@@ -1,7 +1,7 @@
-"""Encoded shards on disk: one safetensors file for each, rows grouped by bucket, and what a run uses of them.
+"""Encoded shards on disk, one safetensors file for each with rows grouped by bucket, and a run's lists of them.
 
 A file's name holds a hash of all that its rows depend on: the shard's address and version, the recipe, the weights. So
-a file that exists is right, whoever wrote it, and a run that changes anything writes another one. Inside:
+a file that exists is valid for every run, and a run with other settings writes another file. Inside:
 
     <h>x<w>/image         uint8 [n, h, w, 3], or    <h>x<w>/latents   float16 [n, c, h/f, w/f]
     <h>x<w>/size          int32 [n, 4]: height and width of the original, top and left of the crop
@@ -33,50 +33,54 @@ from .addresses import filesystem
 from .buckets import Size
 from .shards import Skip
 
-#: Part of every fingerprint: files of another layout are not found.
+#: Version of the layout. It is part of every hash, so files of another layout are not found.
 FORMAT = 1
 STRINGS = ("caption", "key")
-#: Captions that are kept as prompts: more than any RL run sees, few enough for every process to hold.
+#: Captions that are kept as prompts: more than an RL run needs, few enough for the memory of every process.
 PROMPTS = 100_000
 
 
 def digest(*facts: Any) -> str:
-    """A short hash of JSON-able facts."""
+    """A short hash of values that JSON can hold."""
     return hashlib.blake2b(json.dumps([FORMAT, *facts], sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def source_version(url: str) -> str:
-    """What tells a shard from another one at the same address: its etag or checksum, else size and time.
+    """The version of the shard at an address: its etag or checksum, else its size and time.
 
-    Raises OSError (FileNotFoundError, ...) where the storage does not answer, ValueError as ``filesystem``.
+    Raises OSError (FileNotFoundError, ...) if the storage does not answer, ValueError as ``filesystem``.
     """
     fs, path = filesystem(url)
     info = fs.info(path)
-    first = lambda *names: next((info[name] for name in names if info.get(name)), None)  # noqa: E731
+
+    def first(*names: str) -> Any:
+        return next((info[name] for name in names if info.get(name)), None)
+
     strong = first("ETag", "etag", "md5Hash", "crc32c")
     when = first("mtime", "LastModified", "last_modified", "updated", "created")
     return str(strong) if strong else f"{info.get('size')} bytes, {when}"
 
 
 def cached_file(cache: Path, url: str, version: str, fingerprint: str) -> Path:
-    """Where the rows of a shard lie. ``fingerprint``: of the recipe and the weights."""
+    """The path of a shard's rows. ``fingerprint``: of the recipe and the weights."""
     stem = url.rstrip("/").rpartition("/")[2].partition(".")[0]
     return cache / f"{stem}-{digest(url, version, fingerprint)}.safetensors"
 
 
 class Rows:
-    """The rows of one shard while it is encoded; the whole of them is held in memory."""
+    """The rows of one shard while it is encoded, all of them in memory."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.columns: dict[Size, dict[str, list]] = defaultdict(lambda: defaultdict(list))
         self.skips: list[Skip] = []
 
     def add(self, bucket: Size, **values: Any) -> None:
-        """One row: ``caption`` and ``key`` strings, the others arrays."""
+        """Add one row: strings for ``caption`` and ``key``, arrays for the others."""
         for name, value in values.items():
             self.columns[bucket][name].append(value)
 
     def save(self, path: Path, shard: str) -> None:
+        """Write the file of the shard with address ``shard``."""
         from safetensors.numpy import save_file
 
         tensors = {"skips": _bytes(json.dumps([[s.key, s.reason] for s in self.skips]))}
@@ -88,7 +92,7 @@ class Rows:
                     tensors[at] = np.frombuffer(b"".join(encoded), np.uint8)
                     tensors[f"{at}_end"] = np.cumsum([len(e) for e in encoded], dtype=np.int64)
                 else:
-                    # The file keeps the bytes as they lie in memory, and a network's output may lie otherwise.
+                    # The file keeps the order of bytes in memory, and a network's output may have another one.
                     tensors[at] = np.ascontiguousarray(np.stack(values))
         with draft(path) as scratch:
             save_file(tensors, scratch, {"shard": shard})
@@ -100,19 +104,19 @@ def _bytes(text: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Inside, what a damaged file leads to is a ValueError that names it."""
+    """Inside, any error that a damaged file causes becomes a ValueError that names the file."""
     try:
         yield
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # safetensors', json's and numpy's, and whatever wrong names and numbers lead to
+    except Exception as error:  # errors of safetensors, json and numpy, and of wrong names and numbers
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): delete it and encode again") from None
 
 
 class CachedShard:
-    """A cached file, read row by row.
+    """A cached file, read row by row. Every method raises ValueError naming a damaged file.
 
-    All of it raises FileNotFoundError, or ValueError naming a damaged file.
+    Raises FileNotFoundError if the file does not exist.
     """
 
     def __init__(self, path: Path):
@@ -120,12 +124,14 @@ class CachedShard:
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} is gone from the cache: encode again")
-        self.path, self.columns = Path(path), defaultdict(list)  # bucket -> its columns
+        self.path = Path(path)
+        self.columns: dict[Size, list[str]] = defaultdict(list)
         with _naming(self.path):
             self._file = safe_open(path, framework="np")
-            for bucket, _, name in (n.partition("/") for n in self._file.keys() if "/" in n):
+            names = self._file.keys()
+            for bucket, _, name in (n.partition("/") for n in names if "/" in n):
                 self.columns[parse_size(bucket)].append(name)
-        #: bucket -> the ends of its captions and keys, which are small and asked for row by row
+        #: Column -> the ends of its strings, which are small and needed for every row.
         self._ends: dict[str, np.ndarray] = {}
 
     def counts(self) -> dict[Size, int]:
@@ -137,7 +143,7 @@ class CachedShard:
             }
 
     def row(self, bucket: Size, row: int) -> dict[str, Any]:
-        """Arrays, and strings for caption and key, of one row."""
+        """One row: strings for ``caption`` and ``key``, arrays for the others."""
         found = {}
         with _naming(self.path):
             for name in self.columns[bucket]:
@@ -148,11 +154,12 @@ class CachedShard:
         return found
 
     def captions(self) -> Iterator[str]:
+        """The captions of all rows."""
         for bucket in sorted(self.columns):
             with _naming(self.path):
                 text = self._file.get_tensor(f"{name_of(bucket)}/caption").tobytes()
                 ends = self._end(bucket, "caption").tolist()
-                found = [text[start:end].decode() for start, end in zip([0, *ends], ends)]
+                found = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
             yield from found
 
     def skips(self) -> list[tuple[str, str]]:
@@ -173,10 +180,12 @@ class CachedShard:
 
 
 def name_of(bucket: Size) -> str:
+    """The name of a bucket, such as 512x384."""
     return f"{bucket[0]}x{bucket[1]}"
 
 
 def parse_size(name: str) -> Size:
+    """The bucket of a name. Raises ValueError for anything else."""
     height, _, width = name.partition("x")
     return int(height), int(width)
 
@@ -186,7 +195,7 @@ def parse_size(name: str) -> Size:
 
 @dataclass(frozen=True)
 class Entry:
-    """A shard of a run: its file in the cache (None where nothing could be read) and its rows in each bucket."""
+    """A shard of a run: its file in the cache (None if it could not be read) and its rows in each bucket."""
 
     shard: str
     file: str | None
@@ -195,37 +204,26 @@ class Entry:
 
 
 def run_name(config: Config) -> str:
-    """A hash of the keys that say which data a run reads: runs that share a cache keep their lists apart by it."""
+    """A hash of the config keys that decide which data a run reads. It names the run's lists in a shared cache."""
     d, m = config.data, config.model
     urls = [url if "://" in url else os.path.abspath(url) for url in d.urls]
-    return digest(
-        urls,
-        d.size,
-        d.buckets,
-        d.crop,
-        d.crop == "random" and config.run.seed,
-        d.max_pixels,
-        d.cache_text,
-        m.init,
-        m.encoders,
-        m.patch,
-        m.channels,
-        m.kind,
-    )
+    pixels = d.size, d.buckets, d.crop, d.crop == "random" and config.run.seed, d.max_pixels, d.cache_text
+    return digest(urls, *pixels, m.init, m.encoders, m.patch, m.channels, m.kind)
 
 
 def manifest_path(config: Config, cache: Path) -> Path:
+    """The list of the run's shards and of all skipped samples."""
     return Path(cache) / f"manifest-{run_name(config)}.jsonl"
 
 
 def prompts_path(config: Config, cache: Path) -> Path:
-    """The captions of the run's data, at most ``PROMPTS`` of them, one on each line: what RL may use as prompts."""
+    """The file of captions that RL may use as prompts, one on each line, at most ``PROMPTS``."""
     return Path(cache) / f"prompts-{run_name(config)}.txt"
 
 
 def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list[Skip]) -> dict[str, Any]:
-    """Writes the run's manifest and returns its totals. ``lost``: the skips of shards without a cached file."""
-    skipped = Counter()
+    """Write the run's manifest and return its totals. ``lost``: the skips of shards without a cached file."""
+    skipped: Counter[str] = Counter()
     for entry in entries:
         skipped.update(entry.skipped)
     totals = {
@@ -252,8 +250,10 @@ def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list
 
 
 def read_index(config: Config, cache: Path) -> list[Entry]:
-    """The shards of the run's manifest. Raises FileNotFoundError where nothing was encoded for this config,
-    ValueError naming a damaged file."""
+    """The shards of the run's manifest.
+
+    Raises FileNotFoundError if nothing was encoded for this config, ValueError naming a damaged file.
+    """
     path = manifest_path(config, cache)
     if not path.is_file():
         raise FileNotFoundError(
@@ -266,21 +266,15 @@ def read_index(config: Config, cache: Path) -> list[Entry]:
         for facts in map(json.loads, file):
             if "rows" not in facts:
                 break  # the skips follow
-            entries.append(
-                Entry(
-                    facts["shard"],
-                    facts["file"],
-                    {parse_size(b): n for b, n in facts["rows"].items()},
-                    facts["skipped"],
-                )
-            )
+            rows = {parse_size(b): n for b, n in facts["rows"].items()}
+            entries.append(Entry(facts["shard"], facts["file"], rows, facts["skipped"]))
             numbers = [*facts["rows"].values(), *facts["skipped"].values()]
             if not (
                 isinstance(facts["shard"], str)
                 and isinstance(facts["file"], (str, type(None)))
                 and all(type(n) is int and n >= 0 for n in numbers)
             ):
-                raise ValueError(f"line {len(entries) + 1} is of no shard")
+                raise ValueError(f"line {len(entries) + 1} does not describe a shard")
     return entries
 
 
@@ -292,13 +286,13 @@ def captions(config: Config, cache: Path) -> Iterator[str]:
 
 
 def first_samples(config: Config, cache: Path, count: int) -> np.ndarray:
-    """Up to ``count`` samples of the bucket with most rows, as a denoiser sees them: float32 [n, C, h, w], latents, or
-    pixels in [-1, 1]. An equal part of every shard, so that no single source speaks for all.
+    """Up to ``count`` samples of the bucket with the most rows, as a denoiser sees them.
 
-    Raises FileNotFoundError as ``read_index``, ValueError where the run has no samples.
+    Returns float32 [n, C, h, w], latents or pixels in [-1, 1], in equal parts from every shard. Raises as
+    ``read_index``, and ValueError if the run has no samples.
     """
     entries = [e for e in read_index(config, cache) if e.rows]
-    totals = Counter()
+    totals: Counter[Size] = Counter()
     for entry in entries:
         totals.update(entry.rows)
     if not totals:
@@ -307,6 +301,7 @@ def first_samples(config: Config, cache: Path, count: int) -> np.ndarray:
     each = -(-count // len(entries))
     found = []
     for entry in entries:
+        assert entry.file is not None  # it has rows
         shard = CachedShard(Path(cache) / entry.file)
         found += [shard.row(bucket, row) for row in range(min(each, entry.rows.get(bucket, 0)))]
         if len(found) >= count:
@@ -317,13 +312,15 @@ def first_samples(config: Config, cache: Path, count: int) -> np.ndarray:
 
 
 def write_prompts(config: Config, cache: Path, limit: int = PROMPTS) -> int:
-    """Writes distinct captions, one on each line, and returns their number; of more than ``limit`` those with the least
-    hashes."""
+    """Write distinct captions, one on each line, and return their number.
+
+    Of more than ``limit`` captions, those with the smallest hashes are kept.
+    """
     heap: list[tuple[int, str]] = []
     kept: set[str] = set()
     for caption in captions(config, cache):
         caption = " ".join(caption.split())
-        # Negative: the heap's first is the one to give up.
+        # Negative, so that the heap's first is the next one to drop.
         item = (-int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big"), caption)
         if caption in kept or (len(heap) == limit and item < heap[0]):
             continue

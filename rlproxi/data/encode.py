@@ -1,4 +1,4 @@
-"""One shard to its cached file: decode, fit to a bucket, and, with a model's parts, to latents and text states."""
+"""Encoding of one shard into its cached file: decoding, fitting to a bucket, and optionally latents and text states."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from .cache import CachedShard, Entry, Rows, digest
 from .images import BadImage, decode
 from .shards import UNREADABLE, Sample, Skip, read_shard
 
-#: Rows of one bucket that go through the networks together.
+#: Rows of a batch, all of one bucket, for the networks.
 BATCH = 8
 
 
 class Unreadable(OSError):
-    """The storage did not give a shard, or gave up in the middle of it; another attempt may succeed."""
+    """Reading a shard failed at its beginning or in the middle; another attempt may succeed."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What rows depend on beside their shard.
+    """Everything that rows depend on besides their shard.
 
     Attributes:
-        sizes, crop, seed: of ``Fit``. max_pixels: of ``decode``.
-        text: whether text states are cached. weights: identity of the autoencoder and text encoders; "" for pixels.
+        sizes, crop, seed: of ``Fit``.
+        max_pixels: of ``decode``.
+        text: whether text states are cached.
+        weights: ``identity`` of the autoencoder and text encoders; "" for pixels.
     """
 
     sizes: tuple[Size, ...]
@@ -45,13 +47,14 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
+        """A hash of the recipe."""
         return digest(asdict(self))
 
 
 def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
     """The recipe of a run. ``parts_folder``: a folder with vae/ and text encoders; None caches pixels.
 
-    Raises FileNotFoundError or ValueError naming a part that is missing or unusable, or a key that asks for one.
+    Raises FileNotFoundError or ValueError naming a part that is missing or unusable, or the key that needs it.
     """
     from ..models.folders import ModelFolder
 
@@ -62,7 +65,7 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
             "it to false, or name a checkpoint in model.init or model.encoders"
         )
     factor = ModelFolder.at(parts_folder).latents.factor if parts_folder else 1
-    # A published network comes with sizes of its own, which the bucket's step covers.
+    # The bucket's step covers the sizes of a published network.
     levels = 1 if m.init else m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
     fit = build_fit(d.size, d.buckets, d.crop, config.run.seed if d.crop == "random" else 0, factor, factor * levels)
     odd = [size for size in fit.sizes if math.gcd(*size) % factor]
@@ -71,20 +74,14 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
             f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder in "
             f"{parts_folder}: change it"
         )
-    return Recipe(
-        fit.sizes,
-        fit.crop,
-        fit.seed,
-        d.max_pixels,
-        d.cache_text,
-        identity(parts_folder, d.cache_text) if parts_folder else "",
-    )
+    weights = identity(parts_folder, d.cache_text) if parts_folder else ""
+    return Recipe(fit.sizes, fit.crop, fit.seed, d.max_pixels, d.cache_text, weights)
 
 
 def identity(folder: str, text: bool) -> str:
-    """A hash of the weights and settings in vae/, and in the text encoders' folders where ``text``, wherever they lie.
+    """A hash of the weights and settings in vae/, and with ``text`` also of the text encoders' folders.
 
-    Of a large file, its size and 64 pieces are looked at.
+    It does not depend on where the folder is. Of a large file it covers the size and 64 pieces.
     """
     kinds = ("vae", "text_encoder*", "tokenizer*") if text else ("vae",)
     parts = sorted(part for kind in kinds for part in Path(folder).glob(kind))
@@ -103,7 +100,8 @@ class Encoder:
     """Encodes shards on one device.
 
     Args:
-        parts_folder: as in ``build_recipe``. threads: that decode; Pillow works outside the interpreter's lock.
+        parts_folder: as in ``build_recipe``.
+        threads: threads that decode; Pillow releases the interpreter's lock.
     """
 
     def __init__(self, recipe: Recipe, parts_folder: str | None, device: str = "cpu", threads: int = 1):
@@ -118,11 +116,11 @@ class Encoder:
                 from ..models.loading import load_text
 
                 self.text = load_text(parts_folder)
-                # The built-in encoder is a model beside its tokenizer, a stack moves itself.
+                # The built-in encoder holds its model beside its tokenizer; a stack of encoders has `to` itself.
                 getattr(self.text, "model", self.text).to(device)
 
     def shard(self, url: str, path: Path) -> Entry:
-        """Encodes one shard into ``path``. Raises Unreadable where the storage failed, and then writes nothing."""
+        """Encode one shard into ``path``. Raises Unreadable if the storage fails, and then writes nothing."""
         rows = Rows()
         pending: dict[Size, list[dict]] = {}
         for item in self._pixels(url):
@@ -139,7 +137,7 @@ class Encoder:
         return entry(url, path)
 
     def _pixels(self, url: str) -> Iterator[dict | Skip]:
-        """The shard's samples as pixels of a bucket, in order, decoded by the threads a few at a time."""
+        """The shard's samples as pixels of a bucket, in order; the threads decode a few at a time."""
         items = iter(read_shard(url))
         with ThreadPoolExecutor(self.threads) as pool:
             while some := list(islice(items, 8 * self.threads)):
@@ -160,13 +158,13 @@ class Encoder:
         if self.autoencoder is not None:
             x = torch.from_numpy(np.stack([item.pop("image") for item in items])).to(self.device)
             latents = self.autoencoder.encode(x.permute(0, 3, 1, 2).float() / 127.5 - 1).half().cpu().numpy()
-            for item, value in zip(items, latents):
+            for item, value in zip(items, latents, strict=True):
                 item["latents"] = value
         if self.text is not None:
             text = self.text.encode([item["caption"] for item in items])
             columns = {"text_states": text.states.half(), "text_pooled": text.pooled, "text_mask": text.mask.byte()}
             for name, values in columns.items():
-                for item, value in zip(items, values.cpu().numpy()):
+                for item, value in zip(items, values.cpu().numpy(), strict=True):
                     item[name] = value
         for item in items:
             odd = next((n for n in ("latents", "text_states") if n in item and not np.isfinite(item[n]).all()), None)
@@ -177,7 +175,7 @@ class Encoder:
 
 
 def entry(url: str, path: Path) -> Entry:
-    """What a cached file says of its shard."""
+    """The entry of a shard, read from its cached file."""
     cached = CachedShard(path)
     skipped: dict[str, int] = {}
     for key, reason in cached.skips():

@@ -1,8 +1,8 @@
-"""Parametric portraits with captions whose every word can be verified.
+"""Parametric portraits with captions that can be verified word by word.
 
-Nothing is downloaded: a seed names a portrait, signed distance fields draw it at any size, and
-the caption says exactly what was drawn. About a quarter are the *hand-focused* subset (a raised
-hand that shows one to five fingers), the shape of LAION-Face-T2I-15M.
+Nothing is downloaded. A seed names a portrait, signed distance fields draw it at any size, and the caption says exactly
+what is drawn. About a quarter are the *hand-focused* subset, as in LAION-Face-T2I-15M: a raised hand shows one to five
+fingers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _GLASSES_WORD = {"none": "no glasses", "glasses": "glasses", "sunglasses": "sung
 
 @dataclass(frozen=True)
 class Portrait:
-    """One drawn portrait. ``attributes`` maps each attribute to its value's name."""
+    """A portrait to draw. ``attributes``: attribute -> the name of its value."""
 
     attributes: dict[str, str]
     caption: str
@@ -58,7 +58,7 @@ class Portrait:
 
 
 def caption_of(attributes: dict[str, str]) -> str:
-    """The caption of a full attribute set: one clause for each attribute."""
+    """The caption of a full set of attributes, with one clause for each."""
     a = attributes
     hat = "no hat" if a["hat"] == "none" else f"a {a['hat']} hat"
     text = (
@@ -86,9 +86,9 @@ _PATTERNS = {
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """What a caption claims: attribute -> value, only for the attributes it mentions.
+    """attribute -> value, for the attributes that a caption mentions. The inverse of ``caption_of``.
 
-    The inverse of ``caption_of``; a prompt that is silent about an attribute is not judged on it.
+    Images of a prompt that does not mention an attribute are not judged on it.
     """
     found: dict[str, str] = {}
     for attribute, pattern in _PATTERNS.items():
@@ -100,7 +100,7 @@ def parse_caption(caption: str) -> dict[str, str]:
 
 
 def draw_attributes(rng: np.random.Generator, hand_fraction: float = 0.25) -> dict[str, str]:
-    """Every attribute uniform over its values; a hand with probability ``hand_fraction``."""
+    """Draw every attribute uniformly from its values, and a hand with probability ``hand_fraction``."""
     attributes = {name: values[int(rng.integers(len(values)))] for name, values in ATTRIBUTES.items() if name != "hand"}
     fingers = ATTRIBUTES["hand"][1 + int(rng.integers(5))]
     attributes["hand"] = fingers if rng.random() < hand_fraction else "none"
@@ -113,14 +113,14 @@ def collection(seed: int, purpose: str) -> int:
 
 
 def portrait(seed: int, index: int, hand_fraction: float = 0.25) -> Portrait:
-    """Portrait ``index`` of the endless collection ``seed``: the same whoever draws it, and when."""
+    """Portrait ``index`` of the endless collection ``seed``: the same in every process and at any time."""
     rng = np.random.default_rng((seed, index))
     attributes = draw_attributes(rng, hand_fraction)
     return Portrait(attributes, caption_of(attributes), rng.random(7))
 
 
 def labels(attributes: dict[str, str]) -> np.ndarray:
-    """[8] int64 class indices in the order of ATTRIBUTES; -1 for an attribute not mentioned."""
+    """Class indices in the order of ATTRIBUTES, [8] int64; -1 for an attribute that is missing."""
     return np.array(
         [values.index(attributes[name]) if name in attributes else -1 for name, values in ATTRIBUTES.items()],
         dtype=np.int64,
@@ -128,7 +128,7 @@ def labels(attributes: dict[str, str]) -> np.ndarray:
 
 
 class _Canvas:
-    """A batch of images painted back to front by signed distance (negative is inside)."""
+    """A batch of images that are painted from back to front by signed distances (negative is inside)."""
 
     def __init__(self, count: int, size: int):
         axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
@@ -137,9 +137,14 @@ class _Canvas:
         self.pixel = 2.0 / size
 
     def paint(self, shape, frame: np.ndarray, color: np.ndarray, on: np.ndarray, box: tuple | None = None) -> None:
-        """Blends ``color`` [B, 3] in the images ``on`` [B] where ``shape(x, y)`` < 0, with one pixel of
-        anti-aliasing. ``frame`` [B, 3] is (shift x, shift y, scale) of the shape's coordinates; ``box`` (left, top,
-        right, bottom), in the same coordinates, encloses the shape: only there is anything computed."""
+        """Blend a colour in where ``shape(x, y)`` < 0, with one pixel of anti-aliasing.
+
+        Args:
+            frame: [B, 3] (shift x, shift y, scale) of the shape's coordinates.
+            color: [B, 3].
+            on: [B], the images to paint in.
+            box: (left, top, right, bottom) around the shape, in its coordinates; pixels outside are not computed.
+        """
         chosen = np.flatnonzero(on)
         if len(chosen) == 0:
             return
@@ -181,7 +186,7 @@ def _capsule(x, y, ax, ay, bx, by, radius):
 
 
 def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
-    """Draws portraits: [B, size, size, 3] uint8. Each image depends on its own portrait alone."""
+    """Draw portraits: [B, size, size, 3] uint8. Each image depends on its own portrait alone."""
     count = len(portraits)
     pose = np.stack([p.pose for p in portraits]).astype(np.float32)
     value = {name: np.array([p.attributes[name] for p in portraits]) for name in ATTRIBUTES}
@@ -256,26 +261,26 @@ def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
     )
     for side in (-1, 1):
         paint(
-            lambda x, y: _ellipse(x - side * 0.185, y + 0.06, 0.105, 0.085),
+            lambda x, y, side=side: _ellipse(x - side * 0.185, y + 0.06, 0.105, 0.085),
             fixed((250, 250, 250)),
             every,
             (side * 0.185 - 0.11, -0.15, side * 0.185 + 0.11, 0.03),
         )
         paint(
-            lambda x, y: np.hypot(x - side * 0.185, y + 0.06) - 0.062,
+            lambda x, y, side=side: np.hypot(x - side * 0.185, y + 0.06) - 0.062,
             fixed((30, 22, 26)),
             every,
             (side * 0.185 - 0.07, -0.13, side * 0.185 + 0.07, 0.01),
         )
     for side in (-1, 1):
         paint(
-            lambda x, y: np.abs(np.hypot(x - side * 0.20, y + 0.05) - 0.175) - 0.032,
+            lambda x, y, side=side: np.abs(np.hypot(x - side * 0.20, y + 0.05) - 0.175) - 0.032,
             fixed((20, 20, 24)),
             value["glasses"] == "glasses",
             (side * 0.20 - 0.21, -0.26, side * 0.20 + 0.21, 0.16),
         )
         paint(
-            lambda x, y: _box(x - side * 0.20, y + 0.05, 0.195, 0.145, 0.08),
+            lambda x, y, side=side: _box(x - side * 0.20, y + 0.05, 0.195, 0.145, 0.08),
             fixed((12, 12, 16)),
             value["glasses"] == "sunglasses",
             (side * 0.20 - 0.20, -0.20, side * 0.20 + 0.20, 0.10),
@@ -319,17 +324,17 @@ def _paint_hand(canvas: _Canvas, pose: np.ndarray, skin: np.ndarray, hand: np.nd
     for j, base in enumerate(np.linspace(-0.24, 0.24, 5)):
         upright = (min(base, base * 1.45) - 0.1, -0.85, max(base, base * 1.45) + 0.1, -0.10)
 
-        def finger(x, y):
+        def finger(x, y, base=base, j=j):
             return _capsule(x, y, base, -0.20, base * 1.45, -0.74 + 0.10 * abs(j - 2), 0.062)
 
-        canvas.paint(lambda x, y: finger(x, y) - 0.035, frame, outline, count > j, upright)
+        canvas.paint(lambda x, y, finger=finger: finger(x, y) - 0.035, frame, outline, count > j, upright)
         canvas.paint(finger, frame, skin, count > j, upright)
     canvas.paint(palm, frame, skin, on, around)
 
 
 def batch(seed: int, indices: np.ndarray, size: int = 32, hand_fraction: float = 0.25):
-    """Portraits ``indices`` of collection ``seed``: (images [B, size, size, 3] uint8, captions, labels [B, 8])."""
+    """Draw portraits ``indices`` of collection ``seed``: (images [B, size, size, 3] uint8, captions, labels [B, 8])."""
     drawn = [portrait(seed, int(i), hand_fraction) for i in indices]
-    # Chunks of 32 stay in the cache: twice as fast as 512 at once.
+    # Chunks of 32 stay in the processor's cache, which is twice as fast as 512 at once.
     images = np.concatenate([render(drawn[i : i + 32], size) for i in range(0, len(drawn), 32)])
     return images, [p.caption for p in drawn], np.stack([labels(p.attributes) for p in drawn])

@@ -1,4 +1,4 @@
-"""Encoded image files to pixels, whatever the internet put into them."""
+"""Decoding of image files of unknown origin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image
 
-#: What image-text data sets hold. Pillow's other readers are not asked: some of them start other programs.
+#: The formats of image-text data sets. Pillow's other readers are not used: some of them start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 _ORIENTATION = 0x0112
@@ -24,17 +24,17 @@ _UPRIGHT = {
 
 
 class BadImage(ValueError):
-    """Bytes that are no usable image; the message is ``kind`` or ``kind: detail``, as the reason of a skip."""
+    """Bytes are not a usable image. The message is ``kind`` or ``kind: detail``, as the reason of a Skip."""
 
 
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
-    """An encoded JPEG, PNG or WebP -> uint8 [H, W, 3].
+    """Decode a JPEG, PNG or WebP file to uint8 [H, W, 3].
 
-    EXIF orientation is applied, transparency is laid over white, and every other mode becomes RGB. The size is taken
-    from the header, before any pixel is decoded; ``max_pixels`` and Pillow's own guard (179 million) bound it. Of an
-    animation the first frame counts.
+    EXIF orientation is applied, transparency is laid over white, and every other mode becomes RGB. ``max_pixels`` and
+    Pillow's own limit (179 million) are checked against the header, before any pixel is decoded. Of an animation it is
+    the first frame.
 
-    Raises BadImage: empty, of an unknown format, too large, truncated or otherwise damaged.
+    Raises BadImage if the file is empty, of an unknown format, too large, truncated or otherwise damaged.
     """
     if not data:
         raise BadImage("empty image")
@@ -48,15 +48,15 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
                         f"image too large: {width} x {height} pixels are more than data.max_pixels = {max_pixels}"
                     )
                 turn = _UPRIGHT.get(_orientation(image))
-                image = _rgb(image)
-                return np.array(image if turn is None else image.transpose(turn))
+                pixels = _rgb(image)
+                return np.array(pixels if turn is None else pixels.transpose(turn))
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"image too large: {error}") from None
     except Image.UnidentifiedImageError:
         raise BadImage(f"unknown image format: none of {', '.join(FORMATS)}, or a damaged header") from None
-    except Exception as error:  # Pillow's readers raise whatever their parsers trip over
+    except Exception as error:  # Pillow's readers raise errors without a common base
         raise BadImage(f"damaged image: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 

@@ -1,9 +1,9 @@
-"""Which rows of which shards make batch number b: pure, seeded, and known for any b without reading what came before.
+"""Which rows of which shards make batch number b. A seed decides it, and no earlier batch has to be read for it.
 
-An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a
-window, the windows' rows follow each other, and every ``batch_size`` of them are a batch; so a batch lies in one
-window, or starts with the few rows that the window before left over. The batches that end in one window come in a
-random order. What is left of a bucket at the end of an epoch is not used in it; another epoch leaves other rows.
+An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a window.
+The rows of the windows follow each other, and every ``batch_size`` of them are a batch. So a batch lies in one window,
+or begins with the few rows that the window before left over. The batches that end in one window come in random order.
+The rows of a bucket that are left at the end of an epoch are not used in it; another epoch leaves other rows.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from ..seeds import Purpose, rng
 from .buckets import Size
 
-#: Shards read side by side: enough to mix sources, few enough files to stay in a node's page cache.
+#: Shards that are mixed: enough to mix sources, few enough to stay in a node's page cache.
 WINDOW = 16
 
 
 @dataclass(frozen=True)
-class Batch:
-    """``rows``: (shard, row within the shard's bucket) for each sample of the global batch."""
+class BatchRows:
+    """The rows of one global batch: (shard, row within the shard's bucket) for each sample."""
 
     epoch: int
     bucket: Size
     rows: list[tuple[int, int]]
 
     def share(self, rank: int, world: int) -> list[tuple[int, int]]:
-        """The rows of one of ``world`` ranks: equal parts in order, together what one rank would read."""
+        """The rows of one of ``world`` ranks: equal parts, in order."""
         count = len(self.rows) // world
         return self.rows[rank * count : (rank + 1) * count]
 
@@ -39,9 +39,9 @@ class Order:
 
     Args:
         index: for each shard, the number of rows in each bucket.
-        batch_size: the global one.
+        batch_size: the global batch size.
 
-    Raises ValueError where no bucket fills a batch.
+    Raises ValueError if no bucket fills a batch.
     """
 
     def __init__(self, index: Sequence[Mapping[Size, int]], batch_size: int, seed: int, window: int = WINDOW):
@@ -55,35 +55,37 @@ class Order:
         ).reshape(len(index), len(self.buckets))
         totals = self.rows.sum(0)
         self.batches_per_epoch = int((totals // batch_size).sum())
-        #: Rows of buckets with fewer rows than a batch, which no epoch uses.
+        #: The number of rows in buckets with fewer rows than a batch, which no epoch uses.
         self.never_used = int(totals[totals < batch_size].sum())
         if not self.batches_per_epoch:
-            filled = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.buckets, totals)) or "none"
+            filled = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.buckets, totals, strict=True)) or "none"
             raise ValueError(
                 f"no bucket fills a batch of {batch_size} (rows in each: {filled}): add data, lower "
                 "pretrain.batch_size, or set data.buckets=false"
             )
-        # The newest of each; plain dictionaries, so that an order can be sent to other processes.
+        # Only the newest are kept. Plain dictionaries, so that an order can be sent to other processes.
         self._epochs: dict[int, _Epoch] = {}
         self._shuffles: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def batch(self, number: int) -> Batch:
+    def batch(self, number: int) -> BatchRows:
         """Batch ``number`` = 0, 1, 2, ... of the endless sequence of epochs."""
         epoch, place = divmod(number, self.batches_per_epoch)
-        plan = self._epoch(epoch)
+        plan = self.plan(epoch)
         window = int(np.searchsorted(plan.batches_before, place, "right")) - 1
         bucket, chunk = plan.list_of(window)[place - plan.batches_before[window]]
-        return Batch(epoch, self.buckets[bucket], self._rows(epoch, bucket, chunk))
+        return BatchRows(epoch, self.buckets[bucket], self._rows(epoch, bucket, chunk))
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Iterator[BatchRows]:
+        """Batches ``start`` to ``stop`` - 1."""
         return (self.batch(number) for number in range(start, stop))
 
-    def _epoch(self, epoch: int) -> _Epoch:
+    def plan(self, epoch: int) -> _Epoch:
+        """The windows of an epoch."""
         if epoch not in self._epochs:
-            self._epochs = {epoch: self._plan(epoch)}
+            self._epochs = {epoch: self._draw(epoch)}
         return self._epochs[epoch]
 
-    def _plan(self, epoch: int) -> _Epoch:
+    def _draw(self, epoch: int) -> _Epoch:
         shards = rng(self.seed, Purpose.SHARDS, epoch).permutation(len(self.rows))
         windows = [shards[i : i + self.window] for i in range(0, len(shards), self.window)]
         rows_before = np.zeros((len(windows) + 1, len(self.buckets)), np.int64)
@@ -92,7 +94,7 @@ class Order:
 
     def _rows(self, epoch: int, bucket: int, chunk: int) -> list[tuple[int, int]]:
         """Rows [chunk * batch_size, ...) of a bucket's sequence over the windows."""
-        before = self._epoch(epoch).rows_before[:, bucket]
+        before = self.plan(epoch).rows_before[:, bucket]
         at, end, rows = chunk * self.batch_size, (chunk + 1) * self.batch_size, []
         while at < end:
             window = int(np.searchsorted(before, at, "right")) - 1
@@ -111,7 +113,7 @@ class Order:
         return self._shuffles[name]
 
     def _shuffle(self, epoch: int, window: int, bucket: int) -> np.ndarray:
-        shards = self._epoch(epoch).windows[window]
+        shards = self.plan(epoch).windows[window]
         counts = self.rows[shards, bucket]
         starts = np.repeat(np.cumsum(counts) - counts, counts)
         pairs = np.stack([np.repeat(shards, counts), np.arange(counts.sum()) - starts], 1)
@@ -120,8 +122,13 @@ class Order:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """``windows``: their shards. ``rows_before``, ``chunks_before`` [windows + 1, buckets]: rows of each bucket in the
-    windows before, and batches that are full by then."""
+    """The plan of one epoch.
+
+    Attributes:
+        windows: the shards of each window.
+        rows_before, chunks_before: [windows + 1, buckets] rows of each bucket in the windows before, and batches that
+            are full by then.
+    """
 
     seed: int
     number: int
@@ -131,6 +138,7 @@ class _Epoch:
 
     @property
     def batches_before(self) -> np.ndarray:
+        """[windows + 1] batches that end before each window."""
         return self.chunks_before.sum(1)
 
     def list_of(self, window: int) -> list[tuple[int, int]]:

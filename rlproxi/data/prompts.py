@@ -1,15 +1,15 @@
-"""Prompts by name: which caption is prompt ``index`` of the training or of the held-out list.
+"""Which caption is prompt ``index`` of the training list or of the held-out list.
 
-Captions are few enough to repeat, so the two lists are kept apart by the caption itself: one in sixteen, chosen
-by a hash, is reserved for evaluation and never trained on by RL. The embedded portraits have endless captions;
-a file of prompts (data.prompts) is gone through in a new order each time, and may have a held-out file beside it.
+Captions repeat, so the caption itself separates the two lists: a hash reserves one in sixteen for evaluation, and RL
+never trains on it. The embedded portraits have endless captions. A file of prompts (data.prompts) is read in a new
+order each time, and a file of held-out prompts may accompany it.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,16 +26,17 @@ def reserved(caption: str) -> bool:
 
 
 def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
-    """The prompts of one iteration, (indices, captions): the next ones each time, none of them held out.
+    """(indices, captions) of the training prompts of iteration ``step``, none of them held out.
 
-    An index is the prompt's place in the whole run. From a file no prompt comes twice before all have come.
+    An index is the prompt's position in the whole run. A prompt of a file repeats only after all others were used.
 
-    Raises ValueError naming a file that holds no usable prompts, FileNotFoundError one that is missing.
+    Raises ValueError for a file without usable prompts, FileNotFoundError for one that is missing.
     """
     count = config.rl.prompts_per_step
     indices = list(range(step * count, (step + 1) * count))
-    if _from_file(config):
-        prompts = _training_list(config)
+    path = _prompts_file(config)
+    if path is not None:
+        prompts = _without(load_prompts("data.prompts", path), _heldout_file(config), path)
         return indices, [
             prompts[_shuffled(config.run.seed, i // len(prompts), len(prompts))[i % len(prompts)]] for i in indices
         ]
@@ -44,16 +45,19 @@ def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
 
 
 def heldout_prompts(config: Config) -> tuple[list[int], list[str]]:
-    """The fixed prompts of every evaluation, (indices, captions), all different: those of data.heldout_prompts, else
-    the reserved ones, in their file's order. More of them begin with the same ones.
+    """(indices, captions) of the prompts of every evaluation, all different.
 
-    Raises as ``training_prompts``, and ValueError where there are fewer than evaluate.prompts.
+    They are those of data.heldout_prompts, else the reserved ones, in their file's order. A larger evaluate.prompts
+    adds prompts at the end.
+
+    Raises as ``training_prompts``, and ValueError if there are fewer than evaluate.prompts.
     """
     d, wanted = config.data, config.evaluate.prompts
-    if d.heldout_prompts is None and not _from_file(config):
-        captions = _heldout_portraits(config)
-    else:
-        captions = _heldout_file(config) or [p for p in load_prompts("data.prompts", d.prompts) if reserved(p)]
+    captions: Sequence[str] | None = _heldout_file(config)
+    if captions is None:
+        path = _prompts_file(config)
+        prompts = _heldout_portraits(config) if path is None else load_prompts("data.prompts", path)
+        captions = [p for p in prompts if reserved(p)]
     if len(captions) < wanted:
         where = (
             f"data.heldout_prompts = {d.heldout_prompts!r} has"
@@ -70,15 +74,15 @@ def heldout_prompts(config: Config) -> tuple[list[int], list[str]]:
 def load_prompts(key: str, path: str) -> tuple[str, ...]:
     """The distinct prompts of a file, in its order: the lines of a .txt, the "prompt" of each object of a .jsonl.
 
-    Empty lines are passed over. ``key``: the config's, for errors. Raises FileNotFoundError, or ValueError naming the
-    file and the line: not UTF-8, no object with a prompt, or nothing at all.
+    Empty lines are skipped. ``key``: the config key, for messages. Raises FileNotFoundError, or ValueError naming the
+    file and the line, for text that is not UTF-8, an object without a prompt, or an empty file.
     """
     file = Path(path)
     kinds = 'a .txt file with a prompt on each line, or a .jsonl file with a "prompt" in each object'
     if not file.is_file():
         raise FileNotFoundError(f"{key} = {path!r} does not exist: name {kinds}")
     if file.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{key} = {path!r} is of no known kind: name {kinds}")
+        raise ValueError(f"{key} = {path!r} has an unknown ending: name {kinds}")
     facts = file.stat()
     return _parsed(key, str(file), facts.st_mtime_ns, facts.st_size)
 
@@ -112,23 +116,19 @@ def _prompt(value: object) -> str:
     return prompt.strip()
 
 
-def _from_file(config: Config) -> bool:
+def _prompts_file(config: Config) -> str | None:
+    """data.prompts; None for the embedded portraits."""
     if config.data.prompts is None and config.data.source == "shards":
         raise ValueError(
             "data.prompts is not set, and the captions of data.urls are known only after they are "
             "encoded: run the stage encode, or name a file of prompts"
         )
-    return config.data.prompts is not None
+    return config.data.prompts
 
 
 def _heldout_file(config: Config) -> tuple[str, ...] | None:
     path = config.data.heldout_prompts
     return None if path is None else load_prompts("data.heldout_prompts", path)
-
-
-def _training_list(config: Config) -> tuple[str, ...]:
-    path = config.data.prompts
-    return _without(load_prompts("data.prompts", path), _heldout_file(config), path)
 
 
 @lru_cache(maxsize=4)
@@ -148,7 +148,7 @@ def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def _unreserved(config: Config, source: int, index: int, held: frozenset[str]) -> str:
-    """Portrait ``index``'s caption; where it is held out, that of the next portrait of its own line."""
+    """Portrait ``index``'s caption; if it is held out, that of the next portrait of the same line."""
     attempt = 0
     while True:
         # A line of portraits for each index, far from the other lines, so that no index depends on another.

@@ -1,12 +1,12 @@
-"""Image-text shards: tars in img2dataset's layout, or parquet files, read sample by sample.
+"""Image-text shards, which are read sample by sample: tars in img2dataset's layout, or parquet files.
 
-A tar holds ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and, if it likes, ``<key>.json``, the members of one
-sample side by side. A parquet file holds a column ``image`` or ``jpg`` (bytes, or a struct with ``bytes``), a column
-``caption`` or ``text``, and whatever else. Addresses are anything fsspec knows: paths, s3://, gs://, https://,
-memory://.
+A tar holds ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and optionally ``<key>.json``; the members of a sample
+follow each other. A parquet file has a column ``image`` or ``jpg`` (bytes, or a struct with ``bytes``), a column
+``caption`` or ``text``, and any other columns. Addresses are those of fsspec: paths, s3://, gs://, https://, memory://.
 
-What cannot be read is a ``Skip`` with a reason, never an exception: a data set of millions has bad samples, and the
-reader's caller counts them. A reason is ``kind`` or ``kind: detail``; kinds are few enough to be counted by.
+A sample that cannot be read becomes a ``Skip`` with a reason, never an exception: a data set of millions has bad
+samples, and the caller counts them. A reason is ``kind`` or ``kind: detail``; there are few kinds, so they can be
+counted.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 from ..files import draft
 from .addresses import PARQUETS, filesystem, list_shards
-from .tars import Header, Source
+from .tars import Archive, Header, Source
 
 __all__ = ["Sample", "Skip", "list_shards", "read_shard", "write_shard"]
 
-#: Endings of the images in a tar and names of columns, the most wanted first.
+#: Endings of the images in a tar, and names of columns, the preferred ones first.
 IMAGES = ("jpg", "jpeg", "png", "webp")
 IMAGE_COLUMNS, CAPTION_COLUMNS, KEY_COLUMNS = ("image", *IMAGES), ("caption", "text", "txt"), ("key", "__key__")
-#: A larger member is not an image, and would be held in memory whole.
+#: Bytes of a member. A larger one is not an image, and would be read into memory whole.
 MEMBER_LIMIT = 256 * 1024**2
 #: The kind of a Skip that may go away by itself (a network, a full disk), unlike damage inside a file.
 UNREADABLE = "unreadable file"
@@ -37,7 +37,7 @@ UNREADABLE = "unreadable file"
 
 @dataclass(frozen=True)
 class Sample:
-    """``image``: the encoded file, not yet looked at. ``meta``: the json member, {} without one."""
+    """One sample. ``image`` is the encoded file, unchecked; ``meta`` is the json member, {} without one."""
 
     key: str
     image: bytes
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Skip:
-    """A sample that could not be used; with the key "" a whole shard, or the rest of one."""
+    """A sample that cannot be used; with the key "" a whole shard, or the rest of one."""
 
     shard: str
     key: str
@@ -60,17 +60,17 @@ class Skip:
 
 
 class _Unusable(Exception):
-    """A sample's fault on its way to becoming a Skip."""
+    """A fault of a sample, which becomes a Skip."""
 
 
 # -- reading --------------------------------------------------------------------------------
 
 
 def read_shard(url: str) -> Iterator[Sample | Skip]:
-    """The samples of one shard in the file's order, streamed; a Skip for each that cannot be read.
+    """Stream the samples of one shard in the file's order, with a Skip for each that cannot be read.
 
-    A file that is missing or cannot be read (any more) is one Skip of kind ``UNREADABLE`` with the key "". The first
-    sample of a key is kept, later ones are skipped. Never raises.
+    A file that is missing, or whose reading fails, gives a Skip of kind ``UNREADABLE`` with the key "". Of several
+    samples with one key only the first is kept. Never raises.
     """
     read = _read_parquet if url.endswith(PARQUETS) else _read_tar
     seen: set[str] = set()
@@ -82,7 +82,7 @@ def read_shard(url: str) -> Iterator[Sample | Skip]:
                     item = Skip(url, item.key, "duplicate key")
                 seen.add(item.key)
                 yield item
-    except Exception as error:  # whatever a storage's package raises
+    except Exception as error:  # the storages' packages raise errors without a common base
         yield Skip(url, "", f"{UNREADABLE}: {_words(error)}")
 
 
@@ -91,10 +91,10 @@ def _words(error: BaseException) -> str:
 
 
 def _read_tar(source: Source, url: str) -> Iterator[Sample | Skip]:
-    key, members = None, {}
-    whole, fault = True, None
+    key, whole, fault = None, True, None
+    members: dict[str, bytes | _Unusable] = {}
     try:
-        with tarfile.open(fileobj=source, mode="r|*", tarinfo=Header) as archive:
+        with Archive.open(fileobj=source, mode="r|*", tarinfo=Header) as archive:
             for info in archive:
                 name, _, ending = _split(info.name)
                 if not info.isfile() or not name or not ending:
@@ -103,11 +103,11 @@ def _read_tar(source: Source, url: str) -> Iterator[Sample | Skip]:
                     yield _sample(url, key, members)
                     members = {}
                 key, whole = name, False
-                # What is not asked for is never read into memory; its name still belongs to the sample.
+                # Other members are never read into memory; their names still belong to the sample.
                 members[ending] = _content(archive, info) if ending in (*IMAGES, "txt", "json") else b""
                 whole = True
             fault = _ending(archive)
-    except Exception as error:  # zlib's, tarfile's, and what damaged numbers in a header lead to
+    except Exception as error:  # errors of zlib and tarfile, and of damaged numbers in a header
         if source.error is not None:
             raise source.error from None
         fault = _words(error)
@@ -127,20 +127,21 @@ def _split(path: str) -> tuple[str, str, str]:
 def _content(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes | _Unusable:
     if info.size > MEMBER_LIMIT:
         return _Unusable(f"member too large: {info.name} has {info.size} bytes")
-    if info.issparse():  # a hole of any size in a file of a few bytes; no tool that writes image-text data makes them
+    if info.issparse():  # a small file could claim a hole of any size; no tool for image-text data writes them
         return _Unusable("sparse member: its holes are not stored")
-    data = archive.extractfile(info).read()
+    member = archive.extractfile(info)
+    data = member.read() if member is not None else b""
     if len(data) != info.size:
         raise tarfile.ReadError(f"{info.name} is cut short")
     return data
 
 
-def _ending(archive: tarfile.TarFile) -> str | None:
-    """What is wrong with how the archive ended, None where nothing is."""
-    if not isinstance(archive.ending, tarfile.EOFHeaderError):
+def _ending(archive: Archive) -> str | None:
+    """What is wrong with the end of the archive, None if nothing is."""
+    if not isinstance(archive.ending, tarfile.EOFHeaderError):  # type: ignore[attr-defined]  # typeshed lacks it
         return f"{archive.ending}; there is no end-of-archive mark"
-    # A hole of zeros, as an interrupted download leaves it, looks like the end; what follows a true end is zeros.
-    while data := archive.fileobj.read(2**20):
+    # Zeros in the middle, as an interrupted download leaves them, look like the end; only zeros follow a true end.
+    while archive.fileobj is not None and (data := archive.fileobj.read(2**20)):
         if data.strip(b"\0"):
             return "data after the end-of-archive mark"
     return None
@@ -148,11 +149,13 @@ def _ending(archive: tarfile.TarFile) -> str | None:
 
 def _sample(url: str, key: str, members: dict[str, bytes | _Unusable]) -> Sample | Skip:
     try:
-        for content in members.values():
+        contents: dict[str, bytes] = {}
+        for ending, content in members.items():
             if isinstance(content, _Unusable):
                 raise content
-        image = next((members[ending] for ending in IMAGES if ending in members), None)
-        return _checked(key, image, members.get("txt"), _object(members.get("json")))
+            contents[ending] = content
+        image = next((contents[ending] for ending in IMAGES if ending in contents), None)
+        return _checked(key, image, contents.get("txt"), _object(contents.get("json")))
     except _Unusable as error:
         return Skip(url, key, str(error))
 
@@ -180,7 +183,7 @@ def _checked(key: str, image: Any, caption: Any, meta: dict) -> Sample:
     except UnicodeEncodeError:
         raise _Unusable("name is not UTF-8") from None
     if key.startswith("/") or ".." in key.split("/"):
-        raise _Unusable("name leads out of its folder")  # of whoever unpacks what is written from here
+        raise _Unusable("name leads out of its folder")  # where somebody unpacks the tar that is written from it
     return Sample(key, image, caption.strip(), meta)
 
 
@@ -205,14 +208,14 @@ def _read_parquet(source: Source, url: str) -> Iterator[Sample | Skip]:
         image, caption, key = (
             next((c for c in wanted if c in names), None) for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS, KEY_COLUMNS)
         )
-        for column, wanted in ((image, IMAGE_COLUMNS), (caption, CAPTION_COLUMNS)):
-            if column is None:
-                yield Skip(url, "", f"no such column: none of {', '.join(wanted)} among {', '.join(names[:20])}")
-                return
+        if image is None or caption is None:
+            wanted = IMAGE_COLUMNS if image is None else CAPTION_COLUMNS
+            yield Skip(url, "", f"no such column: none of {', '.join(wanted)} among {', '.join(names[:20])}")
+            return
         rows = (row for batch in table.iter_batches(batch_size=64) for row in batch.to_pylist())
         for number, row in enumerate(rows):
             yield _row(url, number, row, image, caption, key)
-    except Exception as error:  # pyarrow's, and text that is not UTF-8 on its way to Python
+    except Exception as error:  # errors of pyarrow, also for text that is not UTF-8
         if source.error is not None:
             raise source.error from None
         yield Skip(url, "", f"damaged parquet: the rest of it is lost ({_words(error)})")
@@ -235,10 +238,10 @@ def _row(url: str, number: int, row: dict, image: str, caption: str, key: str | 
 
 
 def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
-    """Writes samples as a tar in img2dataset's layout and returns their number.
+    """Write samples as a tar in img2dataset's layout and return their number.
 
-    Whole or not at all: a reader sees no file, the old one or the new one. The same samples give the same bytes.
-    ``path`` is local. Raises ValueError for a key that the layout cannot hold, or that comes twice.
+    A reader sees no file, the old one or the new one. The same samples give the same bytes. ``path`` is local. Raises
+    ValueError for a key that the layout cannot hold, or that comes twice.
     """
     path = Path(path)
     keys: set[str] = set()
@@ -254,7 +257,7 @@ def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
             _add(archive, f"{sample.key}.txt", sample.caption.encode())
             if sample.meta:
                 text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True, default=str)
-                # JSON can spell half of a surrogate pair; with its backslash it goes out as it came in.
+                # JSON can spell half of a surrogate pair. With its backslash it is written as it was read.
                 _add(archive, f"{sample.key}.json", text.encode("utf-8", "backslashreplace"))
     return len(keys)
 

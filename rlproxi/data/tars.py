@@ -1,8 +1,9 @@
-"""Tars from strangers: what tarfile takes on trust is looked at here."""
+"""Reading of tars of unknown origin: checks of what tarfile takes on trust."""
 
 from __future__ import annotations
 
 import tarfile
+from tarfile import HeaderError, TarFile
 from typing import Any, BinaryIO
 
 #: Bytes of a name that has an entry of its own, as long ones have.
@@ -11,13 +12,15 @@ _NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, t
 
 
 class Source:
-    """Forwards, and remembers the storage's own error, which tarfile and pyarrow would turn into a damaged file."""
+    """A file that remembers the storage's own error, which tarfile and pyarrow would report as a damaged file."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.error = file, None
+        self.file = file
+        self.error: Exception | None = None
         self.ended = 0  # reads that found the end
 
     def read(self, size: int = -1) -> bytes:
+        """As a file's. Raises EOFError if a reader keeps asking behind the end."""
         try:
             data = self.file.read(size)
         except Exception as error:
@@ -32,20 +35,29 @@ class Source:
         return getattr(self.file, name)
 
 
+class Archive(TarFile):
+    """A tar that remembers in ``ending`` how its list of members ended: tarfile takes a damaged header for the end."""
+
+    ending: HeaderError | None = None
+
+
 class Header(tarfile.TarInfo):
-    """A TarInfo whose archive remembers how its list of members ended: tarfile takes a damaged header for the end."""
+    """A member of an ``Archive``."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
+        """As the base class. Raises ReadError for a name or header that is too long to be read into memory."""
         info = super().frombuf(buf, encoding, errors)
         if info.type in _NAMES and info.size > NAME_LIMIT:  # read into memory whole, unlike a member
             raise tarfile.ReadError(f"a name or header of {info.size} bytes")
         return info
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tarfile: TarFile) -> Header:
+        """As the base class; notes the error that ended the list of members."""
         try:
-            return super().fromtarfile(archive)
-        except tarfile.HeaderError as error:
-            archive.ending = error
+            return super().fromtarfile(tarfile)
+        except HeaderError as error:
+            if isinstance(tarfile, Archive):
+                tarfile.ending = error
             raise

@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -20,7 +21,7 @@ from PIL import Image
 from fixtures.dashboard_run import make_run
 from rlproxi.cli import main as cli
 from rlproxi.dashboard import ASSETS, asset
-from rlproxi.dashboard.beside import Beside, bind
+from rlproxi.dashboard.process import PageProcess, bind
 from rlproxi.telemetry.runlog import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +119,7 @@ ESCAPES = [
     "//etc/passwd",
     "/secret.txt",
     "/__init__.py",
-    "/beside.py",
+    "/process.py",
     "/api/runs/..",
     "/api/runs/../one",
     "/api/runs/%2e%2e%2fone",
@@ -262,13 +263,13 @@ def test_a_host_that_others_reach_is_warned_of(runs):
 
 def test_beside_a_run_it_costs_nothing_until_somebody_looks(runs):
     taken = bind("127.0.0.1", 0)
-    page = Beside(runs / "one", "127.0.0.1", taken.getsockname()[1], pytest.fail)  # its port is busy: the next free one
+    page = PageProcess(runs / "one", "127.0.0.1", taken.getsockname()[1], pytest.fail)  # the next free port
     try:
         port = urllib.parse.urlsplit(page.url).port
         assert taken.getsockname()[1] < port <= taken.getsockname()[1] + 50
-        assert page._server is None
+        assert page.server is None
         assert fetched(port, "/api/runs")["runs"][0]["id"] == "one"
-        server = page._server
+        server = page.server
         assert os.getpriority(os.PRIO_PROCESS, server.pid) >= 10
         loaded = Path(f"/proc/{server.pid}/maps").read_text()
         assert "libtorch" not in loaded and "_raylet" not in loaded
@@ -281,23 +282,24 @@ def test_beside_a_run_it_costs_nothing_until_somebody_looks(runs):
 
 
 def test_a_server_that_ends_is_started_again_and_then_given_up_in_words(runs, monkeypatch):
-    told = []
-    page = Beside(runs / "one", "127.0.0.1", 0, told.append)
+    warnings: queue.Queue[str] = queue.Queue()
+    page = PageProcess(runs / "one", "127.0.0.1", 0, warnings.put)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     port = urllib.parse.urlsplit(page.url).port
     waiting = socket.create_connection(("127.0.0.1", port))  # nobody ever accepts it
-    page._thread.join(60)
-    assert len(told) == 1 and "its server ended 3 times" in told[0] and "the run goes on" in told[0]
+    warning = warnings.get(timeout=60)
+    assert "its server ended 3 times" in warning and "the run goes on" in warning
     waiting.close()
     page.close()
+    assert warnings.empty()
 
 
 def test_the_server_does_not_outlive_a_killed_run(runs):
     code = (
-        "import sys, time; from pathlib import Path; from rlproxi.dashboard.beside import Beside\n"
-        "page = Beside(Path(sys.argv[1]), '127.0.0.1', 0, print); print(page.url, flush=True)\n"
-        "while page._server is None: time.sleep(0.05)\n"
-        "print(page._server.pid, flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from rlproxi.dashboard.process import PageProcess\n"
+        "page = PageProcess(Path(sys.argv[1]), '127.0.0.1', 0, print); print(page.url, flush=True)\n"
+        "while page.server is None: time.sleep(0.05)\n"
+        "print(page.server.pid, flush=True); time.sleep(600)"
     )
     run = subprocess.Popen(
         [sys.executable, "-c", code, str(runs / "one")],

@@ -402,7 +402,7 @@ def test_output_folders_that_hold_something_else(raw, tmp_path):
     with pytest.raises(ConfigError, match="holds the raw shard 00000.tar"):
         job.check(_settings(raw), raw)
     (tmp_path / "other.tar").write_bytes(b"")
-    with pytest.raises(ConfigError, match="tars of something else"):
+    with pytest.raises(ConfigError, match="tars that no curation wrote"):
         job.check(_settings(raw), tmp_path)
 
 

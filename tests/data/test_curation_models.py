@@ -14,7 +14,7 @@ from rlproxi.config.curation import HAND_WORDS, Caption, Curate, HandDetector
 from rlproxi.data.curation import plan, records, write
 from rlproxi.data.curation.captions import Captioner
 from rlproxi.data.curation.examine import Tools, examine
-from rlproxi.data.curation.hands import Detector, hand_words
+from rlproxi.data.curation.hands import HandFinder, hand_words
 from rlproxi.data.shards import read_shard
 from rlproxi.rewards import build
 
@@ -98,7 +98,7 @@ def test_an_empty_answer_leaves_the_caption(folder, images, monkeypatch):
 
 
 def test_caption_models_that_cannot_be_used(folder, tmp_path):
-    with pytest.raises(ValueError, match="curate.caption.prompt: .*must be asked"):
+    with pytest.raises(ValueError, match="curate.caption.prompt is not set, .*chat model"):
         _captioner(folder("llava"))
     with pytest.raises(FileNotFoundError, match="curate.caption.model: '/nowhere/blip' is neither a folder"):
         _captioner("/nowhere/blip")
@@ -132,7 +132,7 @@ def _boxes(centre: torch.Tensor, height: int, width: int) -> np.ndarray:
 
 
 def test_a_detector_of_classes(folder, images):
-    detector = Detector(HandDetector(model=folder("yolos"), min_score=0.7, batch=3))
+    detector = HandFinder(HandDetector(model=folder("yolos"), min_score=0.7, batch=3))
     found = detector(images)
     for image, hands in zip(images, found):
         with torch.no_grad():
@@ -148,7 +148,7 @@ def test_a_detector_of_classes(folder, images):
 
 
 def test_a_zero_shot_detector(folder, images):
-    detector = Detector(HandDetector(model=folder("owlvit"), labels=["hand", "a cat"], min_score=0.01, batch=3))
+    detector = HandFinder(HandDetector(model=folder("owlvit"), labels=["hand", "a cat"], min_score=0.01, batch=3))
     found = detector(images)
     for image, hands in zip(images, found):
         asked = detector.processor(images=image, text=[["hand", "a cat"]], return_tensors="pt", padding=True)
@@ -163,9 +163,9 @@ def test_a_zero_shot_detector(folder, images):
 
 def test_hand_detectors_that_cannot_be_used(folder):
     with pytest.raises(ValueError, match="knows none of .*its classes are hand, person"):
-        Detector(HandDetector(model=folder("yolos"), labels=["paw"]))
+        HandFinder(HandDetector(model=folder("yolos"), labels=["paw"]))
     with pytest.raises(FileNotFoundError, match="curate.hands.detector.model"):
-        Detector(HandDetector(model="./yolos"))
+        HandFinder(HandDetector(model="./yolos"))
 
 
 # -- scores, and all of them in one shard -----------------------------------------------------

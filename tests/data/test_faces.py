@@ -1,5 +1,6 @@
 import itertools
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_more_fingers_show_more_skin():
         shade = 0.92 + 0.16 * portrait(0, index).pose[3]
         color = np.array(faces.SKIN[skin]) * shade
         areas = [(np.abs(picture[:, 32:] - color).max(-1) < 8).sum() for picture in pictures]
-        assert all(b - a >= 5 for a, b in zip(areas, areas[1:])), areas
+        assert all(b - a >= 5 for a, b in pairwise(areas)), areas
 
 
 def test_no_heldout_caption_is_ever_a_training_prompt():

@@ -3,6 +3,7 @@
 import pickle
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -53,13 +54,14 @@ def test_ranks_together_read_what_one_would(built, world):
     _, order = built
     assume(order.batch_size % world == 0)
     batch = order.batch(0)
-    assert sum((batch.share(rank, world) for rank in range(world)), []) == batch.share(0, 1) == batch.rows
+    parts = [row for rank in range(world) for row in batch.share(rank, world)]
+    assert parts == batch.share(0, 1) == batch.rows
 
 
 @given(orders())
 def test_a_batch_lies_in_one_window_or_starts_with_what_was_left_over(built):
     index, order = built
-    plan = order._epoch(0)
+    plan = order.plan(0)
     window_of = {int(shard): w for w, shards in enumerate(plan.windows) for shard in shards}
     assert sorted(window_of) == list(range(len(index))) and all(len(w) <= order.window for w in plan.windows)
     batches = list(order.batches(0, order.batches_per_epoch))
@@ -92,7 +94,7 @@ def test_epochs_differ_and_so_does_what_they_leave_out():
 def test_buckets_alternate_within_a_window():
     order = Order([{(8, 8): 400, (8, 16): 400}] * 2, 10, seed=0, window=2)
     buckets = [b.bucket for b in order.batches(0, order.batches_per_epoch)]
-    changes = sum(a != b for a, b in zip(buckets, buckets[1:]))
+    changes = sum(a != b for a, b in pairwise(buckets))
     assert changes == pytest.approx(80, abs=4 * 160**0.5 / 2)  # 159 neighbours, half of them differ
 
 

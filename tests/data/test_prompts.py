@@ -91,7 +91,7 @@ def test_shards_without_prompts_say_what_is_missing():
         ("a.jsonl", b'{"caption": "x"}\n', 'line 1: expected an object with a non-empty "prompt"'),
         ("a.jsonl", b'\n["x"]\n', "line 2: expected an object"),
         ("a.jsonl", b'{"prompt": " "}\n', "line 1: expected an object"),
-        ("a.csv", b"x\n", "is of no known kind"),
+        ("a.csv", b"x\n", "has an unknown ending"),
     ],
 )
 def test_bad_files_name_the_file_and_the_line(tmp_path, name, content, message):

@@ -133,7 +133,7 @@ def readers(folder):
     from fixtures.dashboard_run import make_run
     from rlproxi.config.sections import Sampler, Schedule
     from rlproxi.dashboard import server as dashboard
-    from rlproxi.dashboard.beside import bind
+    from rlproxi.dashboard.process import bind
     from rlproxi.rewards import wire
     from rlproxi.rewards.base import RewardError
     from rlproxi.rewards.http import HTTPReward

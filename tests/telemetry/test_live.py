@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rlproxi.telemetry import gallery, runlog, timeline
+from rlproxi.telemetry.live import LiveRun
 from rlproxi.telemetry.live import files as live_files
+from rlproxi.telemetry.live.curve import BUCKETS, TAIL, Curve
 from rlproxi.telemetry.live.digest import KEPT_EVENTS, KEPT_GALLERIES, MAX_SERIES
 from rlproxi.telemetry.live.files import NotThere, Timeline
 from rlproxi.telemetry.live.hub import Hub
 from rlproxi.telemetry.live.lines import Lines, spread
-from rlproxi.telemetry.live.run import LiveRun, totals
-from rlproxi.telemetry.live.series import BUCKETS, TAIL, Series
+from rlproxi.telemetry.live.run import totals
 from rlproxi.telemetry.runlog import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ values = st.one_of(st.none(), st.floats(-1e6, 1e6))
 
 @given(st.lists(values, max_size=300), st.sampled_from([2, 4, 10]))
 def test_buckets_hold_the_points_that_were_added(points, limit):
-    series = Series(limit, tail=7)
+    series = Curve(limit, tail=7)
     for step, value in enumerate(points):
         series.add(step, value)
     assert len(series) <= limit
@@ -67,7 +68,7 @@ def test_buckets_hold_the_points_that_were_added(points, limit):
 
 @given(st.integers(0, 120), st.integers(-1, 130))
 def test_a_cut_drops_what_lies_behind_it_and_tells_when_a_bucket_is_in_the_way(count, at):
-    series = Series(8)
+    series = Curve(8)
     for step in range(count):
         series.add(step, float(step))
     before = list(zip(series.first, series.last))
@@ -76,11 +77,11 @@ def test_a_cut_drops_what_lies_behind_it_and_tells_when_a_bucket_is_in_the_way(c
     assert all(step <= at for step, _ in series.tail)
     assert exact == (not any(first <= at < last for first, last in before))
     series.add(at + 1, -5.0)
-    assert series.newest() == (at + 1, -5.0) and len(series) <= 8
+    assert series.tail[-1] == (at + 1, -5.0) and len(series) <= 8
 
 
 def test_a_small_curve_is_exact_and_the_last_of_two_records_of_a_step_wins():
-    series = Series()
+    series = Curve()
     for step, value in [(1, 0.1), (2, None), (4, 0.4), (4, 0.5), (2, 0.2), (3, 0.3)]:
         series.add(step, value)
     assert series.buckets() == {"stride": 1, "x": [1, 2, 3, 4], "y": [0.1, 0.2, 0.3, 0.5]}
@@ -108,8 +109,8 @@ def test_an_endless_line_is_passed_over_and_not_kept(tmp_path):
     lines, found, held = Lines(file, limit=1 << 16), [], 0
     for _ in range(40):
         found += lines.read() or []
-        held = max(held, len(lines._rest))
-    assert [line for _, line in found] == [b"a", b"b"] and lines.dropped == 1 and held <= 1 << 16
+        held = max(held, len(lines.rest))
+    assert [line for _, line in found] == [b"a", b"", b"b"] and held <= 1 << 16
 
 
 def test_a_sample_of_a_file_covers_its_whole_range_with_whole_lines(tmp_path):
@@ -216,8 +217,8 @@ def test_a_resumed_run_is_what_the_run_log_says_it_is(tmp_path, cuts):
                 log.append("metrics", stage="rl", step=step, v=rng.random())
             log.append("resume", stage="rl", step=back)
             step = back
-        for step in range(step + 1, step + 1200):
-            log.append("metrics", stage="rl", step=step, v=rng.random())
+        for later in range(step + 1, step + 1200):
+            log.append("metrics", stage="rl", step=later, v=rng.random())
     run = opened(tmp_path)
     steps, wanted = runlog.series(runlog.read(tmp_path), "rl", "v")
     curve, shown = run.digest.curves["rl"]["v"], run.snapshot()
@@ -489,7 +490,7 @@ def test_the_timeline_is_the_newest_iterations(tmp_path):
     for step in range(1, 6):
         timeline.append(tmp_path, "rl", step, [timeline.Span("rollout", 0, "sample", 100.0 + step, 0.5)])
     assert [line["step"] for line in follow.read()] == [3, 4, 5]
-    assert follow.read()[-1]["spans"] == [["rollout", 0, "sample", 105.0, 0.5]]
+    assert follow.read()[-1]["spans"] == [("rollout", 0, "sample", 105.0, 0.5)]
     with open(tmp_path / "timeline.jsonl", "a") as file:
         file.write(
             '{"stage": "rl", "step": 6, "spans": [[1]]}\nnot json\n'
@@ -515,8 +516,7 @@ def test_a_hub_numbers_the_news_of_its_runs(tmp_path):
     assert {run["id"] for run in hub.listing()} == {"a", "b"}
     cursor = hub.snapshot("a")["cursor"]
     hub.snapshot("b")
-    hub._stopping.set()  # from here on the test takes the steps
-    hub._thread.join()
+    hub.close()  # from here on the test takes the steps
     for name, step in (("a", 2), ("b", 5), ("a", 3)):
         write(logs[name], [step])
         hub.step()

@@ -1,1 +1,1 @@
-"""Curation: from raw image-text shards to filtered, re-captioned, tagged ones. ``actors.data.curator`` runs it on Ray."""
+"""Curation of raw image-text shards: filters, duplicates, captions and tags. ``actors.data.curator`` runs it on Ray."""

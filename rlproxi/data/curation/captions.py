@@ -1,8 +1,9 @@
-"""New captions by a vision-language model of transformers."""
+"""New captions from a vision-language model of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,50 +18,44 @@ KEY = "curate.caption.model"
 
 
 class Captioner:
-    """Greedy captions, so that the same batch gives the same text. Raises FileNotFoundError or ValueError."""
+    """A caption model. It decodes greedily, so that the same batch gives the same text.
+
+    Raises FileNotFoundError if the model cannot be found, ValueError if it cannot be used.
+    """
 
     def __init__(self, settings: Caption, device: str = "cpu"):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.settings, self.device = settings, torch.device(device)
         self.dtype = compute_dtype(settings.precision, self.device)
-        self.processor = models.load(
-            settings.model, KEY, lambda name: AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        )
-        self.model = (
-            models.load(
-                settings.model,
-                KEY,
-                lambda name: AutoModelForImageTextToText.from_pretrained(
-                    name, dtype=self.dtype, trust_remote_code=False
-                ),
-            )
-            .eval()
-            .to(self.device)
-        )
+        load = partial(models.load, settings.model, KEY)
+        self.processor = load(partial(AutoProcessor.from_pretrained, trust_remote_code=False))
+        kind = AutoModelForImageTextToText
+        self.model = load(partial(kind.from_pretrained, dtype=self.dtype, trust_remote_code=False))
+        self.model.eval().to(self.device)
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and settings.prompt is None:
             raise ValueError(
-                f"curate.caption.prompt: {settings.model!r} answers questions, so it must be asked one, "
+                f"curate.caption.prompt is not set, but {settings.model!r} is a chat model: set it to a question, "
                 "for example 'Describe this picture of a person in one detailed sentence.'"
             )
         if self.chats:
             self.processor.tokenizer.padding_side = "left"  # answers begin where questions end
 
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[str]:
-        """uint8 [H, W, 3] images of any sizes and their captions -> new captions; the old one for an empty answer."""
+        """New captions of images, uint8 [H, W, 3] of any sizes; an empty answer leaves the old caption."""
         answers = list(captions)
         template = self.settings.prompt
         prompts = [None if template is None else template.replace("{caption}", c) for c in captions]
         for chosen in self._batches(prompts):
-            told = self._answer([Image.fromarray(images[i]) for i in chosen], [prompts[i] for i in chosen])
-            for i, text in zip(chosen, told):
+            texts = self._answer([Image.fromarray(images[i]) for i in chosen], [prompts[i] for i in chosen])
+            for i, text in zip(chosen, texts, strict=True):
                 answers[i] = " ".join(text.split()) or captions[i]
         return answers
 
     def _batches(self, prompts: Sequence[str | None]) -> list[list[int]]:
-        """Places that are answered together. Models without a chat format (BLIP) do not know of padding on the left, so
-        theirs are prompts of one length."""
+        """Indices that form batches. Models without a chat format (BLIP) cannot pad on the left, so their batches have
+        prompts of one length."""
         groups: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             known = prompt is None or self.chats
@@ -73,7 +68,7 @@ class Captioner:
         with torch.no_grad():
             tokens = self.model.generate(**inputs, max_new_tokens=self.settings.max_tokens, do_sample=False)
         asked = inputs.get("input_ids")
-        # Decoder-only models repeat the question; in BLIP's answer the prompt is the beginning of the sentence.
+        # Decoder-only models repeat the question. BLIP's answer begins with the prompt, which stays.
         if asked is not None and torch.equal(tokens[:, : asked.shape[1]], asked):
             tokens = tokens[:, asked.shape[1] :]
         return self.processor.batch_decode(tokens, skip_special_tokens=True)
@@ -84,7 +79,7 @@ class Captioner:
             return self.processor(images=images, return_tensors="pt", **text)
         chats = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
-            for image, prompt in zip(images, prompts)
+            for image, prompt in zip(images, prompts, strict=True)
         ]
         return self.processor.apply_chat_template(
             chats,

@@ -1,24 +1,24 @@
-"""Which images are copies of another one: exact search by Hamming distance, and who stays.
+"""Duplicates: an exact search for images within a Hamming distance, and the choice of the copy that is kept.
 
-The search is the pigeonhole principle (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", WWW
-2007): cut 64 bits into B bands; hashes that differ in at most k bits agree on at least B - k whole bands. So for each
-choice of B - k bands, hashes that agree on these are compared bit by bit, and no pair is missed. B is chosen for the
-number of hashes: many bands make more tables with fewer chance meetings in each.
+The search uses the pigeonhole principle (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", WWW
+2007). Cut 64 bits into B bands; hashes that differ in at most k bits agree on at least B - k whole bands. So for each
+choice of B - k bands, hashes that agree on them are compared bit by bit, and no pair is missed. B depends on the number
+of hashes: more bands make more tables, with fewer accidental matches in each.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 import numpy as np
 
-#: Pairs compared at once; bounds the memory.
+#: Pairs that are compared at once, which bounds the memory.
 _CHUNK = 1 << 22
 
 
 def bands(count: int, distance: int) -> int:
-    """The number of bands that is cheapest for ``count`` hashes, by the expected work on random ones."""
+    """The number of bands with the least expected work for ``count`` random hashes."""
 
     def work(parts: int) -> float:
         bits = (parts - distance) * (64 // parts)
@@ -28,7 +28,7 @@ def bands(count: int, distance: int) -> int:
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of places whose hashes differ in at most ``distance`` bits.
+    """All pairs of indices whose hashes differ in at most ``distance`` bits.
 
     Args:
         hashes: uint64 [N], all different (equal ones would make N² pairs).
@@ -40,7 +40,7 @@ def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
         return np.zeros((0, 2), np.int64)
     parts = bands(len(hashes), distance)
     edges = np.linspace(0, 64, parts + 1).astype(int)
-    masks = [((1 << (b - a)) - 1) << a for a, b in zip(edges, edges[1:])]
+    masks = [((1 << (b - a)) - 1) << a for a, b in pairwise(edges)]
     found = [_agreeing(hashes, np.uint64(sum(chosen)), distance) for chosen in combinations(masks, parts - distance)]
     codes = np.unique(np.concatenate(found))
     return np.stack(np.divmod(codes, len(hashes)), 1)
@@ -51,7 +51,7 @@ def _agreeing(hashes: np.ndarray, mask: np.uint64, distance: int) -> np.ndarray:
     keys = hashes & mask
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
-    # Runs of equal keys: place i is compared with i + 1, i + 2, ... as long as the run lasts.
+    # Runs of equal keys: index i is compared with i + 1, i + 2, ... to the end of its run.
     left = np.flatnonzero(keys[1:] == keys[:-1])
     found, gap = [np.zeros(0, np.int64)], 1
     while len(left):
@@ -68,10 +68,10 @@ def _agreeing(hashes: np.ndarray, mask: np.uint64, distance: int) -> np.ndarray:
 
 
 def duplicate_of(hashes: np.ndarray, pixels: np.ndarray, names: np.ndarray, distance: int) -> np.ndarray:
-    """For each image the place of the kept image that it duplicates, or -1 where it is kept itself.
+    """For each image the index of the kept image that it duplicates, or -1 if it is kept itself.
 
-    Images are taken from the best to the worst, the largest first and, of equally large ones, the first by name. One is
-    kept unless an image that was kept before it is within ``distance``. So kept images all differ in more bits, every
+    Images are visited from the best to the worst: the largest first and, of equally large ones, the first by name. An
+    image is kept unless one that is kept already is within ``distance``. So all kept images differ in more bits, each
     dropped one has a better copy that is kept, and the result does not depend on the order of the input.
 
     Args:
@@ -84,7 +84,7 @@ def duplicate_of(hashes: np.ndarray, pixels: np.ndarray, names: np.ndarray, dist
     """
     count = len(hashes)
     order = np.lexsort((names, -pixels.astype(np.int64)))  # best first
-    # Of equal hashes the best decides for all: their neighbours are the same.
+    # Images with equal hashes have the same neighbours, so only the best of them is compared.
     unique, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
     rank = np.argsort(first, kind="stable")  # unique hashes, best image first
     place = np.empty(len(unique), np.int64)
@@ -99,11 +99,11 @@ def duplicate_of(hashes: np.ndarray, pixels: np.ndarray, names: np.ndarray, dist
 
 
 def _greedy(pairs: np.ndarray, count: int) -> np.ndarray:
-    """For each place the first kept neighbour, itself where it is kept; ``pairs`` as ``near_pairs`` gives them."""
+    """For each index the first kept neighbour, or itself if it is kept; ``pairs`` as from ``near_pairs``."""
     kept_by = np.arange(count)
     pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
     for better, worse in pairs.tolist():
-        # Everything better than `worse` is decided by now, and of its neighbours the best comes first.
+        # All images better than `worse` are decided by now, and the best of its neighbours comes first.
         if kept_by[worse] == worse and kept_by[better] == better:
             kept_by[worse] = better
     return kept_by

@@ -1,4 +1,4 @@
-"""The steps that look at one image at a time: size, faces, scores, hash. One raw shard -> its records."""
+"""The steps that examine one image at a time: size, faces, scores, hash. They turn a raw shard into records."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .records import FACES, SIZE, UNREADABLE, Record, filter_stage
 
 
 class ShardUnreadable(OSError):
-    """A raw shard could not be opened, or not read to its end; a later try may succeed."""
+    """A raw shard could not be opened or read to its end; a later try may succeed."""
 
 
 @dataclass
 class Tools:
     """The models of the steps, loaded once and used for many shards."""
 
-    detector: faces.Detector | None = None
+    detector: faces.FaceDetector | None = None
     scorers: dict[str, Scorer] = field(default_factory=dict)
 
     @classmethod
     def load(cls, settings: Curate, device: str) -> Tools:
-        """Raises ImportError, FileNotFoundError or ValueError where one cannot be had."""
+        """Load the models. Raises ImportError, FileNotFoundError or ValueError for one that cannot be loaded."""
         scorers = {}
         for f in settings.filters:
             own = {"device": device} if "device" in parameters(f.kind) else {}
@@ -42,9 +42,9 @@ class Tools:
 
 
 def examine(shard: str, settings: Curate, tools: Tools) -> list[Record]:
-    """The records of every sample of ``shard``, in its order.
+    """The records of all samples of ``shard``, in its order.
 
-    At most ``settings.batch`` decoded images are held. Raises ShardUnreadable, and RewardError for a scorer that fails.
+    Memory holds at most ``settings.batch`` decoded images. Raises ShardUnreadable, and RewardError if a scorer fails.
     """
     records: list[Record] = []
     waiting: list[_Decoded] = []
@@ -75,7 +75,7 @@ class _Decoded:
 
 
 def _decoded(sample: Sample, record: Record, settings: Curate) -> np.ndarray | None:
-    """The pixels; None where the sample was dropped. Most small images are told by their header, undecoded."""
+    """The pixels; None if the sample was dropped. The header reveals most small images before they are decoded."""
     try:
         header = _header_size(sample.image)
         if header is not None and header[0] * header[1] <= settings.max_pixels and _size(record, *header, settings):
@@ -91,12 +91,12 @@ def _header_size(data: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
-    except Exception:  # whatever Pillow's parsers trip over: `decode` says what is wrong
+    except Exception:  # Pillow's parsers have no common error, and `decode` reports what is wrong
         return None
 
 
 def _size(record: Record, width: int, height: int, settings: Curate) -> bool:
-    """Notes the size; whether it drops the sample."""
+    """Record the size; return whether it drops the sample."""
     record.width, record.height = width, height
     short, long = sorted((width, height))
     if short < settings.min_size:
@@ -107,7 +107,7 @@ def _size(record: Record, width: int, height: int, settings: Curate) -> bool:
 
 
 def _look(waiting: list[_Decoded], settings: Curate, tools: Tools) -> None:
-    if settings.faces:
+    if settings.faces and tools.detector:
         for one in waiting:
             one.record.faces = tools.detector(one.image)
             reason = faces.objection(one.record.faces, settings.faces)
@@ -132,11 +132,11 @@ def _score(group: list[_Decoded], settings: Filter, scorer: Scorer) -> None:
     images, captions = np.stack([one.image for one in group]), [one.caption for one in group]
     try:
         scores = np.asarray(scorer.score(images, captions), np.float32)
-    except Exception as error:  # whatever a scorer of the user's raises
+    except Exception as error:  # a user's scorer may raise anything
         raise RewardError(f"filter {settings.name!r} raised {type(error).__name__}: {error}") from error
     if scores.shape != (len(group),):
         raise RewardError(f"filter {settings.name!r} returned shape {scores.shape} for {len(group)} images")
-    for one, score in zip(group, scores.tolist()):
+    for one, score in zip(group, scores.tolist(), strict=True):
         if not np.isfinite(score):
             one.record.drop(filter_stage(settings.name), f"{settings.name} gave no score ({score})")
             continue

@@ -1,4 +1,4 @@
-"""Faces in an image: where, how large, how certain. OpenCV's detectors."""
+"""Faces in an image: their position, size and confidence, by OpenCV's detectors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import numpy as np
 
 from ...config.curation import Faces
 
-#: A Haar cascade's window: smaller faces cannot be found.
+#: Pixels of a Haar cascade's window: it cannot find smaller faces.
 _WINDOW = 24
-#: YuNet looks at images of at most this longest side: it is trained for faces of 10 to 300 pixels.
+#: Longest side of the images that YuNet gets, in pixels: it is trained for faces of 10 to 300 pixels.
 _YUNET_SIDE = 640
 
 
-class Detector(Protocol):
+class FaceDetector(Protocol):
+    """A function that finds faces."""
+
     def __call__(self, image: np.ndarray) -> list[dict]:
-        """uint8 [H, W, 3] -> faces {x, y, w, h, confidence} in pixels, the largest first."""
+        """The faces of an image, uint8 [H, W, 3]: {x, y, w, h, confidence} in pixels, the largest first."""
         ...
 
 
@@ -32,13 +34,13 @@ def load_opencv() -> Any:
     return cv2
 
 
-def build_detector(settings: Faces) -> Detector:
+def build_detector(settings: Faces) -> FaceDetector:
     """The detector of the config. Raises ImportError without OpenCV, FileNotFoundError or ValueError for its file."""
-    return {"haar": Haar, "yunet": YuNet}[settings.detector](settings)
+    return Haar(settings) if settings.detector == "haar" else YuNet(settings)
 
 
 class Haar:
-    """A Viola-Jones cascade; the confidence is the sum of its last stage's votes, higher for clearer faces."""
+    """A Viola-Jones cascade. The confidence is the sum of the last stage's votes, higher for clearer faces."""
 
     def __init__(self, settings: Faces):
         cv2 = self.cv2 = load_opencv()
@@ -70,20 +72,19 @@ class YuNet:
     """OpenCV's small face network (Wu, Peng & Yu, "YuNet: a tiny millisecond-level face detector", 2023)."""
 
     def __init__(self, settings: Faces):
-        cv2 = self.cv2 = load_opencv()
-        if not Path(settings.model).is_file():
+        cv2, model = load_opencv(), settings.model or ""
+        self.cv2 = cv2
+        if not Path(model).is_file():
             raise FileNotFoundError(
-                f"curate.faces.model: {settings.model!r} does not exist; it is "
+                f"curate.faces.model: {model!r} does not exist; it is "
                 "face_detection_yunet_2023mar.onnx of OpenCV's model zoo"
             )
         try:
-            # Half of the threshold: a face that is not certain enough is told from no face.
+            # Half of the threshold, so that reasons distinguish an uncertain face from no face.
             side = (_YUNET_SIDE, _YUNET_SIDE)
-            self.network = cv2.FaceDetectorYN.create(settings.model, "", side, settings.confidence / 2)
+            self.network = cv2.FaceDetectorYN.create(model, "", side, settings.confidence / 2)
         except cv2.error as error:
-            raise ValueError(
-                f"curate.faces.model: OpenCV cannot read {settings.model} ({str(error).strip()})"
-            ) from None
+            raise ValueError(f"curate.faces.model: OpenCV cannot read {model} ({str(error).strip()})") from None
 
     def __call__(self, image: np.ndarray) -> list[dict]:
         height, width = image.shape[:2]
@@ -100,24 +101,24 @@ class YuNet:
 
 def _sorted(boxes: np.ndarray, confidences: np.ndarray, scale: float) -> list[dict]:
     faces = [
-        dict(zip("xywh", (round(float(v) * scale) for v in box)), confidence=round(float(c), 4))
-        for box, c in zip(boxes, confidences)
+        dict(zip("xywh", (round(float(v) * scale) for v in box), strict=True), confidence=round(float(c), 4))
+        for box, c in zip(boxes, confidences, strict=True)
     ]
     return sorted(faces, key=lambda f: (-size(f), f["x"], f["y"]))
 
 
 def size(face: dict) -> int:
-    """Pixels of a face: its shorter side."""
+    """The shorter side of a face in pixels."""
     return min(face["w"], face["h"])
 
 
 def searched_from(settings: Faces) -> int:
-    """The smallest face that a cascade looks for: well below ``min_size``, so that reasons name what was found."""
+    """The smallest face that a cascade searches: well below ``min_size``, so that reasons name the size found."""
     return max(_WINDOW, settings.min_size // 3)
 
 
 def objection(faces: list[dict], settings: Faces) -> str | None:
-    """Why an image with these faces is dropped, None where it is not."""
+    """The reason to drop an image with these faces; None to keep it."""
     certain = [face for face in faces if face["confidence"] >= settings.confidence]
     if not certain:
         best = max((face["confidence"] for face in faces), default=None)

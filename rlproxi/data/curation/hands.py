@@ -1,4 +1,4 @@
-"""The hand-focused subset: by what captions say, and by looking. A tag, not a filter."""
+"""The hand-focused subset, by words of captions and by detection. It is a tag and drops nothing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ KEY = "curate.hands.detector.model"
 
 
 def hand_words(caption: str, words: Sequence[str]) -> list[str]:
-    """Those of ``words`` that a caption holds as whole words, in any case, in the order of ``words``."""
+    """Those of ``words`` that a caption has as whole words, in any case, in the order of ``words``."""
     return [word for word in words if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)]
 
 
-class Detector:
-    """Hands by an object-detection model of transformers, zero-shot or not. Raises FileNotFoundError or ValueError."""
+class HandFinder:
+    """An object-detection model of transformers, zero-shot or not, that finds hands.
+
+    Raises FileNotFoundError if the model cannot be found, ValueError if it cannot be used.
+    """
 
     def __init__(self, settings: HandDetector, device: str = "cpu"):
         import transformers
@@ -48,7 +51,7 @@ class Detector:
         self.model = models.load(settings.model, KEY, kind.from_pretrained).eval().to(self.device)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[list[dict]]:
-        """uint8 [H, W, 3] images of any sizes -> for each the hands {x, y, w, h, confidence, label} in pixels."""
+        """The hands of each image, uint8 [H, W, 3] of any sizes: {x, y, w, h, confidence, label} in pixels."""
         size = self.settings.batch
         return [hands for k in range(0, len(images), size) for hands in self._detect(images[k : k + size])]
 
@@ -62,7 +65,7 @@ class Detector:
         return [self._hands(result) for result in results]
 
     def _queries(self) -> Any:
-        """A zero-shot model's question: a list of texts, or one text of sentences where it grounds phrases."""
+        """A zero-shot model's query: a list of texts, or one text of sentences if it grounds phrases."""
         if "input_ids" in inspect.signature(self.processor.post_process_grounded_object_detection).parameters:
             return " ".join(f"{label.lower()}." for label in self.settings.labels)
         return list(self.settings.labels)
@@ -85,16 +88,10 @@ class Detector:
         if names is None:
             names = [self.model.config.id2label[int(i)] for i in result["labels"]]
         hands = []
-        for name, score, (left, top, right, bottom) in zip(names, result["scores"].tolist(), result["boxes"].tolist()):
+        for name, score, (left, top, right, bottom) in zip(
+            names, result["scores"].tolist(), result["boxes"].tolist(), strict=True
+        ):
             if self.zero_shot or str(name).lower() in self.wanted:
-                hands.append(
-                    {
-                        "x": round(left),
-                        "y": round(top),
-                        "w": round(right - left),
-                        "h": round(bottom - top),
-                        "confidence": round(score, 4),
-                        "label": str(name),
-                    }
-                )
+                box = {"x": round(left), "y": round(top), "w": round(right - left), "h": round(bottom - top)}
+                hands.append({**box, "confidence": round(score, 4), "label": str(name)})
         return hands

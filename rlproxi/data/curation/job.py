@@ -1,4 +1,4 @@
-"""What a curation checks before it begins, and what it clears away."""
+"""Checks before a curation begins, and the removal of what earlier jobs left."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .records import Place
 
 
 def check(settings: Curate, out: str | os.PathLike) -> list[str]:
-    """The raw shards, sorted. Raises ConfigError, with the key and the remedy, for what cannot work.
+    """The raw shards, sorted. Raises ConfigError, with the key and the remedy, for settings that cannot work.
 
-    Loads no model but the face detector, which takes milliseconds.
+    It loads no model except the face detector, which takes milliseconds.
     """
     if not settings.urls:
         raise ConfigError("curate.urls is empty: name at least one tar or parquet file, folder or glob")
@@ -48,12 +48,14 @@ def _check_out(out: Path, shards: Sequence[str]) -> None:
             f"curate.out: {str(out)!r} holds the raw shard {os.path.basename(inside[0])}; choose another folder"
         )
     if out.is_dir() and not Place(out).examined.is_dir() and any(out.glob("*.tar")):
-        raise ConfigError(f"curate.out: {str(out)!r} holds tars of something else; choose an empty folder")
+        raise ConfigError(f"curate.out: {str(out)!r} holds tars that no curation wrote; choose an empty folder")
 
 
 def clear_stale(place: Place, plans: Sequence[Output]) -> None:
-    """Removes what earlier jobs in this folder left: curated shards beyond ``plans`` (other settings, other raw
-    shards), and drafts of processes that were killed. Nothing may be writing there."""
+    """Remove what earlier jobs in this folder left. No other process may be writing there.
+
+    These are curated shards beyond ``plans``, from other settings or raw shards, and drafts of killed processes.
+    """
     names = {place.shard(plan.number).name for plan in plans}
     for path in place.out.iterdir():
         if re.fullmatch(r"\d{5}\.tar", path.name) and path.name not in names:

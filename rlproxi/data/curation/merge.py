@@ -1,4 +1,4 @@
-"""The end of a curation: one manifest of every sample, the funnel, and what the statistics page shows."""
+"""The end of a curation: the manifest of all samples, the funnel, and the statistics for the page."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ KEPT, HANDS = "kept", "hands"
 
 @dataclass
 class Series:
-    """One number of each sample that has it, and whether the sample was kept; 5 bytes each."""
+    """One number of each sample that has it, and whether the sample was kept: 5 bytes a sample."""
 
     values: array = field(default_factory=lambda: array("f"))
     kept: array = field(default_factory=lambda: array("b"))
 
     def add(self, value: float, kept: bool) -> None:
+        """Append the number of one sample."""
         self.values.append(value)
         self.kept.append(kept)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A sample that the page shows: where it is, what was said of it, and the faces to draw."""
+    """A sample that the page shows: its position, a description, and the faces to draw."""
 
     shard: str
     index: int
@@ -47,20 +48,20 @@ class Example:
 
 @dataclass
 class Statistics:
-    """What the page is made of. ``examples`` are chosen by a hash of their names, so by nobody."""
+    """The numbers and examples for the page. A hash of their names chooses the examples, so the choice is unbiased."""
 
     settings: Curate
     shards: int = 0
     total: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    unreadable: Counter = field(default_factory=Counter)
-    tags: Counter = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    unreadable: Counter[str] = field(default_factory=Counter)
+    tags: Counter[str] = field(default_factory=Counter)
     series: dict[str, Series] = field(default_factory=dict)
     kept_per_shard: list[int] = field(default_factory=list)
     _picks: dict[str, list] = field(default_factory=dict)
 
     def funnel(self) -> list[dict]:
-        """For each stage: how many samples reached it, were dropped by it, and were left."""
+        """For each stage the number of samples that reached it, that it dropped, and that were left."""
         rows, left = [], self.total
         for stage in stages(self.settings):
             rows.append({"stage": stage, "in": left, "dropped": self.dropped[stage], "out": left - self.dropped[stage]})
@@ -68,7 +69,7 @@ class Statistics:
         return rows
 
     def summary(self) -> dict:
-        """curation.json."""
+        """The contents of curation.json."""
         return {
             "raw_shards": self.shards,
             "samples": self.total,
@@ -80,7 +81,7 @@ class Statistics:
         }
 
     def drop(self, record: Record, shard: str, stage: str, reason: str) -> None:
-        """Counts a sample that ``stage`` dropped."""
+        """Count a sample that ``stage`` dropped."""
         self.dropped[stage] += 1
         if stage == UNREADABLE:
             self.unreadable[reason.partition(":")[0]] += 1
@@ -88,7 +89,7 @@ class Statistics:
         self._add(record, stage, example, record.words, [])
 
     def keep(self, record: Record, shard: str, caption: str, tags: list[str]) -> None:
-        """Counts a sample that is in the curated shards."""
+        """Count a sample that is in the curated shards."""
         words = f"{record.width} x {record.height}: {caption}" + (f" [{', '.join(tags)}]" if tags else "")
         self._add(record, None, Example(shard, record.index, words, record.faces), len(caption.split()), tags)
 
@@ -96,10 +97,10 @@ class Statistics:
         self.total += 1
         kept = stage is None
         self.tags.update(tags)
+        short, long = sorted((record.width or 0, record.height or 0))
         values = {
-            "shorter side, px": record.width and min(record.width, record.height),
-            "aspect (longer : shorter side)": record.width
-            and max(record.width, record.height) / min(record.width, record.height),
+            "shorter side, px": short or None,
+            "aspect (longer : shorter side)": long / short if short else None,
             "largest face, px": max((faces.size(f) for f in record.faces), default=None),
             "face confidence": max((f["confidence"] for f in record.faces), default=None),
             **{f"score {name}": score for name, score in record.scores.items()},
@@ -109,7 +110,7 @@ class Statistics:
             if value is not None:
                 self.series.setdefault(name, Series()).add(value, kept)
         if record.width and stage != UNREADABLE:
-            self._pick(KEPT if kept else stage, example)
+            self._pick(KEPT if stage is None else stage, example)
             for tag in tags:
                 self._pick(tag, example)
 
@@ -122,14 +123,14 @@ class Statistics:
             heapq.heapreplace(heap, entry)
 
     def examples(self, stage: str) -> list[Example]:
-        """The pictures of a stage, of "kept", or of a tag."""
+        """The examples of a stage, of "kept", or of a tag."""
         return [entry[3] for entry in sorted(self._picks.get(stage, []), key=lambda e: e[:3], reverse=True)]
 
 
 def merge(
     place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output], settings: Curate
 ) -> Statistics:
-    """Writes manifest.jsonl, one line for every raw sample in the order (shard, index), and returns the statistics."""
+    """Write manifest.jsonl, one line for each raw sample in the order (shard, index), and return the statistics."""
     statistics = Statistics(settings, shards=len(shards), kept_per_shard=[len(plan) for plan in plans])
     with draft(place.out / "manifest.jsonl") as scratch, open(scratch, "w", encoding="utf-8") as file:
         for line in _lines(place, shards, found, plans, statistics):
@@ -159,17 +160,18 @@ def _lines(
                             f"{place.written} does not belong to these records; delete it and resume the run"
                         )
                 at += 1
-            if row is None:
-                line |= {"status": "dropped", "stage": stage, "reason": reason}
-                statistics.drop(record, shard, stage, reason)
-            else:
+            if row is not None:
                 line |= {"status": "kept", **{k: row[k] for k in ("output", "output_key", "tags")}}
                 statistics.keep(record, shard, row["caption"], row["tags"])
+            else:
+                assert stage is not None and reason is not None
+                line |= {"status": "dropped", "stage": stage, "reason": reason}
+                statistics.drop(record, shard, stage, reason)
             yield line
 
 
 def _originals(place: Place, shards: Sequence[str], found: Survivors) -> dict[int, tuple[str, Record]]:
-    """place -> (shard, record) of every kept sample that others copy."""
+    """index -> (shard, record) of every kept sample that has copies."""
     places = np.unique(found.duplicate[found.duplicate >= 0])
     by_name = {(int(found.shard[p]), int(found.index[p])): int(p) for p in places}
     originals = {}
@@ -182,7 +184,7 @@ def _originals(place: Place, shards: Sequence[str], found: Survivors) -> dict[in
 
 def _copy_of(original: tuple[str, Record], record: Record) -> str:
     shard, best = original
-    bits = distance(int(best.phash, 16), int(record.phash, 16))
+    bits = distance(best.hash, record.hash)
     return (
         f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
         f"this one is {record.width} x {record.height}"
@@ -190,5 +192,5 @@ def _copy_of(original: tuple[str, Record], record: Record) -> str:
 
 
 def write_summary(place: Place, summary: dict) -> None:
-    """Writes curation.json in one move."""
+    """Write curation.json atomically."""
     write_text(place.out / "curation.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

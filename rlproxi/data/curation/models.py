@@ -1,4 +1,4 @@
-"""Loading transformers' models for captions and hands, with errors that name the config's key."""
+"""Loading of transformers' models for captions and hands, with errors that name the config key."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ...rewards.hub import reason
 
 
 def check_name(name: str, key: str) -> None:
-    """Raises FileNotFoundError for what is meant to be a folder and is none; a hub id is owner/name and passes."""
+    """Raise FileNotFoundError for a name that is neither a folder nor a hub id (owner/name)."""
     if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith(("/", ".", "~"))):
         raise FileNotFoundError(f"{key}: {name!r} is neither a folder on this machine nor a hub id (owner/name)")
 
 
 def load(name: str, key: str, load_one: Callable[[str], Any]) -> Any:
-    """``load_one(name)``; FileNotFoundError or ValueError, naming ``key``, where transformers cannot."""
+    """Return ``load_one(name)``. Raises FileNotFoundError or ValueError, naming ``key``, if transformers fails."""
     check_name(name, key)
     try:
         return load_one(name)

@@ -1,4 +1,4 @@
-"""A 64-bit perceptual hash: alike for a picture and its resized, re-encoded or slightly retouched copies."""
+"""A 64-bit perceptual hash: similar for a picture and its resized, re-encoded or slightly retouched copies."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-#: Side of the picture whose frequencies are taken, in pixels.
+#: Pixels of the side of the picture that is transformed.
 _SIDE = 32
 
 
 @lru_cache(maxsize=1)
 def _basis() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(cosines [F, 32], rows [64], columns [64] of the 64 lowest frequencies without the mean)."""
+    """(cosines [F, 32], rows [64], columns [64]) of the 64 lowest frequencies without the mean."""
     count = 12  # the 64 lowest lie within a quarter circle of radius 9
     u, v = np.divmod(np.arange(count * count), count)
     order = np.lexsort((u, u * u + v * v))[1:65]
@@ -22,12 +22,12 @@ def _basis() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def phash(image: np.ndarray) -> int:
-    """uint8 [H, W, 3] -> hash in [0, 2**64).
+    """The hash, in [0, 2**64), of a picture, uint8 [H, W, 3].
 
-    The grey picture, 32 x 32, is transformed by a cosine transform (DCT-II); each of the 64 lowest frequencies but the
-    mean gives one bit, set where it is above their median. Lightness and contrast thus do not matter, and exactly half
-    of the bits are set. A picture without any structure has hash 0. The idea is Zauner's (Implementation and
-    benchmarking of perceptual image hash functions, 2010); the choice of frequencies is ours.
+    A cosine transform (DCT-II) is applied to the grey picture of 32 x 32 pixels. Each of the 64 lowest frequencies
+    without the mean gives one bit, set if it is above their median. So lightness and contrast do not matter, and
+    exactly half of the bits are set. A picture without any structure has hash 0. The idea is Zauner's (Implementation
+    and benchmarking of perceptual image hash functions, 2010); the choice of frequencies is ours.
     """
     grey = Image.fromarray(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     cosines, rows, columns = _basis()
@@ -37,5 +37,5 @@ def phash(image: np.ndarray) -> int:
 
 
 def distance(a: int, b: int) -> int:
-    """Number of bits in which two hashes differ."""
+    """The number of bits in which two hashes differ."""
     return (int(a) ^ int(b)).bit_count()

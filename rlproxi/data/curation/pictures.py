@@ -16,7 +16,7 @@ _SIDE = 176  # pixels
 
 
 def wanted(statistics: Statistics, stages: Sequence[str]) -> dict[str, dict[int, list[dict]]]:
-    """shard -> index -> faces, of every example of ``stages``."""
+    """shard -> index -> faces, for every example of ``stages``."""
     needed: dict[str, dict[int, list[dict]]] = {}
     for stage in stages:
         for example in statistics.examples(stage):
@@ -25,7 +25,10 @@ def wanted(statistics: Statistics, stages: Sequence[str]) -> dict[str, dict[int,
 
 
 def peek(shard: str, chosen: dict[int, list[dict]], max_pixels: int) -> dict[int, str]:
-    """index -> a ``data:`` address of its thumbnail with the faces framed; reads the shard no further than it must."""
+    """index -> a ``data:`` address of its thumbnail with frames around the faces.
+
+    Reads the shard only up to the last chosen index.
+    """
     found: dict[int, str] = {}
     for index, item in enumerate(read_shard(shard)):
         if index > max(chosen):
@@ -52,5 +55,5 @@ def thumbnail(picture: Image.Image, faces: Sequence[dict]) -> str:
 
 
 def picture_of(pictures: dict[str, dict[int, str]], example: Example) -> str | None:
-    """The thumbnail of an example, None where it could not be read again."""
+    """The thumbnail of an example; None if it could not be read again."""
     return pictures.get(example.shard, {}).get(example.index)

@@ -1,4 +1,4 @@
-"""After all raw shards are examined: which samples stay, and which goes into which curated shard."""
+"""The plan after all raw shards are examined: which samples stay, and which curated shard each goes into."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .records import Place, examine_fingerprint, fingerprint, load_records
 
 @dataclass(frozen=True)
 class Survivors:
-    """What passed the steps of single images, in the order (shard, index): one entry of each array for each sample.
+    """The samples that passed the steps of single images, in the order (shard, index); each array has one entry each.
 
-    ``shard`` counts in the list of raw shards; ``duplicate`` is the place of the kept sample that it copies, else -1.
-    28 bytes a sample: 0.4 GB for 15 million.
+    ``shard`` is the position in the list of raw shards. ``duplicate`` is the index of the kept sample that this one
+    copies, else -1. They take 28 bytes a sample: 0.4 GB for 15 million.
     """
 
     shard: np.ndarray  # int32
@@ -28,21 +28,21 @@ class Survivors:
     duplicate: np.ndarray  # int64
 
     def kept(self) -> np.ndarray:
-        """The places that go into the curated shards."""
+        """The indices of the samples that go into the curated shards."""
         return np.flatnonzero(self.duplicate < 0)
 
 
 def survivors(place: Place, shards: Sequence[str], settings: Curate) -> Survivors:
-    """Reads all records and finds the duplicates over all shards."""
+    """Read all records and find the duplicates over all shards."""
     columns = {"shard": array("i"), "index": array("i"), "phash": array("Q"), "pixels": array("I")}
     names = array("i")
     for number, shard in enumerate(shards):
         alive = [r for r in load_records(place.records(shard)) if r.stage is None]
         columns["shard"].extend([number] * len(alive))
         columns["index"].extend(r.index for r in alive)
-        columns["phash"].extend(int(r.phash, 16) for r in alive)
-        columns["pixels"].extend(r.width * r.height for r in alive)
-        # Ranks of names: shards are sorted, and within one the key decides, wherever it stands in the file.
+        columns["phash"].extend(r.hash for r in alive)
+        columns["pixels"].extend((r.width or 0) * (r.height or 0) for r in alive)
+        # Ranks of names: by the order of shards, and within a shard by key, whatever its position in the file.
         ranks = array("i", bytes(4 * len(alive)))
         for rank, i in enumerate(sorted(range(len(alive)), key=lambda i: (alive[i].key, alive[i].index))):
             ranks[i] = len(names) + rank
@@ -69,9 +69,9 @@ class Output:
 
 
 def outputs(found: Survivors, shards: Sequence[str], settings: Curate) -> list[Output]:
-    """The curated shards: what is kept, in the order (raw shard, index), ``samples_per_shard`` at a time.
+    """The curated shards: the kept samples in the order (raw shard, index), ``samples_per_shard`` in each.
 
-    The fingerprint of each tells what its content depends on, so a resumed job knows which are done.
+    The fingerprint of a shard covers all that its content depends on, so a resumed job knows which are done.
     """
     kept, plans = found.kept(), []
     for number, start in enumerate(range(0, len(kept), settings.samples_per_shard)):

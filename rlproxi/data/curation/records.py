@@ -1,4 +1,4 @@
-"""What is known of each sample between the steps, and the files that hold it: JSON lines, whole or not at all."""
+"""The records of samples between the steps, and their files: JSON lines that are complete or absent."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from ...config.curation import Curate
 from ...files import draft
 
-#: Raised when records of an older version would mean something else.
+#: Version of the records. It rises when older records would mean something else.
 FORMAT = 1
 
-#: Stages in the order in which samples pass them; each filter has one of its own between faces and duplicates.
+#: The stages in the order in which samples pass them. Each filter has its own, between faces and duplicates.
 UNREADABLE, SIZE, FACES, DUPLICATES = "unreadable", "size", "faces", "duplicates"
 
 
@@ -38,10 +38,14 @@ def filter_stage(name: str) -> str:
 
 @dataclass
 class Record:
-    """One sample of a raw shard. ``stage`` is None as long as nothing dropped it; what no step reached is empty.
+    """One sample of a raw shard.
 
-    ``index`` counts everything the reader tells of its shard, so (shard, index) names a sample even where keys repeat.
-    ``faces``: {x, y, w, h, confidence} in pixels. ``words``: length of the original caption.
+    Attributes:
+        index: position among all samples and skips of the shard, so (shard, index) is unique even if keys repeat.
+        stage, reason: what dropped the sample; None while nothing has.
+        phash: perceptual hash, 16 hex digits.
+        faces: {x, y, w, h, confidence} in pixels.
+        words: length of the original caption.
     """
 
     index: int
@@ -56,8 +60,13 @@ class Record:
     words: int | None = None
 
     def drop(self, stage: str, reason: str) -> None:
-        """Notes what the sample failed at, in words."""
+        """Record the stage that the sample failed at, with the reason in words."""
         self.stage, self.reason = stage, reason
+
+    @property
+    def hash(self) -> int:
+        """The perceptual hash of a sample that passed."""
+        return int(self.phash or "", 16)
 
 
 class Place:
@@ -68,7 +77,7 @@ class Place:
         self.examined, self.written = self.out / "steps" / "examined", self.out / "steps" / "written"
 
     def records(self, shard: str) -> Path:
-        """The file of a raw shard's records: its name for people, a hash of its address against equal names."""
+        """The file of a raw shard's records. A hash of the address keeps shards with one name apart."""
         name = os.path.basename(shard).partition(".")[0]
         return self.examined / f"{name}-{hashlib.sha256(shard.encode()).hexdigest()[:12]}.jsonl"
 
@@ -77,31 +86,31 @@ class Place:
         return self.out / f"{number:05d}.tar"
 
     def part(self, number: int) -> Path:
-        """The manifest of a curated shard; written after it, so that the one is there only where the other is."""
+        """The manifest of a curated shard. It is written after the shard, so it exists only together with it."""
         return self.written / f"{number:05d}.jsonl"
 
 
 def fingerprint(*facts: Any) -> str:
-    """Short hash of what a file's content depends on."""
+    """A short hash of all that a file's content depends on."""
     return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def examine_fingerprint(settings: Curate, shard: str) -> str:
-    """What a raw shard's records depend on: the settings of the steps that look at one image, and the file."""
+    """The fingerprint of a raw shard's records: the settings of the steps of single images, and the file."""
     keys = {"min_size", "max_aspect", "max_pixels", "faces", "filters"}
     size = os.path.getsize(shard) if os.path.isfile(shard) else None
     return fingerprint(settings.model_dump(mode="json", include=keys), shard, size)
 
 
 def write_lines(path: Path, mark: str, rows: Iterable[dict]) -> None:
-    """Writes a header with the fingerprint ``mark`` and ``rows``, replacing an older file in one move."""
+    """Write a header with the fingerprint ``mark`` and the ``rows``, and replace an older file atomically."""
     with draft(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
         for row in ({"fingerprint": mark}, *rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def is_done(path: Path, mark: str) -> bool:
-    """Whether the file is there and was made under the same fingerprint."""
+    """Whether the file exists and has the same fingerprint."""
     if not path.is_file():
         return False
     with open(path, encoding="utf-8") as file:
@@ -109,7 +118,7 @@ def is_done(path: Path, mark: str) -> bool:
 
 
 def read_lines(path: Path) -> Iterator[dict]:
-    """The rows of a file of ``write_lines``."""
+    """The rows of a file that ``write_lines`` wrote."""
     with open(path, encoding="utf-8") as file:
         file.readline()
         for line in file:
@@ -117,7 +126,7 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 
 def save_records(path: Path, mark: str, records: Iterable[Record]) -> None:
-    """Writes a raw shard's records."""
+    """Write a raw shard's records."""
     write_lines(path, mark, (asdict(record) for record in records))
 
 

@@ -1,4 +1,4 @@
-"""One curated shard: survivors read again, captioned, tagged and written."""
+"""Writing of one curated shard: its samples are read again, captioned and tagged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..images import decode
 from ..shards import Sample, read_shard, write_shard
 from .captions import Captioner
 from .examine import ShardUnreadable
-from .hands import Detector, hand_words
+from .hands import HandFinder, hand_words
 from .plan import Output
 from .records import Place, Record, load_records, write_lines
 
@@ -22,22 +22,22 @@ class WriteTools:
     """The models of captions and hands, loaded once and used for many shards."""
 
     captioner: Captioner | None = None
-    detector: Detector | None = None
+    detector: HandFinder | None = None
 
     @classmethod
     def load(cls, settings: Curate, device: str) -> WriteTools:
-        """Raises FileNotFoundError or ValueError where one cannot be had."""
+        """Load the models. Raises FileNotFoundError or ValueError for one that cannot be loaded."""
         hands = settings.hands.detector if settings.hands else None
         return cls(
             Captioner(settings.caption, device) if settings.caption else None,
-            Detector(hands, device) if hands else None,
+            HandFinder(hands, device) if hands else None,
         )
 
 
 def write(plan: Output, place: Place, settings: Curate, tools: WriteTools) -> int:
-    """Writes the shard and then its part of the manifest, each whole or not at all; returns the number of samples.
+    """Write the shard and then its part of the manifest, both atomically; return the number of samples.
 
-    Raises ShardUnreadable where a raw shard no longer holds what its records tell.
+    Raises ShardUnreadable if a raw shard no longer matches its records.
     """
     rows: list[dict] = []
     count = write_shard(place.shard(plan.number), _samples(plan, place, settings, tools, rows))
@@ -53,7 +53,7 @@ class _Chosen:
 
 
 def _samples(plan: Output, place: Place, settings: Curate, tools: WriteTools, rows: list[dict]) -> Iterator[Sample]:
-    """The samples as they are written; their lines of the manifest go to ``rows``."""
+    """The samples to write; their lines of the manifest are appended to ``rows``."""
     waiting: list[_Chosen] = []
     for chosen in _chosen(plan, place):
         waiting.append(chosen)
@@ -98,7 +98,7 @@ def _finish(
             captions = tools.captioner(images, captions)
         if tools.detector:
             found = tools.detector(images)
-    for one, caption, hands in zip(waiting, captions, found):
+    for one, caption, hands in zip(waiting, captions, found, strict=True):
         key = f"{plan.number:05d}{len(rows):04d}"  # as img2dataset counts; unique in the whole output
         sample, row = _finished(one, key, caption, hands, settings)
         rows.append({"shard": one.shard, "index": one.record.index, "output": f"{plan.number:05d}.tar", **row})
@@ -106,7 +106,7 @@ def _finish(
 
 
 def _finished(one: _Chosen, key: str, caption: str, hands: list[dict], settings: Curate) -> tuple[Sample, dict]:
-    """The sample as it is written, and what the manifest says of it."""
+    """(the sample to write, its values in the manifest)."""
     original, record = one.sample.caption, one.record
     words = hand_words(f"{original}\n{caption}", settings.hands.words) if settings.hands else []
     tags = ["hands"] if words or hands else []

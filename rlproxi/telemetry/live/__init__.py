@@ -1,1 +1,5 @@
-"""The live page's reader of a run directory."""
+"""The live page's reader of run directories. ``LiveRun`` follows one of them, ``hub.Hub`` several."""
+
+from .run import LiveRun
+
+__all__ = ["LiveRun"]

@@ -1,73 +1,72 @@
-"""What a run's log says, in bounded memory: curves, the events worth a line, how far the run is."""
+"""The contents of a run's log in bounded memory: its curves, its notable events, and how far the run is."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter, deque
 from typing import Any
 
-from .series import Series
+from .curve import Curve
+from .values import number, whole
 
-#: Bounds against a log that is not what it should be; a run has some sixty curves.
+#: Bounds against a damaged or hostile log; a run has some sixty curves.
 MAX_SERIES, MAX_NAME, MAX_MESSAGE = 600, 120, 600
 KEPT_EVENTS, KEPT_GALLERIES = 200, 400
-_FARTHEST = 2**53
 _LISTED = ("stage", "resume", "reward", "best", "alarm", "warning", "note")
 
 
 class Malformed(ValueError):
-    """A line that is no record of a run log."""
+    """A line is not a record of a run log."""
 
 
 def parse(line: bytes) -> dict:
-    """The record of a line. Raises Malformed for anything that is not one."""
+    """The record of a line. Raises Malformed if it is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise Malformed(str(error)) from None
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
         raise Malformed("no object with an event")
-    if record["event"] in ("metrics", "resume", "samples"):
-        step = record.get("step")
-        if not isinstance(record.get("stage"), str) or type(step) is not int or abs(step) > _FARTHEST:
-            raise Malformed("no stage or no step")
+    placed = isinstance(record.get("stage"), str) and whole(record.get("step")) is not None
+    if not placed and record["event"] in ("metrics", "resume", "samples"):
+        raise Malformed("no stage or no step")
     return record
 
 
-def evaluation_stage(steps: Any) -> str:
-    """Evaluations at one number of denoising steps are curves of a stage of their own."""
-    return f"evaluation@{steps}"
-
-
 class Digest:
-    """Takes records in the order of the log.
+    """Takes the records of a log in their order.
 
-    ``curves``: stage -> name -> Series, over a stage's steps; evaluations under ``evaluation_stage``. ``sharp`` is
-    False once a "resume" has cut through a bucket, which then still holds superseded points: only reading the log
-    again, with the cuts known, makes it exact.
+    Attributes:
+        curves: stage -> name -> Curve over the stage's steps. The evaluations at N denoising steps are the stage
+            ``evaluation@N``.
+        sharp: False once a "resume" has cut through a bucket, which then still holds superseded points. Only reading
+            the log again, with the cuts known, makes the curves exact.
+        malformed: lines that are no records, which the reader counts here.
 
     Args:
-        sampled: the records are some of the log's: a step that goes backwards stands for a resume that was not seen.
+        sampled: the records are a sample of the log: a step that goes backwards stands for a resume that is not in it.
     """
 
     def __init__(self, sampled: bool = False):
         self.sampled, self.sharp = sampled, True
-        self.curves: dict[str, dict[str, Series]] = {}
-        self.series = self.refused = self.records = 0
+        self.curves: dict[str, dict[str, Curve]] = {}
+        self.refused = self.records = self.malformed = 0
+        self._count = 0
         self.counts: Counter[str] = Counter()
         self.listed: dict[str, deque] = {event: deque(maxlen=KEPT_EVENTS) for event in _LISTED}
         self.galleries: list[int] = []
         self.reached: dict[str, int] = {}
-        self.times: dict[str, deque] = {}
-        self.first_time = self.last_time = None
+        self.times: dict[str, deque[tuple[int, float]]] = {}
+        self.first_time: float | None = None
+        self.last_time: float | None = None
         self.newest_stage: str | None = None
 
     def apply(self, record: dict) -> list | None:
-        """Takes one record in; returns the change for a page that shows what was there before: ["points", stage, step,
-        {name: value}], ["cut", stage, step, record], ["gallery", "rl", step] or
-        ["event", record]. None where there is
-        nothing to show."""
+        """Take one record and return the change for a page that shows the records before it.
+
+        A change is ["points", stage, step, {name: value}], ["cut", stage, step, record], ["gallery", "rl", step] or
+        ["event", record]; None if there is nothing to show.
+        """
         self.records += 1
         event, time = record["event"], _time(record.get("time"))
         if time is not None:
@@ -92,7 +91,7 @@ class Digest:
         return None
 
     def cut(self, stage: str, step: int) -> None:
-        """Drops a stage's points behind ``step``; with RL's those of its evaluations."""
+        """Drop a stage's points behind ``step``; for the stage rl also those of its evaluations."""
         for name, curves in self.curves.items():
             if name == stage or (stage == "rl" and name.startswith("evaluation@")):
                 for curve in curves.values():
@@ -114,7 +113,7 @@ class Digest:
             if kind is float and value - value == 0.0:  # finite: by far the most
                 values[name] = value
             elif kind in (int, float) or value is None:
-                values[name] = _number(value)
+                values[name] = number(value)
         for name in ("time", "step"):
             values.pop(name, None)
         self._add(stage, step, values)
@@ -124,8 +123,8 @@ class Digest:
         return ["points", stage, step, values]
 
     def _evaluation(self, record: dict) -> list | None:
-        step, steps = record.get("step"), record.get("steps")
-        if type(step) is not int or type(steps) is not int or abs(step) > _FARTHEST:
+        step, steps = whole(record.get("step")), record.get("steps")
+        if step is None or type(steps) is not int:
             return None
         self.counts["evaluation"] += 1
         values = {
@@ -134,14 +133,14 @@ class Digest:
             if part in record
             for key, value in _flat(part, record[part]).items()
         }
-        stage = evaluation_stage(steps)
+        stage = f"evaluation@{steps}"
         self._add(stage, step, values)
         return ["points", stage, step, values]
 
     def _samples(self, step: int) -> list:
         if not self.galleries or step > self.galleries[-1]:
             self.galleries.append(step)
-        if len(self.galleries) > KEPT_GALLERIES:  # the older half thins out, the newest stay
+        if len(self.galleries) > KEPT_GALLERIES:  # every second one of the older half goes
             half = KEPT_GALLERIES // 2
             self.galleries = self.galleries[:half:2] + self.galleries[half:]
         return ["gallery", "rl", step]
@@ -153,17 +152,17 @@ class Digest:
         for name, value in values.items():
             curve = curves.get(name)
             if curve is None:
-                if self.series >= MAX_SERIES or len(name) > MAX_NAME:
+                if self._count >= MAX_SERIES or len(name) > MAX_NAME:
                     self.refused += 1
                     continue
-                curve = curves[name] = Series()
-                self.series += 1
+                curve = curves[name] = Curve()
+                self._count += 1
             curve.add(step, value)
 
     # -- what a page asks for ---------------------------------------------------------------
 
     def snapshot(self) -> dict:
-        """Curves and events as JSON can hold them."""
+        """The curves and events, ready for JSON."""
         return {
             "curves": {
                 stage: {name: curve.buckets() for name, curve in curves.items()}
@@ -174,14 +173,18 @@ class Digest:
             "galleries": self.galleries,
             "records": self.records,
             "refused": self.refused,
-            "exact": self.sharp and not self.sampled,
+            "malformed": self.malformed,
         }
 
     def progress(self, totals: dict[str, int]) -> dict:
-        """Where the run is: {"stage", "step", "total", "seconds_per_step", "eta", "started", "updated", "done"}.
+        """How far the run is.
 
-        ``totals``: stage -> its steps. "eta" is seconds to the end of the stage at the pace of its last steps (those
-        of the last fifty records); None where no pace is known. "done": the last stage that began is done.
+        Returns {"stage", "metrics" (the stage whose steps are counted), "step", "total", "seconds_per_step", "eta",
+        "started", "updated", "done"}. "eta": seconds to the end of the stage at the pace of its last fifty records,
+        None if no pace is known. "done": the stage that began last is done.
+
+        Args:
+            totals: stage -> its steps.
         """
         running, done = None, False
         for record in self.listed["stage"]:
@@ -190,11 +193,13 @@ class Digest:
         seen = next((s for s in (running, self.newest_stage) if s in self.reached), None)
         if seen is not None and seen != running and running and not str(self.newest_stage).startswith(f"{running}/"):
             seen = None
-        pace, times = None, self.times.get(seen or "", ())
+        pace, times = None, self.times.get(seen or "", deque())
         if len(times) > 1 and times[-1][0] > times[0][0]:
             pace = max(0.0, (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0]))
         step, total = self.reached.get(seen or ""), totals.get(seen or "")
-        eta = max(0, total - step) * pace if pace is not None and total is not None and not done else None
+        eta = None
+        if pace is not None and total is not None and step is not None and not done:
+            eta = max(0, total - step) * pace
         return {
             "stage": running or seen,
             "metrics": seen,
@@ -208,18 +213,9 @@ class Digest:
         }
 
 
-def _number(value: int | float | None) -> float | None:
-    """A finite number or None; an integer beyond a float's range is None too."""
-    try:
-        value = None if value is None else float(value)
-    except OverflowError:
-        return None
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _time(value: Any) -> float | None:
-    """Unix seconds, or None for what is no time a clock can tell."""
-    value = _number(value) if type(value) in (int, float) else None
+    """Unix seconds; None for what no clock can show."""
+    value = number(value)
     return value if value is not None and abs(value) < 1e12 else None
 
 
@@ -231,18 +227,13 @@ def _flat(name: str, value: Any, depth: int = 0) -> dict[str, float | None]:
             if key != "missing":
                 found.update(_flat(name if key == "mean" else f"{name}/{key}", part, depth + 1))
         return found
-    return {name: _number(value)} if value is None or type(value) in (int, float) else {}
+    return {name: number(value)} if value is None or type(value) in (int, float) else {}
 
 
 def _short(record: dict) -> dict:
-    """An event with its texts bounded, and without what is large."""
+    """An event for a page: at most 12 values, bounded texts, and numbers that JSON and a browser can hold."""
     return {
         key[:MAX_NAME]: value[:MAX_MESSAGE] if isinstance(value, str) else value
         for key, value in list(record.items())[:12]
-        if value is None or (isinstance(value, (str, bool, int, float)) and _sendable(value))
+        if value is None or isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < 1e300)
     }
-
-
-def _sendable(value: Any) -> bool:
-    """Whether JSON and a browser can hold a number."""
-    return isinstance(value, str) or (math.isfinite(_number(value) or 0.0) and abs(value) < 1e300)

@@ -1,7 +1,7 @@
-"""What a run directory holds beside its log: galleries, the pictures of evaluations, the timeline. Read-only, bounded.
+"""The files of a run directory beside its log: galleries, pictures of evaluations, the timeline.
 
-Names come from outside, so each is matched against the one form it may have, and what it leads to must be a plain file
-inside the run directory, symbolic links followed.
+They are only read, and in bounded memory. File names come from outside, so each must have the one form that is allowed.
+It must lead to a plain file inside the run directory, symbolic links followed.
 """
 
 from __future__ import annotations
@@ -14,32 +14,34 @@ import re
 import stat
 import zipfile
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...run_directory import INSIDE, RunDirectory
 from .lines import Lines
+from .values import number, whole
 
-#: Larger files are none of ours.
+#: Larger files are not read, in bytes.
 JSON_LIMIT, PICTURE_LIMIT, ARCHIVE_LIMIT = 8 << 20, 64 << 20, 4 << 30
-#: Iterations of the timeline that are kept, and spans of one iteration.
+#: How many iterations of the timeline are kept, and how many spans of an iteration.
 ITERATIONS, SPANS = 60, 3000
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
 _PICTURE = re.compile(rf"{INSIDE.samples}/[A-Za-z0-9][\w-]{{0,99}}\.png")
-_MAX_PROMPTS = 512
+_MAX_PROMPTS, _MAX_GROUPS = 512, 64
 
 
 class NotThere(FileNotFoundError):
-    """There is nothing of that name that may be shown; the message says what is missing."""
+    """Nothing of that name may be shown. The message says what is missing."""
 
 
 def open_inside(run_dir: Path, name: str, limit: int) -> BinaryIO:
-    """Opens run_dir/name, which must be a plain file inside run_dir of at most ``limit`` bytes. Raises NotThere."""
+    """Open run_dir/name, which must be a plain file inside run_dir of at most ``limit`` bytes. Raises NotThere."""
     root, path = os.path.realpath(run_dir), os.path.realpath(Path(run_dir) / name)
     if os.path.commonpath([root, path]) != root:
         raise NotThere(f"{name} leads out of the run directory")
     try:
-        # The last part is no link any more; not waiting, as a pipe would have us do.
+        # O_NOFOLLOW: the last part is no link any more. O_NONBLOCK: opening a pipe would wait for a writer.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError):
         raise NotThere(f"{name} is not there") from None
@@ -51,7 +53,7 @@ def open_inside(run_dir: Path, name: str, limit: int) -> BinaryIO:
 
 
 def read_inside(run_dir: Path, name: str, limit: int) -> bytes:
-    """All of what ``open_inside`` opens."""
+    """The content of what ``open_inside`` opens."""
     with open_inside(run_dir, name, limit) as file:
         return file.read(limit)
 
@@ -67,13 +69,24 @@ def _json(run_dir: Path, name: str) -> dict:
 
 
 def gallery(run_dir: Path, step: int) -> dict:
-    """What samples/<step>.json says of a gallery: {"step", "groups": [{"prompt", "size", "rewards", "parts", "best",
-    "worst", "picture": whether its picture can be had}]}. Raises NotThere."""
-    values = _json(run_dir, _gallery_name(step))
+    """The gallery in samples/<step>.json. Raises NotThere.
+
+    Returns {"step", "version", "groups": [{"prompt", "size", "rewards", "parts", "index", "best", "worst",
+    "picture" (whether it names one)}]}.
+    """
+    values, groups = _gallery(run_dir, step)
+    return {"step": step, "version": whole(values.get("version")), "groups": [_group(group) for group in groups]}
+
+
+def _gallery(run_dir: Path, step: int) -> tuple[dict, list]:
+    """(all values, groups) of a gallery's file."""
+    if not 0 <= step < 10**12:
+        raise NotThere(f"there is no step {step}")
+    values = _json(run_dir, str(INSIDE.gallery(step)))
     groups = values.get("groups")
     if not isinstance(groups, list):
         raise NotThere(f"the gallery of step {step} has no groups")
-    return {"step": step, "version": _whole(values.get("version")), "groups": [_group(g) for g in groups[:64]]}
+    return values, groups[:_MAX_GROUPS]
 
 
 def _group(group: Any) -> dict:
@@ -86,44 +99,41 @@ def _group(group: Any) -> dict:
         "rewards": rewards,
         "size": size if known else None,
         "parts": {str(k)[:100]: _numbers(v) for k, v in list(parts.items())[:16]} if isinstance(parts, dict) else {},
-        **{key: _whole(group.get(key)) for key in ("index", "best", "worst")},
+        **{key: whole(group.get(key)) for key in ("index", "best", "worst")},
         "picture": isinstance(group.get("image"), str) and bool(_PICTURE.fullmatch(group["image"])),
     }
 
 
-def gallery_picture(run_dir: Path, step: int, number: int) -> bytes:
-    """The PNG of a gallery's group ``number``: its samples side by side. Raises NotThere."""
-    groups = _json(run_dir, _gallery_name(step)).get("groups")
-    if not isinstance(groups, list) or not 0 <= number < min(len(groups), 64):
-        raise NotThere(f"the gallery of step {step} has no group {number}")
-    name = groups[number].get("image") if isinstance(groups[number], dict) else None
+def gallery_picture(run_dir: Path, step: int, index: int) -> bytes:
+    """The PNG of group ``index`` of a gallery: its samples side by side. Raises NotThere."""
+    groups = _gallery(run_dir, step)[1]
+    if not 0 <= index < len(groups):
+        raise NotThere(f"the gallery of step {step} has no group {index}")
+    name = groups[index].get("image") if isinstance(groups[index], dict) else None
     if not isinstance(name, str) or not _PICTURE.fullmatch(name):
-        raise NotThere(f"group {number} of step {step} names no picture in samples/")
-    return _png_only(read_inside(run_dir, name, PICTURE_LIMIT), name)
-
-
-def _png_only(data: bytes, name: str) -> bytes:
+        raise NotThere(f"group {index} of step {step} names no picture in samples/")
+    data = read_inside(run_dir, name, PICTURE_LIMIT)
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise NotThere(f"{name} is no PNG")
     return data
 
 
 def evaluations(run_dir: Path) -> list[dict]:
-    """The evaluations in order of iteration: {"tag", "iteration", "prompts", "samples", "steps": [..], "headline"}.
-    "steps" are the numbers of denoising steps of which there are pictures. Unreadable ones are left out."""
+    """The readable evaluations, in order of iteration, as ``evaluation`` returns each."""
     found = []
     for file in sorted(RunDirectory(run_dir).evaluations.glob("*.json"))[:2000]:
-        try:
-            entry = evaluation(run_dir, file.stem)
-        except NotThere:
-            continue
-        found.append(entry)
+        with suppress(NotThere):
+            found.append(evaluation(run_dir, file.stem))
     order = {"before": -1, "after": 1}
     return sorted(found, key=lambda e: (e["iteration"] or 0, order.get(e["tag"], 0)))
 
 
 def evaluation(run_dir: Path, tag: str) -> dict:
-    """One evaluation, see ``evaluations``. Raises NotThere."""
+    """The evaluation in evaluation/<tag>.json. Raises NotThere.
+
+    Returns {"tag", "iteration", "prompts", "samples" (for each prompt), "headline", "steps"}, where "steps" are the
+    numbers of denoising steps that have pictures.
+    """
     if not _TAG.fullmatch(tag):
         raise NotThere("an evaluation's tag is made of letters, digits, '.', '_' and '-'")
     values = _json(run_dir, str(INSIDE.evaluation(tag)))
@@ -132,10 +142,10 @@ def evaluation(run_dir: Path, tag: str) -> dict:
     steps = [int(n) for n in by_steps if n.isdecimal() and len(n) < 6] if isinstance(by_steps, dict) else []
     return {
         "tag": tag,
-        "iteration": _whole(values.get("iteration")),
+        "iteration": whole(values.get("iteration")),
         "prompts": prompts,
-        "samples": _whole(values.get("samples")) or 1,
-        "headline": _whole(values.get("headline_steps")),
+        "samples": whole(values.get("samples")) or 1,
+        "headline": whole(values.get("headline_steps")),
         "steps": [n for n in steps if RunDirectory(run_dir).evaluation_samples(tag, n).is_file()],
     }
 
@@ -144,6 +154,9 @@ def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tupl
     """(PNG of one prompt's samples side by side, their held-out scores). Raises NotThere.
 
     Only these samples are held in memory, however many the evaluation has.
+
+    Args:
+        steps: the number of denoising steps. prompt: its index.
     """
     import numpy as np
     from PIL import Image
@@ -154,7 +167,7 @@ def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tupl
         with open_inside(run_dir, name, ARCHIVE_LIMIT) as file, zipfile.ZipFile(file) as archive:
             images = _rows(archive, "images.npy", prompt * count, count)
             scores = _rows(archive, "heldout.npy", prompt * count, count)
-    except Exception as error:  # zipfile's, its decompressors' and numpy's readers raise whatever they trip over
+    except Exception as error:  # zipfile, its decompressors and numpy raise errors without a common base
         raise error if isinstance(error, NotThere) else NotThere(f"{name} is not readable ({error})") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or scores.dtype.kind != "f":
         raise NotThere(f"{name} holds no images with scores")
@@ -164,7 +177,7 @@ def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tupl
 
 
 def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
-    """Rows [start, start + count) of an array in an npz; what comes before is read and dropped piece by piece."""
+    """Rows [start, start + count) of an array in an npz. The rows before are read in pieces and dropped."""
     import numpy as np
     from numpy.lib import format as layout
 
@@ -192,14 +205,14 @@ def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
 
 
 class Timeline:
-    """The last iterations of timeline.jsonl, followed by offset. Of a long file only the end is read."""
+    """The last iterations of timeline.jsonl, read on by offset; of a long file only the last ``tail`` bytes."""
 
     def __init__(self, run_dir: Path, iterations: int = ITERATIONS, tail: int = 4 << 20):
         self.lines, self.tail = Lines(RunDirectory(run_dir).timeline), tail
         self.kept: deque[dict] = deque(maxlen=iterations)
 
     def read(self) -> list[dict]:
-        """The iterations as they are now: [{"stage", "step", "spans": [[role, who, phase, start, seconds], ..]}]."""
+        """The iterations now: [{"stage", "step", "spans": [(role, who, phase, start, seconds), ..]}]."""
         if self.lines.offset == 0 and self.lines.size() > self.tail:
             self.lines.offset = self.lines.size() - self.tail  # the first line is cut, and no JSON
         again = self.lines.again
@@ -215,13 +228,13 @@ class Timeline:
         try:
             record = json.loads(line)
             spans = [
-                [
+                (
                     str(role)[:40],
                     who if type(who) is int else str(who)[:60],
                     str(phase)[:40],
                     float(start),
                     float(seconds),
-                ]
+                )
                 for role, who, phase, start, seconds in record["spans"][:SPANS]
             ]
             step, stage = record["step"], str(record["stage"])[:40]
@@ -236,16 +249,6 @@ class Timeline:
         self.kept.append({"stage": stage, "step": step, "spans": spans})
 
 
-def _gallery_name(step: int) -> str:
-    if not 0 <= step < 10**12:
-        raise NotThere(f"there is no step {step}")
-    return str(INSIDE.gallery(step))
-
-
-def _whole(value: Any) -> int | None:
-    return value if type(value) is int and abs(value) < 2**53 else None
-
-
 def _text(value: Any) -> str:
     return value[:2000] if isinstance(value, str) else ""
 
@@ -253,12 +256,4 @@ def _text(value: Any) -> str:
 def _numbers(values: Any) -> list[float | None]:
     if not isinstance(values, list):
         return []
-    return [_number(v) for v in values[:4096]]
-
-
-def _number(value: Any) -> float | None:
-    try:
-        found = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None
+    return [number(v) for v in values[:4096]]

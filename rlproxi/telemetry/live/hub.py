@@ -1,4 +1,4 @@
-"""Several run directories, read in one background thread; news have numbers, so that a reader can go on after one."""
+"""Several run directories, read by one background thread. Updates are numbered, so that a page can resume after one."""
 
 from __future__ import annotations
 
@@ -8,40 +8,29 @@ import secrets
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...run_directory import INSIDE, PARTS
-from .files import Timeline
+from .lines import Lines
 from .run import LiveRun
 
-#: Runs that are read on at a time, and news that a reconnecting page can still have.
-OPEN_RUNS, KEPT_NEWS, KEPT_BYTES = 12, 4000, 8 << 20
+#: How many runs are read at a time, and how many updates, in all and in bytes, are kept for a page that reconnects.
+OPEN_RUNS, KEPT_UPDATES, KEPT_BYTES = 12, 4000, 8 << 20
 MAX_RUNS = 500
+#: Seconds between two looks at the files, and after which a run that nobody asks for is closed.
 _LOOK_EVERY, _FORGET_AFTER = 0.4, 600.0
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds a part of a run."""
+    """Whether a folder holds any of the files of a run."""
     return any((path / part).is_file() for part in PARTS)
 
 
-@dataclass
-class Opened:
-    """A run that is being read, with the lock that guards it."""
-
-    live: LiveRun
-    timeline: Timeline
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    used: float = 0.0
-    told: float = 0.0
-
-
 class Hub:
-    """The runs of ``paths``: run directories, or folders of them (looked at again when asked for the list).
+    """The runs of ``paths``, which are run directories or folders of them.
 
-    Nothing is read before a run is asked for, and no longer than ten minutes after it was last asked for. Raises
-    FileNotFoundError for a path that is neither a run directory nor a folder.
+    A run is read from the first request for it until ten minutes after the last one. Raises FileNotFoundError for a
+    path that is no folder, or if the only path is a folder without runs.
     """
 
     def __init__(self, paths: list[Path]):
@@ -55,9 +44,12 @@ class Hub:
         self.paths = [path.resolve() for path in paths]
         self.boot = secrets.token_hex(4)
         self._folders: dict[str, Path] = {}
-        self._opened: dict[str, Opened] = {}
+        self._opened: dict[str, LiveRun] = {}
+        #: When a page last asked for a run, and when its reading progress was last published.
+        self._used: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._news: deque[tuple[int, str, str]] = deque()
+        self._updates: deque[tuple[int, str, str]] = deque()
         self._bytes = self._number = 0
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -66,7 +58,7 @@ class Hub:
     # -- which runs there are ---------------------------------------------------------------
 
     def folders(self) -> dict[str, Path]:
-        """id -> run directory, newest first within a folder. An id is the folder's name, told apart by a number."""
+        """id -> run directory, the newest first within a folder. An id is a folder's name, made unique by a number."""
         with self._lock:
             if time.monotonic() - self._looked > 2.0 or not self._folders:
                 found = []
@@ -88,103 +80,104 @@ class Hub:
             {
                 "id": name,
                 "changed": _changed(path),
-                "bytes": _size(path / INSIDE.log),
+                "bytes": Lines(path / INSIDE.log).size(),
                 "finished": (path / INSIDE.summary).is_file(),
             }
             for name, path in self.folders().items()
         ]
 
-    def opened(self, name: str) -> Opened:
-        """A run, being read from now on. Raises KeyError for an unknown id."""
+    def opened(self, name: str) -> LiveRun:
+        """A run, which is read from now on. Raises KeyError for an unknown id."""
         path = self.folders()[name]
         with self._lock:
-            run = self._opened.get(name)
-            if run is None:
-                run = self._opened[name] = Opened(LiveRun(path), Timeline(path))
+            new = name not in self._opened
+            run = self._opened.setdefault(name, LiveRun(path))
+            if new:
                 run.lock.acquire()
-                for oldest in sorted(self._opened, key=lambda n: self._opened[n].used or float("inf"))[:-OPEN_RUNS]:
-                    del self._opened[oldest]
-                new = True
-            else:
-                new = False
-            run.used = time.monotonic()
+            self._used[name] = time.monotonic()
+            for oldest in sorted(self._opened, key=self._used.__getitem__)[:-OPEN_RUNS]:
+                del self._opened[oldest]
             if self._thread is None:
                 self._thread = threading.Thread(target=self._follow, name="dashboard-reader", daemon=True)
                 self._thread.start()
         if new:
             try:
-                run.live.open()
+                run.open()
             finally:
                 run.lock.release()
         return run
 
     def snapshot(self, name: str) -> dict:
-        """``LiveRun.snapshot`` with the "cursor" to go on from. Raises KeyError."""
+        """``LiveRun.snapshot`` with "id" and the "cursor" to resume from. Raises KeyError for an unknown id."""
         run = self.opened(name)
         with run.lock:
-            return {**run.live.snapshot(), "id": name, "cursor": self.cursor()}
+            return {**run.snapshot(), "id": name, "cursor": self.cursor()}
 
     # -- what is new ------------------------------------------------------------------------
 
     def cursor(self) -> str:
+        """The name of the newest update: this server's name and a number."""
         return f"{self.boot}-{self._number}"
 
     def after(self, cursor: str, names: set[str]) -> tuple[str, list[tuple[str, str]] | None]:
-        """(new cursor, [(cursor, JSON)]) of what came for ``names`` since ``cursor``; None in the place of the list
-        where it is too long ago, or was another server's."""
+        """(new cursor, [(cursor, JSON)] of the updates of the runs ``names`` since ``cursor``).
+
+        None takes the place of the list if ``cursor`` is too old, or another server's.
+        """
         boot, _, number = cursor.partition("-")
         with self._lock:
             for name in names & set(self._opened):
-                self._opened[name].used = time.monotonic()
-            now, oldest = self._number, self._news[0][0] if self._news else self._number + 1
+                self._used[name] = time.monotonic()
+            now, oldest = self._number, self._updates[0][0] if self._updates else self._number + 1
             if boot != self.boot or not number.isdecimal() or len(number) > 18 or not oldest - 1 <= int(number) <= now:
                 return f"{self.boot}-{now}", None
             fresh = []
-            for entry in reversed(self._news):  # the newest stand at the end, and most readers lack few
+            for entry in reversed(self._updates):  # the newest come last, and most pages miss only a few
                 if entry[0] <= int(number):
                     break
                 if entry[1] in names:
                     fresh.append((f"{self.boot}-{entry[0]}", entry[2]))
         return f"{self.boot}-{now}", fresh[::-1]
 
-    def _tell(self, name: str, message: dict) -> None:
+    def _publish(self, name: str, message: dict) -> None:
         text = json.dumps({"run": name, **message}, separators=(",", ":"))
         with self._lock:
             self._number += 1
-            self._news.append((self._number, name, text))
+            self._updates.append((self._number, name, text))
             self._bytes += len(text)
-            while len(self._news) > KEPT_NEWS or (self._bytes > KEPT_BYTES and len(self._news) > 1):
-                self._bytes -= len(self._news.popleft()[2])
+            while len(self._updates) > KEPT_UPDATES or (self._bytes > KEPT_BYTES and len(self._updates) > 1):
+                self._bytes -= len(self._updates.popleft()[2])
 
     def _follow(self) -> None:
         while not self._stopping.wait(0.002 if self.step() else _LOOK_EVERY):
             pass
 
     def step(self) -> bool:
-        """Reads each open run a little further; whether one has more to read at once."""
+        """Read each open run a little further; return whether one of them has more to read at once."""
         busy = False
         with self._lock:
+            for name in [n for n in self._opened if time.monotonic() - self._used[n] > _FORGET_AFTER]:
+                del self._opened[name]
             runs = list(self._opened.items())
         for name, run in runs:
-            if time.monotonic() - run.used > _FORGET_AFTER and run.used:
-                with self._lock:
-                    self._opened.pop(name, None)
-                continue
             with run.lock:
-                changes = run.live.advance()
-                more = not run.live.complete
+                changes = run.advance()
+                more = not run.complete
                 if changes is None:
-                    self._tell(name, {"reset": True})
+                    self._publish(name, {"reset": True})
                 elif changes:
-                    self._tell(name, {"changes": changes, "progress": run.live.progress()})
-                elif more and time.monotonic() - run.told > 1.0:
-                    run.told = time.monotonic()
-                    self._tell(name, {"changes": [], "read": run.live.share_read()})
+                    self._publish(name, {"changes": changes, "progress": run.progress()})
+                elif more and time.monotonic() - self._reported.get(name, 0.0) > 1.0:
+                    self._reported[name] = time.monotonic()
+                    self._publish(name, {"changes": [], "read": run.share_read()})
             busy |= more
         return busy
 
     def close(self) -> None:
+        """Stop the reading thread and wait until it has ended."""
         self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _changed(path: Path) -> float:
@@ -194,10 +187,3 @@ def _changed(path: Path) -> float:
         except OSError:
             continue
     return 0.0
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

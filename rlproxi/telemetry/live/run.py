@@ -1,13 +1,17 @@
-"""A run directory while it grows: read on by byte offset, in bounded memory, for pages that show it live.
+"""One run directory while it grows, read on by byte offset in bounded memory, for pages that show it live.
 
-Small logs are read whole. A large one is first looked at in a few thousand places, which gives curves over its whole
-range at once, and then read whole in the background; until that is done a snapshot says that it is sampled.
+A log is read once, from its start and on as it grows. Until all of a large log is read, a page sees a sample: lines
+from a few thousand places, which give curves over the whole range at once. A resume that takes back a part of points
+that are merged already is the one reason to read a log again.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from bisect import bisect_right
+from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 
 import yaml
@@ -15,160 +19,127 @@ import yaml
 from ...config.plain_yaml import read_yaml
 from ...run_directory import RunDirectory
 from .digest import Digest, Malformed, parse
+from .files import Timeline
 from .lines import Lines, spread
+from .values import whole
 
-#: A log larger than this is sampled before it is read.
+#: A log of more bytes is sampled before it is read.
 SAMPLE_OVER = 2 << 20
 SAMPLES = 1500
-#: More changes than this at once are not sent one by one: a page fetches the curves anew.
+#: More changes than this at once are not sent one by one: a page fetches the curves again.
 MOST_CHANGES = 500
 _CONFIG_LIMIT = 1 << 20
 
 
-class _Pass:
-    """One reading of the log from its start to its end, and on."""
-
-    def __init__(self, path: Path, cuts: dict[str, _Cuts]):
-        self.lines, self.digest, self.cuts = Lines(path), Digest(), cuts
-        self.malformed = 0
-
-    def read(self) -> list | None:
-        """The changes of the next block; None at the end of what is there."""
-        again = self.lines.again
-        found = self.lines.read()
-        if self.lines.again != again:
-            self.digest, self.malformed = Digest(), 0
-            self.cuts.clear()
-        if found is None:
-            return None
-        changes = []
-        for offset, line in found:
-            try:
-                record = parse(line)
-            except Malformed:
-                self.malformed += 1
-                continue
-            if record["event"] == "resume":
-                self.cuts.setdefault(record["stage"], _Cuts()).add(offset, record["step"])
-            elif self._superseded(record, offset):
-                continue
-            change = self.digest.apply(record)
-            if change:
-                changes.append(change)
-        return changes
-
-    def _superseded(self, record: dict, offset: int) -> bool:
-        cuts = self.cuts.get(record.get("stage")) if self.cuts and isinstance(record.get("stage"), str) else None
-        return (
-            bool(cuts)
-            and record["event"] in ("metrics", "evaluation", "samples")
-            and type(record.get("step")) is int
-            and cuts.after(offset) < record["step"]
-        )
-
-
-class _Cuts:
-    """The "resume" records of a stage that matter: those with no later one at the same or an earlier step."""
-
-    def __init__(self):
-        self.offsets: list[int] = []
-        self.steps: list[int] = []
-
-    def add(self, offset: int, step: int) -> None:
-        if offset in self.offsets:
-            return
-        at = bisect_right(self.offsets, offset)
-        if at < len(self.offsets) and self.steps[at] <= step:
-            return  # a later one goes back further
-        while at and self.steps[at - 1] >= step:
-            at -= 1
-            del self.offsets[at], self.steps[at]
-        self.offsets.insert(at, offset)
-        self.steps.insert(at, step)
-
-    def after(self, offset: int) -> float:
-        """The earliest step that a resume behind ``offset`` went back to; infinity where there is none."""
-        at = bisect_right(self.offsets, offset)
-        return self.steps[at] if at < len(self.steps) else float("inf")
-
-
 class LiveRun:
-    """One run directory.
+    """The reader of one run directory.
 
-    ``open`` gives something to show at once; ``advance`` reads on, and returns what is new; ``snapshot`` is all that is
-    known. None of them raises for a log that is missing, torn, malformed or replaced.
+    ``open`` gives something to show at once, ``advance`` reads on and returns what is new, ``snapshot`` returns all
+    that is known. None of them raises for a log that is missing, torn, malformed or replaced.
+
+    ``timeline`` reads timeline.jsonl. Threads that share a run take its ``lock``.
     """
 
     def __init__(self, path: Path):
-        self.path = Path(path)
-        self.files = RunDirectory(path)
-        self.log = self.files.log
-        self._cuts: dict[str, _Cuts] = {}
-        self._exact = _Pass(self.log, self._cuts)
-        self._second: _Pass | None = None
-        self._sampled: Digest | None = None
-        self._caught_up = False
+        self.path, self.log = Path(path), RunDirectory(path).log
+        self.timeline, self.lock = Timeline(self.path), threading.Lock()
+        #: stage -> (offset, step) of the "resume" records that have no later one at the same or an earlier step.
+        self._cuts: dict[str, list[tuple[int, int]]] = {}
+        #: What a page sees while the reader is behind: a sample, or what was read before the reader began again.
+        self._shown: Digest | None = None
         self._evaluations: float | None = None
         self._config: tuple[float, str, dict] | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start at the beginning of the log. The resumes that are known stay known."""
+        self._lines, self._digest = Lines(self.log), Digest()
+        #: Whether the end of the log was reached.
+        self.complete = False
 
     @property
-    def complete(self) -> bool:
-        """Whether what is shown is all of the log."""
-        return self._caught_up and self._second is None
+    def digest(self) -> Digest:
+        """What a page sees now."""
+        return self._shown or self._digest
 
     def open(self, seconds: float = 0.5) -> None:
-        """Something to show at once: all of a small log, a sample of a large one."""
-        if self._exact.lines.size() > SAMPLE_OVER:
-            self._sampled = self._sample()
-        else:
+        """Read something to show at once: all of a small log, a sample of a large one."""
+        size = self._lines.size()
+        if size <= SAMPLE_OVER:
             self.advance(seconds)
-
-    def _sample(self) -> Digest | None:
-        digest = Digest(sampled=True)
-        try:
-            for line in spread(self.log, SAMPLES, self._exact.lines.size()):
-                try:
-                    digest.apply(parse(line))
-                except Malformed:
-                    continue
-        except OSError:
-            return None
-        return digest
+            return
+        sample = Digest(sampled=True)
+        with suppress(OSError):
+            for line in spread(self.log, SAMPLES, size):
+                with suppress(Malformed):
+                    sample.apply(parse(line))
+            self._shown = sample
 
     def advance(self, seconds: float = 0.05) -> list | None:
-        """Reads on for about ``seconds``. Returns the changes since the last call, in order (see ``Digest.apply``), or
-        None where a page must take a new snapshot. [] while a large log is still being read."""
-        end = time.monotonic() + seconds
-        if self._second is not None:
-            return self._read_again(end)
-        changes, restarts, known = [], self._exact.lines.again, self._caught_up
-        while (found := self._exact.read()) is not None:
+        """Read on for about ``seconds`` and return the changes since the last call, in order (see ``Digest.apply``).
+
+        Returns None if a page must take a new snapshot, [] while a large log is still being read.
+        """
+        end, known, again = time.monotonic() + seconds, self.complete, self._lines.again
+        changes: list = []
+        while (found := self._read()) is not None:
             changes += found if known and len(changes) <= MOST_CHANGES else []
             if time.monotonic() > end:
                 break
-        if self._exact.lines.again != restarts:
+        if self._lines.again != again:
             return None
-        if found is not None:
-            return changes if known and len(changes) <= MOST_CHANGES else None if known else []
-        self._caught_up, self._sampled = True, None
-        if not self._exact.digest.sharp:
-            self._second = _Pass(self.log, self._cuts)
-        changes += self._new_evaluations()
+        if found is None:
+            self.complete, self._shown = True, None
+            if not self._digest.sharp:
+                shown = self._digest
+                self._begin()
+                self._shown = shown
+            changes += self._new_evaluations()
+        elif not known:
+            return []
         return changes if known and len(changes) <= MOST_CHANGES else None
 
-    def _read_again(self, end: float) -> list | None:
-        """A resume cut through merged points: reads the log anew, leaving out what is known to be superseded."""
-        while self._second.read() is not None:
-            if time.monotonic() > end:
-                return []
-        if self._second.digest.sharp:
-            self._exact, self._second = self._second, None
-        else:  # one more resume came meanwhile
-            self._second = _Pass(self.log, self._cuts)
-        return None
+    def _read(self) -> list | None:
+        """The changes of the next block of the log; None at its end."""
+        again = self._lines.again
+        lines = self._lines.read()
+        if self._lines.again != again:  # another log in the place of the old one
+            self._digest = Digest()
+            self._cuts.clear()
+        return None if lines is None else [change for one in lines if (change := self._take(*one))]
+
+    def _take(self, offset: int, line: bytes) -> list | None:
+        """The change that the line at ``offset`` makes; None for one that no page needs."""
+        try:
+            record = parse(line)
+        except Malformed:
+            self._digest.malformed += 1
+            return None
+        if record["event"] == "resume":
+            self._cut(record["stage"], offset, record["step"])
+        elif self._superseded(record, offset):
+            return None
+        return self._digest.apply(record)
+
+    def _cut(self, stage: str, offset: int, step: int) -> None:
+        cuts = self._cuts.setdefault(stage, [])
+        if cuts and offset <= cuts[-1][0]:
+            return  # known from the reading before
+        while cuts and cuts[-1][1] >= step:
+            cuts.pop()
+        cuts.append((offset, step))
+
+    def _superseded(self, record: dict, offset: int) -> bool:
+        """Whether a later resume took the record back."""
+        stage, step = record.get("stage"), record.get("step")
+        cuts = self._cuts.get(stage) if self._cuts and isinstance(stage, str) else None
+        if cuts is None or type(step) is not int or record["event"] not in ("metrics", "evaluation", "samples"):
+            return False
+        at = bisect_right(cuts, offset, key=itemgetter(0))  # steps ascend too: the next cut goes back furthest
+        return at < len(cuts) and cuts[at][1] < step
 
     def _new_evaluations(self) -> list:
-        """[["evaluations"]] when the folder of evaluations has changed: a file follows its record in the log."""
+        """[["evaluations"]] if the folder of evaluations has changed: a file follows its record in the log."""
         try:
             now = self.files.evaluations.stat().st_mtime
         except OSError:
@@ -180,31 +151,27 @@ class LiveRun:
 
     # -- what a page asks for ---------------------------------------------------------------
 
-    @property
-    def digest(self) -> Digest:
-        return self._sampled or self._exact.digest
-
     def snapshot(self) -> dict:
-        """Curves, events and progress. "exact": all of the log, nothing superseded; else "read" is the share read."""
+        """Curves, events and progress. "exact": all of the log is read; else "read" is the share that is."""
         return {
             **self.digest.snapshot(),
             "exact": self.complete and self.digest.sharp,
             "read": self.share_read(),
-            "malformed": self._exact.malformed + self._exact.lines.dropped,
             "progress": self.progress(),
         }
 
     def share_read(self) -> float:
-        reader = self._second or self._exact
-        size = reader.lines.size()
-        return 1.0 if self.complete or not size else min(1.0, reader.lines.offset / size)
+        """The share of the log that is read, from 0 to 1."""
+        size = self._lines.size()
+        return 1.0 if self.complete or not size else min(1.0, self._lines.offset / size)
 
     def progress(self) -> dict:
+        """How far the run is, see ``Digest.progress``."""
         return self.digest.progress(totals(self.config()[1]))
 
     def config(self) -> tuple[str, dict]:
-        """(text, values) of config.yaml; ("", {}) where it is missing or not readable. Read again when it changes."""
-        file = self.files.config
+        """(text, values) of config.yaml; ("", {}) if it is missing or unreadable. Read again when it changes."""
+        file = RunDirectory(self.path).config
         try:
             found = file.stat()
             if self._config is None or self._config[0] != found.st_mtime:
@@ -217,12 +184,11 @@ class LiveRun:
 
 
 def totals(config: dict) -> dict[str, int]:
-    """Steps of each stage whose number a config tells."""
+    """The steps of each stage that a config states."""
 
     def steps(section: object, key: str = "steps") -> int | None:
         part = config.get(section) if isinstance(section, str) else None
-        found = part.get(key) if isinstance(part, dict) else None
-        return found if type(found) is int and abs(found) < 2**53 else None
+        return whole(part.get(key)) if isinstance(part, dict) else None
 
     run = config.get("run")
     algorithm = run.get("algorithm", "grpo") if isinstance(run, dict) else "grpo"

@@ -96,7 +96,7 @@ def test_data_without_a_usable_sample_or_a_whole_batch_stops_the_run(tmp_path):
         config = shard_config(tmp_path)
         url = write_tar(tmp_path / "0.tar", samples)
         result = Encoder(build_recipe(config, None), None).shard(url, tmp_path / "0.safetensors")
-        return encoder._finish(config, tmp_path, [result], 1, time.time())
+        return encoder.summarize(config, tmp_path, [result], 1, time.time())
 
     with pytest.raises(ValueError, match=r"none of 1 shards held a usable sample; skipped: \{'empty caption': 1\}"):
         finish(sample(0, caption=""))

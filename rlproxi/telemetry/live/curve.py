@@ -1,4 +1,4 @@
-"""One curve in bounded memory: buckets of consecutive points, merged in pairs as the curve grows."""
+"""One curve in bounded memory: buckets of consecutive points, which are merged in pairs as the curve grows."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import math
 from array import array
 from bisect import bisect_left
 from collections import deque
+from operator import add
 
 #: A curve has at most this many buckets, and half as many after a merge.
 BUCKETS = 800
-#: The newest points are kept as they were, whatever the buckets hold.
+#: So many of the newest points are kept as they are, beside the buckets.
 TAIL = 300
 
 
-class Series:
-    """Points (step, value) ascending in step, in at most ``limit`` buckets of ``stride`` points each.
+class Curve:
+    """Points (step, value), ascending in step, in at most ``limit`` buckets of ``stride`` points each.
 
-    A bucket is its first and last step and the mean, the least and the greatest of its values; with stride 1 it is
-    the point itself and nothing is lost. A value of None is a gap: it takes its place in a bucket and not in its
-    mean. Memory does not grow with the number of points.
+    A bucket has its first and last step, and the mean, minimum and maximum of its values. With stride 1 it is the point
+    itself and nothing is lost. A value of None is a gap: it counts as a point of its bucket, but not in the mean.
+    Memory does not grow with the number of points.
     """
 
     __slots__ = ("count", "first", "high", "last", "limit", "low", "size", "stride", "tail", "total")
@@ -35,7 +36,7 @@ class Series:
         return len(self.first)
 
     def add(self, step: int, value: float | None) -> None:
-        """Appends a point. One whose step is there already replaces it; an earlier step joins its bucket."""
+        """Append a point. A point whose step is known replaces the old one; an earlier step joins its bucket."""
         if self.last and step <= self.last[-1]:
             return self._again(step, value)
         self.tail.append((step, value))
@@ -44,19 +45,13 @@ class Series:
                 self._halve()
             if not self.size or self.size[-1] >= self.stride:
                 return self._insert(len(self.first), step, value)
-        # The same as _merge_in at the end; a long log passes here a hundred million times.
-        self.size[-1] += 1
-        self.last[-1] = step
-        if value is not None:
-            self.count[-1] += 1
-            self.total[-1] += value
-            if value < self.low[-1]:
-                self.low[-1] = value
-            if value > self.high[-1]:
-                self.high[-1] = value
+        self._merge_in(-1, step, value)
 
     def cut(self, step: int) -> bool:
-        """Drops what lies behind ``step``. False where a bucket holds points of both sides: it stays, not exact."""
+        """Drop the points behind ``step``.
+
+        Returns False if a bucket holds points of both sides: it stays, and the curve is not exact any more.
+        """
         while self.first and self.first[-1] > step:
             for column in self._columns():
                 column.pop()
@@ -67,14 +62,16 @@ class Series:
         self.last[-1] = step
         return False
 
-    def buckets(self, digits: int = 6) -> dict[str, list]:
-        """Columns for a page: "x" the last step of each bucket and "y" its mean (None in a gap); with a stride above 1
-        also "first", "low", "high", and "tail", the newest points as they were."""
+    def buckets(self, digits: int = 6) -> dict[str, int | list]:
+        """The columns for a page: "stride", "x", the last step of each bucket, and "y", its mean (None in a gap).
+
+        With a stride above 1 also "first", "low", "high", and "tail", the newest points as they are.
+        """
 
         def short(value: float) -> float | None:
             return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
-        mean = [short(t / n) if n else None for t, n in zip(self.total, self.count)]
+        mean = [short(t / n) if n else None for t, n in zip(self.total, self.count, strict=True)]
         if self.stride == 1 and all(n <= 1 for n in self.size):
             return {"stride": 1, "x": self.last.tolist(), "y": mean}
         return {
@@ -87,36 +84,30 @@ class Series:
             "tail": [[step, None if value is None else short(value)] for step, value in self.tail],
         }
 
-    def newest(self) -> tuple[int, float | None] | None:
-        return self.tail[-1] if self.tail else None
-
     # -- inside -----------------------------------------------------------------------------
 
     def _columns(self) -> tuple[array, ...]:
         return self.first, self.last, self.size, self.count, self.total, self.low, self.high
 
     def _insert(self, at: int, step: int, value: float | None) -> None:
-        known = value is not None
-        cells = (
-            step,
-            step,
-            1,
-            int(known),
-            value if known else 0.0,
-            value if known else math.inf,
-            value if known else -math.inf,
-        )
-        for column, cell in zip(self._columns(), cells):
+        values = (0, 0.0, math.inf, -math.inf) if value is None else (1, value, value, value)
+        cells = (step, step, 1, *values)
+        for column, cell in zip(self._columns(), cells, strict=True):
             column.insert(at, cell)
 
     def _merge_in(self, at: int, step: int, value: float | None) -> None:
         self.size[at] += 1
-        self.first[at], self.last[at] = min(self.first[at], step), max(self.last[at], step)
+        if step > self.last[at]:
+            self.last[at] = step
+        elif step < self.first[at]:
+            self.first[at] = step
         if value is not None:
             self.count[at] += 1
             self.total[at] += value
-            self.low[at] = min(self.low[at], value)
-            self.high[at] = max(self.high[at], value)
+            if value < self.low[at]:
+                self.low[at] = value
+            if value > self.high[at]:
+                self.high[at] = value
 
     def _again(self, step: int, value: float | None) -> None:
         for i, (known, _) in enumerate(self.tail):
@@ -134,16 +125,9 @@ class Series:
 
     def _halve(self) -> None:
         self.stride *= 2
-        pairs = [slice(0, None, 2), slice(1, None, 2)]
-        joined = {
-            "first": array("q", self.first[pairs[0]]),
-            "last": array("q", self.last[pairs[1]]),
-            "low": array("d", map(min, self.low[pairs[0]], self.low[pairs[1]])),
-            "high": array("d", map(max, self.high[pairs[0]], self.high[pairs[1]])),
-            **{
-                name: array(kind, (a + b for a, b in zip(getattr(self, name)[pairs[0]], getattr(self, name)[pairs[1]])))
-                for name, kind in (("size", "q"), ("count", "q"), ("total", "d"))
-            },
-        }
-        for name, column in joined.items():
-            setattr(self, name, column)
+        self.first, self.last = self.first[::2], self.last[1::2]
+        self.low = array("d", map(min, self.low[::2], self.low[1::2]))
+        self.high = array("d", map(max, self.high[::2], self.high[1::2]))
+        for name in ("size", "count", "total"):
+            column = getattr(self, name)
+            setattr(self, name, array(column.typecode, map(add, column[::2], column[1::2])))

@@ -1,6 +1,6 @@
-"""The live page beside a run: a socket that waits, and a server process only once somebody looks.
+"""The live page of a running run. Its server process starts when somebody opens the page.
 
-What the run pays for a page that nobody opens is one listening socket and one sleeping thread.
+A page that nobody opens costs the run one listening socket and one sleeping thread.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-#: Ports tried behind one that is taken, and how often a server that ended is started anew.
+#: How many ports are tried after one that is taken, and how often a server is started that keeps ending.
 MORE_PORTS, STARTS = 50, 3
 
 
 def bind(host: str, port: int, more: int = MORE_PORTS) -> socket.socket:
-    """A socket listening at host:port, or at one of the ``more`` ports behind it. OSError where none can be had."""
+    """A socket that listens at host:port, or at one of the ``more`` ports after it. Raises OSError if none is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in range(port, min(port + more, 65535) + 1):
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -31,7 +31,7 @@ def bind(host: str, port: int, more: int = MORE_PORTS) -> socket.socket:
         except OSError as error:
             listener.close()
             failed = error
-    raise OSError(failed.errno, f"{host}:{port} cannot be listened at: {failed.strerror}")
+    raise OSError(failed.errno, f"cannot listen at {host}:{port}: {failed.strerror}")
 
 
 def address(listener: socket.socket) -> str:
@@ -41,49 +41,46 @@ def address(listener: socket.socket) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens at ``host``."""
+    """Whether only this machine can reach a socket at ``host``."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-class Beside:
-    """Listens at once; the first connection starts ``python -m rlproxi.dashboard.server`` at nice 10, which takes
-    the socket over.
+class PageProcess:
+    """The live page of a running run: a socket that listens at once, and a server that starts with the first visitor.
 
-    The server ends with ``close`` and with this process, however that ends: it watches a pipe. Raises OSError where no
-    port can be had.
+    The server is ``python -m rlproxi.dashboard.server`` at nice 10, which takes the socket over. It ends with ``close``
+    and with this process, however that ends, because it watches a pipe. Raises OSError if no port is free.
+
+    Attributes:
+        url: the page's address. server: the newest server process, None before the first visitor.
 
     Args:
-        warn: told, once, when the server cannot be started or keeps ending.
+        warn: called once with a message if the server cannot be started or keeps ending.
     """
 
     def __init__(self, run_dir: Path, host: str, port: int, warn: Callable[[str], None]):
         self.run_dir, self.host, self.warn = run_dir, host, warn
         self.listener = bind(host, port)
         self.url = address(self.listener)
+        self.server: subprocess.Popen[bytes] | None = None
         self._wake_read, self._wake = os.pipe()
-        self._server: subprocess.Popen | None = None
-        self._thread = threading.Thread(target=self._wait, name="dashboard-beside", daemon=True)
+        self._thread = threading.Thread(target=self._wait, name="dashboard-page", daemon=True)
         self._thread.start()
 
     def _wait(self) -> None:
+        status = None
         for _ in range(STARTS):
-            ready = select.select([self.listener, self._wake_read], [], [])[0]
+            ready = select.select([self.listener.fileno(), self._wake_read], [], [])[0]
             if self._wake_read in ready:
                 return
             try:
-                self._server = self._start()
+                self.server = self._start()
             except OSError as error:
                 return self._give_up(str(error))
-            if self._ended():
-                return
-        self._give_up(f"its server ended {STARTS} times, last with status {self._server.returncode}")
-
-    def _ended(self) -> bool:
-        """Waits until the server has ended (False) or is to be ended (True)."""
-        while self._server.poll() is None:
-            if select.select([self._wake_read], [], [], 2.0)[0]:
-                return True
-        return False
+            while (status := self.server.poll()) is None:
+                if select.select([self._wake_read], [], [], 2.0)[0]:
+                    return
+        self._give_up(f"its server ended {STARTS} times, last with status {status}")
 
     def _give_up(self, reason: str) -> None:
         self.listener.close()
@@ -91,25 +88,13 @@ class Beside:
             f"no live page at {self.url}: {reason}; the run goes on, and rlproxi dashboard {self.run_dir} shows it"
         )
 
-    def _start(self) -> subprocess.Popen:
-        root = str(Path(__file__).parents[2])
+    def _start(self) -> subprocess.Popen[bytes]:
+        root, file = str(Path(__file__).parents[2]), str(self.listener.fileno())
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        command = [
-            sys.executable,
-            "-m",
-            "rlproxi.dashboard.server",
-            str(self.run_dir),
-            "--host",
-            self.host,
-            "--fd",
-            str(self.listener.fileno()),
-            "--until-stdin-ends",
-            "--nice",
-            "10",
-        ]
-        # A session of its own: Ctrl-C is for the run, whose last records should still be seen.
+        command = [sys.executable, "-m", "rlproxi.dashboard.server", str(self.run_dir), "--host", self.host]
+        # A session of its own: Ctrl-C is for the run, whose last records should still be shown.
         return subprocess.Popen(
-            command,
+            [*command, "--fd", file, "--until-stdin-ends", "--nice", "10"],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -118,16 +103,16 @@ class Beside:
         )
 
     def close(self) -> None:
-        """Ends the server, where there is one."""
+        """Stop listening and end the server, if there is one."""
         os.write(self._wake, b"x")
         self._thread.join(5)
         self.listener.close()
-        if self._server is not None:
-            self._server.stdin.close()
+        if self.server is not None and self.server.stdin is not None:
+            self.server.stdin.close()
             try:
-                self._server.wait(5)
+                self.server.wait(5)
             except subprocess.TimeoutExpired:
-                self._server.kill()
-                self._server.wait()
+                self.server.kill()
+                self.server.wait()
         for end in (self._wake_read, self._wake):
             os.close(end)
