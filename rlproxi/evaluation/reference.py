@@ -24,17 +24,7 @@ _QUICK = 64 * 64
 _BATCH = 32
 
 
-def reference_images(config: Config, count: int = COUNT) -> np.ndarray | None:
-    """Return the first ``count`` real images of a run, uint8 [n, size, size, 3] (see ``_real``).
-
-    They are fewer where the data end, and None where no image can be read. Raises ValueError for addresses in data.urls
-    that match nothing.
-    """
-    batches = list(_batches(islice(_real(config), count)))
-    return np.concatenate(batches) if batches else None
-
-
-def _real(config: Config) -> Iterator[np.ndarray]:
+def real_images(config: Config) -> Iterator[np.ndarray]:
     """Yield real images [size, size, 3].
 
     Source faces has no end. Portrait i is a new drawing for held-out prompt i modulo their number: it has what the
@@ -49,7 +39,7 @@ def _portraits(config: Config) -> Iterator[np.ndarray]:
     prompts = heldout_prompts(config)[1]
     source = seed_of(config.run.seed, Purpose.REFERENCE)
     drawn = (
-        _portrait(caption, rng(source, turn, place))
+        portrait_of(caption, rng(source, turn, place))
         for turn in itertools.count()
         for place, caption in enumerate(prompts)
     )
@@ -57,7 +47,8 @@ def _portraits(config: Config) -> Iterator[np.ndarray]:
         yield from faces.render(list(islice(drawn, _BATCH)), config.data.size)
 
 
-def _portrait(caption: str, draw: np.random.Generator) -> faces.Portrait:
+def portrait_of(caption: str, draw: np.random.Generator) -> faces.Portrait:
+    """Return a portrait as ``caption`` says, the rest by ``draw``; no hand unless the caption names one."""
     attributes = faces.draw_attributes(draw, hand_fraction=0) | faces.parse_caption(caption)
     return faces.Portrait(attributes, caption, draw.random(7))
 
@@ -115,7 +106,7 @@ class Comparison:
         return found
 
     def _prepare(self, images: int) -> None:
-        d, real, count = self.config.data, _real(self.config), COUNT
+        d, real, count = self.config.data, real_images(self.config), COUNT
         if d.source == "faces":
             count = min(COUNT, max(LEAST, COUNT * _QUICK // d.size**2))
         try:

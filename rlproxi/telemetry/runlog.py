@@ -50,13 +50,13 @@ class RunLog:
         self.held: collections.deque[bytes] = collections.deque(maxlen=100_000)
         self.path = RunDirectory(run_dir).log
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (``close`` closes it)
-        size = self._file.seek(0, os.SEEK_END)
+        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 (``close`` closes it)
+        size = self.file.seek(0, os.SEEK_END)
         if size:
-            self._file.seek(size - 1)
-            if self._file.read(1) != b"\n":
+            self.file.seek(size - 1)
+            if self.file.read(1) != b"\n":
                 # A writer was killed in the middle of a line, which is ended here: the next record starts on its own.
-                self._file.write(b"\n")
+                self.file.write(b"\n")
 
     def append(self, event: str, /, **fields: Any) -> None:
         """Log one record. Numpy and torch scalars become numbers, NaN and Inf become null.
@@ -85,7 +85,7 @@ class RunLog:
     def _write_held(self) -> None:
         while self.held:
             line = b"\n" * self._torn + self.held[0]
-            written = self._file.write(line)
+            written = self.file.write(line)
             if written != len(line):  # an unbuffered write may be partial
                 self._torn = self._torn or bool(written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -94,7 +94,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self.file.close()
 
     def __enter__(self) -> RunLog:
         return self

@@ -112,10 +112,15 @@ def test_a_reference_takes_any_features_and_refuses_other_sizes():
 # -- what it sees ---------------------------------------------------------------------------
 
 
+def real_images(config, count: int) -> np.ndarray:
+    """The first real images of a run, fewer where the data end."""
+    return np.stack(list(islice(reference.real_images(config), count)))
+
+
 @cache
 def portraits() -> tuple[Reference, np.ndarray, np.ndarray]:
     """2048 real portraits as the reference, and 256 others of the same prompts, twice, prompt-major [64 * 4]."""
-    images = np.stack(list(islice(reference._real(CONFIG), 2048 + 512)))
+    images = real_images(CONFIG, 2048 + 512)
     others = images[2048:].reshape(2, 4, 64, 32, 32, 3).swapaxes(1, 2).reshape(2, 256, 32, 32, 3)
     return Reference([images[:2048]]), *others
 
@@ -211,27 +216,27 @@ def test_a_collapsed_prompt_shows_in_diversity_and_a_texture_does_not():
 
 
 def test_portraits_are_those_of_the_heldout_prompts_and_new_each_time():
-    images, prompts = reference.reference_images(CONFIG, 130), heldout_prompts(CONFIG)[1]
+    images, prompts = real_images(CONFIG, 130), heldout_prompts(CONFIG)[1]
     assert images.shape == (130, 32, 32, 3) and images.dtype == np.uint8
-    assert np.array_equal(images[:40], reference.reference_images(CONFIG, 40)), "named by the seed"
+    assert np.array_equal(images[:40], real_images(CONFIG, 40)), "named by the seed"
     assert not np.array_equal(images[0], images[64]), "another portrait of the same caption"
     with_hand = next(i for i, p in enumerate(prompts) if "fingers" in p)
     for place in (0, with_hand):
-        drawn = [reference._portrait(prompts[place], np.random.default_rng(i)) for i in range(3)]
+        drawn = [reference.portrait_of(prompts[place], np.random.default_rng(i)) for i in range(3)]
         assert all(faces.caption_of(p.attributes) == prompts[place] for p in drawn)
-    vague = [reference._portrait("a smiling person", np.random.default_rng(i)).attributes for i in range(30)]
+    vague = [reference.portrait_of("a smiling person", np.random.default_rng(i)).attributes for i in range(30)]
     assert {a["mouth"] for a in vague} == {"smiling"} and {a["hand"] for a in vague} == {"none"}
     assert {a["background"] for a in vague} == set(faces.ATTRIBUTES["background"])
 
 
 def test_an_evaluation_is_compared_with_as_many_real_images():
-    real, images, more = portraits()
+    data, images, more = portraits()
     compare = reference.Comparison(CONFIG)
     found = compare(grid(images, 0.03))
-    assert found["distance"] == pytest.approx(real.distance(grid(images, 0.03)))
+    assert found["distance"] == pytest.approx(data.distance(grid(images, 0.03)))
     assert found["diversity"] == diversity(grid(images, 0.03), 4)
     assert compare.note is None and compare.data["images"] == 256
-    assert compare.data["distance"] == pytest.approx(real.distance(images))
+    assert compare.data["distance"] == pytest.approx(data.distance(images))
     assert compare.data["diversity"] == pytest.approx(diversity(images, 4))
     small = reference.Comparison(CONFIG)
     assert list(small(more[:, ::2, ::2])) == ["diversity"]
@@ -244,8 +249,8 @@ def shards(tmp_path, count: int):
 
 
 def test_of_shards_what_is_readable_counts_and_nothing_is_made_up(tmp_path, monkeypatch):
-    assert reference.reference_images(shards(tmp_path, 5), 9).shape == (5, 16, 16, 3)
-    assert reference.reference_images(shards(tmp_path, 0)) is None
+    assert real_images(shards(tmp_path, 5), 9).shape == (5, 16, 16, 3)
+    assert list(reference.real_images(shards(tmp_path, 0))) == []
     config, fakes = shards(tmp_path, 30), np.zeros((8, 16, 16, 3), np.uint8)
     few = reference.Comparison(config)
     assert few(fakes) == {"diversity": 0.0} and few.data == {}
@@ -253,7 +258,7 @@ def test_of_shards_what_is_readable_counts_and_nothing_is_made_up(tmp_path, monk
     monkeypatch.setattr(reference, "LEAST", 20)
     monkeypatch.setattr(reference, "COUNT", 20)
     enough = reference.Comparison(config)
-    own = reference.reference_images(config)
+    own = real_images(config, 30)
     found = enough(fakes)["distance"]
     assert found == Reference([own[:20]]).distance(fakes) and enough.note is None
     assert enough.data == {"images": 8, "distance": Reference([own[:20]]).distance(own[20:28])}

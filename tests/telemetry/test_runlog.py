@@ -69,12 +69,12 @@ def test_a_full_disk_holds_records_back_or_is_an_error(tmp_path):
     log, strict = RunLog(tmp_path, patient=True), RunLog(tmp_path / "strict")
     metrics(log, 1)
     with open("/dev/full", "ab", buffering=0) as full:
-        (log._file, mine), (strict._file, its) = (full, log._file), (full, strict._file)
+        (log.file, mine), (strict.file, its) = (full, log.file), (full, strict.file)
         metrics(log, 2)
         metrics(log, 3)
         with pytest.raises(OSError, match="No space left"):
             metrics(strict, 1)
-    log._file, strict._file = mine, its
+    log.file, strict.file = mine, its
     assert [r["step"] for r in read(tmp_path)] == [1] and len(log.held) == 2
     metrics(log, 4)
     metrics(strict, 2)
@@ -85,10 +85,10 @@ def test_a_full_disk_holds_records_back_or_is_an_error(tmp_path):
 def test_what_was_written_in_part_is_written_again_whole(tmp_path):
     log = RunLog(tmp_path, patient=True)
     with open(log.path, "ab", buffering=0) as file:
-        log._file, mine = Short(file), log._file
+        log.file, mine = Short(file), log.file
         metrics(log, 1)
         metrics(log, 2)
-    log._file = mine
+    log.file = mine
     metrics(log, 3)
     assert [r["step"] for r in read(tmp_path)] == [1, 2, 3]
     assert len(log.path.read_bytes().splitlines()) == 5, "two torn lines, each ended by what follows"
