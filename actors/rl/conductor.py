@@ -20,6 +20,7 @@ from .observer import Observer, Told
 from .pool import RolloutPool
 from .rollout_actor import RolloutActor
 from .scored import tell_provenance
+from .stops import Cause
 
 
 # Every rank of the learner waits in a call of its own, and while they wait another must get through: the first rank's
@@ -90,9 +91,9 @@ class Conductor:
         if self.loop is not None:
             await self.loop.leave(reason)
 
-    async def stop(self, reason: str, kind: str = "") -> None:
+    async def stop(self, reason: str, cause: Cause = Cause.ENDED) -> None:
         if self.loop is not None:
-            await self.loop.stop(reason, kind)
+            await self.loop.stop(reason, cause)
 
     async def close(self) -> None:
         """Ends the loop and the rollout actors."""

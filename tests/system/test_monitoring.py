@@ -59,10 +59,10 @@ PORTS = (
 ANOTHER_SCRIBE = """
 import sys, time
 import ray
-from actors.scribe import Scribe
+from actors.run.log_writer import RunLogWriter
 
 ray.init(log_to_driver=False)
-scribe = Scribe.remote(sys.argv[1])
+scribe = RunLogWriter.remote(sys.argv[1])
 for step in range(1, 1000):
     rl = {"last_step/reward": 0.5, "fake/loss": 1.0, "fake/grad_norm": 0.1, "fake/lr": 1e-4,
           "images_per_second/gpu": 9.0, "entropy": 0.3}
