@@ -280,24 +280,22 @@ class Stages:
 
         Raises RunStopped where there is none.
         """
-        self._decide(stage, life.StageBegan(stage, self._reached(stage)))
         while True:
-            event: life.AttemptStopped | life.RanksFailed
+            self._decide(stage, life.AttemptBegan(stage, self._reached(stage)))
+            event: Stopped | life.RanksFailed
             traceback = ""
             try:
-                result = work()
-                self.lifecycle.handle(life.StageDone())
-                return result
+                return work()
             except RunStopped as error:
                 stop = ray.get(self.scribe.stop_state.remote())
-                event = life.AttemptStopped(Stopped(str(error), Cause.ENDED if stop is None else stop.cause))
+                event = Stopped(str(error), Cause.ENDED if stop is None else stop.cause)
             except RayActorError as error:
-                event = life.AttemptStopped(_lost(error))
+                event = _lost(error)
             except RanksFailed as error:
                 event, traceback = life.RanksFailed(error.words), str(error)
             self._remedy(stage, event, traceback)
 
-    def _remedy(self, stage: str, event: life.AttemptStopped | life.RanksFailed, traceback: str) -> None:
+    def _remedy(self, stage: str, event: Stopped | life.RanksFailed, traceback: str) -> None:
         """Prepares the next attempt. Raises RunStopped where there is none."""
         try:
             action = self._decide(stage, event)
@@ -305,12 +303,9 @@ class Stages:
             if traceback:
                 print(traceback, file=sys.stderr)
             raise
-        if isinstance(action, life.TrySmaller):
-            self._warn(f"{action.reason}: {self._halve_micro_batch(stage, action.reason)}")
-        if isinstance(action, life.TrySmaller) or not self.actors.well():
+        if (isinstance(action, life.GoOn) and action.smaller) or not self.actors.well():
             self.actors.close()  # first: a stop that is still on its way must not meet the stage started again
         ray.get(self.scribe.clear_stop.remote())
-        self._decide(stage, life.AttemptBegan())
 
     def _replace_roles(self, model: Path, reason: str) -> Roles:
         """New roles while Ray Train starts the ranks again, which wait for them."""
@@ -324,7 +319,6 @@ class Stages:
                 reason = _lost(error).reason
         # Last: until then a rank's report that a role is lost may still be on its way.
         ray.get(self.scribe.clear_stop.remote())
-        self._decide("rl", life.Replaced())
         return self.actors.handles()
 
     def _decide(self, stage: str, event: life.Event) -> life.Action:
@@ -333,8 +327,9 @@ class Stages:
         action = self.lifecycle.handle(event)
         if isinstance(action, life.End):
             raise RunStopped(action.reason)
-        if isinstance(action, (life.TryAgain, life.ReplaceRoles)):
-            self._warn(action.warning)
+        if isinstance(action, life.GoOn):
+            smaller = f": {self._halve_micro_batch(stage, action.warning)}" if action.smaller else ""
+            self._warn(f"{action.warning}{smaller}")
         return action
 
     def _warn(self, message: str) -> None:
@@ -355,7 +350,7 @@ class Stages:
                 f"{reason}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
                 "model.lora, a higher learner.zero_stage, or a smaller group_size"
             )
-            self.lifecycle.handle(life.AttemptStopped(Stopped(words)))
+            self.lifecycle.handle(Stopped(words))
             raise RunStopped(words)
         words = f"going on with {_micro_batch(smaller, stage)} (was {_micro_batch(self.given, stage)})"
         self.given, self.config = smaller, with_paths(smaller, self.run_dir)

@@ -28,21 +28,19 @@ from ..rl.stops import Cause, Overdue, Stopped
 #: Seconds that a role's reason for its stop may take to reach the log.
 SILENT_S = 3.0
 
-
 # -- states ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Between:
-    """No stage that can be tried again is under way."""
+    """No attempt at a stage is under way; ``stage`` is the last one that was tried."""
+
+    stage: str = ""
 
 
 @dataclass(frozen=True)
 class Running:
-    """An attempt at ``stage`` is under way.
-
-    first_step: the largest step that the stage had logged before it. replaced: roles were replaced during it.
-    """
+    """An attempt at a stage. first_step: the largest step logged before it. replaced: roles were replaced during it."""
 
     stage: str
     first_step: int
@@ -50,25 +48,10 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Replacing:
-    """The conductor and the weight store are made anew, while the ranks of ``attempt`` wait for them."""
-
-    attempt: Running
-
-
-@dataclass(frozen=True)
-class Stopping:
-    """The attempt at ``stage`` is over, and its remedy is being prepared."""
-
-    stage: str
-
-
-@dataclass(frozen=True)
 class Leaving:
-    """A signal asked the run to end; a checkpoint is being saved. ``since``: when, on the machine's clock."""
+    """A signal asked the run to end, and a checkpoint is being saved."""
 
     reason: str
-    since: float
 
 
 @dataclass(frozen=True)
@@ -78,14 +61,14 @@ class Ended:
     reason: str
 
 
-State = Between | Running | Replacing | Stopping | Leaving | Ended
+State = Between | Running | Leaving | Ended
 
-# -- events ---------------------------------------------------------------------------------
+# -- events, besides ``Stopped``: the attempt is over -------------------------------------------
 
 
 @dataclass(frozen=True)
-class StageBegan:
-    """The first attempt at a stage begins. ``step``: the largest step that the stage has ever logged."""
+class AttemptBegan:
+    """An attempt at a stage begins. ``step``: the largest step that the stage has ever logged."""
 
     stage: str
     step: int = 0
@@ -99,27 +82,10 @@ class StepReached:
 
 
 @dataclass(frozen=True)
-class StageDone:
-    """The stage's work returned."""
-
-
-@dataclass(frozen=True)
 class RolesLost:
     """The conductor or the weight store is lost, while the attempt's ranks wait for new ones."""
 
     reason: str
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """The new conductor and weight store are ready."""
-
-
-@dataclass(frozen=True)
-class AttemptStopped:
-    """The attempt is over, because of this stop."""
-
-    stop: Stopped
 
 
 @dataclass(frozen=True)
@@ -130,23 +96,12 @@ class RanksFailed:
 
 
 @dataclass(frozen=True)
-class AttemptBegan:
-    """The remedy is in place, and the stage is tried again."""
-
-
-@dataclass(frozen=True)
-class RoleAnswered:
-    """``role`` answered. ``silent``: it has stopped, and the run log does not know why."""
+class RoleAsked:
+    """A role was asked whether it is alive. silent: it answered that it stopped, and the run log does not know why."""
 
     role: str
+    answered: bool
     silent: bool = False
-
-
-@dataclass(frozen=True)
-class RolePending:
-    """``role`` was asked whether it is alive, and has not answered yet."""
-
-    role: str
 
 
 @dataclass(frozen=True)
@@ -161,19 +116,7 @@ class LeaveAsked:
     can_save: bool
 
 
-Event = (
-    StageBegan
-    | StepReached
-    | StageDone
-    | RolesLost
-    | Replaced
-    | AttemptStopped
-    | RanksFailed
-    | AttemptBegan
-    | RoleAnswered
-    | RolePending
-    | LeaveAsked
-)
+Event = Stopped | AttemptBegan | StepReached | RolesLost | RanksFailed | RoleAsked | LeaveAsked
 
 # -- actions --------------------------------------------------------------------------------
 
@@ -184,29 +127,16 @@ class Proceed:
 
 
 @dataclass(frozen=True)
-class ReplaceRoles:
-    """Warn, close conductor and weight store and make new ones; then report ``Replaced``, or ``RolesLost`` again."""
+class GoOn:
+    """Warn, replace what is lost, and go on from the last checkpoint. smaller: with half the micro-batch."""
 
     warning: str
-
-
-@dataclass(frozen=True)
-class TryAgain:
-    """Warn, and run the stage's work again from the last checkpoint, with new roles where they are gone."""
-
-    warning: str
-
-
-@dataclass(frozen=True)
-class TrySmaller:
-    """Halve the micro-batch and run the stage's work again, with new roles."""
-
-    reason: str
+    smaller: bool = False
 
 
 @dataclass(frozen=True)
 class DeclareLost:
-    """Tell everybody of ``stop``. ``kill``: the role hangs, so kill it."""
+    """Tell everybody of ``stop``. kill: the role hangs, so kill it."""
 
     role: str
     stop: Stopped
@@ -227,7 +157,7 @@ class End:
     reason: str
 
 
-Action = Proceed | ReplaceRoles | TryAgain | TrySmaller | DeclareLost | AskToSave | End
+Action = Proceed | GoOn | DeclareLost | AskToSave | End
 
 
 def leave_reason(signal: str) -> str:
@@ -244,7 +174,7 @@ class Lifecycle:
 
     Args:
         faults: the limits that the config sets.
-        max_failures: how often Ray Train restarts the ranks within an attempt, for its message.
+        max_failures: how often Ray Train restarts the ranks within an attempt, for a message.
         clock: seconds; only differences count.
     """
 
@@ -267,85 +197,65 @@ class Lifecycle:
         return action
 
     def _decide(self, event: Event) -> Action:
+        state = self.state
         if isinstance(event, LeaveAsked):
             return self._leave(event)
-        if isinstance(event, (RoleAnswered, RolePending)):
+        if isinstance(event, RoleAsked):
             return self._look_at(event)
         if isinstance(event, StepReached):
             if event.step > self.step:
                 self.step, self.losses = event.step, 0
             return Proceed()
-        if isinstance(self.state, Leaving) and isinstance(event, (StageBegan, RolesLost, AttemptStopped, RanksFailed)):
-            stop = event.stop if isinstance(event, AttemptStopped) else Stopped(self.state.reason)
-            return End(stop.reason if stop.cause is Cause.ENDED else self.state.reason)
-        if isinstance(event, StageBegan):
-            self.step, self.losses, self.state = event.step, 0, Running(event.stage, event.step)
-        elif isinstance(event, RolesLost):
-            return self._replace(event.reason)
-        elif isinstance(event, AttemptStopped):
-            return self._remedy(event.stop)
-        elif isinstance(event, RanksFailed):
+        if isinstance(state, Leaving):
+            ended = isinstance(event, Stopped) and event.cause is Cause.ENDED
+            return End(event.reason if isinstance(event, Stopped) and ended else state.reason)
+        if isinstance(event, AttemptBegan):
+            if event.stage != getattr(state, "stage", ""):
+                self.step, self.losses = event.step, 0
+            self.state = Running(event.stage, event.step)
+            return Proceed()
+        if isinstance(event, RanksFailed):
             return self._after_failure(event.error)
-        elif isinstance(event, AttemptBegan) and isinstance(self.state, Stopping):
-            self.state = Running(self.state.stage, self.step)
-        elif isinstance(event, Replaced) and isinstance(self.state, Replacing):
-            self.state = Running(self.state.attempt.stage, self.state.attempt.first_step, replaced=True)
-            self.pending.clear()
-            self.silent.clear()
-        elif isinstance(event, StageDone):
-            self.state = Between()
-        return Proceed()
+        if isinstance(event, Stopped) and event.cause is not Cause.LOST:
+            self.state = Between(getattr(state, "stage", ""))
+            return End(event.reason) if event.cause is Cause.ENDED else GoOn(event.reason, smaller=True)
+        return self._after_loss(event)
 
-    def _count_loss(self, reason: str) -> str | None:
-        """The warning for one more lost role; None where it was one too many."""
+    def _after_loss(self, event: RolesLost | Stopped) -> Action:
+        state = self.state
         self.losses += 1
-        if self.losses > self.faults.max_restarts:
-            return None
-        return f"{reason}: going on with new ones, from the last checkpoint ({self.losses} of faults.max_restarts)"
-
-    def _replace(self, reason: str) -> Action:
-        attempt = self.state.attempt if isinstance(self.state, Replacing) else self.state
-        warning = self._count_loss(reason) if isinstance(attempt, Running) else None
-        if warning is None or not isinstance(attempt, Running):
-            return End(reason)
-        self.state = Replacing(attempt)
-        return ReplaceRoles(warning)
-
-    def _remedy(self, stop: Stopped) -> Action:
-        attempt = self.state.attempt if isinstance(self.state, Replacing) else self.state
-        if stop.cause is Cause.ENDED or not isinstance(attempt, (Running, Stopping)):
-            return End(stop.reason)
-        self.state = Stopping(attempt.stage)
-        if stop.cause is Cause.OUT_OF_MEMORY:
-            return TrySmaller(stop.reason)
-        warning = self._count_loss(stop.reason)
-        return End(stop.reason) if warning is None else TryAgain(warning)
+        if self.losses > self.faults.max_restarts or isinstance(state, (Leaving, Ended)):
+            return End(event.reason)
+        if isinstance(event, Stopped):
+            self.state = Between(state.stage)
+        elif isinstance(state, Running):
+            self.state = Running(state.stage, state.first_step, replaced=True)
+        self.pending.clear()
+        self.silent.clear()
+        count = f"{self.losses} of faults.max_restarts"
+        return GoOn(f"{event.reason}: going on with new ones, from the last checkpoint ({count})")
 
     def _after_failure(self, error: str) -> Action:
-        attempt = self.state
-        words = f"the learner failed ({error})"
+        attempt, words = self.state, f"the learner failed ({error})"
         if not isinstance(attempt, Running):
             return End(words)
         words = f"{attempt.stage}: {words}"
         if self.step > attempt.first_step or attempt.replaced:
-            self.state = Stopping(attempt.stage)
-            return TryAgain(f"{words}: going on from the last checkpoint, since step {self.step} was reached meanwhile")
+            self.state = Between(attempt.stage)
+            return GoOn(f"{words}: going on from the last checkpoint, since step {self.step} was reached meanwhile")
         return End(
             f"{words} in {self.max_failures + 1} attempts without a new step after {attempt.first_step} "
             "(learner.max_failures); once its cause is mended, go on with --resume"
         )
 
-    def _look_at(self, event: RoleAnswered | RolePending) -> Action:
+    def _look_at(self, event: RoleAsked) -> Action:
         role, hang_s = event.role, self.faults.hang_timeout_s
-        hangs = self.pending.setdefault(role, Overdue(hang_s, self.clock))(isinstance(event, RolePending))
-        if hangs:
+        if self.pending.setdefault(role, Overdue(hang_s, self.clock))(not event.answered):
             words = f"the {role} has not answered for {hang_s:g} s (faults.hang_timeout_s)"
             return DeclareLost(role, Stopped(words, Cause.LOST), kill=True)
-        if isinstance(event, RoleAnswered):
-            overdue = self.silent.setdefault(role, Overdue(SILENT_S, self.clock))
-            if overdue(event.silent):
-                words = f"the {role} has stopped, and its reason was lost with the log's writer"
-                return DeclareLost(role, Stopped(words, Cause.LOST), kill=False)
+        if event.answered and self.silent.setdefault(role, Overdue(SILENT_S, self.clock))(event.silent):
+            words = f"the {role} has stopped, and its reason was lost with the log's writer"
+            return DeclareLost(role, Stopped(words, Cause.LOST), kill=False)
         return Proceed()
 
     def _leave(self, event: LeaveAsked) -> Action:
@@ -354,5 +264,5 @@ class Lifecycle:
             return End(reason)
         if isinstance(self.state, Leaving):
             return Proceed()
-        self.state = Leaving(reason, event.since)
+        self.state = Leaving(reason)
         return AskToSave(reason)

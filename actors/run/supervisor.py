@@ -157,12 +157,12 @@ class Supervisor:
             self.asked[name] = self.roles[name].alive.remote()
         answer = self.asked[name]
         if not ray.wait([answer], timeout=0)[0]:
-            return self._carry_out(self.lifecycle.handle(life.RolePending(name)))
+            return self._carry_out(self.lifecycle.handle(life.RoleAsked(name, answered=False)))
         del self.asked[name]
         silent = False
         with contextlib.suppress(RayError):  # that a role is dead is noticed by those who call it
             silent = not ray.get(answer) and self._stop_state() is None
-        self._carry_out(self.lifecycle.handle(life.RoleAnswered(name, silent)))
+        self._carry_out(self.lifecycle.handle(life.RoleAsked(name, True, silent)))
 
     def _carry_out(self, action: life.Action) -> None:
         if isinstance(action, life.End):

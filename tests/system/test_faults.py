@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from actors.rl.stops import Cause
 from actors.run.driver import Stages
-from actors.run.lifecycle import Lifecycle, StageBegan
+from actors.run.lifecycle import AttemptBegan, Lifecycle
 from actors.run.log_writer import RunLogWriter
 from actors.run.supervisor import Signals, Supervisor
 from actors.train.jobs import RanksFailed, placement_groups, train_on_ray, wait_for_roles
@@ -264,7 +264,7 @@ def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_ses
 def lifecycle(hang_timeout_s: float) -> Lifecycle:
     """That of a run in its stage rl."""
     run = Lifecycle(Faults(hang_timeout_s=hang_timeout_s), max_failures=3)
-    run.handle(StageBegan("rl"))
+    run.handle(AttemptBegan("rl"))
     return run
 
 

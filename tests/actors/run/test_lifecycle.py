@@ -29,8 +29,8 @@ def machine(clock=None, **faults) -> Lifecycle:
     return Lifecycle(Faults(**limits), max_failures=3, clock=clock or Clock())
 
 
-def stopped(reason: str, cause: Cause = Cause.LOST) -> life.AttemptStopped:
-    return life.AttemptStopped(Stopped(reason, cause))
+FAILED, LOST = life.RanksFailed("ValueError: boom"), Stopped("the weight store is lost", Cause.LOST)
+NO_MEMORY = Stopped("learner: out of memory", Cause.OUT_OF_MEMORY)
 
 
 # -- random schedules -----------------------------------------------------------------------
@@ -42,10 +42,9 @@ class Driver:
     def __init__(self, dice: random.Random):
         self.dice, self.clock = dice, Clock()
         self.run = machine(self.clock)
-        self.step = 0
-        self.first_step = 0  # of the attempt
+        self.stage, self.step = "rl", 0
+        self.first_step, self.replaced = 0, False  # of the attempt
         self.retries = self.losses = 0  # since the last new step
-        self.replaced = False
         self.asked_to_leave: float | None = None
         self.saves_asked = 0
         self.since: dict[tuple[str, str], float] = {}  # (role, pending or silent) -> since when
@@ -54,59 +53,50 @@ class Driver:
         """One that driver or supervisor could report now."""
         role = self.dice.choice(["conductor", "weight store"])
         leave = self.clock() if self.asked_to_leave is None else self.asked_to_leave
-        choices = {
-            life.Between: [life.StageBegan("rl", self.step)],
-            life.Stopping: [life.AttemptBegan(), stopped("a role died during the restart")],
-            life.Replacing: [life.Replaced(), life.RolesLost("the new one died")],
-            life.Ended: [life.StageBegan("rl", self.step), life.AttemptBegan(), life.RanksFailed("late")],
-        }
+        if self.dice.random() < 0.02:
+            return self.dice.choice([life.LeaveAsked("SIGTERM", leave, self.dice.random() < 0.9), Stopped("NaN")])
+        if isinstance(self.run.state, life.Between):
+            return self.dice.choice([life.AttemptBegan(self.stage, self.step), LOST])
         going_on = [
             life.StepReached(self.dice.randint(0, self.step + 1)),
             life.RolesLost("the weight store is lost"),
-            stopped("the conductor is lost"),
-            stopped("no memory", Cause.OUT_OF_MEMORY),
-            life.RanksFailed("ValueError: boom"),
-            life.RolePending(role),
-            life.RolePending(role),
-            life.RoleAnswered(role, silent=self.dice.random() < 0.5),
-        ]
-        rare = [
-            life.LeaveAsked("SIGTERM", leave, self.dice.random() < 0.9),
-            life.StageDone(),
-            stopped("NaN", Cause.ENDED),
+            LOST,
+            NO_MEMORY,
+            FAILED,
+            life.RoleAsked(role, answered=False),
+            life.RoleAsked(role, answered=False),
+            life.RoleAsked(role, answered=True, silent=self.dice.random() < 0.5),
         ]
         if self.asked_to_leave is not None:
-            going_on.append(life.LeaveAsked("SIGTERM", leave, True))
-        return self.dice.choice(rare if self.dice.random() < 0.03 else choices.get(type(self.run.state), going_on))
+            going_on += [life.LeaveAsked("SIGTERM", leave, True), life.AttemptBegan("rl", self.step)]
+        elif self.dice.random() < 0.02:
+            self.stage += "+"  # the stage was done, and the next begins
+            return life.AttemptBegan(self.stage, self.step)
+        return self.dice.choice(going_on)
 
     def look(self) -> None:
         self.clock.now += self.dice.choice([0.0, 0.5, self.dice.uniform(0, 15)])
         event, before = self.event(), self.run.state
         action = self.run.handle(event)
-        self.note(event, before)
+        if not isinstance(before, life.Ended):
+            self.note(event, before, action)
         self.check(event, before, action)
 
-    def note(self, event: life.Event, before: life.State) -> None:
-        if isinstance(event, life.StepReached) and event.step > self.step and not isinstance(before, life.Ended):
+    def note(self, event: life.Event, before: life.State, action: life.Action) -> None:
+        if isinstance(event, life.StepReached) and event.step > self.step:
             self.step, self.retries, self.losses = event.step, 0, 0
-        elif isinstance(event, life.StageBegan):
-            self.retries = self.losses = 0
-            self.first_step, self.replaced = self.step, False
         elif isinstance(event, life.AttemptBegan):
             self.first_step, self.replaced = self.step, False
-        elif isinstance(event, life.Replaced):
-            self.replaced = True
-            self.since.clear()
+            if event.stage != getattr(before, "stage", ""):
+                self.retries = self.losses = 0
         elif isinstance(event, life.LeaveAsked):
             self.asked_to_leave = event.since
-        elif isinstance(event, life.RolePending):
-            self.since.setdefault((event.role, "pending"), self.clock())
-        elif isinstance(event, life.RoleAnswered):
-            self.since.pop((event.role, "pending"), None)
-            if event.silent:
-                self.since.setdefault((event.role, "silent"), self.clock())
-            else:
-                self.since.pop((event.role, "silent"), None)
+        elif isinstance(event, life.RoleAsked):
+            for kind, holds in (("pending", not event.answered), ("silent", event.silent)):
+                if holds:
+                    self.since.setdefault((event.role, kind), self.clock())
+                elif event.answered:
+                    self.since.pop((event.role, kind), None)
 
     def check(self, event: life.Event, before: life.State, action: life.Action) -> None:
         after = self.run.state
@@ -115,24 +105,26 @@ class Driver:
             return
         assert isinstance(after, life.Ended) == isinstance(action, End)
         assert not isinstance(action, End) or action.reason, "every end has its reason"
-        lost = isinstance(event, life.RolesLost) or (
-            isinstance(event, life.AttemptStopped) and event.stop.cause is Cause.LOST
-        )
-        if isinstance(action, (life.TryAgain, life.ReplaceRoles)):
-            self.retries, self.losses = self.retries + 1, self.losses + lost
-            assert self.losses <= MAX_RESTARTS, "so often in a row, and no more"
-            assert self.retries <= 2 * MAX_RESTARTS + 1, "without a new step it comes to an end"
-        if isinstance(action, life.TrySmaller):
-            assert event == stopped("no memory", Cause.OUT_OF_MEMORY)
-        if isinstance(event, life.RanksFailed) and isinstance(before, life.Running):
-            assert isinstance(action, life.TryAgain) == (self.step > self.first_step or self.replaced)
         if isinstance(before, life.Leaving):
             assert isinstance(action, (Proceed, End, life.DeclareLost)), "whoever leaves starts nothing again"
+            assert not isinstance(event, life.AttemptBegan) or isinstance(action, End)
             if isinstance(event, life.LeaveAsked) and self.clock() - event.since > GRACE_S:
                 assert isinstance(action, End)
-        if isinstance(action, life.AskToSave):
-            self.saves_asked += 1
-        assert self.saves_asked <= 1 or isinstance(before, life.Between)
+            if not isinstance(action, life.DeclareLost):
+                return
+        if event == NO_MEMORY:
+            assert action == life.GoOn(NO_MEMORY.reason, smaller=True)
+        elif isinstance(event, life.RanksFailed) and isinstance(before, life.Running):
+            assert isinstance(action, life.GoOn) == (self.step > self.first_step or self.replaced)
+            self.retries += 1
+        elif event == LOST or isinstance(event, life.RolesLost):
+            self.losses, self.retries = self.losses + 1, self.retries + 1
+            assert isinstance(action, life.GoOn) == (self.losses <= MAX_RESTARTS)
+            self.replaced |= isinstance(event, life.RolesLost)
+            self.since.clear()
+        assert not isinstance(action, life.GoOn) or self.retries <= 2 * MAX_RESTARTS + 1, "it comes to an end"
+        self.saves_asked += isinstance(action, life.AskToSave)
+        assert self.saves_asked <= 1
         if isinstance(action, life.DeclareLost):
             kind, limit = ("pending", HANG_S) if action.kill else ("silent", life.SILENT_S)
             assert self.clock() - self.since[action.role, kind] > limit and action.stop.cause is Cause.LOST
@@ -167,34 +159,30 @@ def test_the_schedules_reach_every_state_and_action():
 # -- a stage and its attempts ---------------------------------------------------------------
 
 
+def began(step: int = 0, **faults) -> Lifecycle:
+    run = machine(**faults)
+    run.handle(life.AttemptBegan("rl", step))
+    return run
+
+
 def attempts(run: Lifecycle, *failures) -> life.Action:
     """What follows the last of several attempts, each of which reached a step and then failed."""
     for number, (step, failure) in enumerate(failures):
         if number:
-            run.handle(life.AttemptBegan())
+            run.handle(life.AttemptBegan("rl", run.step))
         run.handle(life.StepReached(step))
         action = run.handle(failure)
     return action
 
 
-def began(step: int = 0, **faults) -> Lifecycle:
-    run = machine(**faults)
-    run.handle(life.StageBegan("rl", step))
-    return run
-
-
-FAILED, LOST = life.RanksFailed("ValueError: boom"), stopped("the weight store is lost")
-
-
 def test_ranks_that_fail_are_tried_again_as_long_as_they_come_further():
-    run = began()
+    run, words = began(), "rl: the learner failed (ValueError: boom)"
     action = attempts(run, (3, FAILED), (4, FAILED), (6, FAILED))
-    words = "rl: the learner failed (ValueError: boom)"
-    assert action == life.TryAgain(f"{words}: going on from the last checkpoint, since step 6 was reached meanwhile")
-    run.handle(life.AttemptBegan())
+    assert action == life.GoOn(f"{words}: going on from the last checkpoint, since step 6 was reached meanwhile")
+    run.handle(life.AttemptBegan("rl", 6))
     run.handle(life.StepReached(6))
     assert run.handle(FAILED) == End(
-        "rl: the learner failed (ValueError: boom) in 4 attempts without a new step after 6 (learner.max_failures); "
+        f"{words} in 4 attempts without a new step after 6 (learner.max_failures); "
         "once its cause is mended, go on with --resume"
     )
 
@@ -205,54 +193,47 @@ def test_a_restart_that_falls_back_is_no_new_step():
 
 
 def test_losses_are_counted_anew_after_a_new_step():
-    told = "the weight store is lost: going on with new ones, from the last checkpoint ({} of faults.max_restarts)"
-    run = began()
-    assert attempts(run, (4, LOST), (5, LOST), (7, LOST), (6, LOST)) == life.TryAgain(told.format(2))
+    words = "the weight store is lost: going on with new ones, from the last checkpoint ({} of faults.max_restarts)"
+    assert attempts(began(), (4, LOST), (5, LOST), (7, LOST), (6, LOST)) == life.GoOn(words.format(2))
     assert attempts(began(7), (6, LOST), (7, LOST), (7, LOST)) == End("the weight store is lost")
     assert attempts(began(max_restarts=0), (3, LOST)) == End("the weight store is lost")
 
 
 def test_losses_within_an_attempt_and_at_its_end_count_together():
     run = began()
-    assert isinstance(run.handle(life.RolesLost("one")), life.ReplaceRoles)
-    assert run.handle(life.RolesLost("its successor")) == life.ReplaceRoles(
-        "its successor: going on with new ones, from the last checkpoint (2 of faults.max_restarts)"
-    )
-    run.handle(life.Replaced())
+    assert isinstance(run.handle(life.RolesLost("one")), life.GoOn)
+    words = "its successor: going on with new ones, from the last checkpoint (2 of faults.max_restarts)"
+    assert run.handle(life.RolesLost("its successor")) == life.GoOn(words)
     assert run.handle(LOST) == End("the weight store is lost")
 
 
 def test_ranks_that_fail_after_a_replacement_are_tried_again_once():
     run = began(3)
     run.handle(life.RolesLost("the conductor is lost"))
-    run.handle(life.Replaced())
-    assert isinstance(run.handle(FAILED), life.TryAgain)
-    run.handle(life.AttemptBegan())
+    assert isinstance(run.handle(FAILED), life.GoOn)
+    run.handle(life.AttemptBegan("rl", 3))
     assert isinstance(run.handle(FAILED), End)
 
 
 def test_out_of_memory_is_tried_smaller_as_often_as_it_takes():
     run = began()
-    no_memory = stopped("learner: out of memory", Cause.OUT_OF_MEMORY)
-    assert attempts(run, *[(0, no_memory)] * 9) == life.TrySmaller("learner: out of memory")
+    assert attempts(run, *[(0, NO_MEMORY)] * 9) == life.GoOn("learner: out of memory", smaller=True)
     assert run.losses == 0
-    nothing_smaller = "micro-batches cannot be smaller"
-    assert run.handle(stopped(nothing_smaller, Cause.ENDED)) == End(nothing_smaller)
+    assert run.handle(Stopped("micro-batches cannot be smaller")) == End("micro-batches cannot be smaller")
 
 
 def test_a_stop_without_a_remedy_ends_the_run():
     run = began()
-    assert run.handle(stopped("loss is NaN", Cause.ENDED)) == End("loss is NaN")
-    assert run.handle(life.StageBegan("after")) == End("loss is NaN")
+    assert run.handle(Stopped("loss is NaN")) == End("loss is NaN")
+    assert run.handle(life.AttemptBegan("after")) == End("loss is NaN")
 
 
 def test_the_next_stage_counts_its_own_losses():
     run = began()
     attempts(run, (0, LOST), (0, LOST))
-    run.handle(life.AttemptBegan())
-    run.handle(life.StageDone())
-    run.handle(life.StageBegan("after"))
-    assert isinstance(run.handle(LOST), life.TryAgain) and run.losses == 1
+    run.handle(life.AttemptBegan("rl"))
+    run.handle(life.AttemptBegan("after"))
+    assert isinstance(run.handle(LOST), life.GoOn) and run.losses == 1
 
 
 # -- roles that hang, are silent ------------------------------------------------------------
@@ -260,43 +241,39 @@ def test_the_next_stage_counts_its_own_losses():
 
 def test_a_role_that_hangs_is_declared_lost_and_killed():
     clock = Clock()
-    run = machine(clock)
+    run, waits = machine(clock), life.RoleAsked("conductor", answered=False)
     for answered in (True, False):
-        run.handle(life.RolePending("conductor"))
+        run.handle(waits)
         clock.now += HANG_S
-        assert run.handle(life.RolePending("conductor")) == Proceed()
+        assert run.handle(waits) == Proceed()
         if answered:  # late, but in time
-            assert run.handle(life.RoleAnswered("conductor")) == Proceed()
+            assert run.handle(life.RoleAsked("conductor", answered=True)) == Proceed()
             clock.now += 1
     clock.now += 0.1
     words = "the conductor has not answered for 10 s (faults.hang_timeout_s)"
-    assert run.handle(life.RolePending("conductor")) == life.DeclareLost(
-        "conductor", Stopped(words, Cause.LOST), kill=True
-    )
+    assert run.handle(waits) == life.DeclareLost("conductor", Stopped(words, Cause.LOST), kill=True)
 
 
 def test_a_silent_role_is_declared_lost_unless_its_reason_arrives():
     clock = Clock()
     run = machine(clock)
     for silent in (True, True, False, True, True):
-        assert run.handle(life.RoleAnswered("conductor", silent)) == Proceed()
+        assert run.handle(life.RoleAsked("conductor", True, silent)) == Proceed()
         clock.now += 1.5
     clock.now += 0.1
     words = "the conductor has stopped, and its reason was lost with the log's writer"
-    assert run.handle(life.RoleAnswered("conductor", True)) == life.DeclareLost(
-        "conductor", Stopped(words, Cause.LOST), kill=False
-    )
+    declared = life.DeclareLost("conductor", Stopped(words, Cause.LOST), kill=False)
+    assert run.handle(life.RoleAsked("conductor", True, True)) == declared
 
 
 def test_new_roles_begin_with_a_clean_slate():
     clock = Clock()
-    run = machine(clock)
-    run.handle(life.StageBegan("rl"))
-    run.handle(life.RolePending("conductor"))
+    run, waits = machine(clock), life.RoleAsked("conductor", answered=False)
+    run.handle(life.AttemptBegan("rl"))
+    run.handle(waits)
     run.handle(life.RolesLost("it is lost"))
     clock.now += 2 * HANG_S
-    run.handle(life.Replaced())
-    assert run.handle(life.RolePending("conductor")) == Proceed()
+    assert run.handle(waits) == Proceed()
 
 
 # -- a signal -------------------------------------------------------------------------------
@@ -305,7 +282,7 @@ def test_new_roles_begin_with_a_clean_slate():
 def test_a_run_that_is_asked_to_leave_saves_within_its_grace():
     clock = Clock()
     run = machine(clock)
-    run.handle(life.StageBegan("rl"))
+    run.handle(life.AttemptBegan("rl"))
     asked, reason = life.LeaveAsked("SIGTERM", clock(), can_save=True), life.leave_reason("SIGTERM")
     assert run.handle(asked) == life.AskToSave(reason)
     clock.now += GRACE_S
@@ -322,9 +299,9 @@ def test_a_stage_that_cannot_save_is_left_at_once():
 @pytest.mark.parametrize(
     "event, reason",
     [
-        (stopped("the loop said so", Cause.ENDED), "the loop said so"),
+        (Stopped("the loop said so"), "the loop said so"),
         (LOST, life.leave_reason("SIGTERM")),
-        (stopped("no memory", Cause.OUT_OF_MEMORY), life.leave_reason("SIGTERM")),
+        (NO_MEMORY, life.leave_reason("SIGTERM")),
         (life.RolesLost("gone"), life.leave_reason("SIGTERM")),
         (FAILED, life.leave_reason("SIGTERM")),
     ],
