@@ -112,6 +112,8 @@ class Driver:
                 assert isinstance(action, End)
             if not isinstance(action, life.DeclareLost):
                 return
+        if isinstance(event, (Stopped, life.RanksFailed)):
+            assert isinstance(after, (life.Between, life.Ended)), "the attempt is over"
         if event == NO_MEMORY:
             assert action == life.GoOn(NO_MEMORY.reason, smaller=True)
         elif isinstance(event, life.RanksFailed) and isinstance(before, life.Running):
