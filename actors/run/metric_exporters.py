@@ -29,7 +29,7 @@ class RayMetrics:
         self.run, self.headline_steps = run, headline_steps
         self.made: dict[str, Any] = {}
         self.sums: dict[tuple, float] = {}
-        self.told: dict[tuple, float] = {}
+        self.totals: dict[tuple, float] = {}
         self._tell(zeros())
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
@@ -50,8 +50,8 @@ class RayMetrics:
     def _sum(self, o: Observation) -> float:
         """The sum of a counter. The total of an actor that was restarted begins at 0 again, and is added to the sum."""
         key = (o.metric.name, o.stage, o.part)
-        before = self.told.get(key, 0.0) if o.metric.total else 0.0
-        self.told[key] = o.value
+        before = self.totals.get(key, 0.0) if o.metric.total else 0.0
+        self.totals[key] = o.value
         self.sums[key] = self.sums.get(key, 0.0) + (o.value - before if o.value >= before else o.value)
         return self.sums[key]
 
