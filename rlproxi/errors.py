@@ -15,9 +15,6 @@ class RunStopped(RuntimeError):
     """The run ended itself, with a reason for the user."""
 
 
-#: The kind of a stop (see ``actors.run.log_writer``) that ``is_out_of_memory`` explains.
-OUT_OF_MEMORY = "out_of_memory"
-
 #: What torch says in a plain RuntimeError: its CPU allocators (Linux, Windows), other devices and cuBLAS.
 _WORDS = ("can't allocate memory", "not enough memory", "out of memory", "cublas_status_alloc_failed")
 

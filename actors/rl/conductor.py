@@ -19,6 +19,7 @@ from .messages import Answer, Trained
 from .observer import Observer
 from .pool import RolloutPool
 from .rollout_actor import RolloutActor
+from .stops import Cause
 
 
 # Every rank of the learner waits in a call of its own. The first rank's commit must get through meanwhile: without it
@@ -89,10 +90,10 @@ class Conductor:
         if self.loop is not None:
             await self.loop.leave(reason)
 
-    async def stop(self, reason: str, kind: str = "") -> None:
+    async def stop(self, reason: str, cause: Cause = Cause.ENDED) -> None:
         """See ``Loop.stop``."""
         if self.loop is not None:
-            await self.loop.stop(reason, kind)
+            await self.loop.stop(reason, cause)
 
     async def close(self) -> None:
         """End the loop and the rollout actors."""

@@ -31,7 +31,7 @@ from .messages import Answer, Dispatched, Ended, Leave, Lost, Ready, Sampled, Sc
 from .observer import Observer
 from .pool import RolloutPool
 from .staleness import Ledger, StalenessPolicy, Stamp
-from .stops import LOST, OUT_OF_MEMORY
+from .stops import Cause
 
 
 class Loop:
@@ -204,15 +204,15 @@ class Loop:
             self.leaving = True
             self._mark_stopped(reason)
 
-    async def stop(self, reason: str, kind: str = "") -> None:
-        """End the run with a message for the user (``kind``: see Scribe). Ranks get no incomplete batch from now on."""
+    async def stop(self, reason: str, cause: Cause = Cause.ENDED) -> None:
+        """End the run with a message for the user. Ranks get no incomplete batch from now on."""
         async with self.changed:
-            self._mark_stopped(reason, kind)
+            self._mark_stopped(reason, cause)
 
-    def _mark_stopped(self, reason: str, kind: str = "") -> None:
-        if self.stopped is None:  # told once: a later fault must not end what the driver may have started again
-            self.stopped, self.lost = reason, kind == LOST
-            self.scribe.stop.remote(reason, kind)
+    def _mark_stopped(self, reason: str, cause: Cause = Cause.ENDED) -> None:
+        if self.stopped is None:  # reported once: a later fault must not end what the driver may have started again
+            self.stopped, self.lost = reason, cause is Cause.LOST
+            self.scribe.stop.remote(reason, cause)
             self.changed.notify_all()  # so the caller holds the lock
 
     async def close(self) -> None:
@@ -241,9 +241,9 @@ class Loop:
             if attempt != self.ledger.attempt:
                 return  # an error of work that was dropped
             if is_out_of_memory(error):
-                await self.stop(f"out of memory: {getattr(error, 'cause', None) or error}", OUT_OF_MEMORY)
+                await self.stop(f"out of memory: {getattr(error, 'cause', None) or error}", Cause.OUT_OF_MEMORY)
             elif isinstance(error, RayActorError):  # rollout actors are asked again, so it was the weight store
-                await self.stop(f"the weight store is lost ({' '.join(str(error).split())[:200]})", LOST)
+                await self.stop(f"the weight store is lost ({' '.join(str(error).split())[:200]})", Cause.LOST)
             else:
                 await self.stop(f"{type(error).__name__}: {error}")
 

@@ -1,13 +1,47 @@
-"""The kinds of a stop that the driver knows a remedy for (see ``Scribe.stop``); every other ends the run."""
+"""Why a run stops: what roles, ranks and driver tell each other. Imports nothing of the project."""
 
-from rlproxi.errors import OUT_OF_MEMORY
+from __future__ import annotations
 
-#: An actor that the run cannot do without has died or hangs: new ones go on from the last checkpoint.
-LOST = "lost"
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Cause(str, Enum):
+    """What kind of stop it is, which decides what the driver does next (``actors.run.lifecycle``)."""
+
+    #: Nothing can be done: the run ends with the reason.
+    ENDED = ""
+    #: The conductor or the weight store died or hangs: new ones go on from the last checkpoint.
+    LOST = "lost"
+    #: A forward did not fit into memory: the stage goes on with smaller micro-batches.
+    OUT_OF_MEMORY = "out_of_memory"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A stop of the run. ``reason``: a message for the user."""
+
+    reason: str
+    cause: Cause = Cause.ENDED
 
 
 class RoleLost(RuntimeError):
-    """What a learner's rank fails with where it is told so: Ray Train starts it again, and it goes on with new ones."""
+    """A rank fails with this when a role is lost: Ray Train restarts the rank, which then finds the new role."""
 
 
-__all__ = ["LOST", "OUT_OF_MEMORY", "RoleLost"]
+class Overdue:
+    """Tells when a condition has held for longer than ``limit_s`` seconds without a break."""
+
+    def __init__(self, limit_s: float, clock: Callable[[], float] = time.monotonic):
+        self.limit_s, self.clock = limit_s, clock
+        self.since: float | None = None
+
+    def __call__(self, holds: bool) -> bool:
+        """Takes whether the condition holds now; returns whether it has held for too long."""
+        if not holds:
+            self.since = None
+        elif self.since is None:
+            self.since = self.clock()
+        return self.since is not None and self.clock() - self.since > self.limit_s

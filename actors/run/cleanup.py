@@ -1,9 +1,10 @@
-"""What a run leaves behind in a cluster when it is killed, and who clears it up."""
+"""Clears up what a run would leave in a cluster when it is killed."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -12,26 +13,26 @@ from ..cluster.join import beside_driver
 
 
 @ray.remote(num_cpus=0)
-class Caretaker:
-    """Outlives its run. Ray ends a dead driver's actors; Serve's replicas, and what was asked of the autoscaler, would
-    stay.
+class Cleanup:
+    """Outlives its run. Ray ends a dead driver's actors; Serve's replicas and requests to the autoscaler would stay.
 
-    Looks every second whether the run's scribe, which dies with the driver, is still there; clears up once it is not.
+    Looks every second whether the run-log actor, which dies with the driver, is still there; clears up once it is not.
     """
 
-    async def watch(self, scribe: Any, apps: list[str], asked: bool) -> None:
+    async def watch(self, scribe: Any, apps: Sequence[str], asked: bool) -> None:
+        """Waits for the end of the run; see ``start``."""
         from ray.exceptions import RayActorError
 
         while True:
             try:
-                await scribe.stop_reason.remote()
+                await scribe.stop_state.remote()
             except RayActorError:
                 break
             await asyncio.sleep(1.0)
         await asyncio.to_thread(self._clear, apps, asked)
         ray.actor.exit_actor()
 
-    def _clear(self, apps: list[str], asked: bool) -> None:
+    def _clear(self, apps: Sequence[str], asked: bool) -> None:
         from ray import serve
 
         from ..cluster.join import request
@@ -44,12 +45,15 @@ class Caretaker:
                 serve.delete(app, _blocking=False)
 
 
-def start(scribe: Any, apps: list[str], asked: bool) -> Any:
-    """A caretaker for the run of ``scribe``; kill it once the run has cleared up by itself.
+def start(scribe: Any, apps: Sequence[str], asked: bool) -> Any:
+    """The cleanup actor of a run; kill it once the run has cleared up by itself.
 
     Args:
-        apps: names of the run's Serve applications. asked: whether the run asks the autoscaler for nodes.
+        scribe: the run-log actor.
+        apps: names of the run's Serve applications.
+        asked: whether the run asks the autoscaler for nodes.
     """
-    caretaker = Caretaker.options(name=f"caretaker-{uuid.uuid4().hex}", lifetime="detached", **beside_driver()).remote()
-    caretaker.watch.remote(scribe, apps, asked)
-    return caretaker
+    actor: Any = Cleanup
+    cleanup = actor.options(name=f"cleanup-{uuid.uuid4().hex}", lifetime="detached", **beside_driver()).remote()
+    cleanup.watch.remote(scribe, apps, asked)
+    return cleanup

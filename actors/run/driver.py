@@ -10,17 +10,17 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import RayActorError, RayError
 
 from rlproxi.algorithms.rollout import flatten
 from rlproxi.config.loading import Config, dump_config, smaller_micro_batch
 from rlproxi.config.sections import STAGES
-from rlproxi.errors import ConfigError, RunStopped
+from rlproxi.errors import RunStopped
 from rlproxi.files import write_json
 from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import trainable, training_form
@@ -29,65 +29,72 @@ from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.runlog import RunLog, last_step, read
 
 from ..cluster import join as cluster
-from ..rewards.service import app_names, deploy, withdraw
-from ..rl.conductor import Conductor
-from ..rl.stops import LOST, OUT_OF_MEMORY
-from ..rl.weights import WeightStore
-from ..train.jobs import LearnerSetup, PretrainSetup, RanksFailed, pretrain, train
-from . import cleanup as caretaker
-from .log_writer import Scribe
-from .supervisor import Leaving, Watch
+from ..rewards.service import app_names
+from ..rl.stops import Cause, Stop
+from ..train.jobs import RanksFailed, pretrain, train
+from ..train.setups import LearnerSetup, PretrainSetup
+from . import cleanup
+from . import lifecycle as life
+from .actors import RunActors
+from .log_writer import RunLogWriter
+from .prepare import needs, prepare, pretrain_start, rl_start
+from .supervisor import Roles, Signals, Supervisor
 
 
 class Driver:
     """Runs the stages of ``config`` that are not done yet in ``run_dir``."""
 
     def __init__(self, config: Config, run_dir: Path):
-        self.run_dir = run_dir.resolve()
-        self.files = RunDirectory(self.run_dir)
+        self.config, self.run_dir = config, run_dir.resolve()
         self.start = time.time()
-        self.apps: dict[str, str] = {}
-        self.conductor = self.store = None
-        self._take(config)
-
-    def _take(self, config: Config) -> None:
-        """The run's config from here on: in its directory as it was given, in here with every path."""
-        dump_config(config, self.files.config)
-        self.given, self.config = config, with_paths(config, self.run_dir)
+        self.files = RunDirectory(self.run_dir)
+        dump_config(config, self.files.config)  # the run-log actor and the live page read it
 
     def run(self) -> None:
-        """All stages that are configured and not done yet."""
+        """Runs all stages that are configured and not done yet.
+
+        Raises RunStopped or ConfigError with the reason where it cannot go on.
+        """
         print(f"\nrun directory  {self.run_dir}")
         how = cluster.connect()
-        cluster.check_size(self.config)
+        cluster.check_size(with_paths(self.config, self.run_dir))
         print(f"ray            {how}")
-        self.page = self._show_page()
-        self.scribe = Scribe.options(**cluster.beside_driver()).remote(str(self.run_dir))
-        self.capacity = cluster.Capacity(self.config)
-        names = [*app_names(self.config.rewards, self.run_dir.name).values()]
-        # Where Ray lives on after the run, somebody has to clear up when the run cannot.
-        self.caretaker = caretaker.start(self.scribe, names, self.capacity.on) if how == "joined" else None
-        done = {r["name"] for r in read(self.run_dir) if r["event"] == "stage" and r["status"] == "done"}
-        try:
-            with Leaving(self.config.faults.grace_s) as self.leaving:
+        with contextlib.ExitStack() as opened:  # closed in the reverse order
+            stages = self._open(opened, joined=how == "joined")
+            done = {r["name"] for r in read(self.run_dir) if r["event"] == "stage" and r["status"] == "done"}
+            with stages.signals:
                 for stage in STAGES:
-                    if stage in self.config.run.stages and stage not in done and (stage != "encode" or self._cache()):
-                        self._stage(stage)
-        finally:
-            self._close()
-        self._print_result()
+                    if stage in self.config.run.stages and stage not in done and (stage != "encode" or stages.cache):
+                        stages.run(stage)
+        self._print_result(stages.config)
 
-    def _show_page(self):
+    def _open(self, opened: contextlib.ExitStack, joined: bool) -> Stages:
+        """Starts what surrounds the stages: live page, log, and a cleanup actor where Ray lives on after the run."""
+        page = self._show_page()
+        if page is not None:
+            opened.callback(page.close)  # last: what has just been logged is still shown
+        actor: Any = RunLogWriter
+        scribe = actor.options(**cluster.beside_driver()).remote(str(self.run_dir))
+        opened.callback(_close_log, scribe)
+        stages = Stages(self.config, self.run_dir, scribe)
+        if joined:
+            names = [*app_names(self.config.rewards, self.run_dir.name).values()]
+            opened.callback(ray.kill, cleanup.start(scribe, names, stages.capacity.on))
+        opened.callback(stages.close)
+        return stages
+
+    def _show_page(self) -> Any:
         """The live page beside the run; None where it is turned off or cannot be had, which ends no run."""
         from rlproxi.dashboard.process import PageProcess
 
         t = self.config.telemetry
+        if not t.dashboard:
+            return None
         try:
-            page = PageProcess(self.run_dir, t.dashboard_host, t.dashboard_port, self._warn) if t.dashboard else None
+            page = PageProcess(self.run_dir, t.dashboard_host, t.dashboard_port, self._warn)
         except (OSError, RuntimeError) as error:
             return self._warn(f"no live page: {error}")
-        if page:
-            print(f"dashboard      {page.url}", flush=True)
+        print(f"dashboard      {page.url}", flush=True)
         return page
 
     def _warn(self, message: str) -> None:
@@ -95,45 +102,98 @@ class Driver:
         with RunLog(self.run_dir) as log:
             log.append("warning", message=message)
 
-    def _stage(self, stage: str) -> None:
+    def _print_result(self, config: Config) -> None:
+        from ..cluster.advice import describe, measured
+
+        if self.files.report.is_file():
+            print(f"\nreport         {self.files.report}")
+        file = self.files.summary
+        heldout = json.loads(file.read_text()).get("heldout", {}) if file.is_file() else {}
+        before, after = heldout.get("before"), heldout.get("after")
+        if after is not None:
+            print(f"held-out judge {'not evaluated' if before is None else f'{before:.3f}'} -> {after:.3f}")
+        alarms = [r for r in read(self.run_dir) if r["event"] == "alarm"]
+        if alarms:
+            best = alarms[-1]["best"]
+            where = self.files.best if best else self.files.pretrained
+            print(f"ALARM          {alarms[-1]['message']}")
+            print(f"               the best model, of iteration {best}: {where}")
+        advice = measured(self.run_dir, config)
+        print("\n".join([*(describe(advice) if advice else []), f"total          {time.time() - self.start:.0f} s"]))
+
+
+def _close_log(scribe: Any) -> None:
+    with contextlib.suppress(RayError):  # its exporters may hold records back; a fault there ends no run
+        ray.get(scribe.close.remote(), timeout=30)
+    ray.kill(scribe)
+
+
+class Stages:
+    """The stages of a run, each a method named after it, and what they share.
+
+    Args:
+        config: as the user gave it; ``self.config`` has every path filled in.
+        run_dir: absolute.
+        scribe: the run-log actor.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, scribe: Any):
+        self.run_dir, self.files, self.scribe = run_dir, RunDirectory(run_dir), scribe
+        self.given, self.config = config, with_paths(config, run_dir)
+        self.capacity = cluster.Capacity(self.config)
+        self.actors = RunActors(run_dir, scribe)
+        self.signals = Signals(config.faults.grace_s)
+        self.lifecycle = life.Lifecycle(config.faults, config.learner.max_failures)
+
+    def run(self, stage: str) -> None:
+        """Runs one stage, once the cluster has a place for it, and logs its begin and end."""
         self.capacity.hold(stage)
         begun = time.time()
         ray.get(self.scribe.append.remote("stage", {"name": stage, "status": "start"}))
-        getattr(self, f"_{stage}")()
+        getattr(self, stage)()
         seconds = time.time() - begun
         ray.get(self.scribe.append.remote("stage", {"name": stage, "status": "done", "seconds": seconds}))
         print(f"{stage:<14} done in {seconds:.0f} s")
 
+    def close(self) -> None:
+        """Ends the run's actors, takes its rewards down and asks the autoscaler for nothing any more."""
+        self.actors.withdraw_rewards()
+        self.actors.close()
+        self.capacity.give_back()
+
+    @property
+    def cache(self) -> str | None:
+        """The folder of the encoded shards; None for the embedded portraits."""
+        folder = cache_folder(self.config, self.run_dir)
+        return None if folder is None else str(folder)
+
     # -- the stages -----------------------------------------------------------------------
 
-    def _curate(self) -> None:
+    def curate(self) -> None:
+        """Filters and rewrites raw shards."""
         from ..data.curator import curate
 
-        told = self._watch(
+        counts = self._watch(
             lambda: curate(self.config, self.run_dir, self.scribe), [("curate/examine", 100), ("curate/write", 100)]
         )
-        print(f"               {told['kept']} of {told['samples']} samples kept")
+        print(f"               {counts['kept']} of {counts['samples']} samples kept")
 
-    def _encode(self) -> None:
+    def encode(self) -> None:
+        """Encodes shards into the cache."""
         from rlproxi.data.shards import list_shards
 
         from ..data.encoder import encode
 
-        parts = ModelFolder.of(self.config)
-        told = self._watch(
-            lambda: encode(
-                self.config,
-                Path(self._cache()),
-                str(parts.path) if parts is not None and parts.has_vae else None,
-                self.scribe,
-            ),
+        parts, cache = ModelFolder.of(self.config), Path(self.cache or "")
+        vae_folder = str(parts.path) if parts is not None and parts.has_vae else None
+        counts = self._watch(
+            lambda: encode(self.config, cache, vae_folder, self.scribe),
             [("encode", len(list_shards(self.config.data.urls)))],
         )
-        print(f"               {told['samples']} samples, {told['skipped']} skipped {told['reasons'] or ''}")
+        print(f"               {counts['samples']} samples, {counts['skipped']} skipped {counts['reasons'] or ''}")
 
-    def _prepare(self) -> None:
-        from .prepare import needs, prepare
-
+    def prepare(self) -> None:
+        """Trains the text encoder and the classifiers that the run needs."""
         p = self.config.prepare
         bars = [
             (f"prepare/{name}", p.text_steps if name == "text" else p.classifier_steps) for name in needs(self.config)
@@ -142,292 +202,166 @@ class Driver:
         for name, accuracy in accuracies.items():
             print(f"               {name} classifier: {accuracy:.3f} of attributes right on fresh portraits")
 
-    def _pretrain(self) -> None:
-        start = str(self._pretrain_start())
-        self._until_it_stands(
-            "pretrain",
-            lambda: self._watch(
-                lambda: pretrain(PretrainSetup(self.config, str(self.run_dir), start, self.scribe, self._cache())),
-                [("pretrain", self.config.pretrain.steps)],
-                "loss",
-            ),
-        )
+    def pretrain(self) -> None:
+        """Pre-trains, which writes models/pretrained."""
+        start = str(pretrain_start(self.config, self.run_dir, self.cache))
 
-    def _before(self) -> None:
-        self._evaluate("before", self._start_model(), 0)
+        def work() -> None:
+            setup = PretrainSetup(self.config, str(self.run_dir), start, self.scribe, self.cache)
+            self._watch(lambda: pretrain(setup), [("pretrain", self.config.pretrain.steps)], "loss")
 
-    def _rl(self) -> None:
-        model = self._start_model()
+        self.until_done("pretrain", work)
 
-        def replace(reason: str) -> dict[str, Any]:
-            """New roles while Ray Train starts the ranks again; those wait for them."""
-            self.replaced = True
-            while True:
-                self._count_lost("rl", reason)
-                self._close_system()
-                try:
-                    self._system(model)
-                    break
-                except RayActorError as error:  # it has died in its turn
-                    reason = _of_lost(error)
-            # Last: until then the ranks' own word that a role is lost may still be on its way.
-            ray.get(self.scribe.clear_stop.remote())
-            return self._roles()
+    def before(self) -> None:
+        """Evaluates the policy that RL starts from."""
+        self._evaluate("before", rl_start(self.config, self.run_dir), 0)
+
+    def rl(self) -> None:
+        """Trains by reward, which writes models/final."""
+        model = rl_start(self.config, self.run_dir)
 
         def learn() -> None:
-            self._system(model)
-            setup = LearnerSetup(self.config, str(self.run_dir), str(model), self._names(), self.scribe)
+            self.actors.start(self.config, model)
+            setup = LearnerSetup(self.config, str(self.run_dir), str(model), self.actors.names, self.scribe)
             self._watch(
-                lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean", saves=True, replace=replace
+                lambda: train(setup),
+                [("rl", self.config.rl.steps)],
+                "reward/mean",
+                replace=lambda reason: self._replace_roles(model, reason),
             )
             if not self.files.final.is_dir():
                 raise RunStopped("rl ended without models/final; go on with --resume")
 
-        self._until_it_stands("rl", learn)
+        self.until_done("rl", learn)
 
-    def _after(self) -> None:
+    def after(self) -> None:
+        """Evaluates the trained policy, or the starting one where RL saved none."""
         final = self.files.final
         trained = last_step(read(self.run_dir), "rl") or 0  # fewer than the config's after an early end
-        self._evaluate("after", final if final.is_dir() else self._start_model(), trained)
+        self._evaluate("after", final if final.is_dir() else rl_start(self.config, self.run_dir), trained)
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Writes summary.json and report.html."""
         from rlproxi.pages.report import write_report
         from rlproxi.pages.summary import summary
 
         write_json(self.files.summary, summary(self.run_dir, self.config))
         write_report(self.run_dir)
 
-    # -- what stages start from -------------------------------------------------------------
-
-    def _pretrain_start(self) -> Path:
-        """What pre-training starts from: ``model.init``, else a new network, made once as models/start."""
-        from .prepare import start_model
-
-        if self.config.model.init:
-            return self._without_adapters(_model_folder(self.config.model.init))
-        own = self.files.start
-        return own if own.is_dir() else start_model(self.config, self.run_dir, self._cache())
-
-    def _cache(self) -> str | None:
-        """The folder of the encoded shards; None for the embedded portraits."""
-        folder = cache_folder(self.config, self.run_dir)
-        return None if folder is None else str(folder)
-
-    def _start_model(self) -> Path:
-        """What RL starts from: this run's pre-training, else ``model.init``."""
-        own = self.files.pretrained
-        if own.is_dir():
-            return self._without_adapters(own)
-        if self.config.model.init:
-            return self._without_adapters(_model_folder(self.config.model.init))
-        raise ConfigError(
-            f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to "
-            "run.stages or name a model folder with model.init"
-        )
-
-    def _without_adapters(self, folder: Path) -> Path:
-        """``folder``, or, where it holds adapters and new ones are to be trained, a merged copy: they are its base."""
-        if self.config.model.lora is None or not (folder / "lora").is_dir():
-            return folder
-        merged = self.files.merged(folder.name)
-        if not merged.is_dir():
-            from rlproxi.models.pipeline import TextToImage
-
-            TextToImage.from_pretrained(folder).merged().save_pretrained(merged)
-        return merged
-
-    # -- the actors of before, rl and after ---------------------------------------------------
-
-    def _system(self, model: Path) -> tuple[Any, Any]:
-        """Conductor and weight store, with rewards and rollout actors behind them; made once for before, rl and after."""
-        if self.conductor is None:
-            # Rollout actors load the model while the rewards are deployed.
-            conductor, store = self._names()
-            self.store = self._named(WeightStore, store, keep=self.config.rl.max_staleness + 2)
-            self.conductor = self._named(
-                Conductor, conductor, self.config, str(self.run_dir), str(model), self.scribe, self.store
-            )
-            try:
-                c = self.config
-                self.apps = self.apps or deploy(
-                    c.rewards, self.run_dir.name, c.resources.placement, c.faults.hang_timeout_s
-                )
-            except (ValueError, FileNotFoundError, RuntimeError) as error:
-                raise ConfigError(f"rewards: {error}") from None
-            ray.get(self.conductor.connect.remote(self.apps))
-        return self.conductor, self.store
-
-    def _names(self) -> tuple[str, str]:
-        """Those by which the learner's ranks find conductor and weight store."""
-        return f"{self.run_dir.name} conductor", f"{self.run_dir.name} weights"
-
-    def _named(self, kind: Any, name: str, *arguments: Any, **more: Any) -> Any:
-        """An actor with a name, on this node; waits where one that was killed still has it."""
-        given_up = time.monotonic() + 60
-        while True:
-            try:
-                return kind.options(name=name, **cluster.beside_driver()).remote(*arguments, **more)
-            except ValueError:
-                if time.monotonic() > given_up:
-                    raise
-                time.sleep(0.1)
-
-    def _roles(self) -> dict[str, Any]:
-        return {"conductor": self.conductor, "weight store": self.store} if self.conductor is not None else {}
-
-    def _well(self) -> bool:
-        """Whether conductor and weight store are there and can go on."""
-        try:
-            return bool(self._roles()) and all(
-                ray.get([role.alive.remote() for role in self._roles().values()], timeout=10)
-            )
-        except (RayActorError, GetTimeoutError):
-            return False
-
     def _evaluate(self, tag: str, model: Path, version: int) -> None:
-        def work() -> dict:
-            conductor, store = self._system(self._start_model())
-            ray.get(store.publish.remote(version, flatten(trainable(training_form(model, self.config, "rl")))))
+        def work() -> dict[str, Any]:
+            self.actors.start(self.config, rl_start(self.config, self.run_dir))
+            weights = flatten(trainable(training_form(model, self.config, "rl")))
+            ray.get(self.actors.store.publish.remote(version, weights))
             steps = sorted({*self.config.evaluate.steps, self.config.sampler.num_inference_steps})
+            conductor = self.actors.conductor
             return self._watch(lambda: ray.get(conductor.evaluate.remote(tag, steps, version)))
 
-        for count, entry in self._until_it_stands(tag, work)["by_steps"].items():
-            told = ", ".join(
+        for count, entry in self.until_done(tag, work)["by_steps"].items():
+            scores = ", ".join(
                 f"{name} {x['mean']:.3f} ± {x['sem']:.3f}" if x["mean"] is not None else f"{name} no score"
                 for name, x in [*entry["heldout"].items(), *entry["train"].items()]
             )
             far = f", distance {entry['distance']['total']:.3f}" if "distance" in entry else ""
-            print(f"               {tag} RL, {count:>3} steps: {told}, diversity {entry['diversity']:.3f}{far}")
+            print(f"               {tag} RL, {count:>3} steps: {scores}, diversity {entry['diversity']:.3f}{far}")
 
-    def _close_system(self) -> None:
-        """Ends conductor, rollout actors and weight store, whatever state they are in; the rewards stay."""
-        if self.conductor is not None:
-            with contextlib.suppress(RayError):  # it may be what is lost: then its actors have gone with it
-                ray.get(self.conductor.close.remote(), timeout=10)
-            ray.kill(self.conductor)
-            ray.kill(self.store)
-            self.conductor = self.store = None
-
-    # -- around them ----------------------------------------------------------------------
+    # -- attempts ---------------------------------------------------------------------------
 
     def _watch(
         self,
         work: Callable[[], Any],
-        bars: list[tuple[str, int]] = [],
+        bars: Sequence[tuple[str, int]] = (),
         shown: str | None = None,
-        saves: bool = False,
-        replace: Callable[[str], dict[str, Any]] | None = None,
+        replace: Callable[[str], Roles] | None = None,
     ) -> Any:
-        watch = Watch(self.scribe, self._roles(), self.config.faults.hang_timeout_s, self.leaving, saves, replace)
-        return watch.over(work, bars, shown)
+        supervisor = Supervisor(self.scribe, self.actors.handles(), self.lifecycle, self.signals, replace)
+        return supervisor.watch(work, bars, shown)
 
-    def _until_it_stands(self, stage: str, work: Callable[[], Any]) -> Any:
-        """Runs ``work``; after a stop that has a remedy, with that remedy again from the last checkpoint.
+    def until_done(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Runs ``work``, again after each failure that the lifecycle has a remedy for; returns what it returns.
 
-        Out of memory: with half the micro-batch, until it fits. A lost conductor, weight store or controller of Ray Train: with
-        new ones, ``faults.max_restarts`` times in a row. Ranks that Ray Train gives up: again, unless none of its attempts has
-        reached a new step.
+        Raises RunStopped where there is none.
         """
-        self.lost, self.reached = 0, self._reached(stage)
         while True:
-            kind, failed, before, self.replaced = "", None, self._reached(stage), False
+            self._decide(stage, life.AttemptBegan(stage, self._reached(stage)))
+            event: Stop | life.RanksFailed
+            traceback = ""
             try:
                 return work()
-            except RunStopped as stop:
-                kind, told = ray.get(self.scribe.stop_kind.remote()), str(stop)
+            except RunStopped as error:
+                stop = ray.get(self.scribe.stop_state.remote())
+                event = Stop(str(error), Cause.ENDED if stop is None else stop.cause)
             except RayActorError as error:
-                kind, told = LOST, _of_lost(error)
+                event = _lost(error)
             except RanksFailed as error:
-                failed, told = error, f"{stage}: the learner failed ({error.words})"
-            if kind == OUT_OF_MEMORY:
-                self._warn_aloud(f"{told}: {self._smaller(stage, told)}")
-            elif kind == LOST:
-                self._count_lost(stage, told)
-            elif failed is not None and (self._reached(stage) > before or self.replaced):
-                self._warn_aloud(
-                    f"{told}: going on from the last checkpoint, since step {self._reached(stage)} was reached meanwhile"
-                )
-            elif failed is not None:
-                print(failed, file=sys.stderr)  # with the ranks' tracebacks
-                raise RunStopped(
-                    f"{told} in {self.config.learner.max_failures + 1} attempts without a new step after {before} "
-                    "(learner.max_failures); once its cause is mended, go on with --resume"
-                ) from None
-            else:
-                raise RunStopped(told)
-            if kind == OUT_OF_MEMORY or not self._well():
-                self._close_system()  # first: a stop that is still on its way must not meet the stage started again
-            ray.get(self.scribe.clear_stop.remote())
+                event, traceback = life.RanksFailed(error.words), str(error)
+            self._remedy(stage, event, traceback)
 
-    def _count_lost(self, stage: str, told: str) -> None:
-        """Warns that a lost role is replaced; RunStopped where that has been done ``faults.max_restarts`` times in a row."""
-        reached = self._reached(stage)
-        if reached > self.reached:  # it stood for a while: what is counted begins anew
-            self.lost, self.reached = 0, reached
-        self.lost += 1
-        if self.lost > self.config.faults.max_restarts:
-            raise RunStopped(told)
-        self._warn_aloud(
-            f"{told}: going on with new ones, from the last checkpoint ({self.lost} of faults.max_restarts)"
-        )
+    def _remedy(self, stage: str, event: Stop | life.RanksFailed, traceback: str) -> None:
+        """Prepares the next attempt. Raises RunStopped where there is none."""
+        try:
+            action = self._decide(stage, event)
+        except RunStopped:
+            if traceback:
+                print(traceback, file=sys.stderr)
+            raise
+        if (isinstance(action, life.GoOn) and action.smaller) or not self.actors.well():
+            self.actors.close()  # first: a stop that is still on its way must not meet the stage started again
+        ray.get(self.scribe.clear_stop.remote())
 
-    def _warn_aloud(self, told: str) -> None:
-        print(f"\n               {told}", flush=True)
-        ray.get(self.scribe.append.remote("warning", {"message": told}))
+    def _replace_roles(self, model: Path, reason: str) -> Roles:
+        """New roles while Ray Train starts the ranks again, which wait for them."""
+        while True:
+            self._decide("rl", life.RolesLost(reason))
+            self.actors.close()
+            try:
+                self.actors.start(self.config, model)
+                break
+            except RayActorError as error:  # a new one has died in its turn
+                reason = _lost(error).reason
+        # Last: until then a rank's report that a role is lost may still be on its way.
+        ray.get(self.scribe.clear_stop.remote())
+        return self.actors.handles()
+
+    def _decide(self, stage: str, event: life.Event) -> life.Action:
+        """What the lifecycle answers to an event, after its warning. Raises RunStopped where it ends the run."""
+        self.lifecycle.handle(life.StepReached(self._reached(stage)))
+        action = self.lifecycle.handle(event)
+        if isinstance(action, life.End):
+            raise RunStopped(action.reason)
+        if isinstance(action, life.GoOn):
+            smaller = f": {self._halve_micro_batch(stage, action.warning)}" if action.smaller else ""
+            self._warn(f"{action.warning}{smaller}")
+        return action
+
+    def _warn(self, message: str) -> None:
+        print(f"\n               {message}", flush=True)
+        ray.get(self.scribe.append.remote("warning", {"message": message}))
 
     def _reached(self, stage: str) -> int:
-        """The largest step that the stage has ever logged, dropped since or not."""
+        """The largest step that the stage has ever logged, whether a restart went behind it or not."""
         return max(
             (r["step"] for r in read(self.run_dir) if r["event"] == "metrics" and r["stage"] == stage), default=0
         )
 
-    def _smaller(self, stage: str, told: str) -> str:
-        """Takes half the micro-batch; raises RunStopped where there is none."""
+    def _halve_micro_batch(self, stage: str, reason: str) -> str:
+        """Takes half the micro-batch and says so; raises RunStopped where there is none."""
         smaller = smaller_micro_batch(self.given, stage)
         if smaller is None:
-            raise RunStopped(
-                f"{told}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
+            words = (
+                f"{reason}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
                 "model.lora, a higher learner.zero_stage, or a smaller group_size"
-            ) from None
+            )
+            self.lifecycle.handle(Stop(words))
+            raise RunStopped(words)
         words = f"going on with {_micro_batch(smaller, stage)} (was {_micro_batch(self.given, stage)})"
-        self._take(smaller)
+        self.given, self.config = smaller, with_paths(smaller, self.run_dir)
+        dump_config(smaller, self.files.config)
         return words
 
-    def _print_result(self) -> None:
-        from ..cluster.advice import describe, measured
 
-        if self.files.report.is_file():
-            print(f"\nreport         {self.files.report}")
-        final = json.loads(self.files.summary.read_text()) if self.files.summary.is_file() else {}
-        before, after = (final.get("heldout", {}).get(when) for when in ("before", "after"))
-        if after is not None:
-            print(f"held-out judge {'not evaluated' if before is None else f'{before:.3f}'} -> {after:.3f}")
-        alarms = [r for r in read(self.run_dir) if r["event"] == "alarm"]
-        if alarms:
-            best = alarms[-1]["best"]
-            where = self.files.best if best else self.files.pretrained
-            print(
-                f"ALARM          {alarms[-1]['message']}\n               the best model, of iteration {best}: {where}"
-            )
-        advice = measured(self.run_dir, self.config)
-        print("\n".join([*(describe(advice) if advice else []), f"total          {time.time() - self.start:.0f} s"]))
-
-    def _close(self) -> None:
-        if self.apps:
-            withdraw(self.apps)
-        self._close_system()
-        self.capacity.give_back()
-        if self.caretaker is not None:
-            ray.kill(self.caretaker)
-        with contextlib.suppress(RayError):  # its exporters may hold records back; a fault there ends no run
-            ray.get(self.scribe.close.remote(), timeout=30)
-        ray.kill(self.scribe)
-        if self.page:  # last: what has just been logged is still shown
-            self.page.close()
-
-
-def _of_lost(error: RayActorError) -> str:
-    return f"an actor of the run is lost ({' '.join(str(error).split())[:200]})"
+def _lost(error: RayActorError) -> Stop:
+    return Stop(f"an actor of the run is lost ({' '.join(str(error).split())[:200]})", Cause.LOST)
 
 
 def _micro_batch(config: Config, stage: str) -> str:
@@ -436,10 +370,3 @@ def _micro_batch(config: Config, stage: str) -> str:
         return f"{config.section}.groups_per_micro_batch={config.rl.groups_per_micro_batch}"
     size = config.pretrain.micro_batch_size or config.pretrain.batch_size // config.resources.learner_workers
     return f"pretrain.micro_batch_size={size}"
-
-
-def _model_folder(path: str) -> Path:
-    try:
-        return ModelFolder.find(path).path
-    except FileNotFoundError as error:
-        raise ConfigError(f"model.init: {error}") from None

@@ -1,8 +1,9 @@
-"""The scribe's exporters: Ray's metrics, and those of ``rlproxi.telemetry.exporters``. A fault in one ends no run."""
+"""The run-log actor's exporters: Ray's metrics and ``rlproxi.telemetry.exporters``. A fault in one ends no run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from rlproxi.telemetry import exporters
 from rlproxi.telemetry.catalogue import Metric, prometheus_name
 from rlproxi.telemetry.observations import Observation, observations, zeros
 
-#: Seconds from 0.1 to 10,000, ten to a power of ten. Ray hands on the middle of a bucket in the place of a value, so
-#: even a mean is only as exact as they are: 12%.
+#: Bounds of a histogram's buckets in seconds, from 0.1 to 10,000, ten to each power of ten. Ray hands on the middle of
+#: a bucket in the place of a value, so that even a mean is only exact to 12%.
 BOUNDARIES = [round(10 ** (i / 10), 3) for i in range(-10, 41)]
 
 
@@ -22,17 +23,18 @@ class RayMetrics:
     """The catalogue's metrics through ``ray.util.metrics``, with the labels run and stage and the metric's own <part>.
 
     A counter is a Ray gauge that holds the sum: Ray's own counters refuse 0, and a series that begins with its first
-    event shows Prometheus no increase. A new scribe counts from 0 again, which PromQL takes for a restart, as it is.
+    event shows Prometheus no increase. A restarted log actor counts from 0 again, which PromQL takes for a restart.
     """
 
     def __init__(self, run: str, headline_steps: int | None = None):
         self.run, self.headline_steps = run, headline_steps
         self.made: dict[str, Any] = {}
         self.sums: dict[tuple, float] = {}
-        self.told: dict[tuple, float] = {}
+        self.totals: dict[tuple, float] = {}
         self._tell(zeros())
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
+        """Takes the numbers of a record."""
         self._tell(observations(event, fields, self.headline_steps))
 
     def close(self) -> None:
@@ -47,10 +49,10 @@ class RayMetrics:
                 self._made(o.metric).set(self._sum(o) if o.metric.kind == "counter" else o.value, labels)
 
     def _sum(self, o: Observation) -> float:
-        """What a counter has come to. One of totals falls back when what counts was restarted: it begins anew."""
+        """The sum of a counter. The total of an actor that was restarted begins at 0 again, and is added to the sum."""
         key = (o.metric.name, o.stage, o.part)
-        before = self.told.get(key, 0.0) if o.metric.total else 0.0
-        self.told[key] = o.value
+        before = self.totals.get(key, 0.0) if o.metric.total else 0.0
+        self.totals[key] = o.value
         self.sums[key] = self.sums.get(key, 0.0) + (o.value - before if o.value >= before else o.value)
         return self.sums[key]
 
@@ -66,7 +68,7 @@ class RayMetrics:
 
 
 class Exporters:
-    """All that the run's config asks for, each on its own: one that fails is dropped, and ``warn`` is told why."""
+    """The exporters that the run's config names. One that fails is dropped, and ``warn`` takes the reason."""
 
     def __init__(self, run_dir: str, warn: Callable[[str], None]):
         self.warn = warn
@@ -76,8 +78,8 @@ class Exporters:
     def _open(self, run_dir: Path) -> None:
         file = RunDirectory(run_dir).config
         if not file.is_file():
-            return  # no run: a part of one that works by itself
-        # Read as it is, every key being in it: the schema would bring torch into the scribe's process.
+            return  # a part of a run that works by itself
+        # Read without its schema, which would bring torch into the run-log actor's process.
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         telemetry = config.get("telemetry") or {}
         steps = (config.get("sampler") or {}).get("num_inference_steps")
@@ -89,15 +91,20 @@ class Exporters:
         if telemetry.get("wandb"):
             wanted["W&B"] = lambda: exporters.WeightsAndBiases(run_dir, telemetry["wandb"], config, steps)
         for name, make in wanted.items():
-            self._guard(name, lambda: self.active.update({name: make()}))
+            self._guard(name, partial(self._start, name, make))
+
+    def _start(self, name: str, make: Callable[[], exporters.Exporter]) -> None:
+        self.active[name] = make()
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
-        for name in list(self.active):
-            self._guard(name, lambda: self.active[name].tell(event, fields))
+        """Hands a record on to every exporter."""
+        for name, exporter in list(self.active.items()):
+            self._guard(name, partial(exporter.tell, event, fields))
 
     def close(self) -> None:
+        """Lets every exporter finish its work."""
         for name in list(self.active):
-            self._guard(name, lambda: self.active.pop(name).close())
+            self._guard(name, self.active.pop(name).close)
 
     def _guard(self, name: str, work: Callable[[], None]) -> None:
         try:

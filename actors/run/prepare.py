@@ -1,7 +1,8 @@
-"""The stage ``prepare`` as Ray tasks: text encoder, reward classifier and judge, side by side."""
+"""The stage ``prepare`` as Ray tasks, and the models that the later stages start from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import ray
 
 from rlproxi.algorithms.preparation import train_classifier, train_text_encoder
 from rlproxi.config.loading import Config
+from rlproxi.errors import ConfigError
+from rlproxi.models.folders import ModelFolder
 from rlproxi.rewards import facts
 from rlproxi.run_directory import RunDirectory
 from rlproxi.seeds import Collection
 
 
-def _report(scribe: Any, name: str, total: int):
+def _report(scribe: Any, name: str, total: int) -> Callable[[int, float], None]:
     def progress(step: int, loss: float) -> None:
         if step % 10 == 0 or step == total:
             scribe.append.remote("metrics", {"stage": f"prepare/{name}", "step": step, "loss": loss})
@@ -39,15 +42,17 @@ def _classifier(config: Config, purpose: str, file: str, scribe: Any) -> float:
 
 
 def needs(config: Config) -> list[str]:
-    """What the stage makes for this config, of text, reward and judge: what its network and its scorers lack."""
+    """Which of text, reward and judge the stage trains: what the config's network and scorers lack."""
     used = {facts(r.kind).prepared_as for r in config.rewards.all}
     wanted = [member.name.lower() for member in Collection if member.name.lower() in used]
     return wanted if config.model.init or config.model.encoders else ["text", *wanted]
 
 
 def prepare(config: Config, run_dir: Path, scribe: Any) -> dict[str, float]:
-    """Makes what ``needs`` names: models/text, models/reward.safetensors, models/judge.safetensors; returns the
-    classifiers' accuracies. Blocks."""
+    """Trains what ``needs`` names, side by side; returns the accuracy of each classifier. Blocks.
+
+    Writes models/text, models/reward.safetensors and models/judge.safetensors.
+    """
     files = RunDirectory(run_dir)
     wanted = needs(config)
     text = [_text.remote(config, str(files.text), scribe)] if "text" in wanted else []
@@ -77,9 +82,50 @@ def _start_model(config: Config, folder: str, text_folder: str, cache: str | Non
     )
 
 
-def start_model(config: Config, run_dir: Path, cache: str | None) -> Path:
-    """Makes models/start, a new network with its autoencoder and text encoders as a model folder. Blocks."""
+def pretrain_start(config: Config, run_dir: Path, cache: str | None) -> Path:
+    """The model folder that pre-training starts from: ``model.init``, else models/start, a new network made once.
+
+    ``cache``: the folder of the encoded shards, None for the embedded portraits. Blocks while it makes the network.
+    """
+    if config.model.init:
+        return _without_adapters(_model_folder(config.model.init), config, run_dir)
     folder = RunDirectory(run_dir).start
-    text = config.model.encoders or str(RunDirectory(run_dir).text)
-    ray.get(_start_model.remote(config, str(folder), text, cache))
+    if not folder.is_dir():
+        text = config.model.encoders or str(RunDirectory(run_dir).text)
+        ray.get(_start_model.remote(config, str(folder), text, cache))
     return folder
+
+
+def rl_start(config: Config, run_dir: Path) -> Path:
+    """The model folder that RL starts from: this run's pre-training, else ``model.init``.
+
+    Raises ConfigError where there is neither.
+    """
+    own = RunDirectory(run_dir).pretrained
+    if own.is_dir():
+        return _without_adapters(own, config, run_dir)
+    if config.model.init:
+        return _without_adapters(_model_folder(config.model.init), config, run_dir)
+    raise ConfigError(
+        f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to "
+        "run.stages or name a model folder with model.init"
+    )
+
+
+def _without_adapters(folder: Path, config: Config, run_dir: Path) -> Path:
+    """``folder``; where it holds adapters and new ones are to be trained, a merged copy that is their base."""
+    if config.model.lora is None or not ModelFolder.at(folder).has_adapters:
+        return folder
+    merged = RunDirectory(run_dir).merged(folder.name)
+    if not merged.is_dir():
+        from rlproxi.models.pipeline import TextToImage
+
+        TextToImage.from_pretrained(folder).merged().save_pretrained(merged)
+    return merged
+
+
+def _model_folder(path: str) -> Path:
+    try:
+        return ModelFolder.find(path).path
+    except FileNotFoundError as error:
+        raise ConfigError(f"model.init: {error}") from None

@@ -1,4 +1,4 @@
-"""The driver's eyes on a stage: progress bars, what is said aloud, actors that no longer answer, and signals to end."""
+"""The driver's watch over a stage: progress bars, announcements, actors that do not answer, and signals to end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -15,32 +15,35 @@ from ray.exceptions import RayError
 
 from rlproxi.errors import RunStopped
 
-from ..rl.stops import LOST
+from ..rl.stops import Cause, Stop
+from . import lifecycle as life
 
 #: Seconds between two looks at a stage.
 _EVERY = 0.5
-#: A role's word of why it has stopped may be so late.
-_SILENT_S = 3.0
+
+#: name -> handle of an actor with a method ``alive``.
+Roles = dict[str, Any]
 
 
-class Leaving:
+class Signals:
     """SIGTERM and SIGINT while a run goes on: the first asks it to save and end, a second ends it at once.
 
     A context manager; does nothing outside a process's main thread, where Python allows no handlers.
 
     Args:
-        grace_s: how long the iteration under way and its checkpoint may take, in seconds.
+        grace_s: how long the iteration under way and its checkpoint may take, in seconds, for its message.
     """
 
     def __init__(self, grace_s: float):
         self.grace_s = grace_s
-        self.name: str | None = None  # of the signal
+        self.name: str | None = None  # of the signal that came
         self.since = 0.0
-        self.watched = False  # somebody looks at ``name`` soon
+        self.watched = False  # a supervisor looks at ``name`` soon
+        self.replaced: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Leaving:
-        main = threading.current_thread() is threading.main_thread()
-        self.replaced = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.replaced = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_) -> None:
@@ -52,49 +55,43 @@ class Leaving:
             raise KeyboardInterrupt
         self.name, self.since = signal.Signals(number).name, time.monotonic()
         if not self.watched:
-            raise RunStopped(self.reason)
-        print(
-            f"\n{self.name}: saving a checkpoint, for at most {self.grace_s:g} s (faults.grace_s); once more ends at once",
-            flush=True,
-        )
-
-    @property
-    def reason(self) -> str:
-        return f"asked to end by {self.name}; go on with --resume and the run's directory"
+            raise RunStopped(life.leave_reason(self.name))
+        words = f"saving a checkpoint, for at most {self.grace_s:g} s (faults.grace_s); once more ends at once"
+        print(f"\n{self.name}: {words}", flush=True)
 
 
-class Watch:
-    """Looks after a stage's work while it goes on in a thread.
+class Supervisor:
+    """Watches a stage's work, which runs in a thread, and carries out what the lifecycle decides meanwhile.
 
     Args:
-        scribe: knows the stage's progress and whether the run is to stop.
-        roles: name -> handle of actors with a method ``alive``; one that does not answer for ``hang_timeout_s`` is killed
-            and the stage stopped with the kind ``LOST``.
-        leaving: the signals. saves: the stage writes a checkpoint when the role "conductor" is asked to leave; others are
-            left at once.
-        replace: reason -> new roles; for a stage whose work goes on by itself once lost roles are there again.
+        scribe: the run-log actor.
+        roles: actors that the stage needs; see ``Roles``.
+        replace: reason -> new roles, after a loss; for a stage whose ranks wait for them, and which saves a checkpoint
+            when the role "conductor" is asked to leave. Other stages end when a role is lost, and are left at once.
     """
 
     def __init__(
         self,
         scribe: Any,
-        roles: dict[str, Any],
-        hang_timeout_s: float,
-        leaving: Leaving,
-        saves: bool = False,
-        replace: Callable[[str], dict[str, Any]] | None = None,
+        roles: Roles,
+        lifecycle: life.Lifecycle,
+        signals: Signals,
+        replace: Callable[[str], Roles] | None = None,
     ):
-        self.scribe, self.roles, self.hang_timeout_s = scribe, roles, hang_timeout_s
-        self.leaving, self.saves, self.replace = leaving, saves, replace
-        self.asked: dict[str, tuple[ray.ObjectRef, float]] = {}
-        self.left = False
-        self.silent: dict[str, float] = {}  # role -> since when
+        self.scribe, self.roles, self.lifecycle = scribe, dict(roles), lifecycle
+        self.signals, self.replace = signals, replace
+        self.asked: dict[str, ray.ObjectRef] = {}  # role -> its answer to come
 
-    def over(self, work: Callable[[], Any], bars: list[tuple[str, int]] = [], shown: str | None = None) -> Any:
-        """What ``work`` returns. Prints what is said meanwhile and draws a bar for each (name in the scribe's progress,
-        number of steps), with the metric ``shown`` beside it. Raises what ``work`` raised; RunStopped where the run was
-        stopped or left."""
-        outcome: dict = {}
+    def watch(self, work: Callable[[], Any], bars: Sequence[tuple[str, int]] = (), shown: str | None = None) -> Any:
+        """Returns what ``work`` returns. Prints announcements meanwhile and draws the progress bars.
+
+        Args:
+            bars: (stage in the run log, number of steps) of each bar.
+            shown: the metric beside a bar.
+
+        Raises what ``work`` raised, and RunStopped where the run was stopped or asked to end.
+        """
+        outcome: dict[str, Any] = {}
 
         def target() -> None:
             try:
@@ -103,21 +100,21 @@ class Watch:
                 outcome["error"] = error
 
         thread = threading.Thread(target=target, daemon=True)
-        self.leaving.watched = True
+        self.signals.watched = True
         try:
             thread.start()
             self._until_done(thread, outcome, bars, shown)
         finally:
-            self.leaving.watched = False
-        reason = ray.get(self.scribe.stop_reason.remote())
-        if reason:
-            raise RunStopped(reason)
+            self.signals.watched = False
+        stop = self._stop_state()
+        if stop is not None:
+            raise RunStopped(stop.reason)
         if "error" in outcome:
             raise outcome["error"]
         return outcome.get("value")
 
     def _until_done(
-        self, thread: threading.Thread, outcome: dict, bars: list[tuple[str, int]], shown: str | None
+        self, thread: threading.Thread, outcome: dict[str, Any], bars: Sequence[tuple[str, int]], shown: str | None
     ) -> None:
         from tqdm import tqdm
 
@@ -130,64 +127,65 @@ class Watch:
                     bar.update(newest["step"] - bar.n)
                     if shown and newest.get(shown) is not None:
                         bar.set_postfix_str(f"{shown} {newest[shown]:.4f}")
-            self._relay()
-            self._look_for_hangs()
-            self._replace()
-            self._leave()
-        self._relay()  # what was said last
+            self._print_announcements()
+            for name in list(self.roles):
+                self._look_at(name)
+            self._replace_lost_roles()
+            self._leave_if_asked()
+        self._print_announcements()
         for _, bar in drawn:
             if "error" not in outcome:
-                bar.update(bar.total - bar.n)
+                bar.update((bar.total or 0) - bar.n)
             bar.close()
 
-    def _relay(self) -> None:
-        """Prints what roles said to the user: notes to stdout, warnings to stderr."""
+    def _print_announcements(self) -> None:
+        """Notes go to stdout, warnings to stderr."""
         from tqdm import tqdm
 
-        for event, message in ray.get(self.scribe.hear.remote()):
-            loud = event == "warning"
-            stream = sys.stderr if loud else sys.stdout
-            tqdm.write(f"warning: {message}" if loud else message, file=stream)
+        for event, message in ray.get(self.scribe.take_announcements.remote()):
+            warning = event == "warning"
+            stream = sys.stderr if warning else sys.stdout
+            tqdm.write(f"warning: {message}" if warning else message, file=stream)
             stream.flush()
 
-    def _look_for_hangs(self) -> None:
-        for name, handle in list(self.roles.items()):
-            answer, since = self.asked.get(name) or (handle.alive.remote(), time.monotonic())
-            self.asked[name] = (answer, since)
-            if ray.wait([answer], timeout=0)[0]:
-                del self.asked[name]
-                self._look_for_silence(name, answer)
-            elif time.monotonic() - since > self.hang_timeout_s and not ray.wait([answer], timeout=1)[0]:
-                # Once more before, because it may be this process that stood still.
-                del self.roles[name]
-                told = f"the {name} has not answered for {self.hang_timeout_s:g} s (faults.hang_timeout_s)"
-                ray.get(self.scribe.stop.remote(told, LOST))
-                ray.kill(handle)
+    def _stop_state(self) -> Stop | None:
+        return ray.get(self.scribe.stop_state.remote())
+
+    def _look_at(self, name: str) -> None:
+        """Asks a role whether it is alive, and reports its answer or that there is none yet."""
+        if name not in self.asked:
+            self.asked[name] = self.roles[name].alive.remote()
+        answer = self.asked[name]
+        if not ray.wait([answer], timeout=0)[0]:
+            return self._carry_out(self.lifecycle.handle(life.RoleAsked(name, answered=False)))
+        del self.asked[name]
+        silent = False
+        with contextlib.suppress(RayError):  # that a role is dead is noticed by those who call it
+            silent = not ray.get(answer) and self._stop_state() is None
+        self._carry_out(self.lifecycle.handle(life.RoleAsked(name, True, silent)))
+
+    def _carry_out(self, action: life.Action) -> None:
+        if isinstance(action, life.End):
+            raise RunStopped(action.reason)
+        if isinstance(action, life.AskToSave):
+            self.roles["conductor"].leave.remote(action.reason)
+        elif isinstance(action, life.DeclareLost):
+            # A hang is looked at once more, because it may be this process that stood still.
+            if action.kill and ray.wait([self.asked[action.role]], timeout=1)[0]:
+                return
+            ray.get(self.scribe.stop.remote(action.stop.reason, action.stop.cause))
+            if action.kill:
+                ray.kill(self.roles.pop(action.role))
                 if "conductor" in self.roles:  # ends the wait of the learner, which would not notice
-                    self.roles["conductor"].stop.remote(told, LOST)
+                    self.roles["conductor"].stop.remote(action.stop.reason, action.stop.cause)
 
-    def _look_for_silence(self, name: str, answer: ray.ObjectRef) -> None:
-        """A role that has stopped has told the scribe why; unless that died with what it had been told."""
-        with contextlib.suppress(RayError):  # that it is dead others notice
-            if ray.get(answer) or ray.get(self.scribe.stop_reason.remote()) is not None:
-                self.silent.pop(name, None)
-            elif time.monotonic() - self.silent.setdefault(name, time.monotonic()) > _SILENT_S:
-                ray.get(
-                    self.scribe.stop.remote(f"the {name} has stopped, and why was lost with the log's writer", LOST)
-                )
-
-    def _replace(self) -> None:
-        if self.replace is not None and ray.get(self.scribe.stop_kind.remote()) == LOST:
-            self.roles = self.replace(ray.get(self.scribe.stop_reason.remote()))
+    def _replace_lost_roles(self) -> None:
+        stop = self._stop_state() if self.replace is not None else None
+        if self.replace is not None and stop is not None and stop.cause is Cause.LOST:
+            self.roles = dict(self.replace(stop.reason))
             self.asked.clear()
 
-    def _leave(self) -> None:
-        """Where a signal asked for it: has the conductor end the stage, and gives up waiting after the grace."""
-        if self.leaving.name is None:
-            return
-        conductor = self.roles.get("conductor") if self.saves else None
-        if conductor is None or time.monotonic() - self.leaving.since > self.leaving.grace_s:
-            raise RunStopped(self.leaving.reason)
-        if not self.left:
-            self.left = True
-            conductor.leave.remote(self.leaving.reason)
+    def _leave_if_asked(self) -> None:
+        if self.signals.name is not None:
+            can_save = self.replace is not None and "conductor" in self.roles
+            self._carry_out(self.lifecycle.handle(life.LeaveAsked(self.signals.name, self.signals.since, can_save)))

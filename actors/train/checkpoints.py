@@ -1,10 +1,11 @@
-"""Checkpoints in the run directory: written whole or not at all, checksummed, newest usable one first.
+"""Checkpoint folders in the run directory: written whole or not at all, checksummed, newest usable one first.
 
-Files alone: what is in them is the ranks' affair. Nothing here, and nothing that reads a checkpoint, unpickles.
+Only files: ``saving`` decides what is in them. Nothing here, and nothing that reads a checkpoint, unpickles.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,6 +26,24 @@ MARK = "complete.json"
 #: What a full or failing disk raises; safetensors has an exception of its own for its writes.
 WRITE_ERRORS = (OSError, SafetensorError)
 _THREADS = 8  # hashlib lets go of the interpreter lock
+
+#: [bytes, checksum] of a file, as a list because it is stored as JSON.
+Seal = list[int | str]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    step: how many steps it has behind it. world: the number of ranks that wrote it, 0 where unknown. made_by: the
+    circumstances of its run (see ``resume``), {} where unknown. files: name -> ``seal``.
+    """
+
+    folder: Path
+    step: int
+    world: int
+    made_by: dict[str, Any]
+    files: dict[str, Seal]
 
 
 def root(run_dir: str | Path, stage: str) -> Path:
@@ -54,29 +75,30 @@ def digest(file: Path) -> str:
     return files.digest(file, hashlib.blake2b(digest_size=32))
 
 
-def seal(file: Path) -> list:
-    """[bytes, checksum] of a file that was just written, which has reached the disk when this returns. Raises OSError."""
+def seal(file: Path) -> Seal:
+    """[bytes, checksum] of a file that was just written, which is on the disk when this returns. Raises OSError."""
     with open(file, "rb+") as stream:
         os.fsync(stream.fileno())
     return [file.stat().st_size, digest(file)]
 
 
-def finish(root: Path, step: int, facts: dict, sealed: dict[str, list] | None = None, keep: int = 2) -> Path:
+def finish(root: Path, step: int, world: int, made_by: dict[str, Any], sealed: dict[str, Seal], keep: int) -> Path:
     """Marks the scratch folder complete, renames it to step-<n> and drops all but the newest ``keep``.
 
     Args:
-        sealed: name -> ``seal`` of the files that other processes wrote. They are read back here; the others are sealed.
+        step, world, made_by: see ``Checkpoint``.
+        sealed: name -> ``seal`` of the files that other processes wrote. They are read back here; the rest is sealed.
 
     Raises OSError where something cannot be written, or is not read back as it was written; nothing is dropped then.
     """
     written, final = scratch(root, step), root / f"step-{step:06d}"
-    sealed = sealed or {}
     wrong = _wrong(written, sealed)
     if wrong:
         raise OSError(f"{written}: not read back as it was written: {_some(wrong)}")
     own = {name: seal(written / name) for name in _names(written) if name not in sealed}
     mark = written / MARK
-    mark.write_text(json.dumps({"step": step, "files": {**sealed, **own}, **facts}), encoding="utf-8")
+    facts = {"step": step, "files": {**sealed, **own}, "world": world, "made_by": made_by}
+    mark.write_text(json.dumps(facts), encoding="utf-8")
     seal(mark)
     for folder in [written, *(p for p in written.rglob("*") if p.is_dir())]:
         _sync(folder)
@@ -123,61 +145,61 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
-def _wrong(folder: Path, sealed: dict[str, list]) -> list[str]:
+def _wrong(folder: Path, sealed: dict[str, Seal]) -> list[str]:
     """The files that are not as they were sealed, each with what is wrong with it."""
     return _checked(sealed, lambda name: _altered(folder / name, *sealed[name]))
 
 
-def _altered(file: Path, size: int, checksum: str) -> str | None:
+def _altered(file: Path, size: int | str, checksum: int | str) -> str | None:
     if not file.is_file() or file.stat().st_size != size:
         return "missing or cut short"
     return "changed since it was written" if digest(file) != checksum else None
 
 
-def _foreign(folder: Path, sealed: dict[str, list]) -> list[str]:
+def _foreign(folder: Path, sealed: dict[str, Seal]) -> list[str]:
     """The files that would be loaded and are not what this program writes, whatever their checksums say."""
 
     def wrong(name: str) -> str | None:
         if name not in sealed:
             return "not one of its files"
-        try:
-            with safe_open(folder / name, framework="np") as stored:
-                stored.keys()
-        except SafetensorError:
-            return "not a safetensors file"
+        with contextlib.suppress(SafetensorError), safe_open(folder / name, framework="np") as stored:
+            stored.keys()
+            return None
+        return "not a safetensors file"
 
     return _checked([name for name in _names(folder) if name.endswith(".safetensors")], wrong)
 
 
 def _checked(names: Iterable[str], wrong: Callable[[str], str | None]) -> list[str]:
+    names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
-        return [f"{name} ({found})" for name, found in zip(names, pool.map(wrong, names)) if found]
+        return [f"{name} ({found})" for name, found in zip(names, pool.map(wrong, names), strict=True) if found]
 
 
-def latest(root: Path, warn: Callable[[str], None] = print) -> tuple[Path, dict] | None:
-    """The newest complete checkpoint and its facts; damaged ones are named by ``warn`` and passed over.
+def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest usable checkpoint; ``warn`` takes a message for each that is damaged and passed over.
 
-    Reads every byte of it: what has changed since it was written, be it one bit, is not taken.
+    Reads every byte of it: one that has changed since it was written, be it by one bit, is damaged.
     """
     folders = _all(root)
     for folder in folders:
         try:
-            facts = _facts(folder)
-            wrong = _wrong(folder, facts["files"]) or _foreign(folder, facts["files"])
+            found = _read(folder)
+            wrong = _wrong(folder, found.files) or _foreign(folder, found.files)
         except (OSError, ValueError, RecursionError) as error:
             warn(f"checkpoint {folder} is unusable ({error}); trying the one before")
             continue
         if wrong:
             warn(f"checkpoint {folder} is damaged: {_some(wrong)}; trying the one before")
             continue
-        return folder, facts
+        return found
     if folders:
         warn(f"no checkpoint in {root} can be used: the stage starts anew")
     return None
 
 
-def _facts(folder: Path) -> dict:
-    """What ``finish`` wrote into the mark. Raises OSError or ValueError where it is of another shape."""
+def _read(folder: Path) -> Checkpoint:
+    """The checkpoint that the folder's mark describes. Raises OSError or ValueError where it is of another shape."""
     facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
     files = facts.get("files") if isinstance(facts, dict) else None
     if not isinstance(files, dict) or type(facts.get("step")) is not int or facts["step"] != int(folder.name[5:]):
@@ -187,4 +209,5 @@ def _facts(folder: Path) -> dict:
         raise ValueError(f"{MARK} has no checksums")
     if any(os.path.normpath(name) != name or name.startswith(("/", "..")) for name in files):
         raise ValueError(f"{MARK} names files outside of the folder")
-    return facts
+    made_by = facts.get("made_by")
+    return Checkpoint(folder, facts["step"], facts.get("world", 0), made_by if isinstance(made_by, dict) else {}, files)

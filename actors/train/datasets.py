@@ -1,4 +1,4 @@
-"""What pre-training reads, as Ray Datasets."""
+"""The data of pre-training as Ray Datasets, one for each rank."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from rlproxi.data.cache import CachedShard, read_index
 from rlproxi.data.faces import collection
 from rlproxi.data.order import Order
 
-# On the terminal its words on every dataset would break into the progress bars; its log file keeps them.
+# On the terminal Ray Data's messages would break into the progress bars; its log file keeps them.
 for _handler in logging.getLogger("ray.data").handlers:
     if isinstance(_handler, logging.StreamHandler):
         _handler.setLevel(logging.WARNING)
-logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that there are none is our choice
+logging.getLogger("ray.data._internal.progress").setLevel(
+    logging.ERROR
+)  # it would warn that there are no progress bars
 
 #: Bytes of a dataset, all ranks together, up to which it is read before training begins.
 READ_FIRST = 2**30
@@ -59,7 +61,7 @@ def shards(config: Config, cache: Path, start: int, rank: int) -> ray.data.Datas
     """
     p, world = config.pretrain, config.resources.learner_workers
     entries = [e for e in read_index(config, cache) if e.file]
-    files = [str(Path(cache) / e.file) for e in entries]
+    files = [str(Path(cache) / str(e.file)) for e in entries]
     order = Order([e.rows for e in entries], p.batch_size, config.run.seed)
 
     def read(steps: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
@@ -116,6 +118,6 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def _step_bytes(entries: list[Any], files: list[str], share: int) -> int:
     """About how large one step's rows are, from the first row there is."""
-    file, bucket = next((f, b) for e, f in zip(entries, files) for b in e.rows)
+    file, bucket = next((f, b) for e, f in zip(entries, files, strict=True) for b in e.rows)
     columns = _stack([_open(file).row(bucket, 0)])
     return share * sum(column.nbytes for name, column in columns.items() if name != "caption")

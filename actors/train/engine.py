@@ -1,4 +1,4 @@
-"""DeepSpeed behind four verbs (update, weights, save, load), the same for every algorithm."""
+"""DeepSpeed behind four methods (update, gathered, save, load), the same for every algorithm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .engine_state import EngineState
 
 
 def _quiet_deepspeed(device: torch.device) -> None:
-    """Environment that DeepSpeed reads at import, and the CPU op it would compile for half a minute."""
+    """Sets what DeepSpeed reads at import, and spares the CPU op that it would compile for half a minute."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -50,8 +50,10 @@ def _autocast_inside(module: nn.Module, dtype: torch.dtype, device: torch.device
 
 @dataclass
 class Updated:
-    """What became of an update: its metrics over all ranks (``grad_norm`` is that before clipping), and why it was not made,
-    None where it was."""
+    """The outcome of an update.
+
+    metrics: over all ranks; ``grad_norm`` is the norm before clipping. skipped: why the update was not made, or None.
+    """
 
     metrics: dict[str, float]
     skipped: str | None
@@ -119,15 +121,25 @@ class Engine:
     ) -> Updated:
         """One optimizer step on ``accumulation`` losses.
 
-        It is not made, on any rank, where a loss or the gradient of one of them is not finite, or where ``refuse`` has a
-        reason when it is shown the metrics over all ranks: then weights and optimizer stay as they are, and the next update is
-        one like any other.
+        It is skipped on every rank where a loss or its gradient is not finite on any rank, or where ``refuse`` returns
+        a reason. Weights and optimizer then stay as they are.
+
+        Args:
+            losses: one (scalar loss, metrics) for each backward, made lazily.
+            lr: the learning rate.
+            refuse: takes the metrics over all ranks; returns why the update must not be made, or None.
+
+        Raises RuntimeError where there are more or fewer losses than ``accumulation``, FloatingPointError where
+        DeepSpeed has put a gradient that is not finite into the weights.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seen: dict[str, list[float]] = {}
         broken = torch.zeros((), dtype=torch.int64, device=self.device)
-        norm, reason, means, count = None, None, {}, 0
+        norm: float | None = None
+        reason: str | None = None
+        means: dict[str, float] = {}
+        count = 0
         for loss, metrics in losses:
             count += 1
             self.module.backward(loss)
@@ -155,8 +167,11 @@ class Engine:
         return Updated({**means, "grad_norm": norm, "lr": lr}, reason)
 
     def _across_ranks(self, values: dict[str, list[float]], broken: Tensor) -> tuple[dict[str, float], int]:
-        """The mean of each metric's finite values over losses and ranks, NaN without one; the maximum where its name says max,
-        infinite where one was not finite. And the sum of ``broken``. The same on every rank."""
+        """The metrics over losses and ranks, and the sum of ``broken``; the same on every rank.
+
+        A metric is the mean of its finite values, NaN without one. Where its name says max, it is the maximum, infinite
+        where one was not finite.
+        """
         means, maxima = ([key for key in sorted(values) if ("max" in key) is largest] for largest in (False, True))
         finite = {key: [v for v in values[key] if math.isfinite(v)] for key in values}
         sums = [x for key in means for x in (sum(finite[key]), len(finite[key]))]
@@ -171,7 +186,7 @@ class Engine:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         *sums, lost = total.tolist()
         found = {key: sums[2 * i] / sums[2 * i + 1] if sums[2 * i + 1] else math.nan for i, key in enumerate(means)}
-        return {**found, **dict(zip(maxima, worst.tolist()))}, int(lost)
+        return {**found, **dict(zip(maxima, worst.tolist(), strict=True))}, int(lost)
 
     def _norm(self) -> float:
         grads = [p.grad for p in self.module.module.parameters() if p.grad is not None]
@@ -190,14 +205,14 @@ class Engine:
             yield weights
 
     def save(self, folder: Path) -> list[Path]:
-        """Weights and optimizer of what is trained into ``folder``; a collective. Returns the files that this rank wrote.
+        """Writes trained weights and optimizer into ``folder``; a collective. Returns the files that this rank wrote.
 
         Raises OSError or SafetensorError on the ranks that could not write.
         """
         return EngineState(self.module, self.stage, self.device).save(folder)
 
     def load(self, folder: Path) -> None:
-        """The inverse of ``save``; a collective. The number of ranks and the ZeRO stage may be others than those that saved.
+        """Loads what ``save`` wrote, with any number of ranks and any ZeRO stage; a collective.
 
         Raises FileNotFoundError where ``folder`` holds no state, ValueError where it is of another network.
         """
@@ -207,7 +222,7 @@ class Engine:
         """Frees the engine; ZeRO 3 can abort the process at exit if it is still alive then."""
         with contextlib.suppress(Exception):
             self.module.destroy()
-        self.module = self.optimizer = self.adamw = None
+        del self.module, self.optimizer, self.adamw
         gc.collect()
         if dist.is_initialized():
             dist.barrier()

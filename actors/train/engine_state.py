@@ -1,9 +1,9 @@
-"""What an optimizer step reads and writes, by parameter name: in safetensors, for any ZeRO stage and number of ranks.
+"""The state of an engine in safetensors, by parameter name, for any ZeRO stage and number of ranks.
 
 DeepSpeed's own checkpoints are pickles, which can execute code when they are loaded, and fit one number of ranks. Its
 converter to universal checkpoints reads those pickles, and torch.distributed.checkpoint, whose index is a pickle too,
-knows nothing of ZeRO's flat partitions. So the whole tensors are put together by DeepSpeed's documented accessors
-(``safe_get_*``), one at a time, and each rank writes its share of the files. All is float32: nothing is lost on the way.
+knows nothing of ZeRO's flat partitions. So DeepSpeed's documented accessors (``safe_get_*``) put the whole tensors
+together, one at a time, and each rank writes its share of the files. All is float32, so nothing is rounded.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class EngineState:
 
     def _shares(self) -> Iterator[list[str]]:
         """The keys of each file, the same on every rank."""
-        keys, held = [], 0
+        keys: list[str] = []
+        held = 0
         for key, size in self._entries():
             if keys and held + size > FILE_BYTES:
                 yield keys
@@ -134,7 +135,8 @@ class EngineState:
         shapes = {}
         for file in _files(folder):
             with safe_open(file, framework="pt") as stored:
-                shapes.update({key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()})
+                keys = stored.keys()
+                shapes.update({key: tuple(stored.get_slice(key).get_shape()) for key in keys})
         if not shapes:
             raise FileNotFoundError(f"{folder} holds no engine state that can be loaded")
         return shapes
@@ -218,7 +220,7 @@ class EngineState:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         # Not safe_set_full_*: those cannot take a parameter whose size is no multiple of the ranks.
-        part = p.ds_tensor.numel()
+        part = p.ds_tensor.numel()  # type: ignore[attr-defined]  # DeepSpeed puts it there
         padded = value.new_zeros(part * self.world)
         padded[: value.numel()] = value.flatten()
         local = padded[part * self.rank : part * (self.rank + 1)]

@@ -6,168 +6,151 @@ only the ranks need networks and DeepSpeed.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlproxi.config.loading import Config
 from rlproxi.errors import first_line, is_out_of_memory
 from rlproxi.run_directory import RunDirectory
 
 from ..cluster.resources import role_resources
-from ..rl.stops import LOST, OUT_OF_MEMORY
+from ..rl.stops import Cause, Overdue, Stop
 from . import checkpoints
+from .setups import LearnerSetup, PretrainSetup
 
-#: A role that nobody bears for so long, in seconds, although no word of its loss is on the way.
-_UNSEEN_S = 3.0
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+    from .rank import Rank
+
+#: Seconds that a role may be missing, while nobody has reported its loss, before a rank reports it.
+_UNREPORTED_S = 3.0
 
 
 class RanksFailed(Exception):
-    """Ray Train has given the ranks up. As a text it is Train's own, with every rank's traceback."""
+    """Ray Train gave the ranks up. Its text is Train's own, with every rank's traceback."""
 
     @property
     def words(self) -> str:
-        """The last line of it: what went wrong in the last rank that is told of."""
+        """The last line of the text: the error of the last rank."""
         lines = [line.strip() for line in str(self).splitlines() if line.strip()]
         return lines[-1][:300] if lines else "no reason was given"
 
 
-@dataclass
-class PretrainSetup:
-    """What a pre-training rank is told. ``cache`` holds the encoded shards, where the data are not the portraits."""
-
-    config: Config
-    run_dir: str
-    model_folder: str
-    scribe: Any
-    cache: str | None = None
-    data_start: int = 0  # the optimizer step at which the datasets begin
-
-
-@dataclass
-class LearnerSetup:
-    """What a learner rank is told."""
-
-    config: Config
-    run_dir: str
-    model_folder: str
-    roles: tuple[str, str]  # the names of conductor and weight store; who bears them may change while a learner lives
-    scribe: Any
-
-
 def pretrain(setup: PretrainSetup) -> None:
-    """Runs pre-training to its end; blocks."""
+    """Runs pre-training to its end; blocks. Raises RanksFailed."""
     from .datasets import portraits, shards
 
-    # The ranks say what they find; here it only matters where the data begin.
+    # The ranks report what they find; here it only matters where the data begin.
     found = checkpoints.latest(checkpoints.root(setup.run_dir, "pretrain"), warn=lambda message: None)
-    setup.data_start = found[1]["step"] if found else 0
+    setup = dataclasses.replace(setup, data_start=found.step if found else 0)
 
-    def dataset(rank: int):
+    def dataset(rank: int) -> Dataset:
         if setup.cache is None:
             return portraits(setup.config, setup.data_start, rank)
         return shards(setup.config, Path(setup.cache), setup.data_start, rank)
 
     datasets = {f"rank{rank}": dataset(rank) for rank in range(setup.config.resources.learner_workers)}
-    train_on_ray(_pretrain_loop, {"setup": setup}, setup.config, setup.run_dir, "pretrain", datasets)
-
-
-def _pretrain_loop(settings: dict) -> None:
-    from .pretrainer import Pretrainer
-
-    _run(Pretrainer, settings["setup"])
+    train_on_ray(partial(_pretrain_rank, setup), setup.config, setup.run_dir, "pretrain", datasets)
 
 
 def train(setup: LearnerSetup) -> None:
-    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies."""
-    train_on_ray(_learner_loop, {"setup": setup}, setup.config, setup.run_dir, "learner")
+    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies.
+
+    Raises RanksFailed.
+    """
+    train_on_ray(partial(_learner_rank, setup), setup.config, setup.run_dir, "learner")
 
 
-def _learner_loop(settings: dict) -> None:
+def _pretrain_rank(setup: PretrainSetup) -> None:
+    from .pretrainer import Pretrainer
+
+    _run(lambda: Pretrainer(setup), "pretrainer", setup.scribe)
+
+
+def _learner_rank(setup: LearnerSetup) -> None:
+    import ray.train
+
     from .learner import Learner
 
-    def begin(setup: LearnerSetup) -> Learner | None:
-        import ray.train
+    def begin() -> Rank | None:
+        roles = wait_for_roles(setup, reports=ray.train.get_context().get_world_rank() == 0)
+        return None if roles is None else Learner(setup, *roles)
 
-        bearers = _bearers(setup, tells=ray.train.get_context().get_world_rank() == 0)
-        return bearers and Learner(setup, *bearers)
-
-    _run(begin, settings["setup"])
+    _run(begin, "learner", setup.scribe)
 
 
-def _bearers(setup: LearnerSetup, tells: bool) -> tuple[Any, Any] | None:
-    """Conductor and weight store, once a learner can begin with them: where one is lost, the driver makes new ones meanwhile.
-    None where the run has been stopped.
+def wait_for_roles(setup: LearnerSetup, reports: bool) -> tuple[Any, Any] | None:
+    """Waits for a conductor and a weight store that a learner can begin with; None where the run has been stopped.
 
-    Who dies while no rank lives is missed by nobody but the ranks that come next: the one that ``tells`` has the driver know.
+    While all ranks are down, nobody watches these two actors. The rank that ``reports`` tells the driver when one is
+    missing, and the driver makes a new one.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayActorError
 
-    missed: float | None = None  # since when
+    unreported = Overdue(_UNREPORTED_S)
     while True:
-        kind, reason = ray.get([setup.scribe.stop_kind.remote(), setup.scribe.stop_reason.remote()])
-        if reason and kind != LOST:
+        stop: Stop | None = ray.get(setup.scribe.stop_state.remote())
+        if stop is not None and stop.cause is not Cause.LOST:
             return None
-        why = ""
+        error = ""
         try:
             conductor, store = (ray.get_actor(name) for name in setup.roles)
             if all(ray.get([conductor.open.remote(), store.alive.remote()], timeout=10)):
                 return conductor, store
         except GetTimeoutError:
             pass  # the driver looks for those that hang
-        except (ValueError, RayActorError) as error:
-            why = first_line(error)
-        missed = (missed or time.monotonic()) if why and not reason else None
-        if tells and missed and time.monotonic() - missed > _UNSEEN_S:
-            missed = None
-            ray.get(setup.scribe.stop.remote(_lost(why), LOST))
+        except (ValueError, RayActorError) as missing:
+            error = first_line(missing)
+        if unreported(bool(error) and stop is None) and reports:
+            ray.get(setup.scribe.stop.remote(_lost(error), Cause.LOST))
         time.sleep(0.2)
 
 
-def _lost(why: str) -> str:
-    return f"the conductor or the weight store is lost ({' '.join(why.split())[:200]})"
+def _lost(error: str) -> str:
+    return f"the conductor or the weight store is lost ({' '.join(error.split())[:200]})"
 
 
-def _run(begin: Callable[[Any], Any], setup: Any) -> None:
-    """A rank's life. Out of memory, or without conductor or weight store, it tells the driver and fails, which ends the ranks
-    that wait for it. Train starts them again: out of memory all of them leave at once, and the driver begins anew with less;
-    else they go on from the last checkpoint with the new ones."""
+def _run(begin: Callable[[], Rank | None], name: str, scribe: Any) -> None:
+    """Runs a rank from its last checkpoint to its end.
+
+    Out of memory, or without conductor or weight store, it reports the stop and fails. That ends the ranks that wait
+    for it, and Train restarts them all. After out of memory they return at once, and the driver starts the stage again
+    with smaller micro-batches; else they go on from the last checkpoint with the new roles.
+    """
     import ray
     from ray.exceptions import RayActorError
 
-    if ray.get(setup.scribe.stop_kind.remote()) == OUT_OF_MEMORY:
+    stop: Stop | None = ray.get(scribe.stop_state.remote())
+    if stop is not None and stop.cause is Cause.OUT_OF_MEMORY:
         return
     try:
-        rank = begin(setup)
+        rank = begin()
         if rank is None:
             return
         rank.run()
     except Exception as error:
         if is_out_of_memory(error):
-            who = "pretrainer" if isinstance(setup, PretrainSetup) else "learner"
-            ray.get(setup.scribe.stop.remote(f"{who}: out of memory ({first_line(error)})", OUT_OF_MEMORY))
+            ray.get(scribe.stop.remote(f"{name}: out of memory ({first_line(error)})", Cause.OUT_OF_MEMORY))
         elif isinstance(error, RayActorError):
-            ray.get(setup.scribe.stop.remote(_lost(str(error)), LOST))
+            ray.get(scribe.stop.remote(_lost(str(error)), Cause.LOST))
         raise
     rank.close()
 
 
 def train_on_ray(
-    loop: Callable[[dict], None],
-    settings: dict,
-    config: Config,
-    run_dir: str,
-    name: str,
-    datasets: dict[str, Any] | None = None,
+    loop: Callable[[], None], config: Config, run_dir: str, name: str, datasets: dict[str, Dataset] | None = None
 ) -> None:
     """Runs ``loop`` on the configured ranks and waits. A lost rank restarts the group, ``learner.max_failures`` times.
 
     Each rank reads the whole of the dataset it asks for: the loops name one dataset for each rank, which
-    keeps the order of samples exact, where splitting one stream would not.
+    keeps the order of samples exact, where splitting one stream would not. Raises RanksFailed.
     """
     # Read by the controller when it starts: how often it looks after its workers.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -182,47 +165,50 @@ def train_on_ray(
     resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {}), **role_resources(config, "learner")}
     trainer = TorchTrainer(
         loop,
-        train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=r.learner_workers, use_gpu=gpu, resources_per_worker=resources),
         # torch.set_num_threads binds the calling thread only; a backward that runs in another one would take every
         # core, and two ranks on two cores then wait for each other's threads (4 times slower).
         run_config=RunConfig(
             name=name,
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(r.threads)}},
+            # mypy reads the older RunConfig, and Ray Train v2 has this key.
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(r.threads)}},  # type: ignore[call-arg]
             storage_path=str(RunDirectory(run_dir).ray_train.resolve()),
             failure_config=FailureConfig(max_failures=config.learner.max_failures),
         ),
-        datasets=datasets,
+        datasets={**datasets},
         # Train would give the datasets its own options, and with them batches in the order their threads finish.
         dataset_config=DataConfig(
             datasets_to_split=[],
             execution_options={name: dataset.context.execution_options for name, dataset in datasets.items()},
         ),
     )
-    before = _placement_groups()
+    before = placement_groups()
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise RanksFailed(str(error)) from None
     finally:
-        _free(_placement_groups() - before)
+        _free(placement_groups() - before)
 
 
-def _placement_groups() -> set[str]:
+def placement_groups() -> set[str]:
     """Ids of this job's placement groups that hold resources or wait for them. An id ends in that of its job."""
     import ray
     from ray.util import placement_group_table
 
     job = ray.get_runtime_context().get_job_id()
     return {
-        group for group, told in placement_group_table().items() if group.endswith(job) and told["state"] != "REMOVED"
+        group for group, facts in placement_group_table().items() if group.endswith(job) and facts["state"] != "REMOVED"
     }
 
 
 def _free(groups: set[str]) -> None:
-    """Removes what a controller that was killed has left: Train's own cleaner asks Ray's dashboard who lives, which a Ray of our own
-    does not have. Five lost controllers held more CPUs than two cores have, and the sixth waited for its ranks' place."""
+    """Removes the placement groups that a killed controller left.
+
+    Train's own cleaner asks Ray's dashboard who lives, and a Ray that the run started has none. Five lost controllers
+    held more CPUs than two cores have, and the sixth waited for its ranks' place.
+    """
     from ray._raylet import PlacementGroupID
     from ray.util import remove_placement_group
     from ray.util.placement_group import PlacementGroup

@@ -1,4 +1,4 @@
-"""The learner: Ray Train around DeepSpeed around whatever algorithm the config names."""
+"""The learner: a rank of the stage rl, which trains the algorithm that the config names."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlproxi.algorithms import registry
-from rlproxi.algorithms.base import Batch, Parts
+from rlproxi.algorithms.base import Algorithm, Batch, Parts
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.guards import sampler_limit as limit
 from rlproxi.algorithms.guards.training import Watch
 from rlproxi.algorithms.rollout import flatten
-from rlproxi.models.loading import load_autoencoder
 from rlproxi.models.lora import adapters_off, without_adapters
 from rlproxi.models.precision import autocast
 from rlproxi.rewards.gradients import RewardGradients
@@ -30,18 +29,21 @@ from rlproxi.rewards.gradients import RewardGradients
 from ..rl.messages import Answer, Ended, Leave, Lost, Ready, Stopped, Trained
 from ..rl.stops import RoleLost
 from .engine import Engine
-from .jobs import LearnerSetup
-from .rank import Rank
+from .rank import Rank, place_on_ray
+from .setups import LearnerSetup
+from .start_model import StartModel
 
 
 class Learner(Rank):
-    """One rank of the stage rl. Asks the conductor for batches, and hands on the weights that come of them."""
+    """One rank of the stage rl. Asks the conductor for batches and publishes the weights that it trains."""
+
+    algorithm: Algorithm
 
     def __init__(self, setup: LearnerSetup, conductor: Any, store: Any):
         config = setup.config
-        super().__init__(config, setup.run_dir, setup.model_folder, "rl", setup.scribe)
+        super().__init__(config, setup.run_dir, "rl", setup.scribe, place_on_ray(), config.rl.checkpoint_every)
+        self.model = StartModel(setup.model_folder, config, "rl", self.dtype, self.device)
         self.conductor, self.store = conductor, store
-        self.checkpoint_every = config.rl.checkpoint_every
         self.checked = False
         self.attempt = 0  # the number that the conductor gave this learner; rank 0 knows it
         self.watch = Watch(config.guards, getattr(config.rl, "first_ratio_tolerance", None))
@@ -50,7 +52,7 @@ class Learner(Rank):
     def build(self) -> None:
         config = self.config
         self.algorithm = registry.build(config)
-        denoiser = self.load_denoiser()
+        denoiser = self.model.denoiser()
         networks = self.algorithm.networks(denoiser)
         copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None
         self.ema = EMA(denoiser, config.rl.ema) if config.rl.ema else None
@@ -67,7 +69,14 @@ class Learner(Rank):
             reference = copied or without_adapters(denoiser, denoiser)
         scope = partial(adapters_off, denoiser) if config.model.lora else nullcontext
         self.parts = Parts(
-            wrapped, networks, reference, self.encoder, self._gradients(), denoiser.sample_shape, self.device, scope
+            wrapped,
+            networks,
+            reference,
+            self.model.encoder,
+            self._gradients(),
+            denoiser.sample_shape,
+            self.device,
+            scope,
         )
         self.algorithm.connect(self.parts)
 
@@ -93,9 +102,8 @@ class Learner(Rank):
     def _gradients(self) -> RewardGradients | None:
         if not self.algorithm.needs_gradients:
             return None
-        vae = load_autoencoder(self.origin)
         return RewardGradients.build(
-            self.config.rewards.train, vae and vae.to(self.device), self.algorithm.normalize_gradients, self.device
+            self.config.rewards.train, self.model.autoencoder(), self.algorithm.normalize_gradients, self.device
         )
 
     # -- the loop's ends (see Rank.run) ----------------------------------------------------
@@ -209,11 +217,14 @@ class Learner(Rank):
     def finish(self) -> None:
         with self.engine.gathered() as weights:
             if self.rank == 0:
-                self.save_model("final", self.ema.values if self.ema is not None else weights)
+                trained = self.ema.values if self.ema is not None else weights
+                self.model.save(trained, self.run_dir / "models" / "final")
 
     def _publish(self, version: int) -> int:
-        """Hands on what is trained, averaged where there is an average; returns its bytes (0 on every rank but the first,
-        which sends them)."""
+        """Publishes the trained weights, averaged where there is an average; a collective.
+
+        Returns their size in bytes; 0 on every rank but the first, which sends them.
+        """
         with self.engine.gathered() as weights:
             flat = flatten(self.ema.values if self.ema is not None else weights) if self.rank == 0 else None
         return 0 if flat is None else ray.get(self.store.publish.remote(version, flat))

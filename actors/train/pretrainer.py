@@ -1,4 +1,4 @@
-"""Pre-training: Ray Data draws and captions portraits, Ray Train and DeepSpeed fit the prox to them."""
+"""The pre-trainer: a rank that fits the proximal operator to captioned images, which Ray Data reads."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ from safetensors.torch import load_file, save_file
 
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, drop_captions
-from rlproxi.models.folders import ModelFolder
-from rlproxi.models.loading import load_autoencoder
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.rewards.combine import mean_present
 
 from .datasets import batches
 from .engine import Engine
-from .jobs import PretrainSetup
-from .rank import Rank
+from .rank import Rank, place_on_ray
+from .setups import PretrainSetup
+from .start_model import StartModel
 
 
 class Pretrainer(Rank):
-    """One rank."""
+    """One rank of the stage pretrain. Reads its own dataset, and keeps an average of the weights."""
 
     def __init__(self, setup: PretrainSetup):
         config = setup.config
-        super().__init__(config, setup.run_dir, setup.model_folder, "pretrain", setup.scribe)
+        every = config.pretrain.checkpoint_every
+        super().__init__(config, setup.run_dir, "pretrain", setup.scribe, place_on_ray(), every)
+        self.model = StartModel(setup.model_folder, config, "pretrain", self.dtype, self.device)
         self.earliest = setup.data_start
         # Pixels that a published autoencoder turns into latents here: the embedded portraits, which need no cache.
-        self.vae = None if setup.cache else load_autoencoder(self.origin)
-        if self.vae is not None:
-            self.vae.to(self.device)
-        folder = ModelFolder.at(self.origin)
-        self.factor = folder.latents.factor if folder.has_vae else 1
-        self.checkpoint_every = config.pretrain.checkpoint_every
-        self.since, self.window = time.time(), []
+        self.vae = None if setup.cache else self.model.autoencoder()
+        folder = self.model.folder
+        self.factor = folder.latents.factor if folder.has_vae else 1  # pixels of a latent's side
+        self.since = time.time()
+        self.window: list[dict[str, float]] = []  # metrics that are not logged yet
         self.build()
 
     def build(self) -> None:
         config, p, s = self.config, self.config.pretrain, self.config.sampler
-        denoiser, schedule = self.load_denoiser(), config.schedule.build()
+        denoiser, schedule = self.model.denoiser(), config.schedule.build()
         self.algorithm = Matching(
             p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid), config.run.seed
         )
@@ -88,10 +87,9 @@ class Pretrainer(Rank):
             return None
         config, x0 = self.config, self._samples(found)
         captions = drop_captions(list(found["caption"]), config.data.caption_dropout, config.run.seed, step, self.rank)
-        pixels = tuple(side * self.factor for side in x0.shape[-2:])
-        return MatchingBatch(
-            step, x0, conditioning(self.encoder, found, captions, pixels, self.device), self.rank, self.engine.module
-        )
+        height, width = (side * self.factor for side in x0.shape[-2:])
+        text = conditioning(self.model.encoder, found, captions, (height, width), self.device)
+        return MatchingBatch(step, x0, text, self.rank, self.engine.module)
 
     def updated(self, step: int, batch: MatchingBatch, metrics: dict[str, float]) -> None:
         with self.engine.gathered() as weights:
@@ -100,7 +98,7 @@ class Pretrainer(Rank):
         self.window.append(metrics)
         if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
             means = {
-                key: mean_present([m.get(key, np.nan) for m in self.window])
+                key: mean_present(np.array([m.get(key, np.nan) for m in self.window]))
                 for key in metrics
                 if key != "seconds/train"
             }
@@ -114,7 +112,7 @@ class Pretrainer(Rank):
 
     def finish(self) -> None:
         if self.rank == 0:
-            self.save_model("pretrained", self.ema.values)
+            self.model.save(self.ema.values, self.run_dir / "models" / "pretrained")
         dist.barrier()
 
     def _samples(self, batch: dict) -> torch.Tensor:

@@ -1,87 +1,123 @@
-"""What every Ray Train rank of ours is."""
+"""A rank: one process of a Ray Train job, and the training loop that all stages share."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any, ContextManager
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from rlproxi.algorithms.base import AlgorithmStopped
+from rlproxi.algorithms.base import AlgorithmStopped, Update
 from rlproxi.algorithms.guards.updates import GoBack, UpdateGuard
 from rlproxi.config.loading import Config
-from rlproxi.models.folders import ModelFolder
-from rlproxi.models.loading import load_autoencoder, load_encoder, trainable, training_form
-from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.rewards.combine import mean_present
-from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry import timeline
 from rlproxi.telemetry.timeline import Diary
 
 from . import checkpoints, rollback
 from .engine import Engine
-from .saving import Saved
+from .saving import Checkpointer, Place
 
 #: Seconds between the lines that a stage without a conductor writes into the timeline.
 _TIMELINE_EVERY = 10.0
 
 
-class Rank(Saved):
-    """One process of a Ray Train group: its place, its arithmetic, its loop, its checkpoints.
+def place_on_ray() -> Place:
+    """This process's place in its Ray Train job."""
+    import ray.train
+    import ray.train.torch
 
-    A subclass says where batches come from and who is told of them, and sets in ``build`` its ``algorithm`` (``steps``, and
-    ``updates`` of a batch) and ``engines`` (one for each network that is trained, the first the one that is saved), and
-    ``checkpoint_every``. Where it has a state beside the engines', it overrides ``save_own`` and ``load_own``.
+    context = ray.train.get_context()
+    return Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+
+
+class Trained(Protocol):
+    """What the loop asks of an algorithm: the number of steps, and the updates of a batch."""
+
+    @property
+    def steps(self) -> int:
+        """The number of steps of the stage."""
+
+    def updates(self, batch: Any) -> Iterable[Update]:
+        """The batch's optimizer steps, one after another."""
+
+
+class Rank(ABC):
+    """One rank of a training stage: its place, its arithmetic, its loop, its checkpoints.
+
+    A subclass says where batches come from and who learns of their updates. It calls ``build`` at the end of its
+    ``__init__``. Where it has a state beside the engines', it overrides ``save_own`` and ``load_own``.
+
+    Args:
+        stage: pretrain or rl.
+        scribe: the run-log actor.
+        checkpoint_every: steps between two checkpoints.
     """
 
-    algorithm: Any
+    #: Set by ``build``. Engines: one for each network that is trained, the first the one that is evaluated and saved.
+    algorithm: Trained
     engines: dict[str, Engine]
-    checkpoint_every: int
-    stopped = False
-    leaving = False  # stopped from outside: what is trained is saved, to be gone on with
-    earliest = 0  #: the first step that there are data for in this process
 
-    def __init__(self, config: Config, run_dir: str, model_folder: str, stage: str, scribe: Any):
-        import ray.train
-        import ray.train.torch
-
+    def __init__(
+        self, config: Config, run_dir: str | Path, stage: str, scribe: Any, place: Place, checkpoint_every: int
+    ):
         # Results depend on the thread count, so it is the config's and not the machine's.
         torch.set_num_threads(config.resources.threads)
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        self.config, self.stage, self.scribe = config, stage, scribe
-        self.run_dir = Path(run_dir)
-        self.diary, self.told = Diary(), time.time()
+        self.config, self.run_dir, self.stage, self.scribe = config, Path(run_dir), stage, scribe
+        self.rank, self.world, self.device = place.rank, place.world, place.device
+        self.checkpoint_every = checkpoint_every
         self.dtype = compute_dtype(config.model.precision, self.device)
-        self.origin = ModelFolder.find(model_folder).path
-        self.encoder = load_encoder(self.origin, self.dtype).to(self.device)
-        self.root = checkpoints.root(run_dir, stage)
-        self.guard = UpdateGuard(
-            config.guards, f"{config.section if stage == 'rl' else stage}.lr", rollback.count(self.root)
-        )
-        self.unlogged = 0  # skipped updates that no metrics record has told of
+        self.diary, self.timeline_written = Diary(), time.time()
+        root = checkpoints.root(run_dir, stage)
+        self.checkpointer = Checkpointer(root, config, stage, place, checkpoint_every, self._announce)
+        lr_key = f"{config.section if stage == 'rl' else stage}.lr"
+        self.guard = UpdateGuard(config.guards, lr_key, rollback.count(root))
+        self.unlogged = 0  # skipped updates that no metrics record has counted yet
+        self.stopped = False
+        self.leaving = False  # stopped from outside: the trained weights are saved, for a resume
+        self.earliest = 0  # the first step that there are data for in this process
 
+    @abstractmethod
     def build(self) -> None:
-        """Makes the networks, their engines and the algorithm, as training starts from them; a rollback may make them anew."""
-        raise NotImplementedError
+        """Makes the networks, their engines and the algorithm as training starts from them; also after a rollback."""
+
+    @abstractmethod
+    def next_batch(self, step: int) -> Any | None:
+        """The batch that ``algorithm.updates`` takes; None ends training."""
+
+    def save_own(self, folder: Path) -> None:  # noqa: B027  # need not be overridden, as the next ones
+        """Rank 0 writes what is neither weights nor optimizer into ``folder``. No collective: it may raise OSError."""
+
+    def load_own(self, folder: Path) -> None:  # noqa: B027
+        """Every rank reads what ``save_own`` wrote."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A metrics record of this stage; from rank 0 only, which waits until it is in the log: a checkpoint may follow."""
+        """Logs a metrics record of this stage, from rank 0. Waits until it is written: a checkpoint may follow."""
         if self.rank == 0:
             import ray
 
             ray.get(self.scribe.append.remote("metrics", {"stage": self.stage, "step": step, **metrics}))
 
+    def _announce(self, event: str, message: str) -> None:
+        self.scribe.announce.remote(event, message)
+
+    def warn(self, message: str) -> None:
+        """A warning in the run log and on the driver's stderr; from rank 0 only."""
+        if self.rank == 0:
+            self._announce("warning", message)
+
     @property
     def engine(self) -> Engine:
-        """That of the network that is evaluated and saved."""
+        """The engine of the network that is evaluated and saved."""
         return next(iter(self.engines.values()))
 
     def close(self) -> None:
@@ -89,10 +125,18 @@ class Rank(Saved):
         for engine in self.engines.values():
             engine.close()
 
+    def checkpoint(self, step: int) -> None:
+        """Writes a checkpoint; a collective. After too many failures in a row training stops, with a reason."""
+        self.or_stop(lambda: self.checkpointer.write(step, self.engines, self.save_own))
+
+    def restore(self) -> int:
+        """Loads the newest usable checkpoint; returns the steps it has behind it, 0 without one. A collective."""
+        return self.checkpointer.restore(self.engines, self.load_own, self.algorithm.steps)
+
     # -- the one training loop --------------------------------------------------------------
 
     def run(self) -> None:
-        """From the last checkpoint (or the start) to the last step; back to an earlier one where the guard says so."""
+        """Trains from the newest checkpoint, or the start, to the last step; goes back where the guard says so."""
         start: int | None = self.restore()
         while start is not None:
             self.guard.begun(at_start=start == 0)
@@ -101,7 +145,7 @@ class Rank(Saved):
             self.finish()
 
     def _train_from(self, start: int) -> int | None:
-        """Trains to the end (None), or until updates were given up so often that training is to go on from an earlier step."""
+        """Trains to the end (None), or to a rollback: the earlier step to go on from."""
         self.begin(start)
         due = False
         for step in range(start, self.algorithm.steps):
@@ -114,10 +158,10 @@ class Rank(Saved):
             metrics: dict[str, float] = {}
             try:
                 with self._span("train"):
-                    trained = self.or_stop(lambda: metrics.update(self._update(step, batch)))
+                    trained = self.or_stop(partial(self._update, step, batch, metrics))
             except GoBack as error:
                 return self._go_back(error)
-            if not (trained and self.or_stop(lambda: self.updated(step, batch, metrics))):
+            if not (trained and self.or_stop(partial(self.updated, step, batch, metrics))):
                 break
             # First: whoever dies between the two, no step that a checkpoint has behind it is missing in the log.
             self.done(step, batch, metrics)
@@ -130,12 +174,14 @@ class Rank(Saved):
                 self.guard.begun(at_start=False)
         return None
 
-    def _span(self, phase: str) -> ContextManager[None]:
+    def _span(self, phase: str) -> AbstractContextManager[None]:
         return self.diary.span("learner", self.rank, phase)
 
-    def _update(self, step: int, batch: Any) -> dict[str, float]:
-        """The batch's updates, one after another; the mean of each metric over them (the maximum where its name says max).
-        Those of the first network have their plain names, the others' the network's before it."""
+    def _update(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
+        """Makes the batch's updates; adds the mean of each metric over them (the maximum where its name says max).
+
+        Metrics of the first network have their plain names, those of others begin with the network's name.
+        """
         begun = time.time()
         first = next(iter(self.engines))
         seen: dict[str, list[float]] = {}
@@ -150,52 +196,48 @@ class Rank(Saved):
             for key, value in done.metrics.items():
                 seen.setdefault(key if update.network == first else f"{update.network}/{key}", []).append(value)
             self._judge(step, update.network, done.skipped)
-        metrics = {key: float(max(values)) if "max" in key else mean_present(values) for key, values in seen.items()}
+        for key, values in seen.items():
+            metrics[key] = float(max(values)) if "max" in key else mean_present(np.array(values))
         metrics |= {"skipped_updates": float(self.unlogged), "rollbacks": float(self.guard.rollbacks)}
+        metrics["seconds/train"] = time.time() - begun
         self.unlogged = 0
-        return {**metrics, "seconds/train": time.time() - begun}
 
     def _judge(self, step: int, network: str, skipped: str | None) -> None:
-        """Tells the guard what became of an update; GoBack or AlgorithmStopped may come of it."""
+        """Tells the guard whether an update was made. Raises GoBack or AlgorithmStopped after too many skipped ones."""
         if skipped is None:
             return self.guard.made(network)
         self.unlogged += 1
         self.warn(f"{self.stage}: {self.guard.skipped(step + 1, network, skipped)}")
 
     def refused(self, batch: Any) -> str | None:
-        """Why nothing of the batch can be trained on; None where it can."""
+        """Why nothing of the batch can be trained on; None where it can be. Here always None."""
         return None
 
     def _go_back(self, error: GoBack) -> int | None:
-        """To the last good checkpoint, or the start; returns its step, None where the run ends. Every rank comes here alike."""
+        """Restores the last good checkpoint, or the start; returns its step, None where the run ends. A collective."""
         self.guard.went_back()
         if self.rank == 0:
-            rollback.remember(self.root, self.guard.rollbacks)
+            rollback.remember(self.checkpointer.root, self.guard.rollbacks)
             if error.spoilt:
-                rollback.set_aside(self.root, self.warn)
+                rollback.set_aside(self.checkpointer.root, self.warn)
         dist.barrier()
         start = self.restore()
-        told = (
+        words = (
             f"{self.stage}: {error}. Going back to step {start}, with {self.guard.lr_scale:g} of "
             f"{self.guard.lr_key} from now on (guards.lr_factor)"
         )
         if start < self.earliest:
             self.stopped = True
-            self.stop(AlgorithmStopped(f"{told}; its data are not at hand here: resume the run (--resume)"))
+            self.stop(AlgorithmStopped(f"{words}; this process has no data from there on: resume the run (--resume)"))
             return None
         if start == 0:  # no checkpoint: the weights are those of the last update that was made
             self.close()
             self.build()
-        self.warn(told)
+        self.warn(words)
         return start
 
-    def warn(self, message: str) -> None:
-        """A warning in the run log and on the driver's stderr; from rank 0 only."""
-        if self.rank == 0:
-            self.scribe.say.remote("warning", message)
-
     def or_stop(self, work: Callable[[], None]) -> bool:
-        """Does ``work``; False where it ended in what would happen again after a restart: the user is told instead."""
+        """Does ``work``; False where it failed as it would after a restart: the run stops with its words."""
         try:
             work()
             return True
@@ -204,54 +246,30 @@ class Rank(Saved):
             self.stop(error)
             return False
 
-    def begin(self, start: int) -> None:
-        """Before the first step, which is ``start``."""
-
-    def next_batch(self, step: int) -> Any | None:
-        """What ``algorithm.updates`` takes; None ends training."""
-        raise NotImplementedError
+    def begin(self, start: int) -> None:  # noqa: B027
+        """Is called before the first step, which is ``start``."""
 
     def stop(self, error: Exception) -> None:
-        """Tells the user that training cannot go on."""
+        """Stops the run: training cannot go on."""
         import ray
 
         if self.rank == 0:
             ray.get(self.scribe.stop.remote(f"{self.stage}: {error}"))
 
-    def updated(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
-        """After the updates; may add to the metrics."""
+    def updated(self, step: int, batch: Any, metrics: dict[str, float]) -> None:  # noqa: B027
+        """Is called after the updates of a step; may add to the metrics."""
 
     def done(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
-        """Before the checkpoint, if one is due. Here, without a conductor, rank 0 writes the timeline now and then."""
+        """Is called after a step, before its checkpoint. Here rank 0 writes the timeline now and then."""
         last = step + 1 == self.algorithm.steps
-        if self.config.telemetry.timeline and (last or time.time() - self.told > _TIMELINE_EVERY):
-            self.told, spans = time.time(), timeline.joined(self.diary.take())
+        if self.config.telemetry.timeline and (last or time.time() - self.timeline_written > _TIMELINE_EVERY):
+            self.timeline_written, spans = time.time(), timeline.joined(self.diary.take())
             try:
                 if self.rank == 0:
                     timeline.append(self.run_dir, self.stage, step + 1, spans)
             except OSError as error:  # training goes on without
-                self.told = math.inf
+                self.timeline_written = math.inf
                 self.scribe.append.remote("warning", {"message": f"telemetry: the timeline cannot be written: {error}"})
 
-    def finish(self) -> None:
-        """After the last step."""
-
-    def load_denoiser(self) -> torch.nn.Module:
-        """The starting model's denoiser as this stage trains it, on this rank's device."""
-        return training_form(self.origin, self.config, self.stage, self.dtype).to(self.device)
-
-    def save_model(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        """Writes ``models/<name>``: the starting model with these trained parameters; for rank 0."""
-        # Loaded anew, because the engine's is wrapped, perhaps sharded, and perhaps in another dtype.
-        denoiser = training_form(self.origin, self.config, self.stage)
-        with torch.no_grad():
-            for key, p in trainable(denoiser).items():
-                p.copy_(weights[key])
-        TextToImage(
-            denoiser,
-            self.encoder,
-            self.config.schedule,
-            self.config.sampler,
-            vae=load_autoencoder(self.origin),
-            origin=self.origin,
-        ).save_pretrained(RunDirectory(self.run_dir).model(name))
+    def finish(self) -> None:  # noqa: B027
+        """Is called after the last step."""

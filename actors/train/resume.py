@@ -1,4 +1,4 @@
-"""Is what goes on from a checkpoint, bit for bit, the run that was never broken? And if not, why. Pure."""
+"""Whether a resumed run repeats the unbroken run bit for bit, and if not, why. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from rlproxi.config.loading import Config
 
-#: Keys that numbers do not depend on, in sections that they do.
+#: Keys that the numbers of a run do not depend on, in sections that they depend on.
 _BESIDE = {
     "checkpoint_every",
     "log_every",
@@ -17,13 +17,19 @@ _BESIDE = {
     "timeout_s",
     "retries",
 }
-#: What of resources reaches the arithmetic.
+#: The keys of resources that reach the arithmetic.
 _RESOURCES = {"learner_workers", "threads"}
+#: Keys that change the order in which sums are rounded.
 _ORDER = {"resources.learner_workers", "resources.threads", "learner.zero_stage", "device"}
 
 
 def circumstances(config: Config, stage: str, device: str, versions: dict[str, str]) -> dict[str, Any]:
-    """name -> value of what a stage's numbers depend on: config keys, the kind of device, versions of packages."""
+    """Name -> value of everything that a stage's numbers depend on.
+
+    Args:
+        device: the kind of device, such as cpu or a GPU's name.
+        versions: package -> version.
+    """
     section = "pretrain" if stage == "pretrain" else config.section
     sections = {"data", "model", "schedule", "sampler", "rewards", "learner", "resources", section}
     found = {"run.seed": config.run.seed}
@@ -50,7 +56,7 @@ def _short(value: Any) -> str:
 
 
 def reasons(then: dict[str, Any], now: dict[str, Any], asynchronous: bool = False) -> list[str]:
-    """Why it is not exact; empty where it is.
+    """The reasons why a resumed run is not exact; empty where it is.
 
     Args:
         then, now: ``circumstances`` of the checkpoint and of the run that goes on from it.
@@ -70,6 +76,6 @@ def reasons(then: dict[str, Any], now: dict[str, Any], asynchronous: bool = Fals
 
 
 def sentence(stage: str, step: int, steps: int, why: list[str]) -> str:
-    """What is said at a resume."""
+    """The note that a resumed stage logs. ``why``: see ``reasons``."""
     exact = f"not bit for bit the unbroken run: {'; '.join(why)}" if why else "bit for bit the unbroken run"
     return f"{stage}: goes on from step {step} of {steps}, {exact}"

@@ -1,4 +1,4 @@
-"""What a rollback leaves beside a stage's checkpoints: how many there were, and the checkpoint that was no good."""
+"""Rollbacks on disk, beside a stage's checkpoints: how many there were, and the checkpoint that was no good."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def count(root: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not readable ({error}): it keeps the lowered learning rate; delete it to go on with the "
-            "config's"
+            "config's learning rate"
         ) from None
 
 
 def remember(root: Path, rollbacks: int) -> None:
-    """Writes their number, whole or not at all. Beside the checkpoints, because those that follow count and those before not."""
+    """Writes the number of rollbacks, whole or not at all."""
     write_json(root / _FILE, {"rollbacks": rollbacks}, indent=None)
 
 
 def set_aside(root: Path, warn: Callable[[str], None]) -> None:
-    """Takes the newest usable checkpoint out of the row: what follows from it is NaN. It keeps lying there, by another name."""
+    """Renames the newest usable checkpoint, from which training leads to NaN, so that the one before is the newest."""
     found = checkpoints.latest(root, warn)
     if found is not None:
-        folder = found[0]
-        aside = folder.with_name(f"spoilt-{folder.name}")
+        aside = found.folder.with_name(f"spoilt-{found.folder.name}")
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
-        folder.rename(aside)
+        found.folder.rename(aside)
         warn(
-            f"checkpoint {folder} is set aside as {aside.name}: nothing could be learnt from there; going to the one before"
+            f"checkpoint {found.folder} is set aside as {aside.name}: nothing could be learnt from there; "
+            "going to the one before"
         )

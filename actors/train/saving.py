@@ -1,11 +1,12 @@
-"""What of a rank outlives it: checkpoints written together, taken up again together."""
+"""Checkpoints of a training stage: every rank writes its part, and every rank goes on from the same one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,17 @@ from rlproxi.config.loading import Config
 from . import checkpoints
 from .engine import Engine
 from .resume import circumstances, reasons, sentence
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's number, the number of ranks, and the rank's device."""
+
+    rank: int
+    world: int
+    device: torch.device
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
@@ -33,128 +45,127 @@ def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-class Saved:
-    """The half of a ``Rank`` that writes and reads checkpoints. Its methods are collectives, called by every rank."""
+class Checkpointer:
+    """Writes and reads a stage's checkpoints. ``write`` and ``restore`` are collectives, called by every rank.
 
-    config: Config
-    rank: int
-    world: int
-    device: torch.device
-    stage: str
-    root: Path  # of the stage's checkpoints
-    scribe: Any
-    algorithm: Any
-    engines: dict[str, Engine]
-    checkpoint_every: int
-    stopped: bool
-    stop: Callable[[Exception], None]
-    unwritten = 0  # checkpoints in a row that could not be written
+    Args:
+        root: the folder of the stage's checkpoints.
+        stage: its name, for messages and for what its numbers depend on.
+        every: steps between two checkpoints, for messages.
+        announce: (note or warning, message) for the user; called by rank 0 only.
+    """
 
-    def save_own(self, folder: Path) -> None:
-        """Rank 0 writes what is neither weights nor optimizer into ``folder``. No collective: it may raise OSError."""
+    def __init__(
+        self, root: Path, config: Config, stage: str, place: Place, every: int, announce: Callable[[str, str], None]
+    ):
+        self.root, self.config, self.stage, self.place = root, config, stage, place
+        self.every, self.announce = every, announce
+        self.unwritten = 0  # checkpoints in a row that could not be written
 
-    def load_own(self, folder: Path) -> None:
-        """Every rank reads what ``save_own`` wrote."""
+    def write(self, step: int, engines: Mapping[str, Engine], save_own: Callable[[Path], None]) -> None:
+        """Writes the state after ``step`` steps, whole or not at all. Training goes on without, where a disk is full.
 
-    def checkpoint(self, step: int) -> None:
-        """Writes the state after ``step`` steps, whole or not at all. Where a disk is full training goes on without, up to
-        ``learner.max_checkpoint_failures`` times in a row."""
-        root = self.root
-        scratch = checkpoints.scratch(root, step)
-        _, failed = self._together(lambda: checkpoints.begin(root, step) if self.rank == 0 else None)
+        Args:
+            engines: name -> engine; the name is also that of its folder.
+            save_own: rank 0 writes the rest of the state into a folder; may raise OSError.
+
+        Raises AlgorithmStopped after ``learner.max_checkpoint_failures`` in a row that could not be written.
+        """
+        first = self.place.rank == 0
+        scratch = checkpoints.scratch(self.root, step)
+        _, failed = self._together(lambda: checkpoints.begin(self.root, step) if first else None)
         if not failed:
-            sealed, failed = self._together(lambda: self._write(scratch))
+            sealed, failed = self._together(lambda: self._write_part(scratch, engines, save_own))
         if not failed:
-            facts = {"world": self.world, "made_by": self._circumstances()}
             others = {name: seal for part in sealed[1:] for name, seal in part.items()}
+            world, made_by, keep = self.place.world, self._circumstances(), self.config.learner.keep_checkpoints
             _, failed = self._together(
-                lambda: self.rank or checkpoints.finish(root, step, facts, others, self.config.learner.keep_checkpoints)
+                lambda: checkpoints.finish(self.root, step, world, made_by, others, keep) if first else None
             )
         self.unwritten = self.unwritten + 1 if failed else 0
         if failed:
-            self._not_written(root, step, failed)
+            self._not_written(step, failed)
 
-    def _together(self, work: Callable[[], Any]) -> tuple[list[Any], str]:
-        """(what each rank's ``work`` gave, what failed to be written on any of them): every rank goes the same way on."""
+    def _together(self, work: Callable[[], T]) -> tuple[list[T], str]:
+        """What each rank's ``work`` returned, and the errors of those that could not write; the same on every rank."""
+        own: tuple[T | None, str]
         try:
             own = (work(), "")
         except checkpoints.WRITE_ERRORS as error:
             own = (None, str(error) or type(error).__name__)
-        everyone: list[Any] = [None] * self.world
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        everyone: list[Any] = [None] * self.place.world
+        device = self.place.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             dist.all_gather_object(everyone, own)
         return [result for result, _ in everyone], "; ".join(sorted({text for _, text in everyone if text}))
 
-    def _write(self, scratch: Path) -> dict[str, list]:
-        """This rank's files, sealed by name. Raises what could not be written, after its part in the collectives."""
+    def _write_part(
+        self, scratch: Path, engines: Mapping[str, Engine], save_own: Callable[[Path], None]
+    ) -> dict[str, checkpoints.Seal]:
+        """Writes this rank's files; returns their seals by name. Raises after this rank's part in the collectives."""
         files, failed = [], None
-        for name, engine in self.engines.items():
+        for name, engine in engines.items():
             try:
                 files += engine.save(scratch / name)
             except checkpoints.WRITE_ERRORS as error:
                 failed = error
         if failed is not None:
             raise failed
-        files.append(scratch / f"random-{self.rank:05d}.safetensors")
-        save_file(_random_state(self.device), files[-1])
-        if self.rank == 0:
-            self.save_own(scratch)
-            return {}  # what is not sealed yet is when the checkpoint is finished
+        files.append(scratch / f"random-{self.place.rank:05d}.safetensors")
+        save_file(_random_state(self.place.device), files[-1])
+        if self.place.rank == 0:
+            save_own(scratch)
+            return {}  # ``checkpoints.finish`` seals this process's files
         return {str(file.relative_to(scratch)): checkpoints.seal(file) for file in files}
 
-    def _not_written(self, root: Path, step: int, failed: str) -> None:
-        """Says so, and after too many failures in a row ends the run."""
-        if self.rank == 0:
-            checkpoints.abandon(root)
+    def _not_written(self, step: int, failed: str) -> None:
+        if self.place.rank == 0:
+            checkpoints.abandon(self.root)
         most = self.config.learner.max_checkpoint_failures
         remedy = "free space there, or set learner.keep_checkpoints=1"
-        told = f"{self.stage}: no checkpoint of step {step}: {failed}; {checkpoints.space(root)}"
-        if self.unwritten < most:
-            if self.rank == 0:
-                self.scribe.say.remote(
-                    "warning",
-                    (
-                        f"{told}. Training goes on ({self.unwritten} of {most} failures in a row before it stops), the next attempt "
-                        f"is {self.checkpoint_every} steps on: {remedy}"
-                    ),
-                )
-            return
-        self.stopped = True
-        self.stop(
-            AlgorithmStopped(f"{told}. {most} checkpoints in a row could not be written: {remedy}, then --resume")
-        )
+        words = f"{self.stage}: no checkpoint of step {step}: {failed}; {checkpoints.space(self.root)}"
+        if self.unwritten >= most:
+            raise AlgorithmStopped(
+                f"{words}. {most} checkpoints in a row could not be written: {remedy}, then --resume"
+            )
+        if self.place.rank == 0:
+            self.announce(
+                "warning",
+                f"{words}. Training goes on ({self.unwritten} of {most} failures in a row before it stops), the next "
+                f"attempt is {self.every} steps on: {remedy}",
+            )
 
     def _circumstances(self) -> dict[str, Any]:
         import deepspeed
 
         versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return circumstances(self.config, self.stage, device, versions)
+        device = self.place.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return circumstances(self.config, self.stage, kind, versions)
 
-    def restore(self) -> int:
-        """Loads the newest usable checkpoint; returns the steps it has behind it, 0 without one."""
-        found: list[Any] = [None]
-        if self.rank == 0:
-            found[0] = checkpoints.latest(self.root, lambda message: self.scribe.say.remote("warning", message))
-        dist.broadcast_object_list(found, src=0, device=self.device)
-        if found[0] is None:
+    def restore(self, engines: Mapping[str, Engine], load_own: Callable[[Path], None], steps: int) -> int:
+        """Loads the newest usable checkpoint; returns the steps it has behind it, 0 without one.
+
+        Args:
+            engines: name -> engine, as for ``write``.
+            load_own: every rank reads what ``save_own`` wrote.
+            steps: the stage's number of steps, for the note.
+        """
+        newest: list[Any] = [None]
+        if self.place.rank == 0:
+            newest[0] = checkpoints.latest(self.root, lambda message: self.announce("warning", message))
+        dist.broadcast_object_list(newest, src=0, device=self.place.device)
+        found: checkpoints.Checkpoint | None = newest[0]
+        if found is None:
             return 0
-        folder, facts = found[0]
-        for name, engine in self.engines.items():
-            engine.load(folder / name)
-        self.load_own(folder)
-        random = folder / f"random-{self.rank:05d}.safetensors"
-        if random.is_file():  # not of a rank that there was not
-            _set_random_state(load_file(random), self.device)
-        if self.rank == 0:
-            self._tell_resume(facts)
-        return facts["step"]
-
-    def _tell_resume(self, facts: dict) -> None:
-        made_by = facts.get("made_by")
-        why = reasons(
-            made_by if isinstance(made_by, dict) else {},
-            self._circumstances(),
-            asynchronous=self.stage == "rl" and self.config.rl.max_staleness > 0,
-        )
-        self.scribe.say.remote("note", sentence(self.stage, facts["step"], self.algorithm.steps, why))
+        for name, engine in engines.items():
+            engine.load(found.folder / name)
+        load_own(found.folder)
+        random = found.folder / f"random-{self.place.rank:05d}.safetensors"
+        if random.is_file():  # there is none for a rank beyond the number that wrote it
+            _set_random_state(load_file(random), self.place.device)
+        if self.place.rank == 0:
+            overlapped = self.stage == "rl" and self.config.rl.max_staleness > 0
+            why = reasons(found.made_by, self._circumstances(), asynchronous=overlapped)
+            self.announce("note", sentence(self.stage, found.step, steps, why))
+        return found.step

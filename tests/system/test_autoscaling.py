@@ -136,7 +136,7 @@ def test_a_run_grows_its_cluster_from_nothing_and_gives_it_back(tmp_path):
     away = {
         name: kinds[node]
         for name, node in placed.items()
-        if name in ("Conductor", "Scribe", "WeightStore") and node in kinds
+        if name in ("Conductor", "RunLogWriter", "WeightStore") and node in kinds
     }
     assert not away, "what a run cannot do without stays on the driver's node"
     assert max(len(rows) for _, rows in seen) <= 7

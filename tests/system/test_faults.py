@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 from ray.cluster_utils import Cluster
 
-from actors.rl.stops import LOST
-from actors.run.driver import Driver
-from actors.run.log_writer import Scribe
-from actors.run.supervisor import Leaving, Watch
-from actors.train.jobs import LearnerSetup, RanksFailed, _bearers, _placement_groups, train_on_ray
+from actors.rl.stops import Cause
+from actors.run.driver import Stages
+from actors.run.lifecycle import AttemptBegan, Lifecycle
+from actors.run.log_writer import RunLogWriter
+from actors.run.supervisor import Signals, Supervisor
+from actors.train.jobs import RanksFailed, placement_groups, train_on_ray, wait_for_roles
+from actors.train.setups import LearnerSetup
 from fixtures import faults
 from fixtures.faults import MATRIX, SETTINGS, Fault
 from fixtures.run_processes import has_step, launch
 from rlproxi.config.loading import load_config
+from rlproxi.config.sections import Faults
 from rlproxi.errors import RunStopped
 from rlproxi.telemetry.runlog import last_step, read
 
@@ -223,36 +226,46 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_sessi
 def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_session, tmp_path, capsys):
     ray = ray_session
     config = load_config(SMOKE, ["faults.max_restarts=2", "learner.max_failures=3"])
-    driver = Driver(config, tmp_path)
-    driver.scribe = Scribe.remote(str(tmp_path))
+    scribe = RunLogWriter.remote(str(tmp_path))
 
-    def failing(*lives):
-        """Work whose lives log up to a step each and then end in an error; the next returns."""
-        left = iter(lives)
+    def until_done(*attempts):
+        return Stages(config, tmp_path, scribe).until_done("rl", failing(*attempts))
+
+    def failing(*attempts):
+        """Work whose attempts log up to a step each and then end in an error; the next returns."""
+        left = iter(attempts)
 
         def work():
             step, error = next(left, (0, None))
             if error is None:
                 return "done"
-            ray.get(driver.scribe.append.remote("metrics", {"stage": "rl", "step": step}))
+            ray.get(scribe.append.remote("metrics", {"stage": "rl", "step": step}))
             if isinstance(error, RunStopped):
-                ray.get(driver.scribe.stop.remote(str(error), LOST))
+                ray.get(scribe.stop.remote(str(error), Cause.LOST))
             raise error
 
         return work
 
     ranks, lost = RanksFailed("[Rank 0]\n  File x.py\nValueError: boom\n"), RunStopped("the weight store is lost")
-    assert driver._until_it_stands("rl", failing((3, ranks), (4, ranks), (6, ranks))) == "done"
-    assert driver._until_it_stands("rl", failing((4, lost), (5, lost), (7, lost), (6, lost))) == "done"
+    assert until_done((3, ranks), (4, ranks), (6, ranks)) == "done"
+    assert until_done((4, lost), (5, lost), (7, lost), (6, lost)) == "done"
     with pytest.raises(RunStopped, match=r"^the weight store is lost$"):
-        driver._until_it_stands("rl", failing((6, lost), (7, lost), (7, lost)))
-    assert ray.get(driver.scribe.stop_kind.remote()) == LOST
+        until_done((6, lost), (7, lost), (7, lost))
+    assert ray.get(scribe.stop_state.remote()).cause is Cause.LOST
+    ray.get(scribe.clear_stop.remote())
     with pytest.raises(
         RunStopped, match=r"rl: the learner failed \(ValueError: boom\) in 4 attempts without a new step after 8"
     ):
-        driver._until_it_stands("rl", failing((8, ranks), (8, ranks)))
+        until_done((8, ranks), (8, ranks))
     assert "File x.py" in capsys.readouterr().err, "the traceback is shown"
-    ray.kill(driver.scribe)
+    ray.kill(scribe)
+
+
+def lifecycle(hang_timeout_s: float) -> Lifecycle:
+    """That of a run in its stage rl."""
+    run = Lifecycle(Faults(hang_timeout_s=hang_timeout_s), max_failures=3)
+    run.handle(AttemptBegan("rl"))
+    return run
 
 
 def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session, tmp_path):
@@ -268,7 +281,7 @@ def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session
         def alive(self):
             return True
 
-    scribe, deaf, well = Scribe.remote(str(tmp_path)), Deaf.remote(), Well.remote()
+    scribe, deaf, well = RunLogWriter.remote(str(tmp_path)), Deaf.remote(), Well.remote()
     ray.get(well.alive.remote())
 
     def work() -> None:  # as a learner: what it waits for fails once the role is dead
@@ -276,8 +289,9 @@ def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session
             ray.get(deaf.alive.remote())
 
     with pytest.raises(RunStopped, match="the weight store has not answered for 1.5 s"):
-        Watch(scribe, {"weight store": deaf, "other": well}, 1.5, Leaving(1)).over(work)
-    assert ray.get(scribe.stop_kind.remote()) == LOST and ray.get(well.alive.remote())
+        supervisor = Supervisor(scribe, {"weight store": deaf, "other": well}, lifecycle(1.5), Signals(1))
+        supervisor.watch(work)
+    assert ray.get(scribe.stop_state.remote()).cause is Cause.LOST and ray.get(well.alive.remote())
     for actor in (scribe, well):
         ray.kill(actor)
 
@@ -295,16 +309,17 @@ def test_a_role_that_has_stopped_and_nobody_knows_why_is_replaced(ray_session, t
         def alive(self):
             return True
 
-    scribe, old, new = Scribe.remote(str(tmp_path)), Stopped.remote(), New.remote()
+    scribe, old, new = RunLogWriter.remote(str(tmp_path)), Stopped.remote(), New.remote()
     replaced = threading.Event()
 
     def replace(reason: str) -> dict:
-        assert reason == "the conductor has stopped, and why was lost with the log's writer"
+        assert reason == "the conductor has stopped, and its reason was lost with the log's writer"
         ray.get(scribe.clear_stop.remote())
         replaced.set()
         return {"conductor": new}
 
-    assert Watch(scribe, {"conductor": old}, 60, Leaving(1), replace=replace).over(lambda: replaced.wait(60)) is True
+    supervisor = Supervisor(scribe, {"conductor": old}, lifecycle(60), Signals(1), replace)
+    assert supervisor.watch(lambda: replaced.wait(60)) is True
     for actor in (scribe, old, new):
         ray.kill(actor)
 
@@ -319,21 +334,22 @@ def test_ranks_that_find_no_conductor_and_no_word_of_its_loss_tell_the_driver(ra
 
         open = alive
 
-    scribe, names = Scribe.remote(str(tmp_path)), ("a conductor", "some weights")
+    scribe, names = RunLogWriter.remote(str(tmp_path)), ("a conductor", "some weights")
     setup = LearnerSetup(None, str(tmp_path), "", names, scribe)
     with ThreadPoolExecutor() as pool:
-        ranks = [pool.submit(_bearers, setup, tells=rank == 0) for rank in range(2)]
+        ranks = [pool.submit(wait_for_roles, setup, reports=rank == 0) for rank in range(2)]
         deadline = time.time() + 30
-        while not ray.get(scribe.stop_kind.remote()) and time.time() < deadline:
+        while ray.get(scribe.stop_state.remote()) is None and time.time() < deadline:
             time.sleep(0.1)
-        assert "is lost (Failed to look up actor" in ray.get(scribe.stop_reason.remote())
-        assert ray.get(scribe.stop_kind.remote()) == LOST and not any(rank.done() for rank in ranks)
+        stop = ray.get(scribe.stop_state.remote())
+        assert "is lost (Failed to look up actor" in stop.reason
+        assert stop.cause is Cause.LOST and not any(rank.done() for rank in ranks)
         roles = [Role.options(name=name).remote() for name in names]  # as the driver does, and last:
         ray.get(scribe.clear_stop.remote())
         assert [rank.result(30) for rank in ranks] == [tuple(roles)] * 2
         ray.get(scribe.stop.remote("enough"))
         ray.kill(roles[0])
-        assert _bearers(setup, tells=True) is None
+        assert wait_for_roles(setup, reports=True) is None
     for actor in (scribe, roles[1]):
         ray.kill(actor)
 
@@ -351,7 +367,7 @@ def test_the_place_of_ranks_whose_controller_was_killed_is_free_again(ray_sessio
 
     mine = ray.util.placement_group([{"CPU": 0.25}])  # somebody else's, there before
     ray.get(mine.ready())
-    before = _placement_groups()
+    before = placement_groups()
     left: set[str] = set()
 
     class Trainer:
@@ -363,15 +379,15 @@ def test_the_place_of_ranks_whose_controller_was_killed_is_free_again(ray_sessio
             ray.get(controller.start.remote())
             ray.kill(controller)
             time.sleep(1)
-            left.update(_placement_groups() - before)
+            left.update(placement_groups() - before)
             ray.get(controller.start.remote())  # as the driver's wait for it: the actor has died
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     with pytest.raises(ray.exceptions.RayActorError):
-        train_on_ray(lambda settings: None, {}, load_config(SMOKE), str(tmp_path), "learner")
+        train_on_ray(lambda: None, load_config(SMOKE), str(tmp_path), "learner")
     assert len(left) == 1, "this version of Ray frees it by itself"
     deadline = time.time() + 30
-    while _placement_groups() != before and time.time() < deadline:
+    while placement_groups() != before and time.time() < deadline:
         time.sleep(0.1)
-    assert _placement_groups() == before and mine.id.hex() in before
+    assert placement_groups() == before and mine.id.hex() in before
     ray.util.remove_placement_group(mine)

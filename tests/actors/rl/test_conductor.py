@@ -13,11 +13,10 @@ from ray.exceptions import RayTaskError
 
 from actors.rl.loop import Loop
 from actors.rl.messages import Ended, Leave, Lost, Ready, Sampled, Stopped, Trained
-from actors.rl.stops import LOST
+from actors.rl.stops import Cause, Stop
 from fixtures.local_actors import local_scribe
 from rlproxi.algorithms import grpo
 from rlproxi.config.loading import build_config
-from rlproxi.errors import OUT_OF_MEMORY
 from rlproxi.rewards import RewardError
 from rlproxi.telemetry.runlog import read
 
@@ -281,9 +280,9 @@ def test_a_lost_role_sends_every_rank_back_to_begin_anew(tmp_path):
         await conductor.begin(0)
         asked = asyncio.gather(conductor.next_batch(0, 0, 2), conductor.next_batch(0, 1, 2))
         await settled()
-        await conductor.stop("the weight store is lost", LOST)
+        await conductor.stop("the weight store is lost", Cause.LOST)
         assert await asked == [Lost("the weight store is lost")] * 2
-        assert conductor.scribe.thing.stop_kind() == LOST
+        assert conductor.scribe.thing.stop_state().cause is Cause.LOST
 
     asyncio.run(main())
 
@@ -310,7 +309,7 @@ def test_a_commit_waits_until_its_record_is_in_the_log(tmp_path):
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-            OUT_OF_MEMORY,
+            "out_of_memory",
             "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.",
         ),
         (ValueError("a shape"), "", "RayTaskError(ValueError): "),
@@ -327,7 +326,7 @@ def test_a_fault_of_a_rollout_actor_stops_with_its_kind(tmp_path, cause, kind, w
         assert await both(conductor, 0, settled) == [Stopped()] * 2
         conductor.scribe.thing.clear_stop()  # as the driver does before it starts RL again
         await conductor.stop("a late one")
-        assert conductor.scribe.thing.stop_reason() is None
+        assert conductor.scribe.thing.stop_state() is None
         return conductor.stopped
 
     assert asyncio.run(main()).startswith(words)
@@ -337,15 +336,15 @@ def test_a_fault_of_a_rollout_actor_stops_with_its_kind(tmp_path, cause, kind, w
 
 def test_the_first_stop_stays_until_it_is_cleared(tmp_path):
     scribe = local_scribe(tmp_path).thing
-    assert (scribe.stop_reason(), scribe.stop_kind()) == (None, "")
-    scribe.stop("no memory", OUT_OF_MEMORY)
+    assert scribe.stop_state() is None
+    scribe.stop("no memory", Cause.OUT_OF_MEMORY)
     scribe.stop("another")
-    assert (scribe.stop_reason(), scribe.stop_kind()) == ("no memory", OUT_OF_MEMORY)
+    assert scribe.stop_state() == Stop("no memory", Cause.OUT_OF_MEMORY)
     scribe.clear_stop()
-    assert (scribe.stop_reason(), scribe.stop_kind()) == (None, "")
+    assert scribe.stop_state() is None
     scribe.stop("another")
-    assert (scribe.stop_reason(), scribe.stop_kind()) == ("another", "")
-    assert [r.get("kind") for r in read(tmp_path)] == [OUT_OF_MEMORY, None, None]
+    assert scribe.stop_state() == Stop("another", Cause.ENDED)
+    assert [r.get("kind") for r in read(tmp_path)] == ["out_of_memory", None, None]
 
 
 def test_ranks_that_are_asked_to_leave_all_save_first(tmp_path):

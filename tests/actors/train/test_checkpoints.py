@@ -12,17 +12,17 @@ from safetensors.numpy import load_file, save_file
 from actors.train import checkpoints
 
 
-def write(root, step: int, content: str = "weights", finish: bool = True, keep: int = 2, **facts):
+def write(root, step: int, content: str = "weights", finish: bool = True, keep: int = 2, **made_by):
     """A checkpoint of two files; a torn one where ``finish`` is off."""
     scratch = checkpoints.begin(root, step)
     (scratch / "engine").mkdir()
     (scratch / "engine" / "rank0.bin").write_text(content * 100)
     save_file({content: np.zeros(2, np.float32)}, scratch / "ema.safetensors")
-    return checkpoints.finish(root, step, {"world": 1, **facts}, keep=keep) if finish else scratch
+    return checkpoints.finish(root, step, 1, made_by, {}, keep) if finish else scratch
 
 
 def newest(root):
-    """((folder, facts) or None, warnings)."""
+    """(the checkpoint or None, warnings)."""
     warnings = []
     return checkpoints.latest(root, warnings.append), warnings
 
@@ -37,29 +37,43 @@ def test_nothing_written_is_nothing_found(tmp_path):
 
 def test_a_finished_checkpoint_comes_back_with_its_facts(tmp_path):
     final = write(tmp_path / "rl", 20, seed=7)
-    (folder, facts), warnings = newest(tmp_path / "rl")
-    assert folder == final == tmp_path / "rl" / "step-000020" and warnings == []
-    assert facts["step"] == 20 and facts["world"] == 1 and facts["seed"] == 7
-    assert {name: size for name, (size, _) in facts["files"].items()} == {
-        "ema.safetensors": (folder / "ema.safetensors").stat().st_size,
+    found, warnings = newest(tmp_path / "rl")
+    assert found.folder == final == tmp_path / "rl" / "step-000020" and warnings == []
+    assert (found.step, found.world, found.made_by) == (20, 1, {"seed": 7})
+    assert {name: size for name, (size, _) in found.files.items()} == {
+        "ema.safetensors": (final / "ema.safetensors").stat().st_size,
         "engine/rank0.bin": 700,
     }
-    assert all(checkpoints.digest(folder / name) == checksum for name, (_, checksum) in facts["files"].items())
-    assert (folder / "engine" / "rank0.bin").read_text() == "weights" * 100
+    assert all(checkpoints.digest(final / name) == checksum for name, (_, checksum) in found.files.items())
+    assert (final / "engine" / "rank0.bin").read_text() == "weights" * 100
+
+
+def test_the_mark_is_a_plain_json_object_that_other_programs_can_read(tmp_path):
+    """Old checkpoints have to stay readable, so its keys and their order are fixed."""
+    mark = json.loads((write(tmp_path, 20, seed=7) / checkpoints.MARK).read_text())
+    assert list(mark) == ["step", "files", "world", "made_by"]
+    assert (mark["step"], mark["world"], mark["made_by"]) == (20, 1, {"seed": 7})
+
+
+@pytest.mark.parametrize("made_by", [None, [], "a string"])
+def test_a_checkpoint_that_does_not_say_its_circumstances_is_usable(tmp_path, made_by):
+    mark = write(tmp_path, 20) / checkpoints.MARK
+    mark.write_text(json.dumps({**json.loads(mark.read_text()), "made_by": made_by}))
+    assert newest(tmp_path)[0].made_by == {}
 
 
 def test_only_the_newest_two_are_kept_counted_by_number(tmp_path):
     for step in (5, 999, 1000, 1000000):
         write(tmp_path, step)
     assert names(tmp_path) == ["step-001000", "step-1000000"]
-    assert newest(tmp_path)[0][1]["step"] == 1000000
+    assert newest(tmp_path)[0].step == 1000000
 
 
 def test_a_torn_write_is_not_a_checkpoint(tmp_path):
     write(tmp_path, 20)
     scratch = write(tmp_path, 40, finish=False)
-    (folder, _), warnings = newest(tmp_path)
-    assert folder.name == "step-000020" and warnings == []
+    found, warnings = newest(tmp_path)
+    assert found.folder.name == "step-000020" and warnings == []
     (scratch / "leftover").write_text("of the run that was killed")
     assert not (checkpoints.begin(tmp_path, 40) / "leftover").exists()
 
@@ -134,8 +148,8 @@ def edit(folder, **files):
 def test_damage_is_named_and_the_one_before_taken(tmp_path, damage, words):
     write(tmp_path, 20)
     damage(write(tmp_path, 40))
-    (folder, facts), (warning,) = newest(tmp_path)
-    assert folder.name == "step-000020" and facts["step"] == 20
+    found, (warning,) = newest(tmp_path)
+    assert found.folder.name == "step-000020" and found.step == 20
     assert str(tmp_path / "step-000040") in warning and words in warning and "trying the one before" in warning
 
 
@@ -143,8 +157,8 @@ def test_damage_is_named_and_the_one_before_taken(tmp_path, damage, words):
 def test_a_mark_of_another_shape_is_damage_too(tmp_path, mark):
     write(tmp_path, 20)
     (write(tmp_path, 40) / checkpoints.MARK).write_text(mark)
-    (folder, _), (warning,) = newest(tmp_path)
-    assert folder.name == "step-000020" and "unusable" in warning
+    found, (warning,) = newest(tmp_path)
+    assert found.folder.name == "step-000020" and "unusable" in warning
 
 
 def test_when_all_are_damaged_the_run_starts_anew(tmp_path):
@@ -160,7 +174,7 @@ def test_a_new_checkpoint_is_never_dropped_for_damaged_newer_ones(tmp_path):
         cut(write(tmp_path, step))
     assert newest(tmp_path)[0] is None  # so the run starts at 0 again
     assert write(tmp_path, 20).is_dir()
-    assert newest(tmp_path)[0][1]["step"] == 20
+    assert newest(tmp_path)[0].step == 20
 
 
 def test_files_that_are_no_checkpoints_are_left_alone(tmp_path):
@@ -169,7 +183,7 @@ def test_files_that_are_no_checkpoints_are_left_alone(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step)
     assert names(tmp_path) == ["notes.txt", "step-000002", "step-000003", "step-abc"]
-    assert newest(tmp_path)[0][1]["step"] == 3
+    assert newest(tmp_path)[0].step == 3
 
 
 def test_as_many_are_kept_as_the_config_says(tmp_path):
@@ -187,8 +201,8 @@ def test_nothing_is_dropped_for_one_that_is_not_read_back_as_it_was_written(tmp_
     sealed = {"ema.safetensors": checkpoints.seal(scratch / "ema.safetensors")}
     flip(scratch)
     with pytest.raises(OSError, match="not read back as it was written: ema.safetensors"):
-        checkpoints.finish(tmp_path, 40, {}, sealed, keep=1)
-    assert newest(tmp_path)[0][1]["step"] == 20
+        checkpoints.finish(tmp_path, 40, 1, {}, sealed, keep=1)
+    assert newest(tmp_path)[0].step == 20
 
 
 def test_what_killed_runs_left_is_cleared_away(tmp_path):
@@ -233,8 +247,12 @@ def test_a_planted_pickle_is_not_executed_and_the_one_before_is_taken(form, tmp_
     else:
         torch.save({"state": Bomb(marker)}, file)
     edit(folder, **{"ema.safetensors": checkpoints.seal(file)})
-    (found, _), (warning,) = newest(tmp_path / "rl")
-    assert found.name == "step-000020" and "ema.safetensors (not a safetensors file)" in warning and not marker.exists()
+    found, (warning,) = newest(tmp_path / "rl")
+    assert (
+        found.folder.name == "step-000020"
+        and "ema.safetensors (not a safetensors file)" in warning
+        and not marker.exists()
+    )
     with pytest.raises(FileExistsError), marker.parent.joinpath("executed").mkdir() or file.open("rb") as opened:
         torch.load(opened, weights_only=False) if form == "torch" else pickle.load(opened)  # it would have been
 
@@ -250,5 +268,5 @@ def test_random_bytes_in_any_file_are_passed_over(tmp_path_factory, content, nam
     (folder / name).write_bytes(content)
     if sealed and name == "ema.safetensors":
         edit(folder, **{name: checkpoints.seal(folder / name)})
-    (found, _), warnings = newest(root)
-    assert found.name == "step-000020" and len(warnings) == 1
+    found, warnings = newest(root)
+    assert found.folder.name == "step-000020" and len(warnings) == 1

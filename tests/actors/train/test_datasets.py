@@ -11,7 +11,7 @@ import ray
 from ray.data.dataset import MaterializedDataset
 
 from actors.data import encoder
-from actors.run.log_writer import Scribe
+from actors.run.log_writer import RunLogWriter
 from actors.train import datasets as ingest
 from fixtures.shards import jpeg, sample, write_tar
 from rlproxi.config.loading import build_config
@@ -54,7 +54,7 @@ def encoded(ray_here, tmp_path_factory):
         good = [sample(100 * n + i, image=jpeg(*SIZES[(n + i) % 3], seed=i)) for i in range(20)]
         write_tar(folder / f"{n:05d}.tar", [*good, sample(100 * n + 50, caption=" ")])
     config = shard_config(folder / "{00000..00005}.tar")
-    scribe = Scribe.remote(str(run_dir))
+    scribe = RunLogWriter.remote(str(run_dir))
     facts = encoder.encode(config, run_dir / "cache", None, scribe)
     ray.get(scribe.progress.remote("encode"))
     return config, run_dir / "cache", facts, run_dir
@@ -78,7 +78,7 @@ def test_encode_counts_and_tells_its_progress(encoded):
 
 def test_a_second_run_encodes_only_what_changed(encoded, tmp_path):
     config, cache, *_ = encoded
-    scribe = Scribe.remote(str(tmp_path))
+    scribe = RunLogWriter.remote(str(tmp_path))
     before = {p: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
     assert encoder.encode(config, cache, None, scribe)["encoded"] == 0
     assert {p: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")} == before
@@ -110,7 +110,7 @@ def test_a_killed_worker_costs_nothing_but_time(ray_here, tmp_path):
     config, cache = shard_config(tmp_path), tmp_path / "cache"
     result = {}
     thread = threading.Thread(
-        target=lambda: result.update(encoder.encode(config, cache, None, Scribe.remote(str(tmp_path / "run"))))
+        target=lambda: result.update(encoder.encode(config, cache, None, RunLogWriter.remote(str(tmp_path / "run"))))
     )
     thread.start()
     victim = None

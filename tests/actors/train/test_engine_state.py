@@ -10,8 +10,9 @@ MORE = [pytest.param(kind, stage, marks=pytest.mark.exhaustive) for kind in ("lo
 
 
 def broken(kind, stage, folder, then=None):
-    """(metrics of steps 3 to 5 and the state after them) of a run that went on from a checkpoint, for two engines: a fresh
-    one, and the one that has trained on and goes back."""
+    """(metrics of steps 3 to 5, state after them) of a run that went on from a checkpoint.
+
+    For two engines: a fresh one, and the one that has trained on and goes back."""
     engine = engine_of(kind, stage)
     train(engine, 0, 3)
     engine.save(folder / "three")

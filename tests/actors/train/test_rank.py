@@ -1,4 +1,4 @@
-"""The one training loop in this process, on real DeepSpeed and real checkpoints: what follows where updates are refused."""
+"""The training loop in this process, on real DeepSpeed and real checkpoints: what follows refused updates."""
 
 import json
 from types import SimpleNamespace
@@ -10,12 +10,11 @@ from torch import nn
 from actors.train import checkpoints, rollback
 from actors.train.engine import Engine
 from actors.train.rank import Rank
+from actors.train.saving import Place
 from fixtures.local_actors import local_scribe
 from rlproxi.algorithms.base import Update
-from rlproxi.algorithms.guards.updates import UpdateGuard
 from rlproxi.config.loading import build_config
 from rlproxi.telemetry.runlog import read
-from rlproxi.telemetry.timeline import Diary
 
 STEPS = 8
 
@@ -42,14 +41,11 @@ class Fit:
 class OneRank(Rank):
     """A rank without Ray around it, its second network going along."""
 
-    rank, world, stage, device, dtype = 0, 1, "rl", torch.device("cpu"), torch.float32
-    checkpoint_every = 2
-
-    def __init__(self, folder, nan, **guards):
-        self.config = build_config({"guards": guards, "telemetry": {"timeline": False}})
-        self.run_dir, self.root, self.scribe = folder, checkpoints.root(folder, "rl"), local_scribe(folder)
-        self.diary, self.told, self.unlogged = Diary(), 0.0, 0
-        self.guard = UpdateGuard(self.config.guards, "grpo.lr", rollback.count(self.root))
+    def __init__(self, folder, nan, earliest=0, **guards):
+        settings = {"model": {"precision": "float32"}, "telemetry": {"timeline": False}, "resources": {"threads": 1}}
+        config, place = build_config({"guards": guards, **settings}), Place(0, 1, torch.device("cpu"))
+        super().__init__(config, folder, "rl", local_scribe(folder), place, checkpoint_every=2)
+        self.root, self.earliest = self.checkpointer.root, earliest
         self.nan, self.begun, self.seen, self.ended = nan, [], [], False
         self.build()
 
@@ -101,6 +97,10 @@ def make(process_group, tmp_path):
 
 def warnings(rank):
     return [r["message"] for r in read(rank.run_dir) if r["event"] == "warning"]
+
+
+def reason(rank):
+    return rank.scribe.thing.stop_state().reason
 
 
 def steps(rank):
@@ -169,15 +169,12 @@ def test_a_checkpoint_that_leads_nowhere_is_set_aside(make):
 def test_what_goes_on_ends_the_run_in_words(make):
     rank = make(lambda step, rollbacks: step >= 3, max_rollbacks=1)
     assert rank.begun == [0, 2] and rank.stopped and not rank.ended
-    assert rank.scribe.thing.stop_reason().startswith("rl: step 6: an update of 'policy' is skipped, 3 in a row")
-    assert (
-        "It went back 1 times (guards.max_rollbacks), with grpo.lr down to 0.5 of the config's"
-        in rank.scribe.thing.stop_reason()
-    )
+    assert reason(rank).startswith("rl: step 6: an update of 'policy' is skipped, 3 in a row")
+    assert "It went back 1 times (guards.max_rollbacks), with grpo.lr down to 0.5 of the config's" in reason(rank)
     first = make(lambda step, rollbacks: True, "first")
-    assert "so grpo.lr has no part in it" in first.scribe.thing.stop_reason() and first.begun == [0]
+    assert "so grpo.lr has no part in it" in reason(first) and first.begun == [0]
     stops = make(lambda step, rollbacks: step >= 3, "stops", on_nonfinite="stop", skips_in_a_row=1)
-    assert "(guards.on_nonfinite = stop)" in stops.scribe.thing.stop_reason() and steps(stops) == [0, 1, 2]
+    assert "(guards.on_nonfinite = stop)" in reason(stops) and steps(stops) == [0, 1, 2]
 
 
 def test_a_batch_that_is_refused_counts_as_a_skipped_update(make, monkeypatch):
@@ -192,10 +189,9 @@ def test_a_batch_that_is_refused_counts_as_a_skipped_update(make, monkeypatch):
     )
 
 
-def test_data_that_begin_later_need_a_resume(make, monkeypatch):
-    monkeypatch.setattr(OneRank, "earliest", 3)
-    rank = make(lambda step, rollbacks: step >= 3)
-    assert rank.scribe.thing.stop_reason().endswith("its data are not at hand here: resume the run (--resume)")
+def test_data_that_begin_later_need_a_resume(make):
+    rank = make(lambda step, rollbacks: step >= 3, earliest=3)
+    assert reason(rank).endswith("this process has no data from there on: resume the run (--resume)")
     assert json.loads((rank.root / "rollbacks.json").read_text()) == {"rollbacks": 1}
 
 

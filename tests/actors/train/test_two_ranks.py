@@ -46,7 +46,7 @@ def _full(rank: int, run_dir: Path) -> list[str]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
         write(step)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        seen.append(f"{step}: {small.unwritten}")
+        seen.append(f"{step}: {small.checkpointer.unwritten}")
 
     small.checkpoint = checkpoint
     small.live()
@@ -118,8 +118,8 @@ def test_both_ranks_learn_that_one_could_not_write(root):
     assert len(warnings) == 1 and "no checkpoint of step 4: " in warnings.pop()
     folder = checkpoints.root(root / "run", "pretrain")
     assert sorted(p.name for p in folder.iterdir()) == ["step-000002", "step-000006"]
-    _, facts = checkpoints.latest(folder, pytest.fail)
-    assert facts["world"] == 2 and {"random-00000.safetensors", "random-00001.safetensors"} <= facts["files"].keys()
+    newest = checkpoints.latest(folder, pytest.fail)
+    assert newest.world == 2 and {"random-00000.safetensors", "random-00001.safetensors"} <= newest.files.keys()
 
 
 def test_a_run_of_two_ranks_goes_on_as_one_and_says_so(root):
