@@ -52,8 +52,7 @@ class Evaluator:
         self.guard = self._new_guard()
 
     def _new_guard(self) -> OverOptimisation:
-        e = self.config.evaluate
-        return OverOptimisation(e.alarm_sigmas, e.patience, e.alarm_drift, e.alarm_sameness)
+        return OverOptimisation.of(self.config)
 
     async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
         """Held-out prompts at each step count; writes and returns the evaluation (see evaluation.heldout)."""

@@ -62,9 +62,7 @@ class Rank(Saved):
         self.origin = find_model(model_folder)
         self.encoder = load_encoder(self.origin, self.dtype).to(self.device)
         self.root = checkpoints.root(run_dir, stage)
-        self.guard = UpdateGuard(
-            config.guards, f"{config.section if stage == 'rl' else stage}.lr", rollback.count(self.root)
-        )
+        self.guard = UpdateGuard(config.guards, f"{stage}.lr", rollback.count(self.root))
         self.unlogged = 0  # skipped updates that no metrics record has told of
 
     def build(self) -> None:

@@ -24,8 +24,8 @@ _ORDER = {"resources.learner_workers", "resources.threads", "learner.zero_stage"
 
 def circumstances(config: Config, stage: str, device: str, versions: dict[str, str]) -> dict[str, Any]:
     """name -> value of what a stage's numbers depend on: config keys, the kind of device, versions of packages."""
-    section = "pretrain" if stage == "pretrain" else config.section
-    sections = {"data", "model", "schedule", "sampler", "rewards", "learner", "resources", section}
+    own = {stage} if stage == "pretrain" else config.algorithm_parts
+    sections = {"data", "model", "schedule", "sampler", "rewards", "learner", "resources", *own}
     found = {"run.seed": config.run.seed}
     for name, values in config.model_dump(mode="json").items():
         if name in sections:

@@ -60,10 +60,10 @@ def proxy(
     """
     if beta <= 0 or particles < 1:
         raise ValueError(f"beta is {beta} and particles is {particles}; need beta > 0 and at least 1 particle")
-    looks = [_look(y, lambda leaf: denoise(leaf, k), reward) for k in range(particles)]
+    looks = [_look(y, lambda leaf, k=k: denoise(leaf, k), reward) for k in range(particles)]
     values = torch.stack([look.value for look in looks])
     share = torch.softmax(values.double() / beta, 0).to(y.dtype)  # the gradient of logsumexp
-    gradient = sum(expand(s, y) * look.at_y for s, look in zip(share, looks)) / beta
+    gradient = sum(expand(s, y) * look.at_y for s, look in zip(share, looks, strict=True)) / beta
     return gradient, values.mean(0)
 
 

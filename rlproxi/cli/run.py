@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         "arguments",
         nargs="*",
         metavar="CONFIG | key=value",
-        help="a YAML file (default: configs/quickstart.yaml) and overrides such as grpo.lr=1e-5",
+        help="a YAML file (default: configs/quickstart.yaml) and overrides such as rl.lr=1e-5",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run directory")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .sections import Section
+from .section import Section
 
 #: What a caption says where hands are in the picture; whole words, in any case.
 HAND_WORDS = (

@@ -7,15 +7,13 @@ is the one that is planned for, 'cpu' or 'cuda'.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import ContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import grpo
-from ..algorithms.base import Algorithm, Batch, Parts, Update
+from ..algorithms.base import Algorithm, Batch, Parts, Update, build_algorithm
 from ..algorithms.requests import SampleRequest
 from ..config.loading import Config
 from ..data import faces
@@ -54,7 +52,7 @@ def first_updates(
     networks: Mapping[str, nn.Module],
     reference: Denoiser | None = None,
     gradients: RewardGradients | None = None,
-    reference_scope: Callable[[], ContextManager] = nullcontext,
+    reference_scope: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Update]:
     """Of each network the first update that the learner makes, of one micro-batch of zeros, where the network is.
 
@@ -69,8 +67,8 @@ def first_updates(
     algorithm.connect(
         Parts(dict(networks), dict(networks), reference, captions, gradients, shape, device, reference_scope)
     )
-    g, kept = config.rl, getattr(algorithm, "trained_steps", 0)
-    prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups_per_micro_batch))
+    g, kept = config.rl, len(algorithm.kept_steps(0))
+    prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups))
     request = SampleRequest("train", 0, prompts, tuple(range(len(prompts))), g.group_size)
     z = torch.zeros(request.images, *shape, device=device)
     chain = {name: z.expand(kept, *z.shape) for name in ("z", "z_next", "prox")} | {"z_last": z}
@@ -83,14 +81,14 @@ def first_updates(
 
 
 def learner_losses(config: Config, network: nn.Module, rows: int) -> Losses:
-    """GRPO's losses of one micro-batch of ``rows`` samples, without a reference, where the network is."""
+    """The policy's losses of one micro-batch of ``rows`` samples, without a reference, where the network is."""
     one = config.with_rl(group_size=rows, groups_per_micro_batch=1)
-    return first_updates(one, grpo.GRPO(one), {"policy": network})["policy"].losses
+    return first_updates(one, build_algorithm(one), {"policy": network})["policy"].losses
 
 
 def one_loss(config: Config, network: nn.Module) -> Losses:
     """One prox of a micro-batch with a backward, whatever the algorithm makes of it."""
-    prox, z, text = inputs(config, network, config.rl.groups_per_micro_batch * config.rl.group_size)
+    prox, z, text = inputs(config, network, config.rl.rows)
     yield prox(z, 0.5, 0.5, text).sum(), {}
 
 

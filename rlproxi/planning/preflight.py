@@ -1,4 +1,4 @@
-"""What can be known of a run before it starts, beyond the config itself: files, folders, scorers and their parameters."""
+"""Checks before a run starts, beyond the config itself: files, folders, scorers and their parameters."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..algorithms import registry
-from ..algorithms.base import Algorithm
-from ..algorithms.grpo import bytes_per_micro_batch
+from ..algorithms.base import Algorithm, algorithm_class, build_algorithm
 from ..config.loading import Config
 from ..config.sections import Reward
 from ..data.cache import prompts_path
@@ -35,8 +33,10 @@ def cache_folder(config: Config, run_dir: Path) -> Path | None:
 
 
 def with_paths(config: Config, run_dir: Path) -> Config:
-    """What a run makes for itself, where nothing else is named: the embedded scorers read what ``prepare`` made, and the
-    prompts are the captions that ``encode`` found."""
+    """The config with the paths of what a run makes for itself, where the config names nothing else.
+
+    The embedded scorers read what ``prepare`` made, and the prompts are the captions that ``encode`` found.
+    """
 
     def resolve(reward: Reward) -> Reward:
         if reward.kind in EMBEDDED and "path" not in reward.params:
@@ -58,7 +58,7 @@ def with_paths(config: Config, run_dir: Path) -> Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """A sentence that begins with its key. ``missing``: a file or folder may yet come, and a plan can be made without."""
+    """A sentence that begins with its key. ``missing``: a file or folder may still come; a plan needs none."""
 
     text: str
     missing: bool
@@ -67,23 +67,25 @@ class Problem:
 def problems(config: Config) -> list[Problem]:
     """Everything that would stop the run later; [] when it can start."""
     found = [*_rewards(with_paths(config, Path(config.run.dir)))]
-    found += _told("telemetry", lambda: check_packages(config.telemetry))
+    found += _problems_of("telemetry", lambda: check_packages(config.telemetry))
+    algorithm: Algorithm | None = None
     if "rl" in config.run.stages:
-        found += _algorithm(config)
+        algorithm, wrong = _algorithm(config)
+        found += wrong
     if set(config.run.stages) - {"curate", "report"}:
         model = [*_model(config)]
         found += [*model, *_data(config)]
-        if "rl" in config.run.stages and not model:  # what a micro-batch weighs follows from the model
-            found += _told(config.section, lambda: _bytes_in_flight(config))
+        if algorithm is not None and not model:  # what a micro-batch weighs follows from the model
+            found += _problems_of("rl", lambda: _bytes_in_flight(algorithm))
     if "curate" in config.run.stages:
-        found += _told(
+        found += _problems_of(
             "curate", lambda: job.check(config.curate, config.curate.out or "curated"), missing=not config.curate.urls
         )
     return found
 
 
-def _told(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
-    """[] where ``check`` passes, else what it says."""
+def _problems_of(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
+    """[] where ``check`` passes, else its error as a problem of ``key``."""
     try:
         check()
         return []
@@ -98,7 +100,7 @@ def _rewards(config: Config) -> Iterator[Problem]:
     """A scorer that does not exist, parameters that it does not take, and files and functions that are not there."""
     for section, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
         for i, reward in enumerate(rewards):
-            yield from _told(f"rewards.{section}.{i}", lambda: _reward(reward))
+            yield from _problems_of(f"rewards.{section}.{i}", lambda reward=reward: _reward(reward))
 
 
 def _reward(reward: Reward) -> None:
@@ -117,80 +119,66 @@ def _reward(reward: Reward) -> None:
             )
 
 
-def _algorithm(config: Config) -> list[Problem]:
-    """A class that is not there or cannot be made, and rewards without the gradients that it climbs."""
-    made: list[Algorithm] = []
-    problems = _told("run.algorithm", lambda: made.append(_built(config)))
-    if made:
-        problems += _told(config.section, lambda: _staleness(config, made[0]))
-    if not (made and made[0].needs_gradients):
-        return problems
+def _algorithm(config: Config) -> tuple[Algorithm | None, list[Problem]]:
+    """The algorithm, if it can be made, and its problems: rewards without the gradients it needs, bounds of no use."""
+    problems = _problems_of("run.algorithm", lambda: algorithm_class(config.run.algorithm))
+    if problems:
+        return None, problems
+    try:
+        algorithm = build_algorithm(config)
+    except Exception as error:  # whatever the user's class raises
+        words = f"run.algorithm {config.run.algorithm!r} cannot be set up: {type(error).__name__}: {error}"
+        return None, [Problem(words, False)]
+    problems = _problems_of("rl", lambda: _staleness(algorithm))
+    if not algorithm.needs_gradients:
+        return algorithm, problems
     known = ", ".join(name for name in names() if is_differentiable(name))
-    lacking = [
-        (i, reward.name)
-        for i, reward in enumerate(config.rewards.train)
-        if reward.kind in names() and not is_differentiable(reward.kind)
+    return algorithm, [
+        *problems,
+        *(
+            Problem(
+                f"rewards.train.{i}: reward {reward.name!r} has no gradient, and {algorithm.why_gradients()} needs "
+                f"one from every training reward: use one of {known}, or a scorer of your own that is a "
+                "TorchScorer (docs/rewards/)",
+                False,
+            )
+            for i, reward in enumerate(config.rewards.train)
+            if reward.kind in names() and not is_differentiable(reward.kind)
+        ),
     ]
-    problems += [
-        Problem(
-            f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs "
-            f"one from every training reward: use one of {known}, or a scorer of your own that is a "
-            "TorchScorer (docs/rewards/)",
-            False,
-        )
-        for i, name in lacking
-    ]
-    return problems
 
 
-def _staleness(config: Config, algorithm: Algorithm) -> None:
-    """A bound that has no effect."""
-    name, g = config.section, config.rl
-    if g.max_staleness and not algorithm.needs_rollouts:
+def _staleness(algorithm: Algorithm) -> None:
+    """Raise ValueError for a bound that has no effect."""
+    rl = algorithm.rl
+    if rl.max_staleness and not algorithm.needs_rollouts:
         raise ValueError(
-            f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, "
+            f"rl.max_staleness is {rl.max_staleness}, but {algorithm.config.run.algorithm} samples on the learner, "
             "with the weights it has, so nothing can be stale: set it to 0"
         )
-    if g.max_staleness >= max(1, g.steps):
+    if rl.max_staleness >= max(1, rl.steps):
         raise ValueError(
-            f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be "
-            f"more than {g.steps - 1} versions behind: set it to at most that"
+            f"rl.max_staleness is {rl.max_staleness}, but of rl.steps {rl.steps} iterations none can be "
+            f"more than {rl.steps - 1} versions behind: set it to at most that"
         )
 
 
-def _bytes_in_flight(config: Config) -> None:
-    """A bound on bytes that one iteration passes, or with which the bound on staleness is never reached."""
-    name, g = config.section, config.rl
-    whole, limit = g.micro_batches * bytes_per_micro_batch(config), g.max_bytes_in_flight
+def _bytes_in_flight(algorithm: Algorithm) -> None:
+    """Raise ValueError for a bound on bytes that one iteration passes, or that keeps staleness below its own bound."""
+    rl = algorithm.rl
+    whole, limit = rl.micro_batches * algorithm.bytes_per_micro_batch(), rl.max_bytes_in_flight
     if whole > limit:
         raise ValueError(
-            f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
-            f"and is trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or "
-            "trained_steps"
+            f"rl.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
+            f"and is trained on whole: set it to at least {whole}, or lower rl.prompts_per_step, rl.group_size or the "
+            "number of trained steps"
         )
-    if (g.max_staleness + 1) * whole > limit:
+    if (rl.max_staleness + 1) * whole > limit:
         raise ValueError(
-            f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} "
-            f"bytes are in flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
-            f"least {(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}"
+            f"rl.max_staleness is {rl.max_staleness}, for which {rl.max_staleness + 1} iterations of {whole} "
+            f"bytes are in flight, and rl.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
+            f"least {(rl.max_staleness + 1) * whole}, or rl.max_staleness to {limit // whole - 1}"
         )
-
-
-def _what_needs_gradients(config: Config) -> str:
-    told = {
-        "grpo": f"grpo.last_step_weight = {config.grpo.last_step_weight:g}",
-        "didr": f"didr.reward = {config.didr.reward!r}",
-    }
-    return told.get(config.section, f"run.algorithm = {config.run.algorithm!r}")
-
-
-def _built(config: Config) -> Algorithm:
-    name = config.run.algorithm
-    kind = registry.algorithm_class(name)
-    try:
-        return kind(config)
-    except Exception as error:  # whatever the user's class raises
-        raise ValueError(f"run.algorithm {name!r} cannot be set up: {type(error).__name__}: {error}") from None
 
 
 def _model(config: Config) -> Iterator[Problem]:
@@ -203,12 +191,12 @@ def _model(config: Config) -> Iterator[Problem]:
             False,
         )
     if m.init:
-        found = _told("model.init", lambda: _published(m.init))
+        found = _problems_of("model.init", lambda: _published(m.init))
     elif m.encoders:
-        found = _told("model.encoders", lambda: text_widths(m.encoders))
+        found = _problems_of("model.encoders", lambda: text_widths(m.encoders))
     else:
         found = []
-    yield from found or _told("model", lambda: latent_space(config))
+    yield from found or _problems_of("model", lambda: latent_space(config))
     if config.data.buckets and (m.init is None or (not found and network_config(m.init)[1].get("_class_name") in OWN)):
         yield Problem(
             "data.buckets is true, but networks of our own have one size: set it false, or start from a "
@@ -216,7 +204,7 @@ def _model(config: Config) -> Iterator[Problem]:
             False,
         )
     if not found and not m.init:
-        yield from _told("model", lambda: _fits(config))
+        yield from _problems_of("model", lambda: _fits(config))
 
 
 def _published(folder: str) -> None:
@@ -238,11 +226,13 @@ def _fits(config: Config) -> None:
 def _data(config: Config) -> Iterator[Problem]:
     d = config.data
     if d.source == "shards" and set(config.run.stages) & {"encode", "pretrain"}:
-        yield from _told("data.urls", lambda: list_shards(d.urls), missing=True)
+        yield from _problems_of("data.urls", lambda: list_shards(d.urls), missing=True)
     known = d.prompts is not None or d.source == "faces"  # else the captions of the data, after they are encoded
     found: list[Problem] = []
     if known and set(config.run.stages) & {"before", "rl", "after"}:
-        found = _told("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
+        found = _problems_of(
+            "data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config)
+        )
     if known and "rl" in config.run.stages and not found:
-        found = _told("data.prompts", lambda: training_prompts(config, 0))
+        found = _problems_of("data.prompts", lambda: training_prompts(config, 0))
     yield from found

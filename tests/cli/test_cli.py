@@ -310,7 +310,7 @@ def test_run_and_bench_get_everything_behind_the_word(command, monkeypatch, caps
         monkeypatch.setitem(sys.modules, f"rlproxi.{command}", types.SimpleNamespace(main=target))
 
     module(None)
-    assert cli.main([command, "--dry-run", "grpo.lr=1e-5"]) == 0 and seen == [["--dry-run", "grpo.lr=1e-5"]]
+    assert cli.main([command, "--dry-run", "rl.lr=1e-5"]) == 0 and seen == [["--dry-run", "rl.lr=1e-5"]]
     module(3)
     assert cli.main([command]) == 3
     module(ConfigError("a.yaml: unknown key 'x'\n  unknown key 'y'"))

@@ -32,7 +32,7 @@ def make_run(folder: Path) -> Path:
         for step in range(1, 6):
             log.append("metrics", stage="rl", step=step, loss=step / 10)
         log.append("samples", stage="rl", step=5, file="samples/000005.json")
-    (folder / "config.yaml").write_text("sampler: {num_inference_steps: 3}\ngrpo: {steps: 9}\n")
+    (folder / "config.yaml").write_text("sampler: {num_inference_steps: 3}\nrl: {steps: 9}\n")
     images = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), dtype=np.uint8)
     gallery.write(folder, 5, 4, [gallery.Group("a hat", 0, images, np.arange(4.0))])
     timeline.append(folder, "rl", 5, [timeline.Span("rollout", 0, "sample", 1.0, 2.0)])

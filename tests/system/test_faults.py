@@ -198,7 +198,7 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_sessi
     """SIGTERM, as a scheduler or a cloud sends it: the run ends after the iteration under way, and goes on from there."""
     environment = {**os.environ, "RAY_ADDRESS": ray_session.get_runtime_context().gcs_address}
     process = launch(
-        [SMOKE, f"run.dir={tmp_path}", *faults.PATIENT, *rl_alone, "grpo.checkpoint_every=100"], environment
+        [SMOKE, f"run.dir={tmp_path}", *faults.PATIENT, *rl_alone, "rl.checkpoint_every=100"], environment
     )
     faults.wait_for(lambda: reached(tmp_path, 1), lambda: process.poll() is None)
     asked = time.time()
@@ -213,7 +213,7 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_sessi
     print(f"ended {seconds:.1f} s after SIGTERM with step {done}")
 
     assert done < 4, "there is something left to do"
-    again = launch(["--resume", str(folder), "grpo.checkpoint_every=2"], environment)
+    again = launch(["--resume", str(folder), "rl.checkpoint_every=2"], environment)
     output = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output[-3000:]
     outcome = faults.judge("SIGTERM", asked, folder, smoke.folder)

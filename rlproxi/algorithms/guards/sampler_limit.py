@@ -1,9 +1,8 @@
-"""The sampler that training uses against its noise-free limit, at the start: the same step by two ways.
+"""A check before the first update: a noise-free step of the trained network equals the deterministic sampler's step.
 
-With its noise turned down to nothing a sampler is the deterministic one of its kind: ``hybrid`` becomes ``ode``, ``ddim``,
-``euler`` or ``matched`` with eta > 0 becomes that with eta 0 (``backward`` has a limit of its own, which is ``ode`` to first
-order in gamma). The coefficients are compared for every step; the network is asked once by either way: as training asks it,
-and as sampling does.
+Without its noise a sampler is the deterministic one of its kind. ``hybrid`` becomes ``ode``; ``ddim``, ``euler`` or
+``matched`` with eta > 0 become themselves with eta 0. ``backward`` has its own limit, which is ``ode`` to first order
+in gamma. The coefficients are compared for every step. The network is called twice: as in training, and as in sampling.
 """
 
 from __future__ import annotations
@@ -34,10 +33,11 @@ class LimitError(AlgorithmStopped):
 def noise_free(step: Step, sampler: str) -> Step:
     """The step with its noise taken away, from its own coefficients.
 
-    The proximal samplers are z = a x + zeta s n with lam (1 + zeta^2)/2 at a share zeta of the noise: half their lam is left. What
-    ``ddim`` draws anew is taken from the noise that it predicts: d' = sqrt(d^2 + (e/sigma)^2), with sigma = sqrt(lam)/a.
-    ``euler`` keeps half of the drift that a full share has: b' = gamma/2 alpha/sigma^2 = gamma a/(2 lam). For ``matched`` two of b, d, e
-    and lam tell v = sigma'^2, from which its step without noise follows.
+    The proximal samplers are z = a x + zeta s n with lam (1 + zeta^2)/2 at a share zeta of the noise, so half their lam
+    is left. ``ddim`` takes the fresh noise from the noise that it predicts: d' = sqrt(d^2 + (e/sigma)^2), with
+    sigma = sqrt(lam)/a. ``euler`` keeps half of the drift of a full share: b' = gamma/2 alpha/sigma^2 =
+    gamma a/(2 lam). For ``matched``, v = sigma'^2 follows from two of b, d, e and lam; its step without noise follows
+    from v.
     """
     if sampler == "euler":
         b = step.gamma * step.a / (2 * step.lam)
@@ -80,9 +80,9 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
-    """Largest difference of x_{k-1} by the two ways, over the deterministic one's RMS; Inf where the coefficients differ.
+    """Largest difference of the two x_{k-1}, over the deterministic one's RMS; Inf where the coefficients differ.
 
-    x [B, ...]: where the step begins. The step asked is the middle one.
+    The step compared is the middle one. It begins at x [B, ...].
     """
     s, schedule = config.sampler, config.schedule.build()
     limit = [noise_free(step, s.name) for step in s.plan(schedule)]
@@ -91,7 +91,7 @@ def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
     if any(
         abs(a - b) > 1e-6 * max(1.0, abs(b))
         for one, two in zip(limit, plan, strict=True)
-        for a, b in zip(astuple(one), astuple(two))
+        for a, b in zip(astuple(one), astuple(two), strict=True)
     ):
         return math.inf
     ours, theirs = (_taken(steps[len(steps) // 2], x, ask) for steps, ask in ((limit, trained), (plan, sampled)))
@@ -108,9 +108,9 @@ def accept(found: float, config: Config) -> None:
     """Raises LimitError where ``deviation`` found more than guards.sampler_tolerance."""
     if not found <= config.guards.sampler_tolerance:
         raise LimitError(
-            f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic sampler's "
-            f"by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): the network that is "
-            "trained does not compute what samplers ask of it. Take dropout and whatever else differs between training and "
-            "evaluation out of the network (model.init), check that its weights are finite, set model.compile=false and "
-            "model.precision=float32 to rule out rounding, or raise the tolerance"
+            f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic "
+            f"sampler's by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): "
+            "the network computes something else in training than in sampling. Take dropout, and whatever else differs "
+            "between training and evaluation, out of the network (model.init), check that its weights are finite, set "
+            "model.compile=false and model.precision=float32 to rule out rounding, or raise the tolerance"
         )
