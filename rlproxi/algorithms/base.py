@@ -150,6 +150,18 @@ class Algorithm(ABC):
         self.config, self.rl, self.seed = config, config.rl, config.run.seed
         self.settings = config.part(config.section, self.Settings)
 
+    @property
+    def gradients(self) -> RewardGradients:
+        """The gradients of the training rewards, which a rank has where ``needs_gradients``."""
+        assert self.parts.gradients is not None, "needs_gradients is false"
+        return self.parts.gradients
+
+    @property
+    def frozen(self) -> Denoiser:
+        """The starting model's denoiser, which a rank has where ``needs_reference``."""
+        assert self.parts.reference is not None, "needs_reference is false"
+        return self.parts.reference
+
     @classmethod  # noqa: B027 (most algorithms need no check)
     def check_config(cls, config: Config) -> None:
         """Raise ValueError, naming the key and the remedy, where the config cannot be trained with this algorithm."""

@@ -134,6 +134,7 @@ class DIDR(Algorithm):
             )
 
     def describe(self) -> list[str]:
+        """See ``Algorithm.describe``."""
         s = self.settings
         proxy = "damped" if s.damped else f"{s.particles} particle{'s' * (s.particles != 1)}"
         reward = {
@@ -150,6 +151,7 @@ class DIDR(Algorithm):
         ]
 
     def why_gradients(self) -> str:
+        """See ``Algorithm.why_gradients``."""
         return f"{self.config.section}.reward = {self.settings.reward!r}"
 
     def least_work(self) -> Work:
@@ -161,19 +163,23 @@ class DIDR(Algorithm):
         return Work(fake + 2, fake + 1, input_gradients=1, reward_gradients=1, rewards=1 + self.settings.damped)
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The generator, and the fake score as a copy of it."""
         return {"policy": denoiser, "fake": copy.deepcopy(denoiser)}
 
     def losses_per_update(self, world: int) -> dict[str, int]:
+        """One loss for each micro-batch, of both networks."""
         return {name: self.micro_batches(world) for name in ("policy", "fake")}
 
     def connect(self, parts: Parts) -> None:
+        """See ``Algorithm.connect``."""
         super().connect(parts)
         self.prox = operator(parts.networks["policy"], parts.encoder, self.config.sampler.guidance_scale)
         self.fake = as_clean(parts.networks["fake"])
-        self.reference = as_clean(parts.reference)
-        self.target = as_clean(operator(parts.reference, parts.encoder, self.settings.guidance_scale).residual)
+        self.reference = as_clean(self.frozen)
+        self.target = as_clean(operator(self.frozen, parts.encoder, self.settings.guidance_scale).residual)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
+        """The fake score's updates and then the generator's, for each share of the prompts."""
         for update in range(self.rl.updates_per_step):
             mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
             requests = [batch.requests[j] for j in mine]
@@ -216,13 +222,13 @@ class DIDR(Algorithm):
     def _with_reward(self, loss: Tensor, x0: Tensor, request: SampleRequest) -> tuple[Tensor, dict[str, float]]:
         metrics = {"loss": loss.item()}
         if self.settings.reward == "terminal":
-            found = self.parts.gradients(x0, request.rows)
+            found = self.gradients(x0, request.rows)
             # The mean over dimensions, as the divergence's.
             loss = loss - self.settings.reward_weight * (found.ascent * x0).flatten(1).mean(1).mean()
-            metrics |= mean_scores(found.scores, self.parts.gradients.weights)
+            metrics |= mean_scores(found.scores, self.gradients.weights)
         elif self.needs_gradients:
             with torch.no_grad():
-                metrics |= mean_scores(self.parts.gradients.total(x0, request.rows)[1], self.parts.gradients.weights)
+                metrics |= mean_scores(self.gradients.total(x0, request.rows)[1], self.gradients.weights)
         return loss, metrics
 
     def _divergence(
@@ -257,7 +263,7 @@ class DIDR(Algorithm):
                 eta=None,
             )
 
-        reward = lambda x: self.parts.gradients.total(x, request.rows)[0]  # noqa: E731
+        reward = lambda x: self.gradients.total(x, request.rows)[0]  # noqa: E731
         with self.parts.reference_scope():
             if s.damped:
                 return damped(y, denoise, reward, s.beta, clamped)[0]

@@ -165,6 +165,7 @@ class GRPO(Algorithm):
         self.keep_last, self.same_noise = self.needs_gradients, self.settings.same_noise
 
     def describe(self) -> list[str]:
+        """See ``Algorithm.describe``."""
         s = self.settings
         return [
             f"{self.trained_steps} of {len(self.actions)} actions trained",
@@ -174,6 +175,7 @@ class GRPO(Algorithm):
         ]
 
     def why_gradients(self) -> str:
+        """See ``Algorithm.why_gradients``."""
         return f"{self.config.section}.last_step_weight = {self.settings.last_step_weight:g}"
 
     def shortened(self) -> tuple[Config, int]:
@@ -181,6 +183,7 @@ class GRPO(Algorithm):
         return self.config.with_section(self.config.section, trained_steps=1), 0
 
     def least_work(self) -> Work:
+        """See ``Algorithm.least_work``; with a KL term each trained step has a forward of the reference."""
         policy_forwards = self.trained_steps if self.settings.kl_coef else 0
         return Work(len(self.plan) + policy_forwards, self.trained_steps, scored=True)
 
@@ -195,19 +198,23 @@ class GRPO(Algorithm):
         return self.settings.trained_steps or len(self.actions)
 
     def kept_steps(self, iteration: int) -> tuple[int, ...]:
+        """The positions of the actions in the iteration's ``window``."""
         return tuple(action.index for action in self.window(iteration))
 
     def losses_per_update(self, world: int) -> dict[str, int]:
+        """One loss for each micro-batch and trained step, and one for the last step's gradient."""
         return {"policy": self.micro_batches(world) * (self.trained_steps + self.needs_gradients)}
 
     def connect(self, parts: Parts) -> None:
+        """See ``Algorithm.connect``."""
         super().connect(parts)
         guidance = self.config.sampler.guidance_scale
         self.prox = operator(parts.networks["policy"], parts.encoder, guidance)
         self.reference = parts.reference and operator(parts.reference, parts.encoder, guidance)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        found = advantages(batch.rewards, self.settings.advantage_std)
+        """One update for each share of the prompts."""
+        found = self._advantages(batch)
         for update in range(self.rl.updates_per_step):
             micro = self._micro_batches(batch, update, found)
             yield Update(
@@ -217,13 +224,19 @@ class GRPO(Algorithm):
             )
 
     def metrics(self, batch: Batch) -> dict[str, float]:
-        return advantages(batch.rewards, self.settings.advantage_std).stats
+        """The rewards' statistics; see ``advantages``."""
+        return self._advantages(batch).stats
+
+    def _advantages(self, batch: Batch) -> Advantages:
+        assert batch.rewards is not None, "rollouts are scored"
+        return advantages(batch.rewards, self.settings.advantage_std)
 
     def _micro_batches(self, batch: Batch, update: int, found: Advantages) -> list[MicroBatch]:
         mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
         return [self._micro_batch(batch, j, found) for j in mine]
 
     def _micro_batch(self, batch: Batch, j: int, found: Advantages) -> MicroBatch:
+        assert batch.chain is not None, "rollouts keep the chain"
         request, chain = batch.requests[j], batch.chain(j)
         groups = len(request.prompts)
         rows = slice(j * groups, (j + 1) * groups)
@@ -270,10 +283,11 @@ class GRPO(Algorithm):
     def _last_loss(self, prox: Prox, batch: MicroBatch, scale: float):
         """-eta r(prox(stop-grad z_1)) by its gradient, which is all that differs from the reward itself."""
         step = self.plan[-1]
+        assert batch.z_last is not None, "rollouts keep the last step's input"
         x = prox(batch.z_last, step.t, step.lam, batch.text)
-        found = self.parts.gradients(x, batch.prompts)
+        found = self.gradients(x, batch.prompts)
         loss = -self.settings.last_step_weight * scale * (found.ascent * x).flatten(1).sum(1).mean()
-        return loss, {"last_step/reward": mean_scores(found.scores, self.parts.gradients.weights)["reward/mean"]}
+        return loss, {"last_step/reward": mean_scores(found.scores, self.gradients.weights)["reward/mean"]}
 
     def _loss(self, prox, reference, batch: MicroBatch, position: int, action: policy.Action):
         s = self.settings
@@ -304,7 +318,7 @@ class GRPO(Algorithm):
 
     def check(self, batch: Batch) -> dict[str, float]:
         """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
-        micro = self._micro_batches(batch, 0, advantages(batch.rewards, self.settings.advantage_std))
+        micro = self._micro_batches(batch, 0, self._advantages(batch))
         deviations = [
             self._loss(self.prox, None, one, position, action)[1]["ratio/max_deviation"]
             for one in micro

@@ -122,7 +122,7 @@ def start_denoiser(config: Config, samples: Tensor) -> nn.Module:
     samples [B, C, H, W]: pixels in [-1, 1], or latents.
     """
     denoiser = build_denoiser(config)
-    denoiser.gaussian.fit(samples)
+    denoiser.gaussian.fit(samples)  # type: ignore[union-attr, operator]  # every new network has one
     return denoiser
 
 

@@ -10,8 +10,8 @@ towards the reference's distribution (Diff-Instruct's, arXiv 2305.18455).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -107,6 +107,7 @@ class R0(Algorithm):
             )
 
     def describe(self) -> list[str]:
+        """See ``Algorithm.describe``."""
         s, n = self.settings, len(self.plan)
         how = "gradient step by step" if s.checkpoint_steps else "gradient through all of them at once"
         return [
@@ -145,24 +146,27 @@ class R0(Algorithm):
         return len(self.plan) if self.settings.checkpoint_steps and not self.settings.plus else 1
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The generator, and a fake score where ``distribution_weight`` asks for one."""
         return {"policy": denoiser, **({"fake": copy.deepcopy(denoiser)} if self.follows else {})}
 
     def losses_per_update(self, world: int) -> dict[str, int]:
+        """``backwards`` losses of the generator for each micro-batch, and one of the fake score."""
         micro = self.micro_batches(world)
         return {"policy": micro * self.backwards, **({"fake": micro} if self.follows else {})}
 
     def connect(self, parts: Parts) -> None:
+        """See ``Algorithm.connect``."""
         super().connect(parts)
         self.prox = operator(parts.networks["policy"], parts.encoder, self.config.sampler.guidance_scale)
         if self.follows:
-            self.fake, self.target = as_clean(parts.networks["fake"]), as_clean(parts.reference)
+            self.fake, self.target = as_clean(parts.networks["fake"]), as_clean(self.frozen)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
+        """The fake score's updates and then the generator's, for each share of the prompts."""
         s = self.settings
         if s.random_eta and self.config.sampler.name in AFTER:
-            self.plan = self.config.sampler.plan(
-                self.schedule, eta=rng(self.seed, 0xE7A0, batch.iteration).random(len(self.plan))
-            )
+            eta = rng(self.seed, 0xE7A0, batch.iteration).random(len(self.plan))
+            self.plan = self.config.sampler.plan(self.schedule, eta=cast("Sequence[float]", eta))
         for update in range(self.rl.updates_per_step):
             mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
             requests = [batch.requests[j] for j in mine]
@@ -220,16 +224,18 @@ class R0(Algorithm):
                 inputs.append(step.before(x, named))
                 if step is not self.plan[-1]:
                     x = self._take(step, inputs[-1], x, named, text)
-        derivative = None  # of the objective, at the step's output; the last step's output is the prox's
+        # Of the objective, at the step's output. The last step's output is the prox's.
+        derivative: Tensor | None = None
         for step, z in reversed(list(zip(self.plan, inputs, strict=True))):
             z.requires_grad_(step is not self.plan[0])
             prox = self.prox(z, step.t, step.lam, text)
-            metrics = {}
+            metrics: dict[str, float] = {}
             if derivative is None:
                 found, metrics = self._ascend(prox, request, text)
                 derivative = -found / len(z)
             yield self.backwards * (step.b * derivative * prox).sum(), metrics
             if z.requires_grad:
+                assert z.grad is not None
                 derivative = step.a * micro * z.grad + step.d * derivative
 
     def _intermediate(self, request: SampleRequest, text: TextStates, named: NamedNoise, x: Tensor) -> Tensor:
@@ -263,15 +269,15 @@ class R0(Algorithm):
         def also(x: Tensor) -> Tensor:
             ascent = torch.zeros_like(x)
             if s.guidance_weight:
-                ascent += s.guidance_weight * self.parts.gradients.scaled(self._guidance(x, request, text))
+                ascent += s.guidance_weight * self.gradients.scaled(self._guidance(x, request, text))
             if self.follows:
                 towards = self._towards_reference(x, request, text)
                 ascent += s.distribution_weight * towards
                 extra["distribution_gap"] = towards.flatten(1).norm(dim=1).mean().item()
             return ascent
 
-        found: Gradients = self.parts.gradients(x, request.rows, also if s.guidance_weight or self.follows else None)
-        return found.ascent, {**mean_scores(found.scores, self.parts.gradients.weights), **extra}
+        found: Gradients = self.gradients(x, request.rows, also if s.guidance_weight or self.follows else None)
+        return found.ascent, {**mean_scores(found.scores, self.gradients.weights), **extra}
 
     def _guidance(self, x: Tensor, request: SampleRequest, text: TextStates) -> Tensor:
         """Guidance as an implicit reward: D_ref(y, c) - D_ref(y, null) at a random noise level y of x; no gradient goes
@@ -280,9 +286,7 @@ class R0(Algorithm):
         y = level.diffuse(x, noise(g, x))
         encoder = self.parts.encoder
         both = TextStates.join(text, encoder.null_like(text))
-        eps = self.parts.reference(
-            torch.cat([y, y]), torch.cat([level.t] * 2), torch.cat([level.lam] * 2), both
-        ).float()
+        eps = self.frozen(torch.cat([y, y]), torch.cat([level.t] * 2), torch.cat([level.lam] * 2), both).float()
         conditional, unconditional = eps.chunk(2)
         # D is y minus a multiple of eps, so the difference of two D is that multiple of the difference of eps.
         return expand(level.sigma**2 / (level.lam.sqrt() * level.alpha), x) * (unconditional - conditional)

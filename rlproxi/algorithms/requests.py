@@ -64,5 +64,6 @@ def split_request(request: SampleRequest, groups: int) -> list[SampleRequest]:
 
 def no_images(images: np.ndarray) -> np.ndarray:
     """Which samples [B, H, W, 3] are NaN or Inf, bool [B]: those that ``GroupSampler.sample`` has masked."""
-    mask = np.ma.getmask(images)
-    return np.zeros(len(images), bool) if mask is np.ma.nomask else mask[:, 0, 0, 0]
+    if not isinstance(images, np.ma.MaskedArray):
+        return np.zeros(len(images), bool)
+    return np.ma.getmaskarray(images)[:, 0, 0, 0]

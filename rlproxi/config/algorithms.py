@@ -85,15 +85,18 @@ class AlgorithmClass(Protocol):
     defaults: ClassVar[Mapping[str, Any]]
 
     @classmethod
-    def check_config(cls, config: Config) -> None: ...
+    def check_config(cls, config: Config) -> None:
+        """Raise ValueError where the config cannot be trained with this algorithm."""
+
+
+class AnySettings(Section, extra="allow"):
+    """Whatever a config holds."""
 
 
 class Unavailable:
     """Stands for a class that cannot be imported here. Its run can be evaluated; the preflight refuses to train it."""
 
-    class Settings(Section, extra="allow"):
-        """Whatever the config holds."""
-
+    Settings: ClassVar[type[Section]] = AnySettings
     shared: ClassVar[Mapping[str, type[Section]]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
 

@@ -210,7 +210,7 @@ def groups_that_fit(settings: RL, workers: int, most: int) -> int | None:
 def smaller_micro_batch(config: Config, stage: str) -> Config | None:
     """The same run with about half the images in a forward of ``pretrain`` or ``rl``; None where it cannot be smaller.
 
-    What is learnt stays the same, to rounding: only how many images a forward holds changes.
+    Training gives the same weights up to rounding, because the global batch stays as it is.
     """
     workers = config.resources.learner_workers
     if stage == "rl":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,12 +14,15 @@ from .algorithms import ALGORITHMS
 from .section import Amounts, Section, StepCount
 
 #: How the rewards of a group are scaled before they are weighted (``rewards.combine``).
-NORMALIZE = ("none", "group")
-STAGES = ("curate", "encode", "prepare", "pretrain", "before", "rl", "after", "report")
-Stage = Literal[STAGES]
+Normalize = Literal["none", "group"]
+NORMALIZE = get_args(Normalize)
+Stage = Literal["curate", "encode", "prepare", "pretrain", "before", "rl", "after", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Run(Section):
+    """The name, place, seed, stages and algorithm of a run."""
+
     name: str = Field("quickstart", description="Run directories are <dir>/<name>-<date>-<time>.")
     dir: str = Field("runs", description="Where run directories are made; on a cluster, storage all nodes share.")
     seed: int = Field(0, ge=0, description="Every random number of the run follows from this one.")
@@ -40,6 +43,8 @@ class Run(Section):
 
 
 class Data(Section):
+    """Images, captions and prompts."""
+
     source: Literal["faces", "shards"] = Field(
         "faces",
         description="faces: the embedded portraits, drawn anew from a seed; shards: image-text files at `urls`.",
@@ -96,6 +101,8 @@ class Data(Section):
 
 
 class LoRA(Section):
+    """Low-rank adapters, which are trained in the place of the weights."""
+
     rank: int = Field(32, ge=1, description="Rank of the adapters.")
     alpha: float = Field(64.0, gt=0, description="Their scale is alpha / rank.")
     targets: list[str] | None = Field(
@@ -105,6 +112,8 @@ class LoRA(Section):
 
 
 class Model(Section):
+    """The network, its text encoder and its arithmetic."""
+
     init: str | None = Field(
         None,
         description="What to start from instead of a new network: a model folder or run directory of ours, or any "
@@ -157,7 +166,7 @@ class Model(Section):
         if bad:
             raise ValueError(f"channels {bad} are not multiples of 32, which attention heads and fast kernels need")
         if self.lora and not self.init:
-            raise ValueError("lora adapts a network that has learnt something: name it with init, or leave lora out")
+            raise ValueError("lora adapts a trained network: name it with init, or leave lora out")
         if self.init and self.encoders:
             raise ValueError(
                 "init and encoders exclude each other: a model folder brings its own autoencoder and text encoders"
@@ -166,15 +175,20 @@ class Model(Section):
 
 
 class Schedule(Section):
+    """The variance-preserving noise schedule."""
+
     beta_min: float = Field(0.1, gt=0, description="beta(0) of the VP schedule.")
     beta_max: float = Field(20.0, gt=0, description="beta(1) of the VP schedule.")
 
     def build(self) -> VPSchedule:
+        """The schedule as an object of ``proximal``."""
         return VPSchedule(self.beta_min, self.beta_max)
 
 
 class Sampler(Section):
-    name: Literal[SAMPLERS] = Field(
+    """The sampler of rollouts and evaluations."""
+
+    name: Literal[SAMPLERS] = Field(  # type: ignore[valid-type]  # the names are those of the samplers
         "hybrid",
         description="Proximal samplers: hybrid, backward or ode; matched: the DDIM step at the (t, lam) of matching; "
         "ddim and euler (of the reverse SDE or the probability flow): those of score and flow models, with the same "
@@ -182,7 +196,7 @@ class Sampler(Section):
     )
     num_inference_steps: StepCount = Field(6, description="N, the number of proximal steps.")
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
-    grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
+    grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")  # type: ignore[valid-type]  # as above
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
     eta: float = Field(
         0.0,
@@ -201,6 +215,8 @@ class Sampler(Section):
 
 
 class Reward(Section):
+    """One scorer, with its weight and its replicas."""
+
     name: str = Field(
         description="What logs call it: a registered scorer (docs/rewards/), or any word with `scorer` beside it."
     )
@@ -232,6 +248,8 @@ class Reward(Section):
 
 
 class Rewards(Section):
+    """All scorers, and how their scores are combined."""
+
     train: list[Reward] = Field([Reward(name="attributes")], min_length=1, description="What is optimised.")
     heldout: list[Reward] = Field([Reward(name="judge")], description="Logged and never optimised.")
     replicas: int = Field(1, ge=1, description="Serve replicas of each scorer.")
@@ -242,7 +260,7 @@ class Rewards(Section):
     )
     timeout_s: float = Field(120.0, gt=0, description="How long one group may take to score.")
     retries: int = Field(2, ge=0, description="How often a failed request is tried again.")
-    normalize: Literal[NORMALIZE] = Field(
+    normalize: Normalize = Field(
         "none",
         description="group: each reward divided by its spread in the group before weighting, so that none outweighs "
         "the others.",
@@ -268,6 +286,8 @@ class Prepare(Section):
 
 
 class Pretrain(Section):
+    """The stage pretrain."""
+
     loss: Literal["matching", "square"] = Field(
         "square",
         description="square: the mean square error; weighted by level it is better than the L1 phase "
@@ -320,6 +340,8 @@ class Pretrain(Section):
 
 
 class Learner(Section):
+    """DeepSpeed and the checkpoints of the learner and of pre-training."""
+
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     max_failures: int = Field(
         2,
@@ -337,6 +359,8 @@ class Learner(Section):
 
 
 class Resources(Section):
+    """Actors, ranks, and the CPUs and GPUs of each."""
+
     rollout_actors: int = Field(1, ge=1, description="Rollout actors.")
     rollout_cpus: float = Field(0.5, ge=0, description="CPUs that Ray counts for each.")
     rollout_gpus: float = Field(0.0, ge=0, description="GPUs of each; may be a fraction.")
@@ -376,8 +400,8 @@ class Faults(Section):
         900.0,
         gt=0,
         description="Seconds without an answer after which a rollout actor, learner rank, conductor or weight "
-        "store is killed and restarted. Must exceed an iteration's longest call, and the loading of a model. A reward replica "
-        "is restarted after 90 s at most.",
+        "store is killed and restarted. Must exceed an iteration's longest call, and the loading of a model. A reward "
+        "replica is restarted after 90 s at most.",
     )
     max_restarts: int = Field(
         3,
@@ -393,6 +417,8 @@ class Faults(Section):
 
 
 class Evaluate(Section):
+    """Held-out evaluations, and the alarms that follow from them."""
+
     prompts: int = Field(64, ge=1, le=512, description="Held-out prompts, the same in every evaluation.")
     samples: int = Field(4, ge=2, description="Samples of each prompt.")
     steps: list[StepCount] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")

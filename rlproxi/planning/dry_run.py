@@ -83,9 +83,9 @@ def _unit(gpus: float) -> str:
 
 
 def _rewards(w: Rewards) -> str:
-    """The rewards' actors; in brackets what a reward has of its own."""
+    """The rewards' actors; in brackets each reward's own settings."""
 
-    def told(x: Reward) -> str:
+    def line(x: Reward) -> str:
         least = w.replicas if x.replicas is None else x.replicas
         own = (
             []
@@ -96,7 +96,7 @@ def _rewards(w: Rewards) -> str:
         return f"{x.name} ({', '.join(own)})" if own else x.name
 
     return (
-        f"rewards    {', '.join(map(told, w.train))}; held out: {', '.join(map(told, w.heldout)) or 'none'}; "
+        f"rewards    {', '.join(map(line, w.train))}; held out: {', '.join(map(line, w.heldout)) or 'none'}; "
         f"{w.replicas} replica(s), {_unit(w.num_gpus)} each"
     )
 

@@ -25,6 +25,7 @@ from ..models.lora import adapters_off, without_adapters
 from ..models.precision import compute_dtype
 from ..models.text_loading import text_widths
 from ..proximal.matching import TimeTable
+from ..proximal.operator import Denoiser
 from ..rewards.gradients import RewardGradients
 from .memory_parts import count, empty_vae, held, scorer_bytes, text_encoder_bytes, text_shape, with_engines
 from .memory_scorers import empty_gradients, scorer_held
@@ -42,6 +43,7 @@ class Role:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
@@ -125,8 +127,9 @@ class _Estimator:
                 if size is not None:
                     gpus = c.rewards.num_gpus if x.num_gpus is None else x.num_gpus
                     roles.append(Role(f"reward {x.name}", gpus, {"weights": size}))
-        if not self.counts:
+        if self.counts is None:
             self._network("rl", torch.float32)
+        assert self.counts is not None
         return Estimate(*self.counts, roles, self.notes)
 
     # -- roles ------------------------------------------------------------------------------
@@ -145,7 +148,9 @@ class _Estimator:
         if g.ema:
             parts["EMA"] = 4 * count(trainable(first).values())
         gradients = self._gradients(algorithm, parts, device) if algorithm.needs_gradients else None
-        reference = (copied or without_adapters(first, first)) if algorithm.needs_reference else None
+        reference: Denoiser | None = None
+        if algorithm.needs_reference:
+            reference = copied or without_adapters(first, first)  # type: ignore[assignment]  # it wraps either form
         with no_memory():
             if not algorithm.traceable:
                 self.notes.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ..data import faces
 from ..models.autoencoder import Autoencoder
 from ..models.folders import latent_space, parts_folder
 from ..models.precision import autocast
-from ..models.text import TextStates
+from ..models.text import TextEncoder, TextStates
 from ..proximal.operator import Denoiser, ProximalOperator
 from ..rewards.gradients import RewardGradients
 from .memory_parts import text_shape
@@ -65,7 +66,16 @@ def first_updates(
     shape = (channels, side, side)
     captions = Captions(config, device)
     algorithm.connect(
-        Parts(dict(networks), dict(networks), reference, captions, gradients, shape, device, reference_scope)
+        Parts(
+            dict(networks),
+            dict(networks),
+            reference,
+            cast(TextEncoder, captions),
+            gradients,
+            shape,
+            device,
+            reference_scope,
+        )
     )
     g, kept = config.rl, len(algorithm.kept_steps(0))
     prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups))
@@ -101,14 +111,15 @@ def inputs(config: Config, network: nn.Module, rows: int) -> tuple[ProximalOpera
     return prox, torch.zeros(rows, channels, side, side, device=device), captions.groups([""], rows)
 
 
-def training_peak(losses: Losses, trained: Iterable[nn.Parameter], dtype: torch.dtype, device: str) -> int:
+def training_peak(losses: Losses, trained: Iterable[Tensor], dtype: torch.dtype, device: str) -> int:
     """Peak of all ``losses``, each with its backward before the next, gradients of the weights there already."""
     from torch.fx.experimental import _config as shapes
 
     for p in trained:
         p.grad = torch.zeros_like(p)
     # What a boolean mask picks, in a metric, is as large as what it picks from.
-    with shapes.patch(meta_nonzero_assume_all_nonzero=True), traced(device) as live, autocast(dtype, "cpu"):
+    patch = shapes.patch  # type: ignore[attr-defined]  # torch adds it when the module is imported
+    with patch(meta_nonzero_assume_all_nonzero=True), traced(device) as live, autocast(dtype, "cpu"):
         for loss, _ in losses:
             loss.backward()
     return live.peak

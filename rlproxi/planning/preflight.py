@@ -33,10 +33,8 @@ def cache_folder(config: Config, run_dir: Path) -> Path | None:
 
 
 def with_paths(config: Config, run_dir: Path) -> Config:
-    """The config with the paths of what a run makes for itself, where the config names nothing else.
-
-    The embedded scorers read what ``prepare`` made, and the prompts are the captions that ``encode`` found.
-    """
+    """What a run makes for itself, where nothing else is named: the embedded scorers read what ``prepare`` made, and the
+    prompts are the captions that ``encode`` found."""
 
     def resolve(reward: Reward) -> Reward:
         if reward.kind in EMBEDDED and "path" not in reward.params:
@@ -67,7 +65,7 @@ class Problem:
 def problems(config: Config) -> list[Problem]:
     """Everything that would stop the run later; [] when it can start."""
     found = [*_rewards(with_paths(config, Path(config.run.dir)))]
-    found += _problems_of("telemetry", lambda: check_packages(config.telemetry))
+    found += _told("telemetry", lambda: check_packages(config.telemetry))
     algorithm: Algorithm | None = None
     if "rl" in config.run.stages:
         algorithm, wrong = _algorithm(config)
@@ -76,15 +74,15 @@ def problems(config: Config) -> list[Problem]:
         model = [*_model(config)]
         found += [*model, *_data(config)]
         if algorithm is not None and not model:  # what a micro-batch weighs follows from the model
-            found += _problems_of("rl", lambda: _bytes_in_flight(algorithm))
+            found += _told("rl", lambda: _bytes_in_flight(algorithm))
     if "curate" in config.run.stages:
-        found += _problems_of(
+        found += _told(
             "curate", lambda: job.check(config.curate, config.curate.out or "curated"), missing=not config.curate.urls
         )
     return found
 
 
-def _problems_of(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
+def _told(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
     """[] where ``check`` passes, else its error as a problem of ``key``."""
     try:
         check()
@@ -100,7 +98,7 @@ def _rewards(config: Config) -> Iterator[Problem]:
     """A scorer that does not exist, parameters that it does not take, and files and functions that are not there."""
     for section, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
         for i, reward in enumerate(rewards):
-            yield from _problems_of(f"rewards.{section}.{i}", lambda reward=reward: _reward(reward))
+            yield from _told(f"rewards.{section}.{i}", lambda: _reward(reward))
 
 
 def _reward(reward: Reward) -> None:
@@ -121,7 +119,7 @@ def _reward(reward: Reward) -> None:
 
 def _algorithm(config: Config) -> tuple[Algorithm | None, list[Problem]]:
     """The algorithm, if it can be made, and its problems: rewards without the gradients it needs, bounds of no use."""
-    problems = _problems_of("run.algorithm", lambda: algorithm_class(config.run.algorithm))
+    problems = _told("run.algorithm", lambda: algorithm_class(config.run.algorithm))
     if problems:
         return None, problems
     try:
@@ -129,7 +127,7 @@ def _algorithm(config: Config) -> tuple[Algorithm | None, list[Problem]]:
     except Exception as error:  # whatever the user's class raises
         words = f"run.algorithm {config.run.algorithm!r} cannot be set up: {type(error).__name__}: {error}"
         return None, [Problem(words, False)]
-    problems = _problems_of("rl", lambda: _staleness(algorithm))
+    problems = _told("rl", lambda: _staleness(algorithm))
     if not algorithm.needs_gradients:
         return algorithm, problems
     known = ", ".join(name for name in names() if is_differentiable(name))
@@ -191,12 +189,12 @@ def _model(config: Config) -> Iterator[Problem]:
             False,
         )
     if m.init:
-        found = _problems_of("model.init", lambda: _published(m.init))
+        found = _told("model.init", lambda: _published(m.init))
     elif m.encoders:
-        found = _problems_of("model.encoders", lambda: text_widths(m.encoders))
+        found = _told("model.encoders", lambda: text_widths(m.encoders))
     else:
         found = []
-    yield from found or _problems_of("model", lambda: latent_space(config))
+    yield from found or _told("model", lambda: latent_space(config))
     if config.data.buckets and (m.init is None or (not found and network_config(m.init)[1].get("_class_name") in OWN)):
         yield Problem(
             "data.buckets is true, but networks of our own have one size: set it false, or start from a "
@@ -204,7 +202,7 @@ def _model(config: Config) -> Iterator[Problem]:
             False,
         )
     if not found and not m.init:
-        yield from _problems_of("model", lambda: _fits(config))
+        yield from _told("model", lambda: _fits(config))
 
 
 def _published(folder: str) -> None:
@@ -226,13 +224,11 @@ def _fits(config: Config) -> None:
 def _data(config: Config) -> Iterator[Problem]:
     d = config.data
     if d.source == "shards" and set(config.run.stages) & {"encode", "pretrain"}:
-        yield from _problems_of("data.urls", lambda: list_shards(d.urls), missing=True)
+        yield from _told("data.urls", lambda: list_shards(d.urls), missing=True)
     known = d.prompts is not None or d.source == "faces"  # else the captions of the data, after they are encoded
     found: list[Problem] = []
     if known and set(config.run.stages) & {"before", "rl", "after"}:
-        found = _problems_of(
-            "data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config)
-        )
+        found = _told("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
     if known and "rl" in config.run.stages and not found:
-        found = _problems_of("data.prompts", lambda: training_prompts(config, 0))
+        found = _told("data.prompts", lambda: training_prompts(config, 0))
     yield from found

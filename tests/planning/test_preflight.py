@@ -43,7 +43,8 @@ def test_nothing_stands_in_the_way_of_the_defaults(folder):
 def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
     assert one("model.init=nowhere") == (
         "model.init: nowhere is not a folder: expected a model folder (unet/ or transformer/, text_encoder/, "
-        "tokenizer/, as diffusers lays them out) or a run directory that holds one as models/final or models/pretrained",
+        "tokenizer/, as diffusers lays them out) or a run directory that holds one as models/final or "
+        "models/pretrained",
         True,
     )
     text, missing = one("model.encoders=nowhere", "data.size=64")

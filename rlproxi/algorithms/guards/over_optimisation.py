@@ -61,8 +61,8 @@ class OverOptimisation:
         self.drift = drift
         self.best: Evaluated | None = None
         self.sameness = sameness
-        self.nearest: Evaluated | None = None
-        self.widest: Evaluated | None = None
+        self.nearest: tuple[float, int] | None = None  # the smallest distance, and its iteration
+        self.widest: tuple[float, int] | None = None  # the largest diversity, and its iteration
         self.below = 0
         self.remedy = f"lower rl.lr or {hold_back}"
 
@@ -87,27 +87,27 @@ class OverOptimisation:
     def _check_distance(self, now: Evaluated) -> str | None:
         if self.drift is None or now.distance is None:
             return None
-        if self.nearest is None or now.distance < self.nearest.distance:
-            self.nearest = now
-        near = self.nearest
-        if now.distance <= self.drift * near.distance:
+        if self.nearest is None or now.distance < self.nearest[0]:
+            self.nearest = now.distance, now.iteration
+        nearest, at = self.nearest
+        if now.distance <= self.drift * nearest:
             return None
         return (
-            f"drift: the distance to the data went from {near.distance:.3f} at iteration {near.iteration} to "
+            f"drift: the distance to the data went from {nearest:.3f} at iteration {at} to "
             f"{now.distance:.3f} at {now.iteration}, {self._unseen(now)} (evaluate.alarm_drift)"
         )
 
     def _check_diversity(self, now: Evaluated) -> str | None:
         if self.sameness is None or now.diversity is None:
             return None
-        if self.widest is None or now.diversity > self.widest.diversity:
-            self.widest = now
-        wide = self.widest
-        if now.diversity >= self.sameness * wide.diversity:
+        if self.widest is None or now.diversity > self.widest[0]:
+            self.widest = now.diversity, now.iteration
+        widest, at = self.widest
+        if now.diversity >= self.sameness * widest:
             return None
         return (
-            f"sameness: the diversity of a prompt's samples fell from {wide.diversity:.3f} at iteration "
-            f"{wide.iteration} to {now.diversity:.3f} at {now.iteration}, {self._unseen(now)} (evaluate.alarm_sameness)"
+            f"sameness: the diversity of a prompt's samples fell from {widest:.3f} at iteration "
+            f"{at} to {now.diversity:.3f} at {now.iteration}, {self._unseen(now)} (evaluate.alarm_sameness)"
         )
 
     def _check_reward(self, now: Evaluated) -> str | None:

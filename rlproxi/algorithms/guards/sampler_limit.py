@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def noise_free(step: Step, sampler: str) -> Step:
 
 def check(config: Config, parts: Parts, prompt: str) -> float:
     """``deviation`` of the first network as it stands, on two samples of a prompt: two forwards, without gradients."""
-    network = next(iter(parts.networks.values()))
+    network = cast(nn.Module, next(iter(parts.networks.values())))  # a denoiser under its engine
     text = parts.encoder.groups((prompt,), 2)
     x = NamedNoise([(config.run.seed, 0x11A17, i) for i in range(2)]).start(parts.sample_shape, parts.device)
     prox = operator(network, parts.encoder, config.sampler.guidance_scale)
@@ -86,8 +87,8 @@ def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
     """
     s, schedule = config.sampler, config.schedule.build()
     limit = [noise_free(step, s.name) for step in s.plan(schedule)]
-    known = {"hybrid": {"name": "ode"}, **{name: {"eta": 0.0} for name in AFTER}}.get(s.name, {})
-    plan = s.model_copy(update=known).plan(schedule) if s.name != "backward" else limit
+    limits: dict[str, dict[str, Any]] = {"hybrid": {"name": "ode"}, **{name: {"eta": 0.0} for name in AFTER}}
+    plan = s.model_copy(update=limits.get(s.name, {})).plan(schedule) if s.name != "backward" else limit
     if any(
         abs(a - b) > 1e-6 * max(1.0, abs(b))
         for one, two in zip(limit, plan, strict=True)
