@@ -23,7 +23,7 @@ def fine_tune(
 
     Args:
         config: a YAML file or a Config; None is configs/quickstart.yaml, or the run's own with ``resume``.
-        overrides: ``key=value`` pairs, for example ``"grpo.steps=200"``. A Config takes none.
+        overrides: ``key=value`` pairs, for example ``"rl.steps=200"``. A Config takes none.
         resume: a run directory to continue from its last checkpoint.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from rlproxi.algorithms import registry
+from rlproxi.algorithms.base import build_algorithm
 from rlproxi.config.loading import Config
 from rlproxi.telemetry.timeline import Diary
 
@@ -46,7 +46,7 @@ class Conductor:
         client = RewardClient(config.rewards, apps, pool.diary)
         self.evaluator = Evaluator(config, self.run_dir, self.scribe, client, pool.sample, pool.save, pool.diary)
         if "rl" in config.run.stages:
-            algorithm = registry.build(config)
+            algorithm = build_algorithm(config)
 
             def lost() -> int:
                 return pool.lost + len(client.lost)

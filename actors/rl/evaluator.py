@@ -55,8 +55,7 @@ class Evaluator:
         self.guard = self._new_guard()
 
     def _new_guard(self) -> OverOptimisation:
-        e = self.config.evaluate
-        return OverOptimisation(e.alarm_sigmas, e.patience, e.alarm_drift, e.alarm_sameness)
+        return OverOptimisation.of(self.config)
 
     @property
     def early_end(self) -> str | None:

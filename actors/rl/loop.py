@@ -17,7 +17,6 @@ import numpy as np
 from ray.exceptions import RayActorError
 
 from rlproxi.algorithms.base import Algorithm, share
-from rlproxi.algorithms.grpo import bytes_per_micro_batch
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import Config
 from rlproxi.config.sections import Reward
@@ -60,7 +59,7 @@ class Loop:
         self.ledger = Ledger(
             StalenessPolicy(bound),
             config.rl.max_bytes_in_flight,
-            config.rl.micro_batches * bytes_per_micro_batch(config),
+            config.rl.micro_batches * algorithm.bytes_per_micro_batch(),
         )
         self.changed = asyncio.Condition()
         self.begun: int | None = None  # the iteration that the learner started from

@@ -367,6 +367,6 @@ def _lost(error: RayActorError) -> Stop:
 def _micro_batch(config: Config, stage: str) -> str:
     """The key that bounds a forward's images, with its value."""
     if stage == "rl":
-        return f"{config.section}.groups_per_micro_batch={config.rl.groups_per_micro_batch}"
+        return f"rl.groups_per_micro_batch={config.rl.groups_per_micro_batch}"
     size = config.pretrain.micro_batch_size or config.pretrain.batch_size // config.resources.learner_workers
     return f"pretrain.micro_batch_size={size}"

@@ -16,11 +16,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlproxi.algorithms import registry
-from rlproxi.algorithms.base import Algorithm, Batch, Parts
+from rlproxi.algorithms.base import Algorithm, Batch, Parts, build_algorithm
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.guards import sampler_limit as limit
-from rlproxi.algorithms.guards.training import Watch
+from rlproxi.algorithms.guards.training import TrainingWarnings
 from rlproxi.algorithms.rollout import flatten
 from rlproxi.models.lora import adapters_off, without_adapters
 from rlproxi.models.precision import autocast
@@ -46,12 +45,12 @@ class Learner(Rank):
         self.conductor, self.store = conductor, store
         self.checked = False
         self.attempt = 0  # the number that the conductor gave this learner; rank 0 knows it
-        self.watch = Watch(config.guards, getattr(config.rl, "first_ratio_tolerance", None))
         self.build()
+        self.watch = TrainingWarnings(config.guards, self.algorithm)
 
     def build(self) -> None:
         config = self.config
-        self.algorithm = registry.build(config)
+        self.algorithm = build_algorithm(config)
         denoiser = self.model.denoiser()
         networks = self.algorithm.networks(denoiser)
         copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None

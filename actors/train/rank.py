@@ -79,8 +79,7 @@ class Rank(ABC):
         self.diary, self.timeline_written = Diary(), time.time()
         root = checkpoints.root(run_dir, stage)
         self.checkpointer = Checkpointer(root, config, stage, place, checkpoint_every, self._announce)
-        lr_key = f"{config.section if stage == 'rl' else stage}.lr"
-        self.guard = UpdateGuard(config.guards, lr_key, rollback.count(root))
+        self.guard = UpdateGuard(config.guards, f"{stage}.lr", rollback.count(root))
         self.unlogged = 0  # skipped updates that no metrics record has counted yet
         self.stopped = False
         self.leaving = False  # stopped from outside: the trained weights are saved, for a resume

@@ -30,8 +30,8 @@ def circumstances(config: Config, stage: str, device: str, versions: dict[str, s
         device: the kind of device, such as cpu or a GPU's name.
         versions: package -> version.
     """
-    section = "pretrain" if stage == "pretrain" else config.section
-    sections = {"data", "model", "schedule", "sampler", "rewards", "learner", "resources", section}
+    own = {stage} if stage == "pretrain" else config.algorithm_parts
+    sections = {"data", "model", "schedule", "sampler", "rewards", "learner", "resources", *own}
     found = {"run.seed": config.run.seed}
     for name, values in config.model_dump(mode="json").items():
         if name in sections:

@@ -1,4 +1,4 @@
-"""The regulariser of R0: decay towards the weights that training started from."""
+"""AdamW with a decay towards the weights that training started from, the regulariser of R0."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 class AnchoredAdamW(torch.optim.AdamW):
     """AdamW on the loss + anchor ||theta - theta_0||^2.
 
-    The term is added to the gradient inside the step, after clipping, and theta_0 is a part of the optimizer's state: so it
-    is sharded, saved and restored as the moments are, at every ZeRO stage, where theta is a flat piece of all weights.
+    The term is added to the gradient inside the step, after clipping. theta_0 is part of the optimizer's state, so it
+    is sharded, saved and restored with the moments at every ZeRO stage, where theta is a flat piece of all weights.
 
-    ``vetoed``: while it is set, a step changes nothing. So an update can be given up at every ZeRO stage while the engine
-    around goes its usual way: it counts its micro-batches, clears its gradients and gathers weights that are as before.
+    While ``vetoed`` is set, a step changes nothing. So an update can be skipped at every ZeRO stage, and the engine
+    goes on as usual: it counts its micro-batches, clears its gradients and gathers weights that are as before.
     """
 
     def __init__(self, params, anchor: float = 0.0, **options):
@@ -23,6 +23,7 @@ class AnchoredAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One step, or nothing while ``vetoed`` is set; as ``torch.optim.AdamW.step``."""
         if self.vetoed:
             return None
         if self.anchor:

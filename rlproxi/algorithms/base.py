@@ -1,24 +1,27 @@
-"""What the one learner trains: an algorithm is a loss object with a few verbs, nothing about where tensors come from.
+"""The base class of an algorithm: a loss object that brings all that is its own, and knows nothing of Ray.
 
-The learner asks for ``requests``, has them sampled and scored where ``needs_rollouts`` says so, and gives each update of
-``updates`` to the engine of the network it names. Everything random is named by (run seed, iteration, prompt, sample), so
-an iteration that is repeated after a fault is the same iteration.
+The learner takes the iteration's ``requests``. If the algorithm ``needs_rollouts``, actors sample and score them. Then
+each of ``updates`` goes to the engine of the network that it names. Everything random is named by (run seed, iteration,
+prompt, sample), so an iteration that is repeated after a fault is the same iteration.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ContextManager
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..config.algorithms import ALGORITHMS, Params
 from ..config.loading import Config
+from ..config.section import Section
 from ..data.prompts import training_prompts
+from ..models.folders import latent_space
 from ..models.text import TextConditioning
 from ..proximal.operator import Denoiser
 from ..rewards.gradients import RewardGradients
@@ -29,9 +32,12 @@ from .requests import SampleRequest, split_request
 class Batch:
     """An iteration's samples, or just its prompts, as one rank sees them.
 
-    requests: the micro-batches of all ranks, in order. rewards: of all their samples, float32 [P, G], NaN where missing;
-    None where nothing was sampled. chain(j): what sampling kept of micro-batch j, tensors on the rank's device. fresh: the
-    samples are of the very weights that the learner holds. refused: why nothing of it can be trained on, None where it can.
+    Args:
+        requests: the micro-batches of all ranks, in order.
+        rewards: of all their samples, float32 [P, G], NaN where missing; None where nothing was sampled.
+        chain: j -> the tensors that rollouts kept of micro-batch j, on the rank's device.
+        fresh: whether the samples are of the weights that the learner holds now.
+        refused: why the batch cannot be trained on; None where it can.
     """
 
     iteration: int
@@ -49,7 +55,7 @@ class Update:
     """One optimizer step of one network.
 
     losses: lazily, one (loss, metrics) for each backward; their mean is the objective. The next one is made after the
-    backward of the one before, so it may look at that one's gradients. lr: the learning rate.
+    backward of the one before, so it may read the gradients of that one. lr: the learning rate.
     """
 
     network: str
@@ -59,12 +65,16 @@ class Update:
 
 @dataclass
 class Parts:
-    """What an algorithm computes with, on a rank.
+    """The networks, encoders and rewards that an algorithm computes with, on a rank.
 
-    networks: name -> denoiser under its engine, for losses. plain: the same networks without their engines, for gradients
-    to their inputs. reference: the starting model's denoiser, frozen, where ``needs_reference``. gradients: of the training
-    rewards, where ``needs_gradients``. sample_shape: [C, H, W]. reference_scope: a backward through the reference happens inside
-    of one, for with LoRA the reference is a network whose adapters are off, and checkpointing computes it again.
+    Args:
+        networks: name -> denoiser under its engine, for losses.
+        plain: the same networks without their engines, for gradients to their inputs.
+        reference: the starting model's denoiser, frozen; None unless ``needs_reference``.
+        gradients: of the training rewards; None unless ``needs_gradients``.
+        sample_shape: [C, H, W].
+        reference_scope: the context of a backward through the reference. With LoRA the reference is the network with
+            its adapters off, and gradient checkpointing computes it again in the backward.
     """
 
     networks: dict[str, Denoiser]
@@ -74,19 +84,53 @@ class Parts:
     gradients: RewardGradients | None
     sample_shape: tuple[int, int, int]
     device: torch.device
-    reference_scope: Callable[[], ContextManager] = nullcontext
+    reference_scope: Callable[[], AbstractContextManager] = nullcontext
+
+
+@dataclass(frozen=True)
+class Work:
+    """The calls that a micro-batch cannot do without, for `rlproxi bench`.
+
+    forwards: of a network, without gradient. backwards: each with its forward. input_gradients: forward and backward to
+    the input alone. scored: whether each group's images are scored. reward_gradients, rewards: of the training reward.
+    """
+
+    forwards: int = 0
+    backwards: int = 1
+    input_gradients: int = 0
+    scored: bool = False
+    reward_gradients: int = 0
+    rewards: int = 0
 
 
 class AlgorithmStopped(RuntimeError):
-    """Training cannot go on, in words for the user; it would happen again after a restart."""
+    """Training cannot go on, and a restart would not help. The message is for the user."""
 
 
 class Algorithm(ABC):
-    """Base of GRPO, R0, DIDR and one's own. A subclass defines ``updates`` and what differs from here.
+    """Base of GRPO, R0, DIDR and your own. A subclass defines ``updates`` and what differs from here.
 
-    Args:
-        config: the run's. ``settings`` is the section that belongs to the algorithm.
+    ``rl`` is the section that all algorithms share. ``settings`` is the algorithm's own: the section of its registered
+    name, or ``custom`` for a class that ``run.algorithm`` names as package.module:Class.
     """
+
+    #: The class of the algorithm's own section.
+    Settings: ClassVar[type[Section]] = Params
+    #: Sections that it shares with some other algorithms, by name.
+    shared: ClassVar[Mapping[str, type[Section]]] = {}
+    #: Values of ``rl`` that differ from its defaults, where a config does not give them.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    #: Advice in warnings: what keeps the policy nearer to its start, beside a lower rl.lr.
+    hold_back: ClassVar[str] = "raise rl.anchor"
+    #: Advice in warnings: what makes the rewards of a group differ.
+    spread: ClassVar[str] = "a larger rl.group_size"
+    #: The key of its section that bounds |ratio - 1| before the first update; None: it has no ratios.
+    ratio_tolerance: ClassVar[str | None] = None
+    #: Metrics of its own that the report draws under "Is the policy update sound?".
+    charts: ClassVar[tuple[str, ...]] = ("loss",)
+    #: Whether ``updates`` runs on tensors without data, which a plan of the memory needs. False: the plan counts one
+    #: forward and backward of each network.
+    traceable: ClassVar[bool] = False
 
     #: Whether rollout actors sample each iteration and reward actors score it.
     needs_rollouts = True
@@ -94,67 +138,146 @@ class Algorithm(ABC):
     needs_reference = False
     #: Whether the training rewards live on the learner's ranks as well, and must be differentiable.
     needs_gradients = False
+    #: Whether each reward's gradient is divided by its norm.
+    normalize_gradients = False
+    #: Whether rollouts keep the last step's input.
+    keep_last = False
+    #: Whether the samples of a group share their first noise.
+    same_noise = False
     parts: Parts
 
     def __init__(self, config: Config):
-        self.config, self.settings, self.seed = config, config.rl, config.run.seed
+        self.config, self.rl, self.seed = config, config.rl, config.run.seed
+        self.settings = config.part(config.section, self.Settings)
+
+    @property
+    def gradients(self) -> RewardGradients:
+        """The gradients of the training rewards, which a rank has where ``needs_gradients``."""
+        assert self.parts.gradients is not None, "needs_gradients is false"
+        return self.parts.gradients
+
+    @property
+    def frozen(self) -> Denoiser:
+        """The starting model's denoiser, which a rank has where ``needs_reference``."""
+        assert self.parts.reference is not None, "needs_reference is false"
+        return self.parts.reference
+
+    @classmethod  # noqa: B027 (most algorithms need no check)
+    def check_config(cls, config: Config) -> None:
+        """Raise ValueError, naming the key and the remedy, where the config cannot be trained with this algorithm."""
+
+    # -- what a plan asks -------------------------------------------------------------------
+
+    def describe(self) -> list[str]:
+        """What the dry run says about the settings, piece by piece."""
+        values = self.settings.model_dump()
+        return [f"{key} {value}" for key, value in values.get("params", values).items()] or ["no settings of its own"]
+
+    def why_gradients(self) -> str:
+        """The key and value for which ``needs_gradients`` is true."""
+        return f"run.algorithm = {self.config.run.algorithm!r}"
+
+    def shortened(self) -> tuple[Config, int]:
+        """A config whose updates peak as this one's and are traced sooner, and the bytes that its peak lacks."""
+        return self.config, 0
+
+    def least_work(self) -> Work:
+        """See ``Work``."""
+        return Work(forwards=self.config.sampler.num_inference_steps, scored=True)
+
+    @property
+    def chain_tensors(self) -> int:
+        """How many tensors of a sample's shape rollouts keep for each sample."""
+        return 3 * len(self.kept_steps(0)) + self.keep_last
+
+    def bytes_per_micro_batch(self) -> int:
+        """Bytes of one micro-batch in flight: images and kept tensors; 0 where nothing is sampled ahead.
+
+        Raises FileNotFoundError or ValueError where ``model.init`` or ``model.encoders`` is no usable folder.
+        """
+        if not self.needs_rollouts:
+            return 0
+        channels, side = latent_space(self.config)
+        return self.rl.rows * (3 * self.config.data.size**2 + 4 * self.chain_tensors * channels * side**2)
+
+    # -- training ---------------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
         """Iterations."""
-        return self.settings.steps
+        return self.rl.steps
 
     def lr(self, iteration: int, peak: float | None = None) -> float:
-        """Linear warm-up, constant, then linear decay to 5 %; of settings.lr unless another ``peak`` is given."""
-        s = self.settings
+        """Linear warm-up, constant, then linear decay to 5 %; of rl.lr unless another ``peak`` is given."""
+        s = self.rl
         begin = s.decay_from * s.steps
         through = max(0.0, (iteration - begin) / max(1.0, s.steps - begin))
         warm = min(1.0, (iteration + 1) / max(1, s.warmup_steps))
         return (s.lr if peak is None else peak) * warm * (1 - 0.95 * min(1.0, through))
 
+    def kept_steps(self, iteration: int) -> tuple[int, ...]:
+        """Positions in the sampler's plan whose chain rollouts keep for the iteration's updates."""
+        return ()
+
     def requests(self, iteration: int) -> list[SampleRequest]:
         """The iteration's micro-batches of whole groups, in order."""
         indices, prompts = training_prompts(self.config, iteration)
-        whole = SampleRequest("train", iteration, tuple(prompts), tuple(indices), self.settings.group_size)
-        return split_request(whole, self.settings.groups_per_micro_batch)
+        whole = SampleRequest(
+            "train",
+            iteration,
+            tuple(prompts),
+            tuple(indices),
+            self.rl.group_size,
+            window=self.kept_steps(iteration),
+            keep_last=self.keep_last,
+            same_noise=self.same_noise,
+        )
+        return split_request(whole, self.rl.groups)
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
-        """What is trained, each under an engine of its own. The first is the one that is evaluated and saved."""
+        """The networks to train, each under its own engine. The first is the one that is evaluated and saved."""
         return {"policy": denoiser}
 
     def losses_per_update(self, world: int) -> dict[str, int]:
-        """network -> how many losses one of its updates has on each rank."""
+        """The number of losses that one update of each network has on a rank, by the network's name."""
         return {"policy": self.micro_batches(world)}
 
     def micro_batches(self, world: int) -> int:
         """Micro-batches of one rank in one update."""
-        return self.settings.micro_batches // self.settings.updates_per_step // world
+        return self.rl.micro_batches // self.rl.updates_per_step // world
 
     def connect(self, parts: Parts) -> None:
-        """Takes what it computes with."""
+        """Take the networks, encoders and rewards to compute with."""
         self.parts = parts
 
     def check(self, batch: Batch) -> dict[str, float]:
-        """Looks at the first batch before any update of this process; returns metrics (the largest of all ranks counts).
-
-        ``accept`` then says whether training may begin.
-        """
+        """Metrics of the first batch before any update of this process. ``accept`` gets the largest of all ranks."""
         return {}
 
-    def accept(self, found: dict[str, float]) -> None:
-        """Raises AlgorithmStopped where what ``check`` found forbids to train."""
+    def accept(self, found: dict[str, float]) -> None:  # noqa: B027 (most algorithms accept anything)
+        """Raise AlgorithmStopped where training must not begin with what ``check`` found."""
 
     @abstractmethod
     def updates(self, batch: Batch) -> Iterator[Update]:
-        """The iteration's updates, in order. Lazy: one is asked for after the one before is done."""
+        """The iteration's updates, in order. Lazy: the next is made after the one before is done."""
 
     def metrics(self, batch: Batch) -> dict[str, float]:
-        """What is logged of the batch itself, the same on every rank."""
+        """Metrics of the batch itself, the same on every rank."""
         return {}
 
 
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The class of a ``run.algorithm``. Raises ValueError where it is unknown or cannot be imported."""
+    return cast("type[Algorithm]", ALGORITHMS.get(name))  # the registry has checked it
+
+
+def build_algorithm(config: Config) -> Algorithm:
+    """The algorithm of a config. Raises ValueError as ``algorithm_class``."""
+    return algorithm_class(config.run.algorithm)(config)
+
+
 def share(count: int, updates: int, world: int, update: int, rank: int) -> range:
-    """Which of ``count`` micro-batches a rank takes in one of the iteration's updates.
+    """The micro-batches, of ``count``, that a rank takes in one of the iteration's updates.
 
     Each update's set of micro-batches is the same at every world size.
     """

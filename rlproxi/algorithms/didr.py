@@ -4,8 +4,8 @@ An iteration has two stages: a fake score follows the generator's own marginals 
 
     G = D_fake(y) - D_ref(y) - kappa s_r(y),   L = 1/2 ||x_0 - stop-grad(x_0 - G)||^2
 
-(docs/method.md; ``distillation`` and ``diffused_reward`` have the formulas). Without the reward's term it is Diff-Instruct
-(DI), with a terminal reward instead DI++, with a terminal reward and a score divergence DI*.
+(docs/method.md; ``distillation`` and ``diffused_reward`` have the formulas). Without the reward's term it is
+Diff-Instruct (DI), with a terminal reward instead DI++, with a terminal reward and a score divergence DI*.
 """
 
 from __future__ import annotations
@@ -13,58 +13,179 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ..config.algorithms import DIDR as Settings
+from ..config.algorithms import ALGORITHMS
 from ..config.loading import Config
+from ..config.section import Section
 from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean
 from ..rewards.gradients import mean_scores
 from ..seeds import NamedNoise
-from .base import Algorithm, Batch, Parts, Update, share
+from .base import Algorithm, Batch, Parts, Update, Work, share
 from .diffused_reward import damped, denoise_steps, proxy, weight
 from .distillation import direction, normalise, score_divergence, surrogate
-from .fake import NoiseLevels, fake_loss, noise
+from .fake import FakeSettings, LevelSampler, fake_loss, noise
 from .requests import SampleRequest
 
 
+class DIDRSettings(Section):
+    """One-step generators towards the reward-tilted, diffused target (DIDR, arXiv 2605.24001); DI, DI++ and DI* too."""
+
+    reward: Literal["diffused", "terminal", "none"] = Field(
+        "diffused",
+        description="diffused: DIDR's diffused reward score; terminal: the reward of the sample itself (DI++); none: "
+        "Diff-Instruct, which only follows the reference.",
+    )
+    divergence: Literal["kl", "score"] = Field(
+        "kl",
+        description="kl: integral KL, as DI, DI++ and DIDR; score: the score-based divergence of DI*, with a terminal "
+        "reward.",
+    )
+    beta: float = Field(
+        0.05, gt=0, description="Temperature of the tilt exp(r / beta): smaller follows the reward more."
+    )
+    reward_weight: float = Field(
+        100.0,
+        ge=0,
+        description="Weight of a terminal reward beside 1/2 ||x_0 - stop-grad(x_0 - G)||^2, a sum over dimensions.",
+    )
+    reward_steps: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="m, denoising steps of the diffused reward's proxy; 1 is Tweedie, and "
+        "best where the reference has several modes (docs/algorithms.md).",
+    )
+    particles: int = Field(
+        1, ge=1, description="K, particles of the proxy; more than 1 draw noise, so reward_steps must be at least 2."
+    )
+    damped: bool = Field(
+        True,
+        description="Shorten the proxy's pull by the reward's curvature, from one more look at the reward: the plug-in "
+        "overshoots wherever the reward is curved (docs/algorithms.md). false: the paper's, with `particles`.",
+    )
+    kappa_max: float = Field(
+        5.0,
+        gt=0,
+        description="Clamp of the diffused reward's weight sigma^2/alpha: above it the reward fades out. "
+        "It says at which noise the reward may speak; what bounds it is `damped`.",
+    )
+    guidance_scale: float = Field(1.0, ge=0, description="Guidance of the reference.")
+
+    @model_validator(mode="after")
+    def _combinations(self) -> DIDRSettings:
+        if self.divergence == "score" and self.reward == "diffused":
+            raise ValueError("divergence 'score' is DI*, which has no diffused reward: set reward=terminal or none")
+        if self.particles > 1 and self.reward_steps < 2:
+            raise ValueError(
+                f"particles is {self.particles}, but one denoising step draws no noise that could tell them "
+                "apart: set reward_steps to 2 or more, or particles=1"
+            )
+        if self.particles > 1 and self.damped:
+            raise ValueError(f"particles is {self.particles}, and damped looks at one: set damped=false")
+        return self
+
+
+@ALGORITHMS.register("didr")
 class DIDR(Algorithm):
     """The loss object of DIDR, DI, DI++ and DI*."""
 
-    settings: Settings
+    Settings = DIDRSettings
+    settings: DIDRSettings
+    shared: ClassVar = {"fake": FakeSettings}
+    defaults: ClassVar = {"steps": 200, "prompts_per_step": 32, "warmup_steps": 20}
+    hold_back = "raise didr.beta or lower didr.reward_weight"
+    charts = ("loss", "fake/loss")
+    traceable = True
     needs_rollouts = False
     needs_reference = True
-    normalize_gradients = False
 
     def __init__(self, config: Config):
         super().__init__(config)
         (self.step,) = config.sampler.plan(config.schedule.build(), 1)
         self.needs_gradients = self.settings.reward != "none"
-        self.levels = NoiseLevels(config, self.settings)
+        self.levels = LevelSampler(config)
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """As ``Algorithm.check_config``: one step, and a score divergence where a backward through a backward works."""
+        config.check_counts("fake.candidates", config.part("fake", FakeSettings).candidates)
+        steps, key = config.sampler.num_inference_steps, f"{config.section}.divergence 'score'"
+        if steps != 1:
+            raise ValueError(
+                f"sampler.num_inference_steps is {steps}, and {config.run.algorithm} trains a generator of one step: "
+                "set it to 1"
+            )
+        if config.part(config.section, DIDRSettings).divergence != "score":
+            return
+        if config.learner.zero_stage == 3:
+            raise ValueError(
+                f"{key} differentiates through the fake score's input, which learner.zero_stage 3 cannot: use stage 2"
+            )
+        if config.model.lora and config.model.gradient_checkpointing:
+            raise ValueError(
+                "model.gradient_checkpointing computes the reference again in the backward pass, where model.lora has "
+                f"its adapters on: with {key} use one of the two"
+            )
+
+    def describe(self) -> list[str]:
+        """See ``Algorithm.describe``."""
+        s = self.settings
+        proxy = "damped" if s.damped else f"{s.particles} particle{'s' * (s.particles != 1)}"
+        reward = {
+            "diffused": f"diffused reward, beta {s.beta:g}, m={s.reward_steps}, {proxy}",
+            "none": "no reward",
+            "terminal": f"terminal reward x {s.reward_weight:g}",
+        }[s.reward]
+        return [
+            f"{s.divergence} divergence",
+            reward,
+            self.levels.settings.describe(),
+            f"levels of candidates {self.levels.candidates}",
+            *([f"reference's guidance {s.guidance_scale:g}"] if s.guidance_scale != 1 else []),
+        ]
+
+    def why_gradients(self) -> str:
+        """See ``Algorithm.why_gradients``."""
+        return f"{self.config.section}.reward = {self.settings.reward!r}"
+
+    def least_work(self) -> Work:
+        """The fake score follows, then generator, fake score and reference, and the reward through the reference.
+
+        The reward is computed at the samples, and where the pull leads.
+        """
+        fake = self.levels.settings.updates
+        return Work(fake + 2, fake + 1, input_gradients=1, reward_gradients=1, rewards=1 + self.settings.damped)
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The generator, and the fake score as a copy of it."""
         return {"policy": denoiser, "fake": copy.deepcopy(denoiser)}
 
     def losses_per_update(self, world: int) -> dict[str, int]:
+        """One loss for each micro-batch, of both networks."""
         return {name: self.micro_batches(world) for name in ("policy", "fake")}
 
     def connect(self, parts: Parts) -> None:
+        """See ``Algorithm.connect``."""
         super().connect(parts)
         self.prox = operator(parts.networks["policy"], parts.encoder, self.config.sampler.guidance_scale)
         self.fake = as_clean(parts.networks["fake"])
-        self.reference = as_clean(parts.reference)
-        self.target = as_clean(operator(parts.reference, parts.encoder, self.settings.guidance_scale).residual)
+        self.reference = as_clean(self.frozen)
+        self.target = as_clean(operator(self.frozen, parts.encoder, self.settings.guidance_scale).residual)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        s = self.settings
-        for update in range(s.updates_per_step):
-            mine = share(len(batch.requests), s.updates_per_step, batch.world, update, batch.rank)
+        """The fake score's updates and then the generator's, for each share of the prompts."""
+        for update in range(self.rl.updates_per_step):
+            mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
             requests = [batch.requests[j] for j in mine]
             work = [(request, self.parts.encoder.groups(request.prompts, request.group_size)) for request in requests]
-            for turn in range(1, s.fake_updates + 1):
-                yield Update("fake", self.lr(batch.iteration, s.fake_lr), self._fake_losses(work, turn))
+            for turn in range(1, self.levels.settings.updates + 1):
+                yield Update("fake", self.lr(batch.iteration, self.levels.settings.lr), self._fake_losses(work, turn))
             yield Update("policy", self.lr(batch.iteration), self._losses(work))
 
     # -- drawing ----------------------------------------------------------------------------
@@ -91,7 +212,8 @@ class DIDR(Algorithm):
             x0 = self._generate(request, text, 0)
             level, g = self.levels.draw(request, 0, x0)
             if self.settings.divergence == "score":
-                # The fake score's weights must not gather gradients of the generator's loss, until its backward is done.
+                # The fake score's weights must not collect gradients of the generator's loss, until its backward is
+                # done.
                 with _frozen(self.parts.plain["fake"]):
                     yield self._with_reward(self._score_divergence(x0, level, g, text), x0, request)
             else:
@@ -100,13 +222,13 @@ class DIDR(Algorithm):
     def _with_reward(self, loss: Tensor, x0: Tensor, request: SampleRequest) -> tuple[Tensor, dict[str, float]]:
         metrics = {"loss": loss.item()}
         if self.settings.reward == "terminal":
-            found = self.parts.gradients(x0, request.rows)
+            found = self.gradients(x0, request.rows)
             # The mean over dimensions, as the divergence's.
             loss = loss - self.settings.reward_weight * (found.ascent * x0).flatten(1).mean(1).mean()
-            metrics |= mean_scores(found.scores, self.parts.gradients.weights)
+            metrics |= mean_scores(found.scores, self.gradients.weights)
         elif self.needs_gradients:
             with torch.no_grad():
-                metrics |= mean_scores(self.parts.gradients.total(x0, request.rows)[1], self.parts.gradients.weights)
+                metrics |= mean_scores(self.gradients.total(x0, request.rows)[1], self.gradients.weights)
         return loss, metrics
 
     def _divergence(
@@ -127,18 +249,21 @@ class DIDR(Algorithm):
     def _pull(self, y: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
         """kappa s_r: where the diffused reward moves the reference's clean prediction."""
         s, clamped = self.settings, weight(level, self.settings.kappa_max)
+
         # The posterior's own noise between steps, which alone approaches the truth (see diffused_reward).
-        denoise = lambda y, k=0: denoise_steps(
-            self.reference,
-            y,
-            level,
-            self.levels.ladder,
-            s.reward_steps,
-            text,
-            lambda k, like: noise(g, like),
-            eta=None,
-        )
-        reward = lambda x: self.parts.gradients.total(x, request.rows)[0]  # noqa: E731
+        def denoise(y: Tensor, k: int = 0) -> Tensor:
+            return denoise_steps(
+                self.reference,
+                y,
+                level,
+                self.levels.ladder,
+                s.reward_steps,
+                text,
+                lambda k, like: noise(g, like),
+                eta=None,
+            )
+
+        reward = lambda x: self.gradients.total(x, request.rows)[0]  # noqa: E731
         with self.parts.reference_scope():
             if s.damped:
                 return damped(y, denoise, reward, s.beta, clamped)[0]

@@ -25,7 +25,7 @@ What the estimate costs in accuracy (derived; tests/algorithms/test_diffused_rew
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -60,10 +60,15 @@ def proxy(
     """
     if beta <= 0 or particles < 1:
         raise ValueError(f"beta is {beta} and particles is {particles}; need beta > 0 and at least 1 particle")
-    looks = [_look(y, lambda leaf: denoise(leaf, k), reward) for k in range(particles)]
-    values = torch.stack([look.value for look in looks])
+
+    def look(k: int) -> _Look:
+        return _look(y, lambda leaf: denoise(leaf, k), reward)
+
+    looks = [look(k) for k in range(particles)]
+    values = torch.stack([one.value for one in looks])
     share = torch.softmax(values.double() / beta, 0).to(y.dtype)  # the gradient of logsumexp
-    gradient = sum(expand(s, y) * look.at_y for s, look in zip(share, looks)) / beta
+    weighted = sum(expand(s, y) * one.at_y for s, one in zip(share, looks, strict=True))
+    gradient = cast(Tensor, weighted) / beta  # there is at least one particle
     return gradient, values.mean(0)
 
 
@@ -165,7 +170,7 @@ def denoise_steps(
     for k in range(1, m):
         lower = ladder.below(start, k / m)
         estimate = level.noise(y, x0)
-        if eta != 0.0:
+        if eta != 0.0 and noise is not None:
             keep, fresh = _shares(level, lower, eta)
             estimate = expand(keep, y) * estimate + expand(fresh, y) * noise(k, y)
         y, level = lower.diffuse(x0, estimate), lower

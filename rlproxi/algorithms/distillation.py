@@ -35,10 +35,12 @@ def direction(
     Raises:
         ValueError: one of reward_score and kappa without the other.
     """
-    if (reward_score is None) != (kappa is None):
-        raise ValueError("reward_score and kappa come together: a score of the reward and its weight at this level")
     gap = clean_fake - clean_ref
-    return gap if reward_score is None else gap - expand(kappa, gap) * reward_score
+    if reward_score is None and kappa is None:
+        return gap
+    if reward_score is None or kappa is None:
+        raise ValueError("reward_score and kappa come together: a score of the reward and its weight at this level")
+    return gap - expand(kappa, gap) * reward_score
 
 
 def normalise(gap: Tensor, x0: Tensor, clean_ref: Tensor, eps: float = 1e-6) -> Tensor:

@@ -25,6 +25,7 @@ class EMA:
             value.lerp_(weights[name].to(value), 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name, and the number of updates."""
         return {**self.values, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -7,13 +7,14 @@ pre-training on the generator's samples, at the noise levels that the reference 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..config.algorithms import Fake as Settings
 from ..config.loading import Config
+from ..config.section import Section, StepCount
 from ..proximal.clean import Ladder, Level
 from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
 from ..proximal.operator import Denoiser
@@ -21,20 +22,51 @@ from ..seeds import Purpose, generator, rng
 from .requests import SampleRequest
 
 
-class NoiseLevels:
+class FakeSettings(Section):
+    """The fake score of R0 and DIDR: it follows the generator's distribution, to be compared with the reference's."""
+
+    candidates: list[StepCount] | None = Field(
+        None, min_length=1, description="Step counts whose noise levels are used; null: pretrain.candidates."
+    )
+    levels: tuple[float, float] = Field((0.02, 0.98), description="Quantiles of the noise levels that are drawn.")
+    updates: int = Field(2, ge=1, description="Fake-score updates in an iteration, each on samples of its own.")
+    lr: float = Field(1e-4, gt=0, description="Learning rate of the fake score.")
+    loss: Literal["l1", "l2"] = Field(
+        "l2",
+        description="Denoising loss of the fake score: l2 for a reference that is a mean (a published score model), l1 "
+        "for one of proximal matching's L1 phase; the two must err alike.",
+    )
+
+    @model_validator(mode="after")
+    def _levels(self) -> FakeSettings:
+        low, high = self.levels
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"levels is {list(self.levels)}: two quantiles, 0 <= low < high <= 1")
+        return self
+
+    def describe(self) -> str:
+        """Its part of a dry run."""
+        return f"{self.updates} fake update(s) of rate {self.lr:g}"
+
+
+class LevelSampler:
     """Draws noise levels for a micro-batch, and the noise there, by name."""
 
-    def __init__(self, config: Config, settings: Settings):
-        s = config.sampler
+    def __init__(self, config: Config):
+        s, self.settings = config.sampler, config.part("fake", FakeSettings)
         self.expected = config.pretrain.target == "expected"
-        self.schedule, self.settings, self.seed = config.schedule.build(), settings, config.run.seed
+        self.schedule, self.seed = config.schedule.build(), config.run.seed
+        self.candidates = self.settings.candidates or config.pretrain.candidates
         self.ladder = Ladder(
-            TimeTable(self.schedule, settings.candidates or config.pretrain.candidates, s.name, s.start_time, s.grid),
+            TimeTable(self.schedule, self.candidates, s.name, s.start_time, s.grid),
             self.schedule,
         )
 
     def draw(self, request: SampleRequest, turn: int, like: Tensor) -> tuple[Level, torch.Generator]:
-        """A level for each sample [B, ...], and the generator of its noise. ``turn`` tells draws of one iteration apart."""
+        """A level for each sample [B, ...], and the generator of its noise.
+
+        ``turn`` distinguishes the draws of one iteration.
+        """
         name = (self.seed, Purpose.NOISE_LEVEL, request.step, request.indices[0], turn)
         level = self.ladder.draw(rng(*name), len(like), *self.settings.levels)
         return level.to(like.device), generator(*name)
@@ -45,11 +77,11 @@ def noise(g: torch.Generator, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=g).to(like.device)
 
 
-def fake_loss(fake: Denoiser, levels: NoiseLevels, request: SampleRequest, turn: int, x0: Tensor, text: Any) -> Tensor:
+def fake_loss(fake: Denoiser, levels: LevelSampler, request: SampleRequest, turn: int, x0: Tensor, text: Any) -> Tensor:
     """The fake score's denoising loss on the generator's samples x0 [B, ...], a scalar."""
     level, g = levels.draw(request, turn, x0)
     n2 = noise(g, x0)
     y = corrupt(levels.schedule, x0, level.t, level.lam, noise(g, x0), n2)
-    zeta = None if levels.settings.fake_loss == "l1" else math.inf
+    zeta = None if levels.settings.loss == "l1" else math.inf
     target = matching_target(levels.expected, zeta, levels.schedule, y, x0, level.t, level.lam, n2)
     return matching_loss(fake(y, level.t, level.lam, text), target, zeta).mean()

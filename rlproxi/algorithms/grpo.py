@@ -2,29 +2,52 @@
 
 L = -mean over samples and trained steps of min(rho A, clip(rho, 1 - eps_lo, 1 + eps_hi) A) + beta KL,
 with rho and KL from ``proximal.policy`` (ProxT2I, arXiv 2511.18742; the form of DeepSeekMath's GRPO). The last step is
-deterministic and has no ratio; where the rewards are differentiable, ``last_step_weight`` sends their gradient through it.
+deterministic and has no ratio. If the rewards are differentiable, ``last_step_weight`` sends their gradient through it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ..config.algorithms import GRPO as Settings
+from ..config.algorithms import ALGORITHMS
 from ..config.loading import Config
-from ..models.folders import latent_space
+from ..config.section import Section
 from ..models.text import TextStates, operator
 from ..proximal import policy
 from ..proximal.operator import Prox
-from ..proximal.samplers import Step
+from ..proximal.samplers import AFTER, Step
 from ..rewards.gradients import mean_scores
 from ..seeds import Purpose
-from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, share
-from .requests import SampleRequest
+from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, Work, share
+
+
+class GRPOSettings(Section):
+    """GRPO on the actions of a sampler that draws noise (arXiv 2402.03300; ProxT2I, arXiv 2511.18742)."""
+
+    trained_steps: int | None = Field(3, ge=1, description="Window of actions trained, drawn per iteration; null: all.")
+    clip_range: float = Field(1e-3, gt=0, description="eps_lo of the ratio's clip.")
+    clip_range_high: float | None = Field(None, gt=0, description="eps_hi; null: the same as clip_range.")
+    kl_coef: float = Field(0.03, ge=0, description="beta, weight of KL(pi || pi_ref). 0 keeps no reference copy.")
+    reduction: Literal["mean", "sum"] = Field("mean", description="Over dimensions, for log-ratio and KL.")
+    normalize_ratio: bool = Field(
+        False, description="Log-ratio without its quadratic bias, in units equal for all steps (GRPO-Guard's idea)."
+    )
+    advantage_std: Literal["group", "global"] = Field("group", description="Which std divides the advantages.")
+    same_noise: bool = Field(False, description="One z_N (x_N and the first noise) for all samples of a group.")
+    last_step_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the reward's own gradient through the last, deterministic step (differentiable "
+        "rewards only), beside the policy gradient of the others; 0: none.",
+    )
+    first_ratio_tolerance: float = Field(1e-6, gt=0, description="How far the first ratio may be from 1.")
 
 
 @dataclass(frozen=True)
@@ -39,9 +62,9 @@ class Advantages:
 def advantages(rewards: np.ndarray, std: str = "group", eps: float = 1e-6) -> Advantages:
     """(r - group mean)/(std + eps) for rewards [P, G]; NaN is a missing score, never a 0.
 
-    A missing sample, a group with fewer than two scores and a group without variance teach
-    nothing: they get weight 0 and are counted. ``std`` is each group's own, or the ``global`` one of
-    the deviations from the group means.
+    A missing sample, and the samples of a group with fewer than two scores or without variance, get weight 0 and are
+    counted. ``std``: 'group' divides by each group's own, 'global' by that of the deviations from all group means.
+    Raises ValueError for another ``std``.
     """
     r = np.asarray(rewards, np.float64)
     present = np.isfinite(r)
@@ -74,9 +97,13 @@ def advantages(rewards: np.ndarray, std: str = "group", eps: float = 1e-6) -> Ad
 class MicroBatch:
     """Whole groups, in the shape they were sampled in, at the K trained steps of this batch.
 
-    z, z_next, prox [K, B, ...] float32: the prox's input, the next input (the action) and the
-    rollout's prox output; z_last [B, ...]: the input of the last step, where its gradient is wanted. advantages, weight [B];
-    text and prompts have B rows. finite [B] bool: samples that are numbers; None: all of them.
+    Args:
+        z, z_next, prox: the prox's input, the next input (the action) and the rollout's prox output, float32
+            [K, B, ...].
+        advantages, weight: [B].
+        text, prompts: of B rows.
+        z_last: the input of the last step [B, ...], where its gradient is wanted.
+        finite: which samples are numbers, bool [B]; None: all of them.
     """
 
     z: Tensor
@@ -94,10 +121,41 @@ class FirstRatioError(AlgorithmStopped):
     """Rollout and learner disagree before the first update."""
 
 
+@ALGORITHMS.register("grpo", default=True)
 class GRPO(Algorithm):
     """The loss object of the learner. ``plan``: the sampler's steps, k = N..1."""
 
-    settings: Settings
+    Settings = GRPOSettings
+    settings: GRPOSettings
+    defaults: ClassVar = {"group_size": 8}
+    hold_back = "raise grpo.kl_coef"
+    spread = "a larger rl.group_size; with grpo.same_noise=true set it to false"
+    ratio_tolerance = "first_ratio_tolerance"
+    charts = ("kl", "clip_fraction", "ratio/mean")
+    traceable = True
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """As ``Algorithm.check_config``: a sampler that draws noise, and groups whose samples can be compared."""
+        s, steps, key = config.sampler, config.sampler.num_inference_steps, config.section
+        trained = config.part(key, GRPOSettings).trained_steps
+        if config.rl.group_size < 2:
+            raise ValueError(
+                f"rl.group_size is {config.rl.group_size}: advantages compare samples of one group, "
+                "so it must be at least 2 (8 to 24 is usual)"
+            )
+        if s.name == "ode" or (s.name in AFTER and not s.eta):
+            raise ValueError(
+                f"sampler.name is {s.name!r}, which draws no noise and so has no policy to train; use hybrid or "
+                "backward, or ddim, euler or matched with sampler.eta above 0, or leave 'rl' out of run.stages"
+            )
+        if steps < 2:
+            raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2")
+        if trained and trained > steps - 1:
+            raise ValueError(
+                f"{key}.trained_steps is {trained}, but num_inference_steps {steps} gives only "
+                f"{steps - 1} actions; lower it or use null"
+            )
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -105,7 +163,30 @@ class GRPO(Algorithm):
         self.actions = policy.actions(self.plan)
         self.needs_reference = self.settings.kl_coef > 0
         self.needs_gradients = self.settings.last_step_weight > 0
-        self.normalize_gradients = False  # the term is the reward itself, as large as it is
+        self.keep_last, self.same_noise = self.needs_gradients, self.settings.same_noise
+
+    def describe(self) -> list[str]:
+        """See ``Algorithm.describe``."""
+        s = self.settings
+        return [
+            f"{self.trained_steps} of {len(self.actions)} actions trained",
+            f"clip {s.clip_range:g}",
+            f"KL {s.kl_coef:g}",
+            *([f"the reward's gradient through the last step x {s.last_step_weight:g}"] if s.last_step_weight else []),
+        ]
+
+    def why_gradients(self) -> str:
+        """See ``Algorithm.why_gradients``."""
+        return f"{self.config.section}.last_step_weight = {self.settings.last_step_weight:g}"
+
+    def shortened(self) -> tuple[Config, int]:
+        """One loss of the window is as large as another."""
+        return self.config.with_section(self.config.section, trained_steps=1), 0
+
+    def least_work(self) -> Work:
+        """See ``Algorithm.least_work``; with a KL term each trained step has a forward of the reference."""
+        policy_forwards = self.trained_steps if self.settings.kl_coef else 0
+        return Work(len(self.plan) + policy_forwards, self.trained_steps, scored=True)
 
     def window(self, iteration: int) -> list[policy.Action]:
         """The actions trained in this iteration, drawn per batch (per sample would inflate the spread)."""
@@ -117,24 +198,25 @@ class GRPO(Algorithm):
         """Actions in a window."""
         return self.settings.trained_steps or len(self.actions)
 
-    def requests(self, iteration: int) -> list[SampleRequest]:
-        kept = tuple(action.index for action in self.window(iteration))
-        return [
-            replace(request, window=kept, keep_last=self.needs_gradients) for request in super().requests(iteration)
-        ]
+    def kept_steps(self, iteration: int) -> tuple[int, ...]:
+        """The positions of the actions in the iteration's ``window``."""
+        return tuple(action.index for action in self.window(iteration))
 
     def losses_per_update(self, world: int) -> dict[str, int]:
+        """One loss for each micro-batch and trained step, and one for the last step's gradient."""
         return {"policy": self.micro_batches(world) * (self.trained_steps + self.needs_gradients)}
 
     def connect(self, parts: Parts) -> None:
+        """See ``Algorithm.connect``."""
         super().connect(parts)
         guidance = self.config.sampler.guidance_scale
         self.prox = operator(parts.networks["policy"], parts.encoder, guidance)
         self.reference = parts.reference and operator(parts.reference, parts.encoder, guidance)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        found = advantages(batch.rewards, self.settings.advantage_std)
-        for update in range(self.settings.updates_per_step):
+        """One update for each share of the prompts."""
+        found = self._advantages(batch)
+        for update in range(self.rl.updates_per_step):
             micro = self._micro_batches(batch, update, found)
             yield Update(
                 "policy",
@@ -143,13 +225,19 @@ class GRPO(Algorithm):
             )
 
     def metrics(self, batch: Batch) -> dict[str, float]:
-        return advantages(batch.rewards, self.settings.advantage_std).stats
+        """The rewards' statistics; see ``advantages``."""
+        return self._advantages(batch).stats
+
+    def _advantages(self, batch: Batch) -> Advantages:
+        assert batch.rewards is not None, "rollouts are scored"
+        return advantages(batch.rewards, self.settings.advantage_std)
 
     def _micro_batches(self, batch: Batch, update: int, found: Advantages) -> list[MicroBatch]:
-        mine = share(len(batch.requests), self.settings.updates_per_step, batch.world, update, batch.rank)
+        mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
         return [self._micro_batch(batch, j, found) for j in mine]
 
     def _micro_batch(self, batch: Batch, j: int, found: Advantages) -> MicroBatch:
+        assert batch.chain is not None, "rollouts keep the chain"
         request, chain = batch.requests[j], batch.chain(j)
         groups = len(request.prompts)
         rows = slice(j * groups, (j + 1) * groups)
@@ -176,8 +264,8 @@ class GRPO(Algorithm):
     ) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """One loss for each (micro-batch, trained step), and one for the last step where its gradient is wanted.
 
-        ``first``: no update was made on these samples yet, so each step's largest |log-ratio| tells whether learner and rollout
-        compute the same thing.
+        ``first``: no update was made on these samples yet, so each step's largest |log-ratio| shows whether learner and
+        rollout compute the same thing.
 
         Their mean is the objective up to a constant. ``prox`` carries gradients; ``reference`` is called without.
         Lazy: the next forward runs only when the next loss is asked for.
@@ -196,10 +284,11 @@ class GRPO(Algorithm):
     def _last_loss(self, prox: Prox, batch: MicroBatch, scale: float):
         """-eta r(prox(stop-grad z_1)) by its gradient, which is all that differs from the reward itself."""
         step = self.plan[-1]
+        assert batch.z_last is not None, "rollouts keep the last step's input"
         x = prox(batch.z_last, step.t, step.lam, batch.text)
-        found = self.parts.gradients(x, batch.prompts)
+        found = self.gradients(x, batch.prompts)
         loss = -self.settings.last_step_weight * scale * (found.ascent * x).flatten(1).sum(1).mean()
-        return loss, {"last_step/reward": mean_scores(found.scores, self.parts.gradients.weights)["reward/mean"]}
+        return loss, {"last_step/reward": mean_scores(found.scores, self.gradients.weights)["reward/mean"]}
 
     def _loss(self, prox, reference, batch: MicroBatch, position: int, action: policy.Action):
         s = self.settings
@@ -230,7 +319,7 @@ class GRPO(Algorithm):
 
     def check(self, batch: Batch) -> dict[str, float]:
         """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
-        micro = self._micro_batches(batch, 0, advantages(batch.rewards, self.settings.advantage_std))
+        micro = self._micro_batches(batch, 0, self._advantages(batch))
         deviations = [
             self._loss(self.prox, None, one, position, action)[1]["ratio/max_deviation"]
             for one in micro
@@ -244,21 +333,8 @@ class GRPO(Algorithm):
         if not deviation <= self.settings.first_ratio_tolerance:
             raise FirstRatioError(
                 f"before the first update the learner's ratio is off 1 by {deviation:.2e} "
-                f"(grpo.first_ratio_tolerance = {self.settings.first_ratio_tolerance:.0e}): the learner does not "
-                "compute what the rollout actors did, so every advantage would push in a wrong direction. Use the "
-                "same model.precision, resources.threads and kind of chip for both roles (set model.precision=float32 "
-                "to rule out rounding), and check that both loaded the same weights."
+                f"({self.config.section}.first_ratio_tolerance = {self.settings.first_ratio_tolerance:.0e}): the "
+                "learner does not compute what the rollout actors did, so every advantage would push in a wrong "
+                "direction. Use the same model.precision, resources.threads and kind of chip for both roles (set "
+                "model.precision=float32 to rule out rounding), and check that both loaded the same weights."
             )
-
-
-def bytes_per_micro_batch(config: Config) -> int:
-    """Bytes of one micro-batch in flight: images and the chain of the trained steps; 0 where nothing is sampled ahead.
-
-    Raises FileNotFoundError or ValueError where ``model.init`` or ``model.encoders`` is no usable folder.
-    """
-    if config.run.algorithm != "grpo":
-        return 0
-    g = config.grpo
-    channels, side = latent_space(config)
-    tensors = 3 * (g.trained_steps or config.sampler.num_inference_steps - 1) + (g.last_step_weight > 0)
-    return g.groups_per_micro_batch * g.group_size * (3 * config.data.size**2 + 4 * tensors * channels * side**2)

@@ -29,7 +29,7 @@ from .base import Update
 
 @dataclass
 class MatchingBatch:
-    """One rank's share of a step: images x_0 [B, C, H, W] in [-1, 1] (or latents) with what the denoiser is told of them."""
+    """One rank's share of a step: images x_0 [B, C, H, W] in [-1, 1], or latents, with their encoded captions."""
 
     step: int
     images: Tensor
@@ -73,7 +73,7 @@ class Matching:
         return self.settings.zetas[min(phase, len(self.settings.zetas) - 1)]
 
     def weight(self, t: Tensor, lam: Tensor, zeta: float | None) -> Tensor:
-        """[B]: how much each draw counts, 1 in the mean over all draws, so that it moves the emphasis and not the learning rate."""
+        """The weight of each draw, [B]. Its mean over all draws is 1, so that it leaves the learning rate as it is."""
         if zeta not in self._means:
             every = self._raw_weight(torch.from_numpy(self.times.t), torch.from_numpy(self.times.lam), zeta)
             self._means[zeta] = float((every.numpy() * self.times.probability).sum())
@@ -118,16 +118,17 @@ class Matching:
 
 
 def start_denoiser(config: Config, samples: Tensor) -> Preconditioned:
-    """The network that pre-training starts from: new, with the Gaussian of its preconditioning fitted to ``samples``
-    [B, C, H, W] of the data (pixels in [-1, 1], or latents)."""
+    """A new network to pre-train, with the Gaussian of its preconditioning fitted to samples of the data.
+
+    samples [B, C, H, W]: pixels in [-1, 1], or latents.
+    """
     denoiser = build_denoiser(config)
     denoiser.gaussian.fit(samples)
     return denoiser
 
 
 def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, count: int = 2048) -> Tensor:
-    """Samples [B, C, H, W] of the data for ``start_denoiser``: the first portraits, or the first rows of the cache of
-    encoded shards."""
+    """Samples [B, C, H, W] of the data for ``start_denoiser``: the first portraits, or the first rows of ``cache``."""
     if cache is not None:
         return torch.from_numpy(cached.first_samples(config, Path(cache), count))
     images = faces.batch(
@@ -141,11 +142,13 @@ def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, co
 
 
 def drop_captions(captions: list[str], probability: float, seed: int, step: int, rank: int = 0) -> list[str]:
-    """Captions replaced by '' with the given probability, named by (seed, step) and the row of the global batch;
-    every rank holds equally many rows."""
+    """The captions, each replaced by '' with the given probability.
+
+    The draw is named by (seed, step) and the row of the global batch, of which every rank holds equally many.
+    """
     first = rank * len(captions)
     dropped = rng(seed, Purpose.CAPTION_DROPOUT, step).random(first + len(captions))[first:] < probability
-    return ["" if d else c for c, d in zip(captions, dropped)]
+    return ["" if d else c for c, d in zip(captions, dropped, strict=True)]
 
 
 def conditioning(
@@ -155,9 +158,11 @@ def conditioning(
     pixels: tuple[int, int],
     device: torch.device,
 ) -> TextStates:
-    """What the denoiser is told of a batch: its captions (some of them dropped), encoded or from the cache's columns
-    text_states, text_pooled and text_mask, and, where the data tell it (column size [B, 4]: original height and width,
-    crop top and left), SDXL's six sizes. ``pixels``: height and width of the images.
+    """The conditioning of a batch: its captions, some of them dropped, and SDXL's six sizes where the data have them.
+
+    The captions are encoded, or read from the cache's columns text_states, text_pooled and text_mask. The sizes come
+    from the column size [B, 4] (original height and width, crop top and left) and from ``pixels``, the images' height
+    and width.
     """
     if "text_states" in batch:
         columns = (
@@ -172,6 +177,6 @@ def conditioning(
     else:
         text = encoder.encode(captions)
     if "size" in batch:
-        told = torch.from_numpy(np.array(batch["size"])).to(device).float()
-        text = replace(text, time_ids=torch.cat([told, told.new_tensor([pixels]).expand(len(told), -1)], 1))
+        size = torch.from_numpy(np.array(batch["size"])).to(device).float()
+        text = replace(text, time_ids=torch.cat([size, size.new_tensor([pixels]).expand(len(size), -1)], 1))
     return text

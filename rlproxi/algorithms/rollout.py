@@ -1,4 +1,4 @@
-"""Sampling whole groups: what a rollout actor does, without the actor.
+"""Sampling of whole groups, the work of a rollout actor without the actor.
 
 One forward path serves rollout, replay and evaluation. Noise is named by (run seed, purpose, step,
 prompt, sample), so which actor samples a group, and when, changes nothing.
@@ -6,7 +6,7 @@ prompt, sample), so which actor samples a group, and when, changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def flatten(weights: Mapping[str, Tensor]) -> np.ndarray:
 
 @torch.no_grad()
 def unflatten(flat: np.ndarray, weights: Mapping[str, Tensor]) -> None:
-    """Copies a flat array into parameters. Raises ValueError where the sizes differ."""
+    """Copy a flat array into parameters. Raises ValueError where the sizes differ."""
     expected = sum(p.numel() for p in weights.values())
     if flat.size != expected:
         raise ValueError(f"weights hold {flat.size} numbers where the model trains {expected}")
@@ -69,7 +69,7 @@ class GroupSampler:
 
     @classmethod
     def from_pretrained(cls, config: Config, folder: str | Path, device: str | torch.device = "cpu") -> GroupSampler:
-        """Loads a model folder as the config trains it."""
+        """Load a model folder in the form in which the config trains it."""
         folder = ModelFolder.find(folder).path
         dtype = compute_dtype(config.model.precision, device)
         return cls(
@@ -82,21 +82,21 @@ class GroupSampler:
         )
 
     def take(self, flat: np.ndarray) -> None:
-        """New weights, as ``flatten`` made them of the same parameters."""
+        """Take new weights, as ``flatten`` made them of the same parameters."""
         unflatten(flat, self.trained)
 
     @torch.inference_mode()
     def sample(self, request: SampleRequest) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(images uint8 [P*G, H, W, 3], chain). The chain holds z, z_next and prox, each float32
-        [K, P*G, C, H, W] for the K positions of ``request.window`` (empty arrays are left out), and, where it is to be kept,
-        z_last [P*G, C, H, W].
+        """Sample a request; return (images uint8 [P*G, H, W, 3], chain).
+
+        The chain holds z, z_next and prox, each float32 [K, P*G, C, H, W] for the K positions of ``request.window``; no
+        entry where there is none. With ``request.keep_last`` it holds z_last [P*G, C, H, W].
 
         Where a sample is NaN or Inf, its image is grey, its chain is zeros, and the chain holds ``finite`` [P*G] bool.
         """
         c = self.config
         names = request.names(c.run.seed)
-        same = getattr(c.rl, "same_noise", False) and request.purpose == "train"
-        starts = [(*name[:4], 0) for name in names] if same else None
+        starts = [(*name[:4], 0) for name in names] if request.same_noise else None
         text = self.pipeline.text.groups(request.prompts, request.group_size)
         # A score sampler's noise comes after the prox: it is the policy's choice, the first step's too.
         named = NamedNoise(names, starts, first=c.sampler.name not in AFTER)
@@ -105,9 +105,10 @@ class GroupSampler:
         )
         chain = {}
         if request.window:
-            pick = lambda values, shift=0: (
-                torch.stack([values[i + shift] for i in request.window]).float().cpu().numpy()
-            )
+
+            def pick(values: Sequence[Tensor], shift: int = 0) -> np.ndarray:
+                return torch.stack([values[i + shift] for i in request.window]).float().cpu().numpy()
+
             chain = {"z": pick(run.z), "z_next": pick(run.z, 1), "prox": pick(run.prox)}
         if request.keep_last:
             chain["z_last"] = run.z[-1].float().cpu().numpy()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from ..algorithms.base import Work, build_algorithm
 from ..config.loading import Config, build_config, config_folder, dump_config, load_config
 from ..data import faces
 from ..data.faces import collection
@@ -168,53 +169,35 @@ def _bare_iterations(config: Config, reward_file: Path, repeats: int = 7) -> lis
     torch.set_num_threads(config.resources.threads)
     scorer = build("attributes", {"path": str(reward_file)})
     shapes, micro_batches = _Shapes(config), config.rl.micro_batches // config.resources.learner_workers
-    seconds = []
+    seconds, work = [], build_algorithm(config).least_work()
     for _ in range(repeats + 1):
         _barrier.wait()
         begun = time.perf_counter()
         for _ in range(micro_batches):
-            _bare_micro_batch(config, shapes, scorer)
+            _bare_micro_batch(config, shapes, scorer, work)
         seconds.append(time.perf_counter() - begun)
     return seconds[1:]
 
 
-def _bare_micro_batch(config: Config, shapes: _Shapes, scorer) -> None:
+def _bare_micro_batch(config: Config, shapes: _Shapes, scorer, work: Work) -> None:
     """The calls that a micro-batch of the config's algorithm cannot do without."""
-    g, n = config.rl, config.sampler.num_inference_steps
-    rows = [prompt for prompt in shapes.prompts for _ in range(g.group_size)]
+    size = config.rl.group_size
+    rows = [prompt for prompt in shapes.prompts for _ in range(size)]
     pixels = torch.rand(shapes.y.shape)
-    if config.run.algorithm == "grpo":
-        shapes.forward(n)
-        images = (pixels[: g.group_size] * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+    shapes.forward(work.forwards)
+    if work.scored:
+        images = (pixels[:size] * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
         for prompt in shapes.prompts:
-            scorer.score(images, [prompt] * g.group_size)
-        for _ in range(g.trained_steps or n - 1):
-            if g.kl_coef:
-                shapes.forward()
-            shapes.forward_backward()
-    elif config.run.algorithm == "r0":  # step by step: all steps but the last are computed twice
-        if (
-            g.distribution_weight
-        ):  # samples for the fake score and its step, then fake score and reference at the samples
-            for _ in range(g.fake_updates):
-                shapes.forward(n)
-                shapes.forward_backward()
-            shapes.forward(2)
-        shapes.forward(n - 1)
-        for _ in range(n):
-            shapes.forward_backward()
-        _reward_gradient(scorer, pixels, rows)
-    else:  # didr: the fake score follows, then generator, fake score, reference, and the reward through the reference
-        for _ in range(g.fake_updates):
-            shapes.forward()
-            shapes.forward_backward()
+            scorer.score(images, [prompt] * size)
+    for _ in range(work.backwards):
         shapes.forward_backward()
-        shapes.forward(2)
+    for _ in range(work.input_gradients):
         shapes.to_the_input()
+    for _ in range(work.reward_gradients):
         _reward_gradient(scorer, pixels, rows)
-        for _ in range(1 + g.damped):  # at the samples, and where the pull leads
-            with torch.no_grad():
-                scorer.rewards(pixels, rows)
+    for _ in range(work.rewards):
+        with torch.no_grad():
+            scorer.rewards(pixels, rows)
 
 
 def _reward_gradient(scorer: TorchScorer, pixels: torch.Tensor, prompts: list[str]) -> None:
@@ -242,7 +225,7 @@ def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations
     values["run"].update(stages=["rl"], dir=str(folder), name="bench")
     values["model"]["init"] = str(model)
     values["rewards"].update(train=[{"name": "attributes", "params": {"path": str(reward_file)}}], heldout=[])
-    values[config.section].update(steps=iterations, checkpoint_every=10**6)
+    values["rl"].update(steps=iterations, checkpoint_every=10**6)
     values["evaluate"]["every"] = 0
     real = build_config(values)
     run_dir = folder / "run"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .sections import Section
+from .section import Section
 
 #: What a caption says where hands are in the picture; whole words, in any case.
 HAND_WORDS = (
@@ -36,6 +36,8 @@ CONFIDENCE = {"haar": 4.0, "yunet": 0.9}
 
 
 class Duplicates(Section):
+    """Which images count as copies of one picture."""
+
     distance: int = Field(
         4,
         ge=0,
@@ -46,6 +48,8 @@ class Duplicates(Section):
 
 
 class Faces(Section):
+    """Which images count as portraits."""
+
     detector: Literal["haar", "yunet"] = Field(
         "haar", description="haar: an OpenCV cascade; yunet: OpenCV's YuNet network, whose file `model` names."
     )
@@ -77,6 +81,8 @@ class Faces(Section):
 
 
 class Filter(Section):
+    """One scorer with bounds on its score."""
+
     name: str = Field(
         description="What the manifest calls it: a registered scorer (docs/rewards/), or any word with `scorer`."
     )
@@ -98,6 +104,8 @@ class Filter(Section):
 
 
 class Caption(Section):
+    """A vision-language model that writes new captions."""
+
     model: str = Field(
         description="A vision-language model of transformers: a folder or a hub id (BLIP, BLIP-2, LLaVA, Qwen-VL, ...)."
     )
@@ -114,6 +122,8 @@ class Caption(Section):
 
 
 class HandDetector(Section):
+    """A network that finds hands."""
+
     model: str = Field(
         description="An object-detection model of transformers, zero-shot ones too (OWL-ViT, Grounding "
         "DINO): a folder or a hub id."
@@ -126,6 +136,8 @@ class HandDetector(Section):
 
 
 class Hands(Section):
+    """How the hand-focused subset is tagged."""
+
     words: list[str] = Field(
         list(HAND_WORDS),
         description="Words of the original or the new caption that tag an image 'hands'; []: captions do not count.",

@@ -1,4 +1,4 @@
-"""The section of what is not trained on, and of what a run notices about itself; see ``schema`` and docs/guards.md."""
+"""Section ``guards``: which updates are skipped, and which warnings a run gives (docs/guards.md)."""
 
 from __future__ import annotations
 
@@ -6,44 +6,44 @@ from typing import Literal
 
 from pydantic import Field
 
-from .sections import Section
+from .section import Section
 
 
 class Guards(Section):
-    """What is watched at the learner's start and in every update (docs/guards.md)."""
+    """Checks at the learner's start and in every update (docs/guards.md)."""
 
     skips_in_a_row: int = Field(
         3,
         ge=1,
-        description="So many skipped updates of one network in a row (NaN, Inf, or a ratio out of bounds) end in what "
-        "on_nonfinite says.",
+        description="After so many skipped updates of one network in a row (NaN, Inf, or a ratio out of bounds), "
+        "on_nonfinite is done.",
     )
     on_nonfinite: Literal["rollback", "stop"] = Field(
-        "rollback", description="Then: back to the last good checkpoint with a lower learning rate, or the run stops."
+        "rollback", description="Go back to the last good checkpoint with a lower learning rate, or stop the run."
     )
     lr_factor: float = Field(
         0.5,
         gt=0,
         lt=1,
-        description="What a rollback multiplies the stage's learning rates by, for the rest of the stage.",
+        description="Factor of a rollback on the stage's learning rates, for the rest of the stage.",
     )
-    max_rollbacks: int = Field(3, ge=0, description="Rollbacks of a stage; where one more would follow, the run stops.")
+    max_rollbacks: int = Field(3, ge=0, description="Rollbacks of a stage; one more stops the run.")
     max_log_ratio: float | None = Field(
         10.0,
         gt=0,
-        description="An update whose largest |log-ratio| is above this is not made (10: a ratio of 22,000). null: no "
+        description="An update whose largest |log-ratio| is above this is skipped (10: a ratio of 22,000). null: no "
         "bound.",
     )
     max_clip_fraction: float | None = Field(
-        None, gt=0, le=1, description="An update with a larger share of clipped ratios is not made. null: no bound."
+        None, gt=0, le=1, description="An update with a larger share of clipped ratios is skipped. null: no bound."
     )
     on_ratio: Literal["skip", "stop"] = Field(
         "skip", description="Beyond these bounds: the update is skipped, or the run stops."
     )
     on_mismatch: Literal["warn", "stop"] = Field(
         "warn",
-        description="Where rollout and learner come to disagree (first ratios off 1 by more than "
-        "grpo.first_ratio_tolerance): a warning, or the run stops.",
+        description="Where rollout and learner disagree (first ratios off 1 by more than the algorithm's "
+        "first_ratio_tolerance): warn, or stop the run.",
     )
     sampler_tolerance: float = Field(
         0.01,
@@ -54,7 +54,7 @@ class Guards(Section):
     flat_iterations: int | None = Field(
         10, ge=1, description="Iterations in a row without a group whose rewards differ, before on_flat. null: never."
     )
-    on_flat: Literal["warn", "stop"] = Field("warn", description="Then: a warning, or the run stops.")
+    on_flat: Literal["warn", "stop"] = Field("warn", description="Warn, or stop the run.")
     falling_window: int | None = Field(
         20,
         ge=5,

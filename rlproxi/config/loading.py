@@ -1,4 +1,4 @@
-"""The one typed config, made of the sections of ``schema``; unknown keys are refused.
+"""The one typed config, made of the sections of ``sections`` and of the algorithms; unknown keys are refused.
 
 ``load_config`` reads a YAML file, applies ``key=value`` overrides, validates everything that
 can be known before a cluster is asked for anything, and raises ``ConfigError`` with the key, the
@@ -7,25 +7,27 @@ value and the remedy.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import os
 import typing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from ..errors import ConfigError
 from ..files import write_text
-from ..proximal.samplers import AFTER
-from .algorithms import DIDR, GRPO, R0, Custom, Training
+from .algorithms import ALGORITHMS, RL, algorithm_sections, configured, section_name
 from .curation import Curate
 from .guards import Guards
 from .plain_yaml import read_yaml
+from .section import Section
 from .sections import (
-    ALGORITHMS,
     Data,
     Evaluate,
     Faults,
@@ -38,15 +40,18 @@ from .sections import (
     Run,
     Sampler,
     Schedule,
-    Section,
     Telemetry,
 )
 
+S = TypeVar("S", bound=Section)
+
 
 class Config(Section):
-    """The whole run."""
+    """The whole run. Beside these sections it has those of the registered algorithms, such as ``config.grpo``."""
 
-    run: Run = Run()
+    model_config = ConfigDict(extra="allow")
+
+    run: Run = Field(default_factory=Run)
     data: Data = Data()
     curate: Curate = Curate()
     model: Model = Model()
@@ -55,10 +60,7 @@ class Config(Section):
     rewards: Rewards = Rewards()
     prepare: Prepare = Prepare()
     pretrain: Pretrain = Pretrain()
-    grpo: GRPO = GRPO()
-    r0: R0 = R0()
-    didr: DIDR = DIDR()
-    custom: Custom = Custom()
+    rl: RL = RL()
     learner: Learner = Learner()
     guards: Guards = Guards()
     resources: Resources = Resources()
@@ -66,26 +68,43 @@ class Config(Section):
     faults: Faults = Faults()
     telemetry: Telemetry = Telemetry()
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_algorithms(cls, values: Any, handler: ModelWrapValidatorHandler[Config]) -> Config:
+        """Validate the algorithms' sections, and fill in the defaults that ``run.algorithm`` has for ``rl``."""
+        if not isinstance(values, dict):
+            return handler(values)
+        algorithm = _algorithm_of(values)
+        sections = algorithm_sections(algorithm)
+        fixed = {key: value for key, value in values.items() if key not in sections}
+        if isinstance(fixed.setdefault("rl", {}), dict):
+            fixed["rl"] = {**configured(algorithm).defaults, **fixed["rl"]}
+        problems = [
+            InitErrorDetails(type="extra_forbidden", loc=(key,), input=fixed.pop(key))
+            for key in list(fixed)
+            if isinstance(key, str) and key not in cls.model_fields
+        ]
+        made = {}
+        for name, kind in sections.items():
+            try:
+                made[name] = kind.model_validate(values.get(name, {}))
+            except ValidationError as error:
+                problems += _details(error, name)
+        try:
+            config = handler({**fixed, **made})
+        except ValidationError as error:
+            problems += _details(error)
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
+        return config
+
     @model_validator(mode="after")
     def _across(self) -> Config:
-        schedule, s = self.schedule.build(), self.sampler
-        s.plan(schedule)
-        candidates = [
-            (f"{name}.{key}", getattr(getattr(self, name), key))
-            for name, key in (("r0", "candidates"), ("didr", "candidates"))
-        ]
-        for key, counts in (
-            ("pretrain.candidates", self.pretrain.candidates),
-            ("evaluate.steps", self.evaluate.steps),
-            *candidates,
-        ):
-            for n in counts or ():
-                try:
-                    s.plan(schedule, n)
-                except ValueError as error:
-                    raise ValueError(f"{key}: {error}") from None
+        self.sampler.plan(self.schedule.build())
+        self.check_counts("pretrain.candidates", self.pretrain.candidates)
+        self.check_counts("evaluate.steps", self.evaluate.steps)
         if "rl" in self.run.stages:
-            self._check_algorithm()
+            configured(self.run.algorithm).check_config(self)
         workers = self.resources.learner_workers
         self._share_prompts(workers)
         share, left = divmod(self.pretrain.batch_size, workers)
@@ -108,84 +127,55 @@ class Config(Section):
 
     @property
     def section(self) -> str:
-        """The name of the section that holds the settings of the stage rl."""
-        return self.run.algorithm if self.run.algorithm in ALGORITHMS else "custom"
+        """The name of the algorithm's own section: ``run.algorithm``, or ``custom`` for package.module:Class."""
+        return section_name(self.run.algorithm)
 
     @property
-    def rl(self) -> Training:
-        """The settings of the stage rl: the section of ``run.algorithm``."""
-        return getattr(self, self.section)
+    def algorithm_parts(self) -> tuple[str, ...]:
+        """The names of the sections that the algorithm reads: ``rl``, its own, and those it shares."""
+        return ("rl", self.section, *configured(self.run.algorithm).shared)
+
+    def part(self, name: str, kind: type[S]) -> S:
+        """The section of this name, which is of this class."""
+        found = getattr(self, name)
+        if not isinstance(found, kind):
+            raise TypeError(f"section {name} is a {type(found).__name__}, not a {kind.__name__}")
+        return found
 
     def with_rl(self, **values: Any) -> Config:
-        """The same run with other settings of the stage rl."""
-        return self.model_copy(update={self.section: self.rl.model_copy(update=values)})
+        """The same run with other settings in ``rl``."""
+        return self.with_section("rl", **values)
 
-    def _check_algorithm(self) -> None:
-        s, g, steps = self.sampler, self.grpo, self.sampler.num_inference_steps
-        if self.run.algorithm == "grpo":
-            if s.name == "ode" or (s.name in AFTER and not s.eta):
-                raise ValueError(
-                    f"sampler.name is {s.name!r}, which draws no noise and so has no policy to train; use hybrid or "
-                    "backward, or ddim, euler or matched with sampler.eta above 0, or leave 'rl' out of run.stages"
-                )
-            if steps < 2:
-                raise ValueError(
-                    "sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2"
-                )
-            if g.trained_steps and g.trained_steps > steps - 1:
-                raise ValueError(
-                    f"grpo.trained_steps is {g.trained_steps}, but num_inference_steps {steps} gives only "
-                    f"{steps - 1} actions; lower it or use null"
-                )
-        if self.run.algorithm == "didr" and steps != 1:
-            raise ValueError(
-                f"sampler.num_inference_steps is {steps}, and didr trains a generator of one step: set it to 1"
-            )
-        if (
-            self.run.algorithm == "r0"
-            and not self.r0.checkpoint_steps
-            and not self.r0.plus
-            and self.learner.zero_stage == 3
-        ):
-            raise ValueError(
-                "learner.zero_stage 3 gathers weights for one forward and backward at a time, and "
-                "r0.checkpoint_steps=false has several forwards in one graph: set it to true, or use stage 2"
-            )
-        if self.run.algorithm == "didr" and self.didr.divergence == "score" and self.learner.zero_stage == 3:
-            raise ValueError(
-                "didr.divergence 'score' differentiates through the fake score's input, which learner.zero_stage 3 "
-                "cannot: use stage 2"
-            )
+    def with_section(self, name: str, **values: Any) -> Config:
+        """The same run with other settings in one section. They are not validated."""
+        return self.model_copy(update={name: self.part(name, Section).model_copy(update=values)})
 
-        if (
-            self.run.algorithm == "didr"
-            and self.didr.divergence == "score"
-            and self.model.lora
-            and self.model.gradient_checkpointing
-        ):
-            raise ValueError(
-                "model.gradient_checkpointing computes the reference again in the backward pass, where model.lora has its "
-                "adapters on: with didr.divergence 'score' use one of the two"
-            )
+    def check_counts(self, key: str, counts: list[int] | None) -> None:
+        """Raise ValueError, naming ``key``, for a number of steps that the sampler cannot take."""
+        schedule = self.schedule.build()
+        for count in counts or ():
+            try:
+                self.sampler.plan(schedule, count)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None
 
     def _share_prompts(self, workers: int) -> None:
-        """Fills in ``groups_per_micro_batch`` of the stage rl and sees that ranks and updates get equal shares."""
-        name, g = self.section, self.rl
+        """Fill in ``rl.groups_per_micro_batch``, and check that ranks and updates get equal shares."""
+        g = self.rl
         if g.groups_per_micro_batch is None:
             groups = groups_that_fit(g, workers, max(1, 32 // g.group_size)) or 1
-            g = g.model_copy(update={"groups_per_micro_batch": groups})
-            setattr(self, name, g)
-        if g.prompts_per_step % g.groups_per_micro_batch:
+            self.rl = g = g.model_copy(update={"groups_per_micro_batch": groups})
+        if g.prompts_per_step % g.groups:
             raise ValueError(
-                f"{name}.prompts_per_step {g.prompts_per_step} is not a multiple of groups_per_micro_batch "
+                f"rl.prompts_per_step {g.prompts_per_step} is not a multiple of groups_per_micro_batch "
                 f"{g.groups_per_micro_batch}: make it one, so that micro-batches hold whole groups"
             )
         if g.micro_batches % (workers * g.updates_per_step):
             raise ValueError(
-                f"{name}: {g.micro_batches} micro-batches (prompts_per_step {g.prompts_per_step} / "
+                f"rl: {g.micro_batches} micro-batches (prompts_per_step {g.prompts_per_step} / "
                 f"groups_per_micro_batch {g.groups_per_micro_batch}) cannot be shared by resources.learner_workers "
-                f"{workers} x {name}.updates_per_step {g.updates_per_step}: make prompts_per_step a multiple of "
-                f"{g.groups_per_micro_batch * workers * g.updates_per_step}"
+                f"{workers} x rl.updates_per_step {g.updates_per_step}: make prompts_per_step a multiple of "
+                f"{g.groups * workers * g.updates_per_step}"
             )
 
     def _check_rewards(self) -> None:
@@ -209,8 +199,8 @@ class Config(Section):
                 )
 
 
-def groups_that_fit(settings: Training, workers: int, most: int) -> int | None:
-    """The largest number of groups in a micro-batch, up to ``most``, that leaves every rank and update an equal share."""
+def groups_that_fit(settings: RL, workers: int, most: int) -> int | None:
+    """The largest number of groups in a micro-batch, up to ``most``, with equal shares for ranks and updates."""
     for groups in range(min(most, settings.prompts_per_step), 0, -1):
         count, left = divmod(settings.prompts_per_step, groups)
         if left == 0 and count % (workers * settings.updates_per_step) == 0:
@@ -221,24 +211,33 @@ def groups_that_fit(settings: Training, workers: int, most: int) -> int | None:
 def smaller_micro_batch(config: Config, stage: str) -> Config | None:
     """The same run with about half the images in a forward of ``pretrain`` or ``rl``; None where it cannot be smaller.
 
-    What is learnt stays the same, to rounding: only how many images a forward holds changes.
+    Training gives the same weights up to rounding, because the global batch stays as it is.
     """
     workers = config.resources.learner_workers
     if stage == "rl":
-        groups = groups_that_fit(config.rl, workers, config.rl.groups_per_micro_batch // 2)
-        return groups and config.with_rl(groups_per_micro_batch=groups)
+        groups = groups_that_fit(config.rl, workers, config.rl.groups // 2)
+        return config.with_rl(groups_per_micro_batch=groups) if groups else None
     p = config.pretrain
     share = p.batch_size // workers
     now = p.micro_batch_size or share
     fitting = [size for size in range(1, now // 2 + 1) if share % size == 0]
-    return (
-        config.model_copy(update={"pretrain": p.model_copy(update={"micro_batch_size": fitting[-1]})})
-        if fitting
-        else None
-    )
+    return config.with_section("pretrain", micro_batch_size=fitting[-1]) if fitting else None
 
 
-def model_of(annotation) -> type[Section] | None:
+def schema(algorithm: str | None = None) -> dict[str, type[Section]]:
+    """The sections of a config by name; ``custom`` is as ``algorithm`` defines it. None: the default algorithm.
+
+    Raises ValueError where ``algorithm`` is an unknown name.
+    """
+    found: dict[str, type[Section]] = {}
+    for name, field in Config.model_fields.items():
+        found[name] = model_of(field.annotation) or Section
+        if name == "rl":
+            found |= algorithm_sections(algorithm or ALGORITHMS.default)
+    return found
+
+
+def model_of(annotation: Any) -> type[Section] | None:
     """The Section inside an annotation (also inside list[...]), if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
@@ -249,38 +248,67 @@ def model_of(annotation) -> type[Section] | None:
     return None
 
 
-def _suggest(path: tuple) -> str:
-    """'did you mean' for an unknown key at ``path``, from the schema."""
-    section: type[Section] | None = Config
-    for part in path[:-1]:
+def _algorithm_of(values: dict) -> str:
+    """``run.algorithm`` of unchecked values; the default where it is missing, or will be refused by section ``run``."""
+    run = values.get("run")
+    name = run.get("algorithm") if isinstance(run, dict) else getattr(run, "algorithm", None)
+    try:
+        if isinstance(name, str):
+            configured(name)
+            return name
+    except ValueError:
+        pass
+    return ALGORITHMS.default
+
+
+def _details(error: ValidationError, *before: str) -> list[InitErrorDetails]:
+    """The mistakes of an error, to be raised with others; ``before`` is put before each location."""
+    return [
+        InitErrorDetails(type=e["type"], loc=(*before, *e["loc"]), input=e["input"], ctx=e.get("ctx", {}))
+        for e in error.errors()
+    ]
+
+
+def _suggest(path: tuple, sections: dict[str, type[Section]]) -> str:
+    """'did you mean' for an unknown key at ``path``, from the schema. It also tells where a key has moved."""
+    before, key = path[:-1], str(path[-1])
+    here = _keys(before, sections) if before else list(sections)
+    prefix = ".".join(map(str, before))
+    known = {name: f"{prefix}.{name}" if before else name for name in here}
+    if before:
+        own = {*ALGORITHMS.names(), "custom"}
+        if prefix in own:  # perhaps it is a key that algorithms share, as lr in rl, or fake_lr, which is lr in fake
+            for shared in [name for name in sections if name == "rl" or name not in {*Config.model_fields, *own}]:
+                for name in sections[shared].model_fields:
+                    known.setdefault(name, f"{shared}.{name}")
+                    known.setdefault(f"{shared}_{name}", f"{shared}.{name}")
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {known[close[0]]}?"
+    homes = [f"{name}.{key}" for name, section in sections.items() if key in section.model_fields]
+    return f"did you mean {' or '.join(homes)}?" if homes else f"known keys here: {', '.join(here)}"
+
+
+def _keys(path: tuple, sections: dict[str, type[Section]]) -> list[str]:
+    """The keys of the section at ``path``; [] where there is none."""
+    section = sections.get(path[0])
+    for part in path[1:]:
         if isinstance(part, str) and section is not None and part in section.model_fields:
             section = model_of(section.model_fields[part].annotation)
-    known = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {'.'.join([*(str(p) for p in path[:-1]), close[0]])}?"
-    # Perhaps the key exists in another section; what all algorithms have is told of the default one.
-    homes = [
-        f"{name}.{path[-1]}"
-        for name, field in Config.model_fields.items()
-        if path[-1] in field.annotation.model_fields
-        and (name == "grpo" or not issubclass(field.annotation, Training) or path[-1] not in GRPO.model_fields)
-    ]
-    if homes:
-        return f"did you mean {' or '.join(homes)}?"
-    return f"known keys here: {', '.join(known)}"
+    return list(section.model_fields) if section else []
 
 
-def _explain(error: ValidationError, source: str) -> ConfigError:
+def _explain(error: ValidationError, source: str, sections: dict[str, type[Section]]) -> ConfigError:
     lines = []
     for item in error.errors():
         path = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {path!r}; {_suggest(item['loc'])}")
+            lines.append(f"unknown key {path!r}; {_suggest(item['loc'], sections)}")
         else:
             message = item["msg"].removeprefix("Value error, ")
             value = "" if isinstance(item["input"], (dict, Section)) else f" = {_shown(item['input'])}"
-            lines.append(f"{path}{value}: {message}" if path else message)
+            # A message of a registry begins with the key itself.
+            lines.append(f"{path}{value}: {message}" if path and not message.startswith(path) else message)
     return ConfigError(f"{source}: " + "\n  ".join(lines))
 
 
@@ -294,10 +322,10 @@ def _shown(value: Any) -> str:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """'grpo.lr=1e-4' -> (['grpo', 'lr'], 0.0001). The value is YAML; 1e-4 is a number here."""
+    """'rl.lr=1e-4' -> (['rl', 'lr'], 0.0001). The value is YAML; 1e-4 is a number here."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {_shown(text)} is not of the form key=value, for example grpo.lr=1e-5")
+        raise ConfigError(f"override {_shown(text)} is not of the form key=value, for example rl.lr=1e-5")
     try:
         parsed = read_yaml(value)
     except ValueError as error:
@@ -321,20 +349,18 @@ def apply_override(values: dict, text: str) -> None:
     values[path[-1]] = value
 
 
-def build_config(values: dict, overrides: list[str] = (), source: str = "config") -> Config:
+def build_config(values: dict, overrides: Sequence[str] = (), source: str = "config") -> Config:
     """A Config from a plain dict and ``key=value`` overrides. Raises ConfigError."""
-    import copy
-
     values = copy.deepcopy(values)
     for override in overrides:
         apply_override(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise _explain(error, source, schema(_algorithm_of(values))) from None
 
 
-def load_config(path: str | os.PathLike, overrides: list[str] = ()) -> Config:
+def load_config(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML config. Raises ConfigError for a missing or unreadable file and for any bad value."""
     path = Path(path)
     if not path.is_file():
@@ -352,7 +378,7 @@ def load_config(path: str | os.PathLike, overrides: list[str] = ()) -> Config:
 
 
 def config_folder() -> Path:
-    """Where the shipped configs lie: inside the installed package, or at the root of a checkout."""
+    """The folder of the shipped configs: inside the installed package, or at the root of a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

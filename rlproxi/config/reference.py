@@ -1,15 +1,20 @@
-"""docs/configuration.md from the schema: ``python -m rlproxi.config.reference > docs/configuration.md``."""
+"""docs/configuration.md from the schema: ``python -m rlproxi.config.reference > docs/configuration.md``.
+
+With an algorithm of your own, ``python -m rlproxi.config.reference package.module:Class``, `custom` has its keys.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import typing
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .loading import Config, model_of
-from .sections import Section
+from .algorithms import ALGORITHMS, configured
+from .loading import model_of, schema
+from .section import Section
 
 _HEAD = """\
 # Configuration
@@ -17,18 +22,31 @@ _HEAD = """\
 Generated from `rlproxi/config/` by `python -m rlproxi.config.reference > docs/configuration.md`; do not edit.
 
 A config is a YAML file of the sections below. Every key has a default, so a file holds only what differs, and every key
-can be given on the command line: `python -m rlproxi.run configs/quickstart.yaml grpo.lr=1e-5 run.seed=3`. Unknown keys
+can be given on the command line: `python -m rlproxi.run configs/quickstart.yaml rl.lr=1e-5 run.seed=3`. Unknown keys
 and combinations that cannot be run are refused before anything starts. The config as resolved, every key, is written to
 `config.yaml` in the run directory.
 """
 
 
-def describe() -> str:
-    """The whole page, Markdown, ending in a newline."""
+def describe(algorithm: str | None = None) -> str:
+    """The page in Markdown, with a newline at its end; ``custom`` is as ``algorithm`` defines it."""
     parts = [_HEAD]
-    for name, field in Config.model_fields.items():
-        parts += _sections(name, field.annotation, f"`{name}`", f"{name}.", 2)
+    for name, section in schema(algorithm).items():
+        parts += _sections(name, section, f"`{name}`", f"{name}.", 2)
+        if name == "rl":
+            parts += [_other_defaults(algorithm)]
     return "\n".join(parts)
+
+
+def _other_defaults(algorithm: str | None) -> str:
+    """The keys of ``rl`` whose default depends on ``run.algorithm``."""
+    names = sorted({*ALGORITHMS.names(), *([algorithm] if algorithm else [])})
+    lines = [
+        f"- `{name}`: " + ", ".join(f"`rl.{key}` {value:g}" for key, value in found.items())
+        for name in names
+        if (found := configured(name).defaults)
+    ]
+    return "\n".join(["Other defaults by `run.algorithm`:", "", *lines, ""])
 
 
 def _sections(path: str, section: type[Section], title: str, prefix: str, level: int) -> list[str]:
@@ -109,9 +127,9 @@ def _words(annotation: typing.Any) -> str:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default is PydanticUndefined:
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
         return "required"
-    value = field.default
     if isinstance(value, Section):
         return "its defaults"
     if isinstance(value, list) and value and isinstance(value[0], Section):
@@ -121,4 +139,4 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(describe(), end="")
+    print(describe(*sys.argv[1:]), end="")

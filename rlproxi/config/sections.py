@@ -1,65 +1,59 @@
-"""The sections of a config: every key, its type, its bounds and its meaning, documented where it is declared.
-
-``rlproxi.config`` puts them together, checks them against each other and reads the files.
-"""
+"""The sections of a config: every key with its type, bounds and meaning. ``loading`` combines and checks them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..proximal.samplers import SAMPLERS, Step, plan
 from ..proximal.schedule import GRIDS, VPSchedule
+from .algorithms import ALGORITHMS
+from .section import Amounts, Section, StepCount
 
 #: How the rewards of a group are scaled before they are weighted (``rewards.combine``).
-NORMALIZE = ("none", "group")
-ALGORITHMS = ("grpo", "r0", "didr")
-STAGES = ("curate", "encode", "prepare", "pretrain", "before", "rl", "after", "report")
-Stage = Literal[STAGES]
-Amounts = dict[str, Annotated[float, Field(gt=0)]]
-# Every count is laid out on its grid when a config is read; nobody samples in more steps than a discrete model has times.
-StepCount = Annotated[int, Field(ge=1, le=10_000)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+Normalize = Literal["none", "group"]
+NORMALIZE = get_args(Normalize)
+Stage = Literal["curate", "encode", "prepare", "pretrain", "before", "rl", "after", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Run(Section):
+    """The name, place, seed, stages and algorithm of a run."""
+
     name: str = Field("quickstart", description="Run directories are <dir>/<name>-<date>-<time>.")
     dir: str = Field("runs", description="Where run directories are made; on a cluster, storage all nodes share.")
     seed: int = Field(0, ge=0, description="Every random number of the run follows from this one.")
     stages: list[Stage] = Field(list(STAGES[1:]), description="Which stages run, always in their fixed order.")
     algorithm: str = Field(
-        "grpo",
-        description="What the stage rl trains with: grpo; r0, a generator of few steps by the rewards' gradients; didr, "
-        "one of one step; or one's own as package.module:Class (docs/algorithms.md). Its settings are the section of its "
-        "name, `custom` for one's own.",
+        default_factory=lambda: ALGORITHMS.default,
+        description="What the stage rl trains with: a registered algorithm, or your own as package.module:Class "
+        "(docs/algorithms.md). `rl` has the settings that all share; the section of its name has its own, `custom` for "
+        "yours.",
     )
 
     @field_validator("algorithm")
     @classmethod
     def _algorithm(cls, value: str) -> str:
-        if value not in ALGORITHMS and not re.fullmatch(r"[\w.]+:\w+", value):
-            raise ValueError(
-                f"choose one of {', '.join(ALGORITHMS)}, or name a class of your own as package.module:Class"
-            )
+        if not re.fullmatch(r"[\w.]+:\w+", value):
+            ALGORITHMS.get(value)
         return value
 
 
 class Data(Section):
+    """Images, captions and prompts."""
+
     source: Literal["faces", "shards"] = Field(
         "faces",
         description="faces: the embedded portraits, drawn anew from a seed; shards: image-text files at `urls`.",
     )
     urls: list[str] = Field(
         [],
-        description="WebDataset tars (img2dataset's layout: jpg/png + txt + json) or parquet files: paths, folders, globs, "
-        "{00000..00099} ranges, s3:// and gs:// addresses.",
+        description="WebDataset tars (img2dataset's layout: jpg/png + txt + json) or parquet files: paths, folders, "
+        "globs, {00000..00099} ranges, s3:// and gs:// addresses.",
     )
     size: int = Field(32, ge=16, description="Image height and width in pixels.")
     buckets: bool = Field(
@@ -86,8 +80,8 @@ class Data(Section):
     )
     heldout_prompts: str | None = Field(
         None,
-        description="Prompts of the evaluations, a file of the same kinds; null: one in sixteen of the prompts, by hash, "
-        "never trained on by RL.",
+        description="Prompts of the evaluations, a file of the same kinds; null: one in sixteen of the prompts, by "
+        "hash, never trained on by RL.",
     )
     hand_fraction: float = Field(
         0.25, ge=0, le=1, description="Share of the hand-focused subset among the embedded portraits."
@@ -108,19 +102,24 @@ class Data(Section):
 
 
 class LoRA(Section):
+    """Low-rank adapters, which are trained in the place of the weights."""
+
     rank: int = Field(32, ge=1, description="Rank of the adapters.")
     alpha: float = Field(64.0, gt=0, description="Their scale is alpha / rank.")
     targets: list[str] | None = Field(
         None,
-        description="Names of the layers that get one (ends of module names); null: the attention layers of the network.",
+        description="Names of the layers that get one (ends of module names); null: the network's attention layers.",
     )
 
 
 class Model(Section):
+    """The network, its text encoder and its arithmetic."""
+
     init: str | None = Field(
         None,
         description="What to start from instead of a new network: a model folder or run directory of ours, or any "
-        "diffusers folder of an eps-, v- or flow-model (SD1.x, SD2.x, SDXL, SD3, PixArt), which becomes a proximal one.",
+        "diffusers folder of an eps-, v- or flow-model (SD1.x, SD2.x, SDXL, SD3, PixArt), which becomes a proximal "
+        "one.",
     )
     encoders: str | None = Field(
         None,
@@ -152,8 +151,9 @@ class Model(Section):
     )
     compile: bool = Field(
         False,
-        description="torch.compile for the network, after a minute or two of compilation. With and without gradients it "
-        "is compiled apart and rounds apart, so the first ratio is 1 to rounding only: raise grpo.first_ratio_tolerance.",
+        description="torch.compile for the network, which takes a minute or two. It compiles the network once with "
+        "gradients and once without, and the two round differently. So the first ratio is 1 only up to rounding: raise "
+        "the algorithm's first_ratio_tolerance.",
     )
 
     @model_validator(mode="after")
@@ -167,7 +167,7 @@ class Model(Section):
         if bad:
             raise ValueError(f"channels {bad} are not multiples of 32, which attention heads and fast kernels need")
         if self.lora and not self.init:
-            raise ValueError("lora adapts a network that has learnt something: name it with init, or leave lora out")
+            raise ValueError("lora adapts a trained network: name it with init, or leave lora out")
         if self.init and self.encoders:
             raise ValueError(
                 "init and encoders exclude each other: a model folder brings its own autoencoder and text encoders"
@@ -176,40 +176,48 @@ class Model(Section):
 
 
 class Schedule(Section):
+    """The variance-preserving noise schedule."""
+
     beta_min: float = Field(0.1, gt=0, description="beta(0) of the VP schedule.")
     beta_max: float = Field(20.0, gt=0, description="beta(1) of the VP schedule.")
 
     def build(self) -> VPSchedule:
+        """The schedule as an object of ``proximal``."""
         return VPSchedule(self.beta_min, self.beta_max)
 
 
 class Sampler(Section):
-    name: Literal[SAMPLERS] = Field(
+    """The sampler of rollouts and evaluations."""
+
+    name: Literal[SAMPLERS] = Field(  # type: ignore[valid-type]  # the names are those of the samplers
         "hybrid",
-        description="Proximal samplers: hybrid, backward or ode; matched, DDIM's step asked at the (t, lam) of matching; ddim and euler "
-        "(of the reverse SDE or the probability flow), the score and flow models' own, with the same network.",
+        description="Proximal samplers: hybrid, backward or ode; matched: the DDIM step at the (t, lam) of matching; "
+        "ddim and euler (of the reverse SDE or the probability flow): those of score and flow models, with the same "
+        "network.",
     )
     num_inference_steps: StepCount = Field(6, description="N, the number of proximal steps.")
     start_time: float = Field(0.8, gt=0, le=1, description="T: sampling starts from N(0, I) at this time.")
-    grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")
+    grid: Literal[GRIDS] = Field("uniform", description="Spacing of the times.")  # type: ignore[valid-type]  # as above
     guidance_scale: float = Field(1.0, ge=0, description="Proximal classifier-free guidance; 1 is none.")
     eta: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="ddim, euler and matched only: fresh noise in the place of the predicted one, 0: none, 1: all of it "
+        description="ddim, euler and matched only: share of the predicted noise that is replaced by fresh noise "
         "(R0's eta, not that of the DDIM paper).",
     )
 
     def plan(
         self, schedule: VPSchedule, num_inference_steps: int | None = None, eta: Sequence[float] | None = None
     ) -> list[Step]:
-        """The sampler's steps; None takes the section's own count and eta. Raises ValueError for a count it cannot take."""
+        """The sampler's steps. None: the section's own count and eta. Raises ValueError for an impossible count."""
         count = self.num_inference_steps if num_inference_steps is None else num_inference_steps
         return plan(schedule, self.name, count, self.start_time, self.grid, self.eta if eta is None else eta)
 
 
 class Reward(Section):
+    """One scorer, with its weight and its replicas."""
+
     name: str = Field(
         description="What logs call it: a registered scorer (docs/rewards/), or any word with `scorer` beside it."
     )
@@ -255,25 +263,27 @@ class Replicas:
 
 
 class Rewards(Section):
+    """All scorers, and how their scores are combined."""
+
     train: list[Reward] = Field([Reward(name="attributes")], min_length=1, description="What is optimised.")
     heldout: list[Reward] = Field([Reward(name="judge")], description="Logged and never optimised.")
     replicas: int = Field(1, ge=1, description="Serve replicas of each scorer.")
     num_cpus: float = Field(0.25, ge=0, description="CPUs of a replica.")
     num_gpus: float = Field(0.0, ge=0, description="GPUs of a replica; may be a fraction.")
     resources: Amounts | None = Field(
-        None, description="Custom Ray resources of a replica; null: what resources.placement says."
+        None, description="Custom Ray resources of a replica; null: those of resources.placement."
     )
     timeout_s: float = Field(120.0, gt=0, description="How long one group may take to score.")
     retries: int = Field(2, ge=0, description="How often a failed request is tried again.")
-    normalize: Literal[NORMALIZE] = Field(
+    normalize: Normalize = Field(
         "none",
-        description="group: each reward divided by its spread in the group before weighting, so that none drowns "
+        description="group: each reward divided by its spread in the group before weighting, so that none outweighs "
         "the others.",
     )
     on_failure: Literal["drop_group", "mask_sample", "stop"] = Field(
         "drop_group",
-        description="Where a score is missing: the group teaches nothing (drop_group), only that sample "
-        "does not (mask_sample), or the run ends (stop).",
+        description="Where a score is missing: the whole group is not trained on (drop_group), only that sample is not "
+        "(mask_sample), or the run ends (stop).",
     )
     max_masked_fraction: float = Field(
         0.5, ge=0, le=1, description="The run stops when more than this share of a step's groups is masked."
@@ -297,7 +307,7 @@ class Rewards(Section):
 
 
 class Prepare(Section):
-    """Builds what a user of published checkpoints brings along: text encoder, classifier, judge."""
+    """Builds the parts that published checkpoints would bring: text encoder, classifier, judge."""
 
     text_steps: int = Field(200, ge=1, description="Training steps of the built-in text encoder.")
     classifier_steps: int = Field(300, ge=1, description="Training steps of each attribute classifier.")
@@ -307,17 +317,20 @@ class Prepare(Section):
 
 
 class Pretrain(Section):
+    """The stage pretrain."""
+
     loss: Literal["matching", "square"] = Field(
         "square",
-        description="square: the mean square error, which weighed by level is ahead of the L1 phase (docs/few-steps.md); with "
-        "sampler.name ddim or euler that is denoising score matching, and the network a score model. matching: ProxDM's, the L1 phase and "
-        "then the zetas.",
+        description="square: the mean square error; weighted by level it is better than the L1 phase "
+        "(docs/few-steps.md). With sampler.name ddim or euler it is denoising score matching, and the network a score "
+        "model. matching: ProxDM's, the L1 phase and then the zetas.",
     )
     target: Literal["noise", "expected"] = Field(
         "expected",
-        description="What the network is asked for: noise: n2 as it was drawn, ProxDM's; expected: its mean given y and x_0, the "
-        "same on average without the part that n1 hides, which learns captions in two fifths of the steps (docs/few-steps.md). The zetas take "
-        "n2 in any case: only it has the mode that they look for. A new network is scaled by it, and fake scores are trained as it says.",
+        description="What the network predicts. noise: n2 as it was drawn, ProxDM's. expected: the mean of n2 given y "
+        "and x_0, which is the same on average without the part that n1 hides; it learns captions in two fifths of the "
+        "steps (docs/few-steps.md). The zetas always take n2, which alone has the mode that they look for. It also "
+        "scales a new network, and fake scores are trained on it.",
     )
     steps: int = Field(1500, ge=1, description="Optimizer steps.")
     batch_size: int = Field(64, ge=1, description="Global batch, over all learner ranks and micro-batches.")
@@ -332,8 +345,9 @@ class Pretrain(Section):
     zetas: list[float] = Field([2.0, 1.0], description="zeta of the equally long phases after it.")
     weight: Literal["lam", "level"] = Field(
         "level",
-        description="What the loss is weighed by, scaled to mean 1. lam: lam^lam_power. level: with target expected, as a score model's "
-        "loss at the noise level of all that is in y, (1 - alpha_bar + lam)/alpha_bar, to the lam_power (docs/few-steps.md); the same at t = 0.",
+        description="Weight of the loss, scaled to mean 1. lam: lam^lam_power. level: with target expected, as a score "
+        "model's loss at the noise level of all that is in y, (1 - alpha_bar + lam)/alpha_bar, to the lam_power "
+        "(docs/few-steps.md); equal to lam at t = 0.",
     )
     lam_power: float = Field(
         0.5,
@@ -350,29 +364,34 @@ class Pretrain(Section):
     def _phases(self) -> Pretrain:
         if self.loss == "square" and self.l1_fraction < 1:
             raise ValueError(
-                f"l1_fraction is {self.l1_fraction:g}, and the phases of the zetas would follow, but loss is 'square', which has "
-                "none: set pretrain.loss=matching, or leave l1_fraction out"
+                f"l1_fraction is {self.l1_fraction:g}, and the phases of the zetas would follow, but loss is 'square', "
+                "which has none: set pretrain.loss=matching, or leave l1_fraction out"
             )
         return self
 
 
 class Learner(Section):
+    """DeepSpeed and the checkpoints of the learner and of pre-training."""
+
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage.")
     max_failures: int = Field(
         2,
         ge=0,
-        description="So many times Ray Train starts the ranks again, from the last checkpoint; "
-        "counted anew once a new step is reached after they have been used up.",
+        description="How often Ray Train restarts the learner's ranks from the last checkpoint before the run fails. "
+        "The count begins anew when a new step was reached.",
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints of a stage that are kept, the newest ones.")
     max_checkpoint_failures: int = Field(
         3,
         ge=1,
-        description="Checkpoints in a row that cannot be written, for lack of disk space as a rule, before the run stops.",
+        description="How many checkpoints in a row may fail to be written, mostly for lack of disk space, before the "
+        "run stops.",
     )
 
 
 class Resources(Section):
+    """Actors, ranks, and the CPUs and GPUs of each."""
+
     rollout_actors: int = Field(1, ge=1, description="Rollout actors.")
     rollout_cpus: float = Field(0.5, ge=0, description="CPUs that Ray counts for each.")
     rollout_gpus: float = Field(0.0, ge=0, description="GPUs of each; may be a fraction.")
@@ -386,10 +405,11 @@ class Resources(Section):
     )
     rollout_resources: Amounts | None = Field(
         None,
-        description="Custom Ray resources of each rollout actor, {name: amount}, to place it; null: what placement says.",
+        description="Custom Ray resources of each rollout actor, {name: amount}, to place it; null: those of "
+        "placement.",
     )
     learner_resources: Amounts | None = Field(
-        None, description="Custom Ray resources of each learner rank; null: what placement says."
+        None, description="Custom Ray resources of each learner rank; null: those of placement."
     )
     autoscaling: bool = Field(
         False,
@@ -405,29 +425,31 @@ class Resources(Section):
 
 
 class Faults(Section):
-    """What a run does where a part of it is lost (docs/reliability.md)."""
+    """What a run does when a part of it is lost (docs/reliability.md)."""
 
     hang_timeout_s: float = Field(
         900.0,
         gt=0,
-        description="A rollout actor, learner rank, conductor or weight store that does not answer for so many seconds is "
-        "killed and started again; longer than an iteration's longest call, the loading of a model included. A reward replica after "
-        "90 s at most.",
+        description="Seconds without an answer after which a rollout actor, learner rank, conductor or weight "
+        "store is killed and restarted. Must exceed an iteration's longest call, and the loading of a model. A reward "
+        "replica is restarted after 90 s at most.",
     )
     max_restarts: int = Field(
         3,
         ge=0,
-        description="So many times in a row, without a new step between them, a lost conductor or weight store is replaced, "
-        "from the last checkpoint.",
+        description="How often in a row, without a new step in between, a lost conductor or weight store is replaced "
+        "and training goes on from the last checkpoint.",
     )
     grace_s: float = Field(
         120.0,
         ge=0,
-        description="After SIGTERM or Ctrl-C, how long the iteration under way and its checkpoint may take.",
+        description="Seconds that the current iteration and its checkpoint may take after SIGTERM or Ctrl-C.",
     )
 
 
 class Evaluate(Section):
+    """Held-out evaluations, and the alarms that follow from them."""
+
     prompts: int = Field(64, ge=1, le=512, description="Held-out prompts, the same in every evaluation.")
     samples: int = Field(4, ge=2, description="Samples of each prompt.")
     steps: list[StepCount] = Field([2, 4, 6, 8, 16], description="Step counts of the reward-against-steps curve.")
@@ -435,13 +457,13 @@ class Evaluate(Section):
     alarm_sigmas: float = Field(
         2.0,
         gt=0,
-        description="Over-optimisation alarm: the first held-out reward is so many standard errors below its best.",
+        description="Over-optimisation alarm: the first held-out reward is this many standard errors below its best.",
     )
     alarm_drift: float | None = Field(
         1.4,
         gt=1,
-        description="Alarm as well where the distance to the data has grown to so many times its smallest value: a "
-        "held-out reward does not see textures and shifted colours. null: never.",
+        description="Alarm as well where the distance to the data has grown to this multiple of its smallest value, "
+        "because a held-out reward does not see textures and shifted colours. null: never.",
     )
     alarm_sameness: float | None = Field(
         0.65,
@@ -451,12 +473,12 @@ class Evaluate(Section):
         "value. null: never.",
     )
     patience: int | None = Field(
-        None, ge=1, description="RL ends after so many evaluations in a row that far below the best; null: never."
+        None, ge=1, description="RL ends after this many evaluations in a row that far below the best; null: never."
     )
 
 
 class Telemetry(Section):
-    """What a run tells while it goes on, beside its log."""
+    """What a running run shows, beside its log."""
 
     dashboard: bool = Field(True, description="Serve the live page while the run goes on (docs/dashboard.md).")
     dashboard_host: str = Field("127.0.0.1", description="The address it listens on; the default is this machine only.")
@@ -465,7 +487,7 @@ class Telemetry(Section):
     samples_groups: int = Field(
         4, ge=1, le=64, description="Groups in a gallery, each with its best and its worst sample."
     )
-    timeline: bool = Field(True, description="Keep what each role did when, in timeline.jsonl.")
+    timeline: bool = Field(True, description="Write the times of each role's work to timeline.jsonl.")
     prometheus: bool = Field(True, description="Export the catalogue's metrics through Ray (docs/monitoring.md).")
     tensorboard: bool = Field(False, description="Write TensorBoard event files to <run>/tensorboard.")
     wandb: str | None = Field(

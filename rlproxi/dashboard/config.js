@@ -29,7 +29,7 @@ export class Config {
     this.show();
   }
 
-  // [{key: 'grpo.lr', text: the line}], the key from the indentation.
+  // [{key: 'rl.lr', text: the line}], the key from the indentation.
   keyed() {
     const path = [];
     return this.lines.map((line) => {

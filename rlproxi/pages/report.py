@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from ..config.algorithms import ALGORITHMS, Unavailable, configured, section_name
 from ..data.faces import parse_caption
 from ..evaluation.images import data_uri, score_colour
 from ..files import write_text
@@ -210,18 +211,20 @@ def _reward(run: RunReader) -> str:
 
 
 def _policy(run: RunReader) -> str:
-    names = ("kl", "clip_fraction", "ratio/mean")
+    names, section, tolerance = _of_algorithm(run)
     curves = {k: s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
     out = ""
     if curves:
         reading = " ".join(f"{k}: {entry(k).reading}" for k in curves)
         out += figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
     else:
-        out += missing("No KL, clip fraction or ratio has been logged yet.")
+        out += missing(f"None of {', '.join(names)} has been logged yet.")
+    if tolerance is None:
+        return out
     _, deviations = runlog.series(run.records, "rl", "ratio/first_max_deviation")
     finite = [d for d in deviations if math.isfinite(d)]
     if finite:
-        bound = dig(run.config, "grpo", "first_ratio_tolerance")
+        bound = dig(run.config, section, tolerance)
         limit = f" (tolerance {_number(bound)})" if bound is not None else ""
         checks = "one check" if len(finite) == 1 else f"{len(finite)} checks"
         out += (
@@ -231,6 +234,16 @@ def _policy(run: RunReader) -> str:
     else:
         out += missing("No ratio check (ratio/first_max_deviation) has been logged.")
     return out
+
+
+def _of_algorithm(run: RunReader) -> tuple[tuple[str, ...], str, str | None]:
+    """The metrics to draw, the algorithm's section, and its key that bounds the first ratio, if it has ratios."""
+    try:
+        name = str(dig(run.config, "run", "algorithm") or ALGORITHMS.default)
+        kind = configured(name)
+    except ValueError:  # an algorithm that is not known here
+        name, kind = "", Unavailable
+    return getattr(kind, "charts", ("loss",)), section_name(name), getattr(kind, "ratio_tolerance", None)
 
 
 def _frontier(run: RunReader) -> str:

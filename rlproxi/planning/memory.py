@@ -14,8 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..algorithms import registry
-from ..algorithms.base import Algorithm
+from ..algorithms.base import Algorithm, build_algorithm
 from ..algorithms.pretrain import Matching
 from ..config.loading import Config
 from ..errors import ConfigError
@@ -24,6 +23,7 @@ from ..models.loading import empty_form, trainable
 from ..models.lora import adapters_off, without_adapters
 from ..models.precision import compute_dtype
 from ..proximal.matching import TimeTable
+from ..proximal.operator import Denoiser
 from ..rewards.gradients import RewardGradients
 from .memory_parts import count, empty_vae, held, text_encoder_bytes, text_shape, with_engines
 from .memory_scorers import empty_gradients, scorer_bytes, scorer_held
@@ -41,6 +41,7 @@ class Role:
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
@@ -113,29 +114,32 @@ class _Estimator:
                 size = scorer_bytes(x)
                 if size is not None:
                     roles.append(Role(f"reward {x.name}", c.rewards.replicas_of(x).gpus, {"weights": size}))
-        if not self.counts:
+        if self.counts is None:
             self._network("rl", torch.float32)
+        assert self.counts is not None
         return Estimate(*self.counts, roles, self.notes)
 
     # -- roles ------------------------------------------------------------------------------
 
     def _learner(self, device: str) -> Role:
         c, g = self.config, self.config.rl
-        short, left_out = self._shortened()
-        algorithm = registry.build(short)
+        short, left_out = build_algorithm(c).shortened()
+        algorithm = build_algorithm(short)
         dtype = self._dtype(device)
         networks, copied = self._learner_networks(algorithm, dtype)
         parts = {"network" if i == 0 else f"{name} network": held(x) for i, (name, x) in enumerate(networks.items())}
-        parts |= self._text(dtype) | {"batch": self._batch_bytes()}
+        parts |= self._text(dtype) | {"batch": self._batch_bytes(algorithm)}
         if copied is not None:
             parts["reference copy"] = held(copied)
         first = next(iter(networks.values()))
         if g.ema:
             parts["EMA"] = 4 * count(trainable(first).values())
         gradients = self._gradients(algorithm, parts, device) if algorithm.needs_gradients else None
-        reference = (copied or without_adapters(first, first)) if algorithm.needs_reference else None
+        reference: Denoiser | None = None
+        if algorithm.needs_reference:
+            reference = copied or without_adapters(first, first)  # type: ignore[assignment]  # it wraps either form
         with no_memory():
-            if c.section == "custom":
+            if not algorithm.traceable:
                 self.notes.append(
                     f"what {c.run.algorithm} does beyond one forward and backward of each of its networks"
                 )
@@ -150,19 +154,6 @@ class _Estimator:
             }
         trained = {name: count(trainable(x).values()) for name, x in networks.items()}
         return Role("learner rank", c.resources.learner_gpus, with_engines(parts, c, trained, peaks, g.anchor))
-
-    def _shortened(self) -> tuple[Config, int]:
-        """A config whose updates peak as this one's and are traced sooner, and the bytes that its peak lacks."""
-        c = self.config
-        if c.section == "grpo":
-            return c.with_rl(trained_steps=1), 0  # one loss of the window is as large as another
-        steps = c.sampler.num_inference_steps
-        if c.section != "r0" or steps <= 2 or not (c.r0.plus or c.r0.checkpoint_steps):
-            return c, 0
-        rows = c.r0.groups_per_micro_batch * c.r0.group_size
-        # Step by step: each further step keeps its input and that one's gradient.
-        kept = 0 if c.r0.plus else (steps - 2) * 2 * 4 * rows * self._numel()
-        return c.model_copy(update={"sampler": c.sampler.model_copy(update={"num_inference_steps": 2})}), kept
 
     def _learner_networks(
         self, algorithm: Algorithm, dtype: torch.dtype
@@ -180,8 +171,7 @@ class _Estimator:
 
     def _gradients(self, algorithm: Algorithm, parts: dict[str, int], device: str) -> RewardGradients:
         """The training rewards on this rank, and in ``parts`` what they hold."""
-        normalize = getattr(algorithm, "normalize_gradients", False)
-        gradients, unknown = empty_gradients(self.config, self.vae, normalize, device)
+        gradients, unknown = empty_gradients(self.config, self.vae, algorithm.normalize_gradients, device)
         if self.vae is not None:
             parts["autoencoder"] = held(self.vae)
         parts |= {
@@ -215,7 +205,7 @@ class _Estimator:
     def _rollout(self, device: str) -> Role:
         c, g = self.config, self.config.rl
         network, parts, dtype = self._start("rl", device)
-        rows = g.groups_per_micro_batch * g.group_size
+        rows = g.rows
         if self.vae is not None:
             parts["autoencoder"] = held(self.vae)
         parts["chain and text"] = rows * (8 * c.sampler.num_inference_steps * self._numel() + self._text_bytes())
@@ -252,15 +242,12 @@ class _Estimator:
         self.networks = {(stage, dtype): network}
         self.counts = count(network.parameters()), count(trainable(network).values())
 
-    def _batch_bytes(self) -> int:
-        """What a rank holds of an iteration: text states, and GRPO's chain with its weights."""
-        c, g = self.config, self.config.rl
+    def _batch_bytes(self, algorithm: Algorithm) -> int:
+        """Bytes of an iteration on a rank: text states, and where rollouts sample, the chain and its weights."""
         each = self._text_bytes()
-        if c.section == "grpo":
-            steps = g.trained_steps or c.sampler.num_inference_steps - 1
-            each += 4 * (3 * steps + (g.last_step_weight > 0)) * self._numel() + 8
-        mine = g.micro_batches // g.updates_per_step // c.resources.learner_workers
-        return mine * g.groups_per_micro_batch * g.group_size * each
+        if algorithm.needs_rollouts:
+            each += 4 * algorithm.chain_tensors * self._numel() + 8
+        return algorithm.micro_batches(self.config.resources.learner_workers) * self.config.rl.rows * each
 
     def _text_bytes(self) -> int:
         length, width, pooled = self.text_shape

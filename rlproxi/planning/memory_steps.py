@@ -7,22 +7,21 @@ is the one that is planned for, 'cpu' or 'cuda'.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import ContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import grpo
-from ..algorithms.base import Algorithm, Batch, Parts, Update
+from ..algorithms.base import Algorithm, Batch, Parts, Update, build_algorithm
 from ..algorithms.requests import SampleRequest
 from ..config.loading import Config
 from ..data import faces
 from ..models.autoencoder import Autoencoder
 from ..models.folders import latent_space
 from ..models.precision import autocast
-from ..models.text import TextStates
+from ..models.text import TextEncoder, TextStates
 from ..proximal.operator import Denoiser, ProximalOperator
 from ..rewards.gradients import RewardGradients
 from .memory_parts import text_shape
@@ -54,7 +53,7 @@ def first_updates(
     networks: Mapping[str, nn.Module],
     reference: Denoiser | None = None,
     gradients: RewardGradients | None = None,
-    reference_scope: Callable[[], ContextManager] = nullcontext,
+    reference_scope: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Update]:
     """Of each network the first update that the learner makes, of one micro-batch of zeros, where the network is.
 
@@ -67,10 +66,19 @@ def first_updates(
     shape = (channels, side, side)
     captions = Captions(config, device)
     algorithm.connect(
-        Parts(dict(networks), dict(networks), reference, captions, gradients, shape, device, reference_scope)
+        Parts(
+            dict(networks),
+            dict(networks),
+            reference,
+            cast(TextEncoder, captions),
+            gradients,
+            shape,
+            device,
+            reference_scope,
+        )
     )
-    g, kept = config.rl, getattr(algorithm, "trained_steps", 0)
-    prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups_per_micro_batch))
+    g, kept = config.rl, len(algorithm.kept_steps(0))
+    prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups))
     request = SampleRequest("train", 0, prompts, tuple(range(len(prompts))), g.group_size)
     z = torch.zeros(request.images, *shape, device=device)
     chain = {name: z.expand(kept, *z.shape) for name in ("z", "z_next", "prox")} | {"z_last": z}
@@ -83,14 +91,14 @@ def first_updates(
 
 
 def learner_losses(config: Config, network: nn.Module, rows: int) -> Losses:
-    """GRPO's losses of one micro-batch of ``rows`` samples, without a reference, where the network is."""
+    """The policy's losses of one micro-batch of ``rows`` samples, without a reference, where the network is."""
     one = config.with_rl(group_size=rows, groups_per_micro_batch=1)
-    return first_updates(one, grpo.GRPO(one), {"policy": network})["policy"].losses
+    return first_updates(one, build_algorithm(one), {"policy": network})["policy"].losses
 
 
 def one_loss(config: Config, network: nn.Module) -> Losses:
     """One prox of a micro-batch with a backward, whatever the algorithm makes of it."""
-    prox, z, text = inputs(config, network, config.rl.groups_per_micro_batch * config.rl.group_size)
+    prox, z, text = inputs(config, network, config.rl.rows)
     yield prox(z, 0.5, 0.5, text).sum(), {}
 
 
@@ -103,14 +111,15 @@ def inputs(config: Config, network: nn.Module, rows: int) -> tuple[ProximalOpera
     return prox, torch.zeros(rows, channels, side, side, device=device), captions.groups([""], rows)
 
 
-def training_peak(losses: Losses, trained: Iterable[nn.Parameter], dtype: torch.dtype, device: str) -> int:
+def training_peak(losses: Losses, trained: Iterable[Tensor], dtype: torch.dtype, device: str) -> int:
     """Peak of all ``losses``, each with its backward before the next, gradients of the weights there already."""
     from torch.fx.experimental import _config as shapes
 
     for p in trained:
         p.grad = torch.zeros_like(p)
     # What a boolean mask picks, in a metric, is as large as what it picks from.
-    with shapes.patch(meta_nonzero_assume_all_nonzero=True), traced(device) as live, autocast(dtype, "cpu"):
+    patch = shapes.patch  # type: ignore[attr-defined]  # torch adds it when the module is imported
+    with patch(meta_nonzero_assume_all_nonzero=True), traced(device) as live, autocast(dtype, "cpu"):
         for loss, _ in losses:
             loss.backward()
     return live.peak

@@ -42,9 +42,9 @@ _FLOAT32_RESULT_ON_CUDA = ("softmax.int", "log_softmax.int", "sum", "sum.dim_Int
 
 
 class Ghost(Tensor):
-    """A CPU tensor to autograd, autocast and whoever asks, a meta tensor ``inner`` to the kernels."""
+    """A CPU tensor to autograd, autocast and whoever asks, a meta tensor ``on_meta`` to the kernels."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Ghost:
@@ -53,12 +53,12 @@ class Ghost(Tensor):
             inner.shape,
             strides=inner.stride(),
             dtype=inner.dtype,
-            device="cpu",
+            device=torch.device("cpu"),
             storage_offset=inner.storage_offset(),
         )
 
     def __init__(self, inner: Tensor):
-        self.inner = inner
+        self.on_meta = inner
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -91,7 +91,7 @@ def _haunt(func, args, kwargs):
 
 def _inner(value: Any) -> Any:
     if isinstance(value, Ghost):
-        return value.inner
+        return value.on_meta
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return [_inner(x) for x in value] if isinstance(value, (list, tuple)) else value
@@ -129,7 +129,7 @@ class LiveBytes(TorchDispatchMode):
         if _allocates(func):
             for value in result if isinstance(result, (list, tuple)) else (result,):
                 if isinstance(value, Ghost):
-                    self._made(value.inner.untyped_storage())
+                    self._made(value.on_meta.untyped_storage())
                 elif isinstance(value, Tensor) and value.device.type != "meta":
                     self._made(value.untyped_storage())
         return result
@@ -211,7 +211,7 @@ def without_data(module: nn.Module) -> nn.Module:
                     whole = isinstance(value, nn.Parameter)
                     made[id(value)] = nn.Parameter(ghost, value.requires_grad) if whole else ghost
                 if value is not None:
-                    store[name] = made.get(id(value), value)
+                    store[name] = made.get(id(value), value)  # type: ignore[assignment]  # a parameter for a parameter
     return module
 
 

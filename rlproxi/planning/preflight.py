@@ -1,4 +1,4 @@
-"""What can be known of a run before it starts, beyond the config itself: files, folders, scorers and their parameters."""
+"""Checks before a run starts, beyond the config itself: files, folders, scorers and their parameters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..algorithms import registry
-from ..algorithms.base import Algorithm
-from ..algorithms.grpo import bytes_per_micro_batch
+from ..algorithms.base import Algorithm, algorithm_class, build_algorithm
 from ..config.loading import Config
 from ..config.sections import Reward
 from ..data.cache import prompts_path
@@ -54,7 +52,7 @@ def with_paths(config: Config, run_dir: Path) -> Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """A sentence that begins with its key. ``missing``: a file or folder may yet come, and a plan can be made without."""
+    """A sentence that begins with its key. ``missing``: a file or folder may still come; a plan needs none."""
 
     text: str
     missing: bool
@@ -64,13 +62,15 @@ def problems(config: Config) -> list[Problem]:
     """Everything that would stop the run later; [] when it can start."""
     found = [*_rewards(with_paths(config, Path(config.run.dir)))]
     found += _told("telemetry", lambda: check_packages(config.telemetry))
+    algorithm: Algorithm | None = None
     if "rl" in config.run.stages:
-        found += _algorithm(config)
+        algorithm, wrong = _algorithm(config)
+        found += wrong
     if set(config.run.stages) - {"curate", "report"}:
         model = [*_model(config)]
         found += [*model, *_data(config)]
-        if "rl" in config.run.stages and not model:  # what a micro-batch weighs follows from the model
-            found += _told(config.section, lambda: _bytes_in_flight(config))
+        if algorithm is not None and not model:  # what a micro-batch weighs follows from the model
+            found += _told("rl", lambda: _bytes_in_flight(algorithm))
     if "curate" in config.run.stages:
         found += _told(
             "curate",
@@ -81,7 +81,7 @@ def problems(config: Config) -> list[Problem]:
 
 
 def _told(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
-    """[] where ``check`` passes, else what it says."""
+    """[] where ``check`` passes, else its error as a problem of ``key``."""
     try:
         check()
         return []
@@ -113,80 +113,66 @@ def _reward(reward: Reward) -> None:
         raise FileNotFoundError(f"reward {reward.name!r}: {error}") from None
 
 
-def _algorithm(config: Config) -> list[Problem]:
-    """A class that is not there or cannot be made, and rewards without the gradients that it climbs."""
-    made: list[Algorithm] = []
-    problems = _told("run.algorithm", lambda: made.append(_built(config)))
-    if made:
-        problems += _told(config.section, lambda: _staleness(config, made[0]))
-    if not (made and made[0].needs_gradients):
-        return problems
+def _algorithm(config: Config) -> tuple[Algorithm | None, list[Problem]]:
+    """The algorithm, if it can be made, and its problems: rewards without the gradients it needs, bounds of no use."""
+    problems = _told("run.algorithm", lambda: algorithm_class(config.run.algorithm))
+    if problems:
+        return None, problems
+    try:
+        algorithm = build_algorithm(config)
+    except Exception as error:  # whatever the user's class raises
+        words = f"run.algorithm {config.run.algorithm!r} cannot be set up: {type(error).__name__}: {error}"
+        return None, [Problem(words, False)]
+    problems = _told("rl", lambda: _staleness(algorithm))
+    if not algorithm.needs_gradients:
+        return algorithm, problems
     known = ", ".join(name for name in names() if is_differentiable(name))
-    lacking = [
-        (i, reward.name)
-        for i, reward in enumerate(config.rewards.train)
-        if find(reward.kind) and not is_differentiable(reward.kind)
+    return algorithm, [
+        *problems,
+        *(
+            Problem(
+                f"rewards.train.{i}: reward {reward.name!r} has no gradient, and {algorithm.why_gradients()} needs "
+                f"one from every training reward: use one of {known}, or a scorer of your own that is a "
+                "TorchScorer (docs/rewards/)",
+                False,
+            )
+            for i, reward in enumerate(config.rewards.train)
+            if find(reward.kind) and not is_differentiable(reward.kind)
+        ),
     ]
-    problems += [
-        Problem(
-            f"rewards.train.{i}: reward {name!r} has no gradient, and {_what_needs_gradients(config)} needs "
-            f"one from every training reward: use one of {known}, or a scorer of your own that is a "
-            "TorchScorer (docs/rewards/)",
-            False,
-        )
-        for i, name in lacking
-    ]
-    return problems
 
 
-def _staleness(config: Config, algorithm: Algorithm) -> None:
-    """A bound that has no effect."""
-    name, g = config.section, config.rl
-    if g.max_staleness and not algorithm.needs_rollouts:
+def _staleness(algorithm: Algorithm) -> None:
+    """Raise ValueError for a bound that has no effect."""
+    rl = algorithm.rl
+    if rl.max_staleness and not algorithm.needs_rollouts:
         raise ValueError(
-            f"{name}.max_staleness is {g.max_staleness}, but {config.run.algorithm} samples on the learner, "
+            f"rl.max_staleness is {rl.max_staleness}, but {algorithm.config.run.algorithm} samples on the learner, "
             "with the weights it has, so nothing can be stale: set it to 0"
         )
-    if g.max_staleness >= max(1, g.steps):
+    if rl.max_staleness >= max(1, rl.steps):
         raise ValueError(
-            f"{name}.max_staleness is {g.max_staleness}, but of {name}.steps {g.steps} iterations none can be "
-            f"more than {g.steps - 1} versions behind: set it to at most that"
+            f"rl.max_staleness is {rl.max_staleness}, but of rl.steps {rl.steps} iterations none can be "
+            f"more than {rl.steps - 1} versions behind: set it to at most that"
         )
 
 
-def _bytes_in_flight(config: Config) -> None:
-    """A bound on bytes that one iteration passes, or with which the bound on staleness is never reached."""
-    name, g = config.section, config.rl
-    whole, limit = g.micro_batches * bytes_per_micro_batch(config), g.max_bytes_in_flight
+def _bytes_in_flight(algorithm: Algorithm) -> None:
+    """Raise ValueError for a bound on bytes that one iteration passes, or that keeps staleness below its own bound."""
+    rl = algorithm.rl
+    whole, limit = rl.micro_batches * algorithm.bytes_per_micro_batch(), rl.max_bytes_in_flight
     if whole > limit:
         raise ValueError(
-            f"{name}.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
-            f"and is trained on whole: set it to at least {whole}, or lower prompts_per_step, group_size or "
-            "trained_steps"
+            f"rl.max_bytes_in_flight is {limit}, but one iteration has {whole} bytes of images and chains, "
+            f"and is trained on whole: set it to at least {whole}, or lower rl.prompts_per_step, rl.group_size or the "
+            "number of trained steps"
         )
-    if (g.max_staleness + 1) * whole > limit:
+    if (rl.max_staleness + 1) * whole > limit:
         raise ValueError(
-            f"{name}.max_staleness is {g.max_staleness}, for which {g.max_staleness + 1} iterations of {whole} "
-            f"bytes are in flight, and {name}.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
-            f"least {(g.max_staleness + 1) * whole}, or max_staleness to {limit // whole - 1}"
+            f"rl.max_staleness is {rl.max_staleness}, for which {rl.max_staleness + 1} iterations of {whole} "
+            f"bytes are in flight, and rl.max_bytes_in_flight {limit} holds {limit // whole}: set it to at "
+            f"least {(rl.max_staleness + 1) * whole}, or rl.max_staleness to {limit // whole - 1}"
         )
-
-
-def _what_needs_gradients(config: Config) -> str:
-    told = {
-        "grpo": f"grpo.last_step_weight = {config.grpo.last_step_weight:g}",
-        "didr": f"didr.reward = {config.didr.reward!r}",
-    }
-    return told.get(config.section, f"run.algorithm = {config.run.algorithm!r}")
-
-
-def _built(config: Config) -> Algorithm:
-    name = config.run.algorithm
-    kind = registry.algorithm_class(name)
-    try:
-        return kind(config)
-    except Exception as error:  # whatever the user's class raises
-        raise ValueError(f"run.algorithm {name!r} cannot be set up: {type(error).__name__}: {error}") from None
 
 
 def _model(config: Config) -> Iterator[Problem]:

@@ -312,7 +312,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "staleness/mean",
         "versions",
         "Weight versions between sampling a group and training on it.",
-        "0 when synchronous, at most grpo.max_staleness.",
+        "0 when synchronous, at most rl.max_staleness.",
         section="Speed",
     ),
     Metric(
@@ -333,7 +333,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "seconds/train",
         "s",
         "Time of replay, backward and optimizer steps.",
-        "Scales with grpo.trained_steps and grpo.updates_per_step.",
+        "Scales with grpo.trained_steps and rl.updates_per_step.",
         section="Speed",
     ),
     Metric(
@@ -398,7 +398,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "bytes_in_flight",
         "bytes",
         "Sampled data that is not trained on yet.",
-        "Bounded by grpo.max_bytes_in_flight; at the bound, sampling waits for the learner.",
+        "Bounded by rl.max_bytes_in_flight; at the bound, sampling waits for the learner.",
         section="Speed",
     ),
     # Patterns with an open beginning come last: a reward may be called loss.
@@ -406,7 +406,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "<network>/loss",
         "1",
         "The objective of a network that is trained beside the policy, as DIDR's fake score.",
-        "Low and steady: it follows the generator. Rising: give it more updates (didr.fake_updates).",
+        "Low and steady: it follows the generator. Rising: give it more updates (fake.updates).",
         section="Optimisation",
     ),
     Metric(

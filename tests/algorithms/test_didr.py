@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fixtures.generators import Encoder, Quadratic
+from fixtures.sections import sections
 from rlproxi.algorithms.anchor import AnchoredAdamW
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.didr import DIDR
@@ -33,7 +34,7 @@ class Gaussian(nn.Module):
 
 
 class OneStep(nn.Module):
-    """A generator N(shift, scale^2 I): eps such that prox(z) = shift + scale z / std(z), at the step that is asked for."""
+    """A generator N(shift, scale^2 I): eps such that prox(z) = shift + scale z / std(z)."""
 
     def __init__(self, shift, scale, std_z):
         super().__init__()
@@ -49,15 +50,18 @@ def made(scorers=None, shift=0.0, scale=1.0, fake=(0.0, 1.0), **didr):
             "run": {"algorithm": "didr"},
             "sampler": {"num_inference_steps": 1},
             "evaluate": {"steps": [1]},
-            "didr": {
-                "prompts_per_step": 8,
-                "group_size": 8,
-                "groups_per_micro_batch": 4,
-                "warmup_steps": 0,
-                "candidates": [4, 8],
-                "steps": 10**6,
-                **didr,
-            },
+            **sections(
+                "didr",
+                **{
+                    "prompts_per_step": 8,
+                    "group_size": 8,
+                    "groups_per_micro_batch": 4,
+                    "warmup_steps": 0,
+                    "candidates": [4, 8],
+                    "steps": 10**6,
+                    **didr,
+                },
+            ),
         }
     )
     algorithm = DIDR(config)

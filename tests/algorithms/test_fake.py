@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlproxi.algorithms.fake import NoiseLevels, fake_loss
+from rlproxi.algorithms.fake import LevelSampler, fake_loss
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import build_config
 
@@ -19,10 +19,10 @@ def left(loss: str, target: str) -> tuple[float, float]:
             "run": {"algorithm": "didr"},
             "sampler": {"num_inference_steps": 1, "guidance_scale": 1.0},
             "pretrain": {"target": target, "candidates": [3, 4, 6, 8, 16]},
-            "didr": {"fake_loss": loss},
+            "fake": {"loss": loss},
         }
     )
-    levels, expected = NoiseLevels(config, config.didr), []
+    levels, expected = LevelSampler(config), []
 
     def best(y, t, lam, text):
         lam, hidden = lam.reshape(-1, 1, 1, 1), 1 - levels.schedule.alpha_bar(t).reshape(-1, 1, 1, 1)

@@ -9,10 +9,10 @@ import torch
 from torch.distributions import Independent, Normal
 
 from fixtures.generators import Quadratic
-from rlproxi.algorithms import grpo
+from fixtures.sections import sections
 from rlproxi.algorithms.base import share
 from rlproxi.algorithms.grpo import GRPO, FirstRatioError, MicroBatch, advantages
-from rlproxi.config.algorithms import GRPO as Settings
+from rlproxi.config.algorithms import RL
 from rlproxi.config.loading import build_config
 from rlproxi.data.prompts import training_prompts
 from rlproxi.proximal.samplers import plan
@@ -27,7 +27,13 @@ def algorithm(seed=0, steps=6, **settings) -> GRPO:
     """Of the schema's default sampler: with six steps, those in STEPS."""
     plain = {"kl_coef": 0.0, "reduction": "sum", "trained_steps": None, "clip_range": 0.2}
     return GRPO(
-        build_config({"run": {"seed": seed}, "sampler": {"num_inference_steps": steps}, "grpo": {**plain, **settings}})
+        build_config(
+            {
+                "run": {"seed": seed},
+                "sampler": {"num_inference_steps": steps},
+                **sections("grpo", **{**plain, **settings}),
+            }
+        )
     )
 
 
@@ -309,13 +315,8 @@ def test_the_window_is_drawn_anew_for_each_iteration():
 def config(**grpo_settings):
     return build_config(
         {
-            "grpo": {
-                "prompts_per_step": 12,
-                "groups_per_micro_batch": 4,
-                "group_size": 3,
-                "trained_steps": 2,
-                **grpo_settings,
-            },
+            "rl": {"prompts_per_step": 12, "groups_per_micro_batch": 4, "group_size": 3},
+            "grpo": {"trained_steps": 2, **grpo_settings},
             "sampler": {"num_inference_steps": 5},
         }
     )
@@ -336,11 +337,11 @@ def test_requests_are_micro_batches_of_whole_groups():
 def test_build_takes_the_configs_plan():
     algo = GRPO(config())
     assert [a.step for a in algo.actions] == plan(VPSchedule(), "hybrid", 5, 0.8)[:-1]
-    assert algo.settings.group_size == 3
+    assert algo.rl.group_size == 3
 
 
 def test_bytes_of_a_micro_batch():
-    sizes = [grpo.bytes_per_micro_batch(config(trained_steps=k)) for k in (2, None)]
+    sizes = [GRPO(config(trained_steps=k)).bytes_per_micro_batch() for k in (2, None)]
     chain = 3 * 32 * 32 * 4 * 3  # z, z_next and prox of one image at one step
     assert sizes == [12 * (3 * 32 * 32 + k * chain) for k in (2, 4)]
 
@@ -359,7 +360,7 @@ def test_shares_cover_every_micro_batch_once_and_updates_do_not_depend_on_the_wo
 
 def test_learning_rate_warms_up_holds_and_falls():
     lr = algorithm(lr=1.0, warmup_steps=5, decay_from=0.5).lr
-    total = Settings().steps
+    total = RL().steps
     assert lr(0) == pytest.approx(0.2) and lr(4) == lr(total // 2) == pytest.approx(1.0)
     assert lr(total) == pytest.approx(0.05) and lr(total * 3 // 4) == pytest.approx(1 - 0.95 / 2, abs=0.02)
     assert algorithm(lr=1.0, warmup_steps=0).lr(total - 1) == 1.0

@@ -109,7 +109,7 @@ def test_each_micro_batch_sees_its_own_images_and_captions():
     images = torch.arange(7.0).reshape(7, 1, 1, 1).expand(7, 3, 4, 4) * 1000
     losses = list(algorithm.losses(recorder, images, numbered(7), 0))
     assert len(losses) == 3 and [len(call[0]) for call in recorder.calls] == [3, 3, 1]
-    for y, t, lam, rows in recorder.calls:
+    for y, t, _, rows in recorder.calls:
         signal = y.mean((1, 2, 3)) / (SCHEDULE.alpha_bar(t).sqrt() * 1000)
         assert signal.tolist() == pytest.approx(rows, abs=0.2)
     assert [row for call in recorder.calls for row in call[3]] == list(range(7))
@@ -145,8 +145,10 @@ def test_the_target_is_the_noise_that_lam_scales():
 
 @pytest.mark.parametrize("loss", ["matching", "square"])
 def test_the_expected_target_is_known_where_the_data_are_but_one_image(loss):
-    """x0 = 0: y alone tells E[n2 | y, x0] = sqrt(lam) y/(1 - ab + lam), and the best guess of the test above has nothing left. A zeta
-    looks for the mode of n2, which only n2 itself has."""
+    """At x0 = 0, E[n2 | y, x0] = sqrt(lam) y/(1 - ab + lam) follows from y alone, so the best guess above has no error.
+
+    A zeta looks for the mode of n2, which only n2 itself has.
+    """
     best = lambda y, t, lam, text: _row(lam).sqrt() * y / (1 - SCHEDULE.alpha_bar(_row(t)) + _row(lam))  # noqa: E731
     first = matching(loss=loss, target="expected", l1_fraction=0.5 if loss == "matching" else 1.0, zetas=[2.0])
     ((found, _),) = first.losses(best, torch.zeros(64, 3, 16, 16), numbered(64), 49)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fixtures.generators import Encoder, Quadratic
+from fixtures.sections import sections
 from rlproxi.algorithms.base import Batch, Parts
 from rlproxi.algorithms.r0 import R0
 from rlproxi.config.loading import build_config
@@ -33,7 +34,7 @@ def config(steps=3, **r0):
         {
             "run": {"algorithm": "r0"},
             "sampler": {"num_inference_steps": steps, "start_time": 0.3},
-            "r0": {"prompts_per_step": 8, "groups_per_micro_batch": 4, **r0},
+            **sections("r0", **{"prompts_per_step": 8, "groups_per_micro_batch": 4, **r0}),
         }
     )
 
@@ -101,7 +102,8 @@ def test_the_ddim_generator_has_the_gradient_of_its_paper(checkpoint):
             {
                 "run": {"algorithm": "r0"},
                 "sampler": {"name": "ddim", "num_inference_steps": 3, "start_time": 0.5},
-                "r0": {"prompts_per_step": 8, "groups_per_micro_batch": 4, "checkpoint_steps": checkpoint},
+                "rl": {"prompts_per_step": 8, "groups_per_micro_batch": 4},
+                "r0": {"checkpoint_steps": checkpoint},
             }
         )
     )
@@ -137,7 +139,7 @@ def test_the_ddim_generator_has_the_gradient_of_its_paper(checkpoint):
 
 
 def test_a_step_towards_the_reference_is_0_where_the_distributions_agree():
-    """The fake score being the reference, nothing moves; else the sample moves by the gap over its distance from the target."""
+    """Nothing moves if the fake score is the reference; else a sample moves by the gap over its distance to it."""
     network, reference = Linear(), Linear(0.2, -0.3)
     algorithm = R0(config(distribution_weight=2.0, normalize_gradients=False))
     networks = {"policy": network, "fake": Linear(0.2, -0.3)}

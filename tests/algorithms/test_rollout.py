@@ -138,11 +138,12 @@ def test_replay_in_the_same_shape_is_bit_identical_and_the_ratio_exactly_one(sam
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_in_bfloat16_the_first_ratio_is_one_too(guidance):
-    """The rank enters autocast around the whole check, the sampler around its forwards only: the captions must not notice."""
+    """The rank enters autocast around the whole check, the sampler around its forwards only; captions are the same."""
     sampler = make_sampler(
         make_config(
             model={**MODEL, "precision": "bfloat16"},
-            grpo={"trained_steps": 2, "group_size": 3},
+            rl={"group_size": 3},
+            grpo={"trained_steps": 2},
             sampler={"num_inference_steps": 4, "guidance_scale": guidance},
         )
     )
@@ -187,8 +188,8 @@ def test_same_noise_starts_a_group_from_one_z():
     """z_N = a x_N + s n, the state that the policy does not choose, is one for the group; the actions are not."""
     from rlproxi.seeds import generator
 
-    sampler = make_sampler(make_config(grpo={"same_noise": True}))
-    images, chain = sampler.sample(replace(REQUEST, window=(0, 1, 2)))
+    sampler = make_sampler()
+    images, chain = sampler.sample(replace(REQUEST, window=(0, 1, 2), same_noise=True))
     start = sampler.pipeline.steps()[0]
     for group, index in enumerate(REQUEST.indices):
         g = generator(0, 0, 4, index, 0, 0)  # run seed, purpose, step, prompt, sample 0, start
@@ -197,16 +198,14 @@ def test_same_noise_starts_a_group_from_one_z():
         for j in range(3):
             assert np.allclose(chain["z"][0, 3 * group + j], expected.numpy(), atol=1e-5)
     assert apart(images[0], images[1]) > 20
-    held = replace(REQUEST, purpose="heldout")
-    assert np.array_equal(sampler.sample(held)[0], make_sampler().sample(held)[0])  # training only
+    asked = grpo.GRPO(make_config(grpo={"same_noise": True})).requests(0)
+    assert all(request.same_noise for request in asked) and not REQUEST.same_noise
 
 
 def test_ddim_chains_are_drawn_from_its_policy_and_replay_exactly():
     """eta > 0: the noise comes after the prox, so a group of one start differs by its very first action."""
-    config = make_config(
-        sampler={"name": "ddim", "num_inference_steps": 4, "start_time": 0.65, "eta": 0.7}, grpo={"same_noise": True}
-    )
-    sampler, every = make_sampler(config), replace(REQUEST, window=(0, 1, 2))
+    config = make_config(sampler={"name": "ddim", "num_inference_steps": 4, "start_time": 0.65, "eta": 0.7})
+    sampler, every = make_sampler(config), replace(REQUEST, window=(0, 1, 2), same_noise=True)
     chain = {name: torch.from_numpy(x) for name, x in sampler.sample(every)[1].items()}
     assert torch.equal(chain["z"][0, 0], chain["z"][0, 1]) and not torch.equal(chain["z"][0, 0], chain["z"][0, 3])
     for k, action in enumerate(policy.actions(sampler.pipeline.steps())):

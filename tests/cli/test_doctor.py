@@ -71,7 +71,7 @@ def test_options_may_stand_anywhere_and_a_cluster_that_is_too_small_ends_with_1(
 def test_bad_input_is_the_users(capsys):
     assert run_command("doctor", ["a.yaml", "b.yaml"]) == 2
     assert "one config at a time" in capsys.readouterr().err
-    assert run_command("doctor", ["grpo.lrr=1"]) == 2
+    assert run_command("doctor", ["rl.lrr=1"]) == 2
     assert "unknown key" in capsys.readouterr().err
 
 

@@ -27,8 +27,8 @@ def no_system(monkeypatch, tmp_path):
         (["no/such.yaml"], "config 'no/such.yaml' does not exist; the ones that come along: "),
         (["a.yaml", "b.yaml"], "one config at a time, got a.yaml, b.yaml"),
         (["a.yaml", "--resume", "runs/x"], "--resume takes the run's own config.yaml; leave out a.yaml"),
-        (["grpo.group_sise=4"], "unknown key 'grpo.group_sise'; did you mean grpo.group_size?"),
-        (["grpo.group_size=1", "--dry-run"], "group_size is 1"),
+        (["grpo.group_sise=4"], "unknown key 'grpo.group_sise'; did you mean rl.group_size?"),
+        (["rl.group_size=1", "--dry-run"], "group_size is 1"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_message(no_system, arguments, words, capsys, tmp_path):
@@ -39,7 +39,7 @@ def test_bad_input_is_exit_code_2_and_one_message(no_system, arguments, words, c
 
 
 def test_dry_run_prints_the_plan_and_stops(no_system, capsys):
-    shown = ["run.name=tiny", "data.size=16", "model.channels=[32,32]", "grpo.max_staleness=2"]
+    shown = ["run.name=tiny", "data.size=16", "model.channels=[32,32]", "rl.max_staleness=2"]
     assert main([*shown, "--dry-run"]) == 0
     captured = capsys.readouterr()
     assert "run        tiny, seed 0" in captured.out and "16x16" in captured.out and captured.err == ""
@@ -55,13 +55,13 @@ def test_resume_takes_the_runs_own_config_and_overrides(tmp_path, monkeypatch, c
 
     class Session:
         def __init__(self, config, run_dir):
-            begun.append((config.run.name, config.grpo.lr, run_dir))
+            begun.append((config.run.name, config.rl.lr, run_dir))
 
         def run(self):
             raise RunStopped("half of the groups have no score")
 
     monkeypatch.setattr(driver, "Driver", Session)
-    assert main(["--resume", str(tmp_path), "grpo.lr=1e-6"]) == 1
+    assert main(["--resume", str(tmp_path), "rl.lr=1e-6"]) == 1
     assert begun == [("mine", 1e-6, tmp_path)]
     assert capsys.readouterr().err == "\nstopped: half of the groups have no score\n"
 

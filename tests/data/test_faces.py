@@ -125,7 +125,7 @@ def test_no_heldout_caption_is_ever_a_training_prompt():
 
 
 def test_training_and_heldout_prompts_come_from_collections_apart():
-    config = build_config({"grpo": {"prompts_per_step": 16}, "evaluate": {"prompts": 24}})
+    config = build_config({"rl": {"prompts_per_step": 16}, "evaluate": {"prompts": 24}})
     indices, prompts = training_prompts(config, 3)
     assert (indices, prompts) == training_prompts(config, 3) and indices == list(range(48, 64))
     assert len(prompts) == 16 and not set(indices) & set(training_prompts(config, 4)[0])

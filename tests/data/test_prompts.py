@@ -18,7 +18,7 @@ def config(prompts=None, heldout=None, per_step=8, evaluate=4, seed=0, **data):
         {
             "run": {"seed": seed},
             "data": {"prompts": prompts and str(prompts), **data, "heldout_prompts": heldout and str(heldout)},
-            "grpo": {"prompts_per_step": per_step},
+            "rl": {"prompts_per_step": per_step},
             "evaluate": {"prompts": evaluate},
         }
     )

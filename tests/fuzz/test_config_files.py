@@ -56,7 +56,7 @@ YAMLS = [
     b"3",
     b"--- a\n--- b\n",
     b"run: {seed: .nan}\n",
-    b"grpo: {lr: .inf}\n",
+    b"rl: {lr: .inf}\n",
     b"data: {max_pixels: 1e400}\n",
     b'run: {dir: "a\\0b"}\n',
     b"run: 2001-01-01\n",
@@ -79,20 +79,20 @@ OVERRIDES = [
     "run.seed=" + "[" * 100_000,
     "a." * 5000 + "b=1",
     "run.seed=!!python/name:os.system",
-    "grpo.lr=.nan",
-    "grpo.lr=.inf",
+    "rl.lr=.nan",
+    "rl.lr=.inf",
     "run.seed=0x" + "f" * 100_000,
     "run.seed=" + "1" + ":59" * 5000,
-    "grpo.lr=1_0",
+    "rl.lr=1_0",
     "data.urls=[" + "a," * 5_000 + "]",
-    f"r0.candidates=[{2**160}]",
+    f"fake.candidates=[{2**160}]",
 ]
 
 
 def readers(folder):
     from hypothesis import strategies as st
 
-    from rlproxi.config.loading import Config, ConfigError, build_config, config_folder, load_config, model_of
+    from rlproxi.config.loading import ConfigError, build_config, config_folder, load_config, model_of, schema
     from rlproxi.data.prompts import load_prompts
     from rlproxi.rewards.api import read_prompts
 
@@ -103,7 +103,8 @@ def readers(folder):
             if inner is not None:
                 yield from paths(inner, (*before, name))
 
-    known = [(path, default) for path, default in paths(Config)]
+    known = [((name,), {}) for name in schema()]
+    known += [found for name, section in schema().items() for found in paths(section, (name,))]
     plain = (
         st.none()
         | st.booleans()

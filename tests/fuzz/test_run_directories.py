@@ -81,7 +81,7 @@ SUMMARY = {
     "reward": {"first": 0.1, "last": 0.2},
     "heldout": {"before": 0.1, "after": 0.2},
 }
-CONFIG = b"sampler: {num_inference_steps: 3}\nrun: {algorithm: grpo}\ngrpo: {steps: 9}\n"
+CONFIG = b"sampler: {num_inference_steps: 3}\nrun: {algorithm: grpo}\nrl: {steps: 9}\n"
 
 
 def lines(draw: random.Random, rows) -> bytes:

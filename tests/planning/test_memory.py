@@ -32,7 +32,8 @@ def small_config(kind: str, tmp_path, **model):
         "data": {"size": 32},
         "model": {"channels": [32, 64], **model},
         "run": {"stages": ["rl"]},
-        "grpo": {"group_size": ROWS, "prompts_per_step": 2, "groups_per_micro_batch": 1, "kl_coef": 0.0},
+        "rl": {"group_size": ROWS, "prompts_per_step": 2, "groups_per_micro_batch": 1},
+        "grpo": {"kl_coef": 0.0},
     }
     if kind != "new":
         values["data"]["size"] = 64
@@ -84,7 +85,7 @@ def test_garbage_of_an_earlier_profile_is_not_taken_off_this_one():
 
 
 def packs(precision: str) -> bool:
-    """Whether CPU attention copies its keys and values into AMX's layout: a workspace of the kernel, which the estimate does not see."""
+    """Whether CPU attention copies its keys and values into AMX's layout, a workspace that no estimate sees."""
     return precision == "bfloat16" and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
@@ -208,7 +209,8 @@ def test_engine_state_by_zero_stage(stage, ranks, tmp_path):
         "run": {"stages": ["rl"]},
         "data": {"size": 16},
         "model": {"channels": [32, 32], "precision": "float32"},
-        "grpo": {"prompts_per_step": 8, "groups_per_micro_batch": 1, "kl_coef": 0.1},
+        "rl": {"prompts_per_step": 8, "groups_per_micro_batch": 1},
+        "grpo": {"kl_coef": 0.1},
     }
     config = build_config(
         {**base, "learner": {"zero_stage": stage}, "resources": {"learner_workers": ranks, "learner_gpus": 1}}

@@ -9,7 +9,7 @@ import pytest
 from fixtures import tiny_checkpoints
 from fixtures.shards import sample, write_tar
 from rlproxi import run
-from rlproxi.algorithms.grpo import bytes_per_micro_batch
+from rlproxi.algorithms.base import build_algorithm
 from rlproxi.config.loading import build_config, config_folder, load_config
 from rlproxi.planning.preflight import problems
 
@@ -42,8 +42,9 @@ def test_nothing_stands_in_the_way_of_the_defaults(folder):
 
 def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
     assert one("model.init=nowhere") == (
-        "model.init: nowhere is not a folder: expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as "
-        "diffusers lays them out) or a run directory that holds one as models/final or models/pretrained",
+        "model.init: nowhere is not a folder: expected a model folder (unet/ or transformer/, text_encoder/, "
+        "tokenizer/, as diffusers lays them out) or a run directory that holds one as models/final or "
+        "models/pretrained",
         True,
     )
     text, missing = one("model.encoders=nowhere", "data.size=64")
@@ -123,7 +124,7 @@ def test_recipes_lack_nothing_but_files(recipe):
             if line.startswith("  ") and line.strip() and not line.lstrip().startswith(("#", "- "))
         ]
         bare = [line for line in keys if "#" not in line]
-        # Every key says why it has its value; a line that opens or goes on with a list, or names a scorer's file, need not.
+        # Every key says why it has its value, except a line that opens or continues a list, or names a scorer's file.
         assert all(line.rstrip().endswith((":", ",")) or "params:" in line for line in bare), bare
 
 
@@ -190,7 +191,8 @@ def test_algorithms_that_are_not_there(tmp_path, monkeypatch):
     (tmp_path / "ours_to_check.py").write_text(
         "from rlproxi.algorithms.base import Algorithm\n"
         "class Ours(Algorithm):\n    needs_gradients = True\n"
-        "    def __init__(self, config):\n        super().__init__(config)\n        self.tau = self.settings.params['tau']\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n"
+        "        self.tau = self.settings.params['tau']\n"
         "    def updates(self, batch):\n        yield from ()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -223,20 +225,20 @@ def test_a_run_without_a_starting_policy(stages):
     "overrides, words",
     [
         (
-            ["grpo.max_staleness=4", "grpo.steps=4"],
-            "grpo.max_staleness is 4, but of grpo.steps 4 iterations none can be more than 3",
+            ["rl.max_staleness=4", "rl.steps=4"],
+            "rl.max_staleness is 4, but of rl.steps 4 iterations none can be more than 3",
         ),
-        (["run.algorithm=r0", "r0.max_staleness=1"], "r0.max_staleness is 1, but r0 samples on the learner"),
+        (["run.algorithm=r0", "rl.max_staleness=1"], "rl.max_staleness is 1, but r0 samples on the learner"),
         (
-            ["run.algorithm=didr", "sampler.num_inference_steps=1", "didr.max_staleness=2"],
-            "didr.max_staleness is 2, but didr samples",
+            ["run.algorithm=didr", "sampler.num_inference_steps=1", "rl.max_staleness=2"],
+            "rl.max_staleness is 2, but didr samples",
         ),
-        (["grpo.max_bytes_in_flight=1000"], "grpo.max_bytes_in_flight is 1000, but one iteration has "),
-        (["grpo.max_staleness=2", "grpo.max_bytes_in_flight={two}"], "or max_staleness to 1"),
+        (["rl.max_bytes_in_flight=1000"], "rl.max_bytes_in_flight is 1000, but one iteration has "),
+        (["rl.max_staleness=2", "rl.max_bytes_in_flight={two}"], "or rl.max_staleness to 1"),
     ],
 )
 def test_bounds_that_cannot_be_kept_or_have_no_effect(overrides, words):
-    whole = build_config({}).rl.micro_batches * bytes_per_micro_batch(build_config({}))
+    whole = build_config({}).rl.micro_batches * build_algorithm(build_config({})).bytes_per_micro_batch()
     told = found(*(each.format(two=2 * whole) for each in overrides))
     assert any(text.startswith(words) or text.endswith(words) for text, missing in told if not missing), told
-    assert found("grpo.max_staleness=1", f"grpo.max_bytes_in_flight={2 * whole}") == []
+    assert found("rl.max_staleness=1", f"rl.max_bytes_in_flight={2 * whole}") == []

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from arms import collected
 
-from rlproxi.algorithms import registry
 from rlproxi.algorithms.anchor import AnchoredAdamW
-from rlproxi.algorithms.base import Algorithm, Batch, Parts
+from rlproxi.algorithms.base import Algorithm, Batch, Parts, build_algorithm
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.algorithms.rollout import GroupSampler, flatten
@@ -38,23 +37,23 @@ from rlproxi.rewards import build
 from rlproxi.rewards.gradients import RewardGradients
 
 FEW = ["sampler.num_inference_steps=4", "sampler.start_time=0.8"]
-R0 = [*FEW, "run.algorithm=r0", "r0.lr=5.0e-5", "r0.warmup_steps=5", "r0.ema=0.9"]
+R0 = [*FEW, "run.algorithm=r0", "rl.lr=5.0e-5", "rl.warmup_steps=5", "rl.ema=0.9"]
 ONE = [
     "sampler.num_inference_steps=1",
     "sampler.start_time=0.8",
     "run.algorithm=didr",
-    "didr.lr=5.0e-5",
-    "didr.fake_lr=2.0e-4",
-    "didr.warmup_steps=5",
-    "didr.ema=0.9",
+    "rl.lr=5.0e-5",
+    "fake.lr=2.0e-4",
+    "rl.warmup_steps=5",
+    "rl.ema=0.9",
 ]
 GRPO = [
     *FEW,
-    "grpo.lr=1.0e-4",
-    "grpo.warmup_steps=5",
+    "rl.lr=1.0e-4",
+    "rl.warmup_steps=5",
     "grpo.kl_coef=0",
     "grpo.trained_steps=null",
-    "grpo.prompts_per_step=8",
+    "rl.prompts_per_step=8",
 ]
 #: arm -> overrides. ``start`` arms are not trained.
 ARMS: dict[str, list[str]] = {
@@ -66,9 +65,9 @@ ARMS: dict[str, list[str]] = {
     "grpo+last": [*GRPO, "grpo.last_step_weight=1.0"],
     "r0": R0,
     "r0+": [*R0, "r0.plus=true"],
-    "r0-match": [*R0, "r0.distribution_weight=0.5", "r0.fake_updates=1", "r0.fake_lr=2.0e-4"],
+    "r0-match": [*R0, "r0.distribution_weight=0.5", "fake.updates=1", "fake.lr=2.0e-4"],
     "r0-guidance": [*R0, "r0.guidance_weight=1.0"],
-    "r0-free": [*R0, "r0.anchor=0", "r0.lr=2.0e-4"],
+    "r0-free": [*R0, "rl.anchor=0", "rl.lr=2.0e-4"],
     "di": [*ONE, "didr.reward=none"],
     "di++": [*ONE, "didr.reward=terminal", "didr.reward_weight=150"],
     "didr": [*ONE, "didr.beta=0.03"],
@@ -84,7 +83,7 @@ class Local:
 
     def __post_init__(self) -> None:
         c, s = self.config, self.config.rl
-        self.algorithm: Algorithm = registry.build(c)
+        self.algorithm: Algorithm = build_algorithm(c)
         denoiser = training_form(self.folder, c, "rl")
         encoder = load_encoder(self.folder)
         self.networks = self.algorithm.networks(denoiser)
@@ -225,10 +224,8 @@ def job(run: str, out_dir: Path, seconds: float, overrides: list[str], arm: str,
 def arm_config(run_dir: Path, arm: str, overrides: list[str]) -> Config:
     path = lambda name: {"path": str(run_dir / "models" / f"{name}.safetensors")}  # noqa: E731
     p = load_config(run_dir / "config.yaml").pretrain
-    follows = {"fake_loss": "l2" if p.loss == "square" else "l1"}  # the fake score errs as the start does
     values = {
-        "r0": follows,
-        "didr": follows,
+        "fake": {"loss": "l2" if p.loss == "square" else "l1"},  # the fake score errs as the start does
         "rewards": {
             "train": [{"name": "attributes", "params": path("reward")}],
             "heldout": [{"name": "judge", "params": path("judge")}],

@@ -65,7 +65,8 @@ def _small(kind: str, precision: str, lora: bool, checkpointing: bool, folder: P
                 "gradient_checkpointing": checkpointing,
                 "lora": {"rank": 4, "alpha": 4} if lora else None,
             },
-            "grpo": {"group_size": 16, "prompts_per_step": 1, "groups_per_micro_batch": 1, "kl_coef": 0.0},
+            "rl": {"group_size": 16, "prompts_per_step": 1, "groups_per_micro_batch": 1},
+            "grpo": {"kl_coef": 0.0},
         }
     )
 
@@ -75,7 +76,7 @@ def _activations(config: Config) -> int:
 
 
 def _rows(config: Config) -> int:
-    return config.grpo.groups_per_micro_batch * config.grpo.group_size
+    return config.rl.groups_per_micro_batch * config.rl.group_size
 
 
 def _measured(config: Config) -> int:

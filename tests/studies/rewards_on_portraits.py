@@ -40,7 +40,7 @@ def go(start: Path, base: Path, name: str, iterations: int, *overrides: str) -> 
             f"run.name={name}",
             "run.stages=[before, rl, after, report]",
             f"model.init={start / 'models' / 'pretrained'}",
-            f"grpo.steps={iterations}",
+            f"rl.steps={iterations}",
             "evaluate.steps=[3]",
             "evaluate.every=10",
             "evaluate.prompts=48",
@@ -138,7 +138,7 @@ def main() -> None:
         "hacked",
         options.iterations,
         f"rewards.train=[{LOUD.format(weight=1)}]",
-        "grpo.lr=3.0e-4",
+        "rl.lr=3.0e-4",
         "evaluate.patience=3",
     )
     for name, run_dir in runs.items():

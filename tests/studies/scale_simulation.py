@@ -194,7 +194,7 @@ class Simulation:
         whole = self.gpus * w.micro_batches * w.group_size * (w.image_bytes + w.chain_bytes)
         return build_config(
             {
-                "grpo": {
+                "rl": {
                     "steps": self.iterations,
                     "prompts_per_step": self.gpus * w.micro_batches,
                     "groups_per_micro_batch": 1,
@@ -269,7 +269,7 @@ class Simulation:
             client = RewardClient(config.rewards, {"attributes": "app"}, diary)
         observer = Observer(config, folder, Local(log), diary, lambda: pool.lost, True)
         micro = w.group_size * (w.image_bytes + w.chain_bytes)
-        with mock.patch("actors.rl.loop.bytes_per_micro_batch", lambda config: micro):
+        with mock.patch.object(algorithm, "bytes_per_micro_batch", lambda: micro):
             self.loop = Loop(config, algorithm, pool, client, Local(log), None, observer)
         killing = asyncio.ensure_future(self._kills())
         begun = time.process_time()

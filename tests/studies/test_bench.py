@@ -11,7 +11,8 @@ TINY = {
     "sampler": {"num_inference_steps": 3},
     "pretrain": {"candidates": [3]},
     "evaluate": {"steps": [3]},
-    "grpo": {"prompts_per_step": 2, "groups_per_micro_batch": 2, "group_size": 2, "trained_steps": 2},
+    "rl": {"prompts_per_step": 2, "groups_per_micro_batch": 2, "group_size": 2},
+    "grpo": {"trained_steps": 2},
 }
 
 
@@ -53,11 +54,12 @@ def test_bare_work_is_one_iterations_forwards_and_backwards(monkeypatch, tmp_pat
         config = build_config(
             {
                 **TINY,
-                "grpo": {**TINY["grpo"], "prompts_per_step": 4, "kl_coef": 0.1},
+                "rl": {**TINY["rl"], "prompts_per_step": 4},
+                "grpo": {**TINY["grpo"], "kl_coef": 0.1},
                 "resources": {"learner_workers": ranks},
             }
         )
         calls.clear()
         seconds = bench._bare_iterations(config, bench._random_classifier(config, tmp_path), repeats=1)
         assert len(seconds) == 1 and seconds[0] > 0
-        assert calls == (["3 forwards"] + ["1 forwards", "backward"] * 2) * micro_batches * 2
+        assert calls == ["5 forwards", "backward", "backward"] * micro_batches * 2

@@ -45,7 +45,7 @@ def run(tmp_path):
             f"run.dir={tmp_path}",
             "telemetry.dashboard_port=0",
             "telemetry.samples_every=1",
-            f"grpo.steps={STEPS}",
+            f"rl.steps={STEPS}",
             "evaluate.every=10",
             "evaluate.steps=[2, 4]",
         ]

@@ -200,9 +200,7 @@ def test_what_dies_is_replaced_and_two_rollout_actors_do_what_one_does(start, fr
 def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_session, tmp_path):
     """SIGTERM, as a scheduler or a cloud sends it: the run ends after the current iteration, and resumes from there."""
     environment = {**os.environ, "RAY_ADDRESS": ray_session.get_runtime_context().gcs_address}
-    process = launch(
-        [SMOKE, f"run.dir={tmp_path}", *faults.PATIENT, *rl_alone, "grpo.checkpoint_every=100"], environment
-    )
+    process = launch([SMOKE, f"run.dir={tmp_path}", *faults.PATIENT, *rl_alone, "rl.checkpoint_every=100"], environment)
     faults.wait_for(lambda: reached(tmp_path, 1), lambda: process.poll() is None)
     asked = time.time()
     os.kill(process.pid, signal.SIGTERM)
@@ -216,7 +214,7 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_sessi
     print(f"ended {seconds:.1f} s after SIGTERM with step {done}")
 
     assert done < 4, "there is something left to do"
-    again = launch(["--resume", str(folder), "grpo.checkpoint_every=2"], environment)
+    again = launch(["--resume", str(folder), "rl.checkpoint_every=2"], environment)
     output = again.communicate(timeout=240)[0]
     assert again.returncode == 0, output[-3000:]
     outcome = faults.judge("SIGTERM", asked, folder, smoke.folder)

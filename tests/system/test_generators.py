@@ -16,27 +16,27 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 R0 = [
     "run.algorithm=r0",
-    "r0.steps=3",
-    "r0.prompts_per_step=8",
-    "r0.groups_per_micro_batch=4",
-    "r0.lr=1.0e-3",
-    "r0.warmup_steps=1",
-    "r0.ema=0.9",
+    "rl.steps=3",
+    "rl.prompts_per_step=8",
+    "rl.groups_per_micro_batch=4",
+    "rl.lr=1.0e-3",
+    "rl.warmup_steps=1",
+    "rl.ema=0.9",
     "r0.distribution_weight=0.5",
-    "r0.fake_updates=1",
+    "fake.updates=1",
     "sampler.num_inference_steps=3",
 ]
 DIDR = [
     "run.algorithm=didr",
-    "didr.steps=5",
-    "didr.prompts_per_step=8",
-    "didr.groups_per_micro_batch=4",
-    "didr.lr=1.0e-3",
-    "didr.fake_lr=1.0e-3",
-    "didr.warmup_steps=1",
-    "didr.ema=0.9",
-    "didr.anchor=1.0e-3",
-    "didr.checkpoint_every=2",
+    "rl.steps=5",
+    "rl.prompts_per_step=8",
+    "rl.groups_per_micro_batch=4",
+    "rl.lr=1.0e-3",
+    "fake.lr=1.0e-3",
+    "rl.warmup_steps=1",
+    "rl.ema=0.9",
+    "rl.anchor=1.0e-3",
+    "rl.checkpoint_every=2",
     "sampler.num_inference_steps=1",
     "evaluate.steps=[1]",
 ]
@@ -73,13 +73,13 @@ def test_r0_trains_evaluates_and_saves_its_average(r0):
 
 @pytest.mark.exhaustive  # in every test run by tests/actors/: engine, state, saving
 def test_r0_on_two_ranks_at_zero_3_takes_the_same_first_step(r0, start, from_smoke):
-    two = start("run.stages=[rl]", "evaluate.every=0", *R0, "r0.steps=1", *TWO, *from_smoke)
+    two = start("run.stages=[rl]", "evaluate.every=0", *R0, "rl.steps=1", *TWO, *from_smoke)
     same_first_step(r0, two, ("fake/loss", "fake/grad_norm", "reward/mean", "grad_norm"))
 
 
 @pytest.mark.exhaustive
 def test_didr_on_two_ranks_at_zero_3_takes_the_same_first_step(didr, start, from_smoke):
-    two = start("run.stages=[rl]", "evaluate.every=0", *DIDR, "didr.steps=1", *TWO, *from_smoke)
+    two = start("run.stages=[rl]", "evaluate.every=0", *DIDR, "rl.steps=1", *TWO, *from_smoke)
     same_first_step(didr, two, ("fake/loss", "fake/grad_norm", "loss", "grad_norm", "reward/mean"))
 
 
@@ -106,17 +106,17 @@ def test_didr_killed_and_resumed_is_the_unbroken_run_for_both_networks(didr, fro
 
 def test_an_algorithm_of_ones_own_is_a_class_and_a_key(start, rl_alone):
     source = Path(made_up_algorithm.__file__).read_text().partition("class ")[2]
-    assert len(source.splitlines()) < 40
+    assert len(source.splitlines()) < 60
     run = start(
         *rl_alone,
         "run.algorithm=fixtures.made_up_algorithm:RewardWeighted",
-        "custom.steps=2",
-        "custom.prompts_per_step=4",
-        "custom.group_size=4",
-        "custom.groups_per_micro_batch=2",
-        "custom.params={temperature: 0.1}",
-        "custom.lr=1.0e-4",
-        "custom.warmup_steps=0",
+        "rl.steps=2",
+        "rl.prompts_per_step=4",
+        "rl.group_size=4",
+        "rl.groups_per_micro_batch=2",
+        "custom.temperature=0.1",
+        "rl.lr=1.0e-4",
+        "rl.warmup_steps=0",
     )
     steps, losses = run.series("rl", "loss")
     assert steps == [1, 2] and losses[1] != losses[0]

@@ -24,14 +24,14 @@ def warnings(run):
 
 @pytest.fixture(scope="module")
 def recovered(start):
-    return start("run.stages=[prepare, pretrain, rl]", "grpo.lr=1.0e30", "guards.lr_factor=1.0e-33", *WILD)
+    return start("run.stages=[prepare, pretrain, rl]", "rl.lr=1.0e30", "guards.lr_factor=1.0e-33", *WILD)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "rl"])
 def test_training_begins_anew_with_a_rate_that_works(recovered, stage):
     told = [w for w in warnings(recovered) if w.startswith(f"{stage}: ")]
     assert len(told) == 3 and [f"{i} in a row" in w for i, w in enumerate(told, 1)] == [True] * 3
-    key = "pretrain.lr" if stage == "pretrain" else "grpo.lr"
+    key = "pretrain.lr" if stage == "pretrain" else "rl.lr"
     assert f"Going back to step 0, with 1e-33 of {key} from now on" in told[-1]
     assert [r["step"] for r in recovered.records if r["event"] == "resume" and r["stage"] == stage] == [0, 0]
     steps, rates = recovered.series(stage, "lr")

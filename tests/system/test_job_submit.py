@@ -130,7 +130,7 @@ def test_a_job_runs_to_its_end_and_its_logs_stream(own, tmp_path):
 
 
 def test_a_stopped_job_leaves_a_run_to_resume_and_no_actors(own, tmp_path):
-    settings = ["configs/smoke.yaml", f"run.dir={tmp_path}", *SMALL, "grpo.steps=40", "grpo.checkpoint_every=2"]
+    settings = ["configs/smoke.yaml", f"run.dir={tmp_path}", *SMALL, "rl.steps=40", "rl.checkpoint_every=2"]
     process = job(own, *submit(*settings), wait=False)
     ident, output = None, []
     for line in process.stdout:
@@ -151,7 +151,7 @@ def test_a_stopped_job_leaves_a_run_to_resume_and_no_actors(own, tmp_path):
     reached = last_step(read(folder), "rl")
     assert 3 <= reached < 40
 
-    code, said = job(own, *submit("--resume", str(folder), f"grpo.steps={reached + 2}"))
+    code, said = job(own, *submit("--resume", str(folder), f"rl.steps={reached + 2}"))
     assert code == 0, said[-3000:]
     assert last_step(read(folder), "rl") == reached + 2 and (folder / "summary.json").is_file()
     resumed = [r["step"] for r in read(folder) if r["event"] == "resume" and r.get("stage") == "rl"]
@@ -162,7 +162,7 @@ def test_a_stopped_job_leaves_a_run_to_resume_and_no_actors(own, tmp_path):
 def test_a_killed_driver_leaves_no_replicas(own, tmp_path):
     """SIGKILL, as for a driver that is out of memory: nobody is left to clear up but the caretaker."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}", *SMALL, "grpo.steps=40"],
+        [sys.executable, "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}", *SMALL, "rl.steps=40"],
         cwd=ROOT,
         env=own.clients,
         stdout=subprocess.DEVNULL,

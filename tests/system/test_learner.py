@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
     [*(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, 1), (2, 1), (3, 1), (0, 2))), (3, 2)],
 )
 def test_same_first_step(stage, ranks, start, rl_alone, smoke):
-    run = start("grpo.steps=1", f"learner.zero_stage={stage}", f"resources.learner_workers={ranks}", *rl_alone)
+    run = start("rl.steps=1", f"learner.zero_stage={stage}", f"resources.learner_workers={ranks}", *rl_alone)
     first = lambda done: [done.series("rl", key)[1][0] for key in ("loss", "grad_norm", "reward/mean")]  # noqa: E731
     (loss, norm, reward), reference = first(run), first(smoke)
     assert reference[1] > 0

@@ -182,7 +182,7 @@ def watched(from_smoke, tmp_path_factory):
             f"run.dir={folder}/runs",
             *from_smoke,
             "run.stages=[before, rl, after]",
-            f"grpo.steps={STEPS}",
+            f"rl.steps={STEPS}",
             "evaluate.every=4",
             "telemetry.samples_every=5",
             "telemetry.samples_groups=3",

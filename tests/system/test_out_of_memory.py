@@ -66,7 +66,7 @@ def test_stages_halve_their_micro_batches(stages, start, rl_alone, small_chip):
         "pretrain.steps=2",
         "pretrain.batch_size=8",
         "pretrain.log_every=1",
-        "grpo.steps=2",
+        "rl.steps=2",
         "learner.max_failures=1",
     ).folder
     records = read(folder)
@@ -77,8 +77,8 @@ def test_stages_halve_their_micro_batches(stages, start, rl_alone, small_chip):
         assert "pretrainer: out of memory (CUDA out of memory" in told[0]
         assert told[0].endswith("going on with pretrain.micro_batch_size=4 (was pretrain.micro_batch_size=8)")
         assert values["pretrain"]["micro_batch_size"] == 4
-    assert told[-1].endswith("going on with grpo.groups_per_micro_batch=1 (was grpo.groups_per_micro_batch=2)")
-    assert values["grpo"]["groups_per_micro_batch"] == 1
+    assert told[-1].endswith("going on with rl.groups_per_micro_batch=1 (was rl.groups_per_micro_batch=2)")
+    assert values["rl"]["groups_per_micro_batch"] == 1
     for stage in stages:
         assert list(series(records, stage, "loss")[0]) == [1, 2]
     assert series(records, "rl", "ratio/first_max_deviation")[1] == [0.0]

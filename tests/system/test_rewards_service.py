@@ -14,7 +14,7 @@ def rl(start, from_smoke):
         return start(
             "run.stages=[rl]",
             "evaluate.every=0",
-            "grpo.prompts_per_step=8",
+            "rl.prompts_per_step=8",
             "rewards.retries=1",
             from_smoke[0],
             reward,
@@ -27,7 +27,7 @@ def rl(start, from_smoke):
 
 
 def test_failed_groups_are_masked_and_counted_and_a_run_without_scores_stops_and_says_why(rl, capsys):
-    run = rl("breaks_down", "rewards.max_masked_fraction=0.99", "grpo.steps=8", code=1)
+    run = rl("breaks_down", "rewards.max_masked_fraction=0.99", "rl.steps=8", code=1)
     masked = run.series("rl", "groups/masked")[1]
     assert masked and sum(masked) > 0 and max(masked) < 8, "some of the prompts smile or frown"
     assert 8 * len(masked) - sum(masked) == 8, "as many as were scored are trained on"
@@ -58,7 +58,7 @@ def undisturbed(start, from_smoke):
     run = start(
         "run.stages=[rl]",
         "evaluate.every=0",
-        "grpo.steps=2",
+        "rl.steps=2",
         from_smoke[0],
         "rewards.heldout=[]",
         "rewards.train=[{name: mine, scorer: python, params: {function: 'fixtures.reward_functions:brightness'}}]",
@@ -80,7 +80,7 @@ def test_a_replica_that_dies_or_hangs_is_replaced_and_no_group_is_lost(
     run = start(
         "run.stages=[rl]",
         "evaluate.every=0",
-        "grpo.steps=2",
+        "rl.steps=2",
         from_smoke[0],
         reward,
         "rewards.heldout=[]",
@@ -105,7 +105,7 @@ def test_two_rewards_of_different_scale_and_where_scores_come_from(start, from_s
     path = from_smoke[1].split("path: ")[1].rstrip("}]")
     run = start(
         *rl_alone,
-        "grpo.steps=2",
+        "rl.steps=2",
         "rewards.normalize=group",
         "model.precision=bfloat16",
         "rewards.train=[{name: loud, scorer: python, params: {function: 'fixtures.reward_functions:loud_brightness'}}, "
@@ -130,9 +130,9 @@ def test_over_optimisation_raises_the_alarm_keeps_the_best_and_ends_early_asynch
     run = start(
         "run.stages=[before, rl, after]",
         "evaluate.every=1",
-        "grpo.steps=12",
-        "grpo.lr=3.0e-3",
-        "grpo.max_staleness=1",
+        "rl.steps=12",
+        "rl.lr=3.0e-3",
+        "rl.max_staleness=1",
         from_smoke[0],
         f"rewards.train=[{function('brightness')}]",
         f"rewards.heldout=[{function('darkness')}]",

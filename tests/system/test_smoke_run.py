@@ -25,7 +25,7 @@ def test_every_stage_leaves_its_result(smoke):
     assert summary["images_per_second"] > 0
     assert (smoke.folder / "models" / "final" / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     assert "<svg" in (smoke.folder / "report.html").read_text()
-    assert yaml.safe_load((smoke.folder / "config.yaml").read_text())["grpo"]["group_size"] == 4
+    assert yaml.safe_load((smoke.folder / "config.yaml").read_text())["rl"]["group_size"] == 4
 
 
 def test_metrics_of_pretraining_and_rl(smoke):

@@ -134,7 +134,7 @@ def write(log: RunLog, steps, stage="rl", **more):
 
 
 def test_curves_events_and_progress_of_a_run(tmp_path):
-    (tmp_path / "config.yaml").write_text("run: {algorithm: r0}\nr0: {steps: 20}\npretrain: {steps: 9}\n")
+    (tmp_path / "config.yaml").write_text("run: {algorithm: r0}\nrl: {steps: 20}\npretrain: {steps: 9}\n")
     with RunLog(tmp_path) as log:
         log.append("stage", name="rl", status="start")
         log.append("resume", stage="rl", step=0)

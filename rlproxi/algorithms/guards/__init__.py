@@ -1,1 +1,1 @@
-"""What watches a run of any algorithm: updates, rewards, evaluations and the sampler."""
+"""Guards that watch a run of any algorithm: its updates, rewards, evaluations and sampler."""

@@ -1,15 +1,24 @@
-"""Over-optimisation: the training reward climbs while what is not optimised falls (Goodhart's law; Gao et al.,
-arXiv 2210.10760, measure it for language models). A pure observer of evaluations."""
+"""The alarm of over-optimisation: the training reward rises while a reward that is not optimised falls.
+
+This is Goodhart's law; Gao et al., arXiv 2210.10760, measure it for language models. The guard only reads evaluations.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from ...config.algorithms import configured
+from ...config.loading import Config
+from ..base import Algorithm
+
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation on the fixed held-out prompts: means and standard errors, and diversity and distance to data if known."""
+    """One evaluation on the fixed held-out prompts: mean rewards, and distance to data and diversity if known.
+
+    sem: the standard error of the held-out reward.
+    """
 
     iteration: int
     train: float
@@ -19,29 +28,24 @@ class Evaluated:
     diversity: float | None = None
 
 
-_UNSEEN = (
-    ", while the held-out reward is {now.heldout:.3f}, which may not see it: look at the pictures; raise the algorithm's "
-    "anchor or kl_coef, or lower its lr"
-)
-
-
 class OverOptimisation:
-    """Remembers the best evaluation and tells when training has gone past it.
+    """Remembers the best evaluation and raises an alarm when training has gone past it.
 
-    The alarm: since the best held-out score, the held-out score has fallen by more than ``sigmas`` standard errors of
-    the difference, and the training reward has not fallen. A fall of both is a collapse, not over-optimisation, but
-    the best is behind it just the same: ``patience`` counts evaluations in a row below the best by that much.
+    The alarm: the held-out reward is more than ``sigmas`` standard errors of the difference below its best, and the
+    training reward is not below its value of then. If both have fallen it is a collapse. ``patience`` counts
+    evaluations in a row that far below the best, in both cases.
 
     The evaluations share prompts and seeds, so the true error of a difference is smaller than the one used here
     (independent samples): the alarm is late rather than false.
 
-    A judge does not see everything: where the distance to the data has grown to ``drift`` times its smallest value, or the
-    diversity fallen to ``sameness`` of its largest, that is told too, whatever the judge says. It ends nothing.
+    A held-out reward does not see everything. So there is an alarm as well where the distance to the data has grown to
+    ``drift`` times its smallest value, or the diversity has fallen to ``sameness`` of its largest. It stops no run.
 
     Args:
-        sigmas: how sure the fall has to be.
-        patience: so many evaluations in a row below the best and the run had better stop; None never says so.
-        drift, sameness: None looks at no distance, at no diversity.
+        sigmas: standard errors that the fall has to exceed.
+        patience: the run should stop after so many evaluations in a row below the best; None: never.
+        drift, sameness: None: the distance, or the diversity, raises no alarm.
+        hold_back: what the messages advise beside a lower rl.lr; see ``Algorithm.hold_back``.
     """
 
     def __init__(
@@ -50,49 +54,63 @@ class OverOptimisation:
         patience: int | None = None,
         drift: float | None = None,
         sameness: float | None = None,
+        hold_back: str = Algorithm.hold_back,
     ):
         self.sigmas = sigmas
         self.patience = patience
         self.drift = drift
         self.best: Evaluated | None = None
         self.sameness = sameness
-        self.nearest: Evaluated | None = None
-        self.widest: Evaluated | None = None
+        self.nearest: tuple[float, int] | None = None  # the smallest distance, and its iteration
+        self.widest: tuple[float, int] | None = None  # the largest diversity, and its iteration
         self.below = 0
+        self.remedy = f"lower rl.lr or {hold_back}"
+
+    @classmethod
+    def of(cls, config: Config) -> OverOptimisation:
+        """The guard of a run's evaluations."""
+        e, kind = config.evaluate, configured(config.run.algorithm)
+        hold_back = getattr(kind, "hold_back", Algorithm.hold_back)  # a class that cannot be imported has none
+        return cls(e.alarm_sigmas, e.patience, e.alarm_drift, e.alarm_sameness, hold_back)
 
     def see(self, now: Evaluated) -> str | None:
-        """Takes the next evaluation; returns the alarm's words, or None. ``best is now`` if it is the best so far."""
-        # All look at each evaluation, to remember it.
-        told = [self._look_at_reward(now), self._look_at_distance(now), self._look_at_diversity(now)]
-        return next((words for words in told if words), None)
+        """Take the next evaluation; return the alarm's message, or None. ``best is now`` if it is the best so far."""
+        # Each check runs on each evaluation, because it also remembers it.
+        messages = [self._check_reward(now), self._check_distance(now), self._check_diversity(now)]
+        return next((message for message in messages if message), None)
 
-    def _look_at_distance(self, now: Evaluated) -> str | None:
+    def _unseen(self, now: Evaluated) -> str:
+        return (
+            f"while the held-out reward is {now.heldout:.3f}, which may not see it: look at the images; {self.remedy}"
+        )
+
+    def _check_distance(self, now: Evaluated) -> str | None:
         if self.drift is None or now.distance is None:
             return None
-        if self.nearest is None or now.distance < self.nearest.distance:
-            self.nearest = now
-        near = self.nearest
-        if now.distance <= self.drift * near.distance:
+        if self.nearest is None or now.distance < self.nearest[0]:
+            self.nearest = now.distance, now.iteration
+        nearest, at = self.nearest
+        if now.distance <= self.drift * nearest:
             return None
         return (
-            f"drift: the distance to the data went from {near.distance:.3f} at iteration {near.iteration} to "
-            f"{now.distance:.3f} at {now.iteration}{_UNSEEN.format(now=now)} (evaluate.alarm_drift)"
+            f"drift: the distance to the data went from {nearest:.3f} at iteration {at} to "
+            f"{now.distance:.3f} at {now.iteration}, {self._unseen(now)} (evaluate.alarm_drift)"
         )
 
-    def _look_at_diversity(self, now: Evaluated) -> str | None:
+    def _check_diversity(self, now: Evaluated) -> str | None:
         if self.sameness is None or now.diversity is None:
             return None
-        if self.widest is None or now.diversity > self.widest.diversity:
-            self.widest = now
-        wide = self.widest
-        if now.diversity >= self.sameness * wide.diversity:
+        if self.widest is None or now.diversity > self.widest[0]:
+            self.widest = now.diversity, now.iteration
+        widest, at = self.widest
+        if now.diversity >= self.sameness * widest:
             return None
         return (
-            f"sameness: the diversity of a prompt's samples fell from {wide.diversity:.3f} at iteration {wide.iteration} to "
-            f"{now.diversity:.3f} at {now.iteration}{_UNSEEN.format(now=now)} (evaluate.alarm_sameness)"
+            f"sameness: the diversity of a prompt's samples fell from {widest:.3f} at iteration "
+            f"{at} to {now.diversity:.3f} at {now.iteration}, {self._unseen(now)} (evaluate.alarm_sameness)"
         )
 
-    def _look_at_reward(self, now: Evaluated) -> str | None:
+    def _check_reward(self, now: Evaluated) -> str | None:
         if self.best is None or now.heldout > self.best.heldout:
             self.best, self.below = now, 0
             return None
@@ -102,16 +120,16 @@ class OverOptimisation:
             self.below = 0
             return None
         self.below += 1
-        told = (
+        fell = (
             f"the held-out reward fell from {best.heldout:.3f} at iteration {best.iteration} to {now.heldout:.3f} at "
             f"{now.iteration} (standard error of the difference {error:.3f})"
         )
         if now.train >= best.train:
             return (
-                f"over-optimisation: {told}, while the training reward went from {best.train:.3f} to {now.train:.3f}; "
-                "lower grpo.lr or raise grpo.kl_coef"
+                f"over-optimisation: {fell}, while the training reward went from {best.train:.3f} to {now.train:.3f}; "
+                f"{self.remedy}"
             )
-        return f"collapse: {told}, and the training reward with it, from {best.train:.3f} to {now.train:.3f}; lower grpo.lr"
+        return f"collapse: {fell}, and the training reward fell from {best.train:.3f} to {now.train:.3f}; lower rl.lr"
 
     @property
     def should_stop(self) -> bool:

@@ -1,9 +1,8 @@
-"""The sampler that training uses against its noise-free limit, at the start: the same step by two ways.
+"""A check before the first update: a noise-free step of the trained network equals the deterministic sampler's step.
 
-With its noise turned down to nothing a sampler is the deterministic one of its kind: ``hybrid`` becomes ``ode``, ``ddim``,
-``euler`` or ``matched`` with eta > 0 becomes that with eta 0 (``backward`` has a limit of its own, which is ``ode`` to first
-order in gamma). The coefficients are compared for every step; the network is asked once by either way: as training asks it,
-and as sampling does.
+Without its noise a sampler is the deterministic one of its kind. ``hybrid`` becomes ``ode``; ``ddim``, ``euler`` or
+``matched`` with eta > 0 become themselves with eta 0. ``backward`` has its own limit, which is ``ode`` to first order
+in gamma. The coefficients are compared for every step. The network is called twice: as in training, and as in sampling.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class LimitError(AlgorithmStopped):
 
 def check(config: Config, parts: Parts, prompt: str) -> float:
     """``deviation`` of the first network as it stands, on two samples of a prompt: two forwards, without gradients."""
-    network = next(iter(parts.networks.values()))
+    network = cast(nn.Module, next(iter(parts.networks.values())))  # a denoiser under its engine
     text = parts.encoder.groups((prompt,), 2)
     x = NamedNoise([(config.run.seed, Purpose.SAMPLER_CHECK, i) for i in range(2)]).start(
         parts.sample_shape, parts.device
@@ -61,9 +61,9 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
-    """Largest difference of x_{k-1} by the two ways, over the deterministic one's RMS; Inf where the coefficients differ.
+    """Largest difference of the two x_{k-1}, over the deterministic one's RMS; Inf where the coefficients differ.
 
-    x [B, ...]: where the step begins. The step asked is the middle one.
+    The step compared is the middle one. It begins at x [B, ...].
     """
     s, schedule = config.sampler, config.schedule.build()
     kind = KINDS[s.name]
@@ -72,7 +72,7 @@ def deviation(config: Config, x: Tensor, trained: Ask, sampled: Ask) -> float:
     if any(
         abs(a - b) > 1e-6 * max(1.0, abs(b))
         for one, two in zip(limit, plan, strict=True)
-        for a, b in zip(astuple(one), astuple(two))
+        for a, b in zip(astuple(one), astuple(two), strict=True)
     ):
         return math.inf
     ours, theirs = (_taken(steps[len(steps) // 2], x, ask) for steps, ask in ((limit, trained), (plan, sampled)))
@@ -89,9 +89,9 @@ def accept(found: float, config: Config) -> None:
     """Raises LimitError where ``deviation`` found more than guards.sampler_tolerance."""
     if not found <= config.guards.sampler_tolerance:
         raise LimitError(
-            f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic sampler's "
-            f"by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): the network that is "
-            "trained does not compute what samplers ask of it. Take dropout and whatever else differs between training and "
-            "evaluation out of the network (model.init), check that its weights are finite, set model.compile=false and "
-            "model.precision=float32 to rule out rounding, or raise the tolerance"
+            f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic "
+            f"sampler's by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): "
+            "the network computes something else in training than in sampling. Take dropout, and whatever else differs "
+            "between training and evaluation, out of the network (model.init), check that its weights are finite, set "
+            "model.compile=false and model.precision=float32 to rule out rounding, or raise the tolerance"
         )

@@ -1,7 +1,7 @@
-"""What a run notices about itself while it trains: pure observers of an iteration's metrics, each with words for the user.
+"""Warnings while a run trains. Each guard reads an iteration's metrics and returns a message for the user, or None.
 
-They look at what all ranks know, so that all ranks come to the same end, and remember nothing across a restart: what goes on
-being wrong is told again.
+They read what all ranks know, so that all ranks decide alike. They remember nothing across a restart, so a problem that
+persists is reported again.
 """
 
 from __future__ import annotations
@@ -10,74 +10,85 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 
 from ...config.guards import Guards
-from ..base import AlgorithmStopped
+from ..base import Algorithm, AlgorithmStopped
 
 _PER_STEP = "ratio/first_max/"
 
 
 class Mismatch:
-    """Rollout against learner: before the first update on samples of the very same weights every ratio is 1.
+    """Rollout and learner disagree: before the first update, on samples of the same weights, some ratio is not 1.
 
-    Told once, and anew after it was well again. ``tolerance`` is of |log-ratio|.
+    The message comes once, and again after a time without disagreement.
+
+    Args:
+        tolerance: of |log-ratio|.
+        key: the config key of the tolerance, for the message.
     """
 
-    def __init__(self, tolerance: float):
-        self.tolerance, self.told = tolerance, False
+    def __init__(self, tolerance: float, key: str):
+        self.tolerance, self.key, self.reported = tolerance, key, False
 
     def see(self, iteration: int, metrics: Mapping[str, float]) -> str | None:
-        """Takes the metrics of an iteration whose samples are of the learner's own weights."""
+        """Take the metrics of an iteration whose samples are of the learner's own weights."""
         found = {name.removeprefix(_PER_STEP): value for name, value in metrics.items() if name.startswith(_PER_STEP)}
         if not found:
             return None
-        index = max(found, key=found.get)
+        index = max(found, key=lambda name: found[name])
         if found[index] <= self.tolerance:
-            self.told = False
+            self.reported = False
             return None
-        if self.told:
+        if self.reported:
             return None
-        self.told = True
+        self.reported = True
         return (
-            f"iteration {iteration}: rollout and learner disagree before the first update, most at sampling step {index}, "
-            f"by {found[index]:.2e} in the log-ratio (grpo.first_ratio_tolerance = {self.tolerance:.0e}), though the samples "
-            "are of the same weights: see whether a rollout actor was restarted on another kind of chip, and set "
+            f"iteration {iteration}: rollout and learner disagree before the first update, most at sampling step "
+            f"{index}, by {found[index]:.2e} in the log-ratio ({self.key} = {self.tolerance:.0e}), though the samples "
+            "are of the same weights: check whether a rollout actor was restarted on another kind of chip, and set "
             "model.precision=float32 to rule out rounding"
         )
 
 
 class FlatGroups:
-    """Iterations in a row in which not one group has rewards that differ. Told once in a row, at ``patience``."""
+    """Iterations in a row in which no group has rewards that differ. The message comes once in a row, at ``patience``.
 
-    def __init__(self, patience: int | None):
-        self.patience, self.row = patience, 0
+    ``spread``: what the message advises to make them differ; see ``Algorithm.spread``.
+    """
+
+    def __init__(self, patience: int | None, spread: str = Algorithm.spread):
+        self.patience, self.spread, self.row = patience, spread, 0
 
     def see(self, iteration: int, metrics: Mapping[str, float], groups: int) -> str | None:
+        """Take the metrics of an iteration of so many groups."""
         flat, masked = metrics.get("advantages/zero_variance_groups"), metrics.get("groups/masked", 0.0)
-        if flat is None or self.patience is None or masked >= groups:  # what has no score says nothing
+        if flat is None or self.patience is None or masked >= groups:  # groups without scores tell nothing
             return None
         self.row = self.row + 1 if flat + masked >= groups else 0
         if self.row != self.patience:
             return None
         return (
-            f"iteration {iteration}: not one of {groups} groups had rewards that differ, {self.row} iterations in a row "
-            "(guards.flat_iterations): nothing is learnt. Take a finer reward or harder prompts (data.prompts), or a larger "
-            "grpo.group_size; with grpo.same_noise=true set it to false"
+            f"iteration {iteration}: not one of {groups} groups had rewards that differ, {self.row} iterations in a "
+            "row (guards.flat_iterations): the policy cannot improve. Take a finer reward or harder prompts "
+            f"(data.prompts), or {self.spread}"
         )
 
 
 class FallingReward:
-    """A training reward that has been falling for long: by medians, which single iterations do not move.
+    """A training reward that has been falling for long, by medians, which single iterations do not move.
 
-    Iterations are taken in windows. A window is low where its median is below the best window's by more than three standard
-    errors of a median, from the spread inside the two (1.4826 MAD, times 1.2533/sqrt(n)). Two low windows in a row are told,
-    and then nothing until the reward has recovered.
+    Iterations are taken in windows. A window is low where its median is below the best window's by more than three
+    standard errors of a median, from the spread inside the two (1.4826 MAD, times 1.2533/sqrt(n)). The message comes at
+    the second low window in a row, and not again until the reward has recovered.
+
+    ``hold_back``: what the message advises beside a lower rl.lr; see ``Algorithm.hold_back``.
     """
 
-    def __init__(self, window: int | None):
-        self.window, self.best, self.low = window, None, 0
+    def __init__(self, window: int | None, hold_back: str = Algorithm.hold_back):
+        self.window, self.hold_back, self.low = window, hold_back, 0
+        self.best: tuple[float, float, int] | None = None  # median, its standard error, iteration
         self.values: list[float] = []
 
     def see(self, iteration: int, reward: float | None) -> str | None:
-        """Takes an iteration's mean training reward; None or NaN is a missing one."""
+        """Take an iteration's mean training reward; None or NaN is a missing one."""
         if self.window is None or reward is None or reward != reward:
             return None
         self.values.append(reward)
@@ -93,8 +104,8 @@ class FallingReward:
             return None
         return (
             f"iteration {iteration}: the training reward has been falling: its median over {self.window} iterations is "
-            f"{now[0]:.4g}, and was {middle:.4g} up to iteration {at} (guards.falling_window): lower the algorithm's lr or raise its "
-            "kl_coef or anchor, and look at the held-out reward and the pictures"
+            f"{now[0]:.4g}, and was {middle:.4g} up to iteration {at} (guards.falling_window): lower rl.lr or "
+            f"{self.hold_back}, and look at the held-out reward and the images"
         )
 
     def _summary(self, values: list[float]) -> tuple[float, float]:
@@ -103,26 +114,29 @@ class FallingReward:
         return middle, 1.4826 * median(abs(v - middle) for v in values) * 1.2533 / len(values) ** 0.5
 
 
-class Watch:
-    """All of them, by the config's section ``guards``."""
+class TrainingWarnings:
+    """All guards of this module, as the config's section ``guards`` sets them and with the algorithm's advice."""
 
-    def __init__(self, settings: Guards, tolerance: float | None):
-        self.settings = settings
-        self.mismatch = None if tolerance is None else Mismatch(tolerance)
-        self.flat, self.falling = FlatGroups(settings.flat_iterations), FallingReward(settings.falling_window)
+    def __init__(self, settings: Guards, algorithm: Algorithm):
+        self.settings, key = settings, algorithm.ratio_tolerance
+        self.mismatch = (
+            Mismatch(getattr(algorithm.settings, key), f"{algorithm.config.section}.{key}") if key is not None else None
+        )
+        self.flat = FlatGroups(settings.flat_iterations, algorithm.spread)
+        self.falling = FallingReward(settings.falling_window, algorithm.hold_back)
 
     def see(self, iteration: int, metrics: Mapping[str, float], groups: int, fresh: bool) -> Iterator[str]:
-        """Words of what is wrong in an iteration of so many groups. ``fresh``: samples of the learner's own weights.
+        """The messages about an iteration of so many groups. ``fresh``: its samples are of the learner's own weights.
 
-        Raises AlgorithmStopped with them where the config says that it ends the run.
+        Raises AlgorithmStopped with the message where the config says that the problem ends the run.
         """
         mismatch = self.mismatch.see(iteration, metrics) if self.mismatch and fresh else None
-        for words, action, key in (
+        for message, action, key in (
             (mismatch, self.settings.on_mismatch, "on_mismatch"),
             (self.flat.see(iteration, metrics, groups), self.settings.on_flat, "on_flat"),
             (self.falling.see(iteration, metrics.get("reward/mean")), "warn", ""),
         ):
-            if words and action == "stop":
-                raise AlgorithmStopped(f"{words} (guards.{key} = stop)")
-            if words:
-                yield words
+            if message and action == "stop":
+                raise AlgorithmStopped(f"{message} (guards.{key} = stop)")
+            if message:
+                yield message

@@ -190,11 +190,9 @@ def totals(config: dict) -> dict[str, int]:
         part = config.get(section) if isinstance(section, str) else None
         return whole(part.get(key)) if isinstance(part, dict) else None
 
-    run = config.get("run")
-    algorithm = run.get("algorithm", "grpo") if isinstance(run, dict) else "grpo"
     found = {
         "pretrain": steps("pretrain"),
-        "rl": steps(algorithm if algorithm in ("grpo", "r0", "didr") else "custom"),
+        "rl": steps("rl"),
         "prepare/text": steps("prepare", "text_steps"),
         "prepare/reward": steps("prepare", "classifier_steps"),
         "prepare/judge": steps("prepare", "classifier_steps"),

@@ -89,7 +89,7 @@ def test_fractions_whole_ranks_and_too_few_places():
 def write_run(folder, steps, **resources):
     values = {
         "resources": resources,
-        "grpo": {"prompts_per_step": 8, "groups_per_micro_batch": 1},
+        "rl": {"prompts_per_step": 8, "groups_per_micro_batch": 1},
         "rewards": {"train": [{"name": "jpeg"}], "heldout": [], "replicas": 2},
     }
     folder.mkdir()

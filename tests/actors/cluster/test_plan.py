@@ -35,7 +35,7 @@ def test_what_each_role_asks_for():
             "resources.rollout_gpus=1",
             "resources.learner_workers=2",
             "resources.learner_gpus=1",
-            "grpo.prompts_per_step=16",
+            "rl.prompts_per_step=16",
         ],
     )
     demands = stage_demand(config)

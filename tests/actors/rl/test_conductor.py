@@ -49,7 +49,7 @@ def make(folder, bound: int = 1, **sections) -> Loop:
     """The loop as the conductor's ``connect`` makes it; two micro-batches an iteration."""
     config = build_config(
         {
-            "grpo": {
+            "rl": {
                 "steps": STEPS,
                 "prompts_per_step": 2,
                 "groups_per_micro_batch": 1,

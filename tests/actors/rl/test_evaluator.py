@@ -14,7 +14,7 @@ from rlproxi.telemetry.runlog import read
 CONFIG = build_config(
     {
         "sampler": {"num_inference_steps": 4},
-        "grpo": {"groups_per_micro_batch": 2, "group_size": 4},
+        "rl": {"groups_per_micro_batch": 2, "group_size": 4},
         "rewards": {"train": [{"name": "attributes"}], "heldout": [{"name": "judge"}]},
         "evaluate": {"prompts": 6, "samples": 2, "patience": 2},
     }

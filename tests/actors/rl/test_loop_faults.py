@@ -45,7 +45,7 @@ class World:
     def __post_init__(self):
         config = build_config(
             {
-                "grpo": {
+                "rl": {
                     "steps": STEPS,
                     "prompts_per_step": 4,
                     "groups_per_micro_batch": 1,

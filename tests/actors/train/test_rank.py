@@ -132,7 +132,7 @@ def test_the_third_in_a_row_takes_all_networks_back_with_a_lower_rate_that_a_res
         assert torch.equal(rank.seen[1].weights[name], good.seen[1].weights[name])
         assert not torch.equal(rank.seen[5].weights[name], rank.seen[2].weights[name]), "another rate"
     assert "3 in a row" in warnings(rank)[-1] and warnings(rank)[-1].endswith(
-        "Going back to step 2, with 0.5 of grpo.lr from now on (guards.lr_factor)"
+        "Going back to step 2, with 0.5 of rl.lr from now on (guards.lr_factor)"
     )
     # What a resume from the same checkpoint, in another process, would do: the same.
     resumed = make(fails)
@@ -170,9 +170,9 @@ def test_what_goes_on_ends_the_run_in_words(make):
     rank = make(lambda step, rollbacks: step >= 3, max_rollbacks=1)
     assert rank.begun == [0, 2] and rank.stopped and not rank.ended
     assert reason(rank).startswith("rl: step 6: an update of 'policy' is skipped, 3 in a row")
-    assert "It went back 1 times (guards.max_rollbacks), with grpo.lr down to 0.5 of the config's" in reason(rank)
+    assert "Training went back 1 times (guards.max_rollbacks), with rl.lr down to 0.5 of the config's" in reason(rank)
     first = make(lambda step, rollbacks: True, "first")
-    assert "so grpo.lr has no part in it" in reason(first) and first.begun == [0]
+    assert "so rl.lr is not the cause" in reason(first) and first.begun == [0]
     stops = make(lambda step, rollbacks: step >= 3, "stops", on_nonfinite="stop", skips_in_a_row=1)
     assert "(guards.on_nonfinite = stop)" in reason(stops) and steps(stops) == [0, 1, 2]
 

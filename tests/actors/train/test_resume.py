@@ -23,9 +23,9 @@ def of(stage="rl", device="cpu", **changes):
     "stage, changes",
     [
         ("rl", {"pretrain__steps": 7, "telemetry__timeline": False, "evaluate__every": 3, "run__name": "other"}),
-        ("rl", {"grpo__checkpoint_every": 7, "learner__keep_checkpoints": 5, "learner__max_failures": 0}),
+        ("rl", {"rl__checkpoint_every": 7, "learner__keep_checkpoints": 5, "learner__max_failures": 0}),
         ("rl", {"resources__rollout_actors": 2, "rewards__replicas": 2}),
-        ("pretrain", {"grpo__lr": 1.0e-4, "pretrain__log_every": 1}),
+        ("pretrain", {"rl__lr": 1.0e-4, "pretrain__log_every": 1}),
     ],
 )
 def test_what_does_not_reach_the_numbers_leaves_it_exact(stage, changes):
@@ -40,7 +40,7 @@ def test_what_does_not_reach_the_numbers_leaves_it_exact(stage, changes):
             ["resources.learner_workers was 1, is 2", "sums are rounded in another order"],
         ),
         ({"learner__zero_stage": 3}, ["learner.zero_stage was 0, is 3", "sums are rounded in another order"]),
-        ({"grpo__lr": 1.0e-4}, ["grpo.lr was 2e-05, is 0.0001"]),
+        ({"rl__lr": 1.0e-4}, ["rl.lr was 2e-05, is 0.0001"]),
         ({"run__seed": 5}, ["run.seed was 0, is 5"]),
     ],
 )

@@ -12,7 +12,7 @@ WHY = not_finite(math.nan, 0)
 
 
 def guard(rollbacks: int = 0, **settings) -> UpdateGuard:
-    made = UpdateGuard(Guards(**settings), "grpo.lr", rollbacks)
+    made = UpdateGuard(Guards(**settings), "rl.lr", rollbacks)
     made.begun(at_start=False)
     return made
 
@@ -67,7 +67,7 @@ def test_the_very_first_updates_are_no_matter_of_the_learning_rate():
     seen.begun(at_start=True)
     with pytest.raises(
         AlgorithmStopped,
-        match="Not one update of it was made, so grpo.lr has no part in it: set model.precision=float32",
+        match="Not one update of it was made, so rl.lr is not the cause: set model.precision=float32",
     ):
         seen.skipped(1, "policy", WHY)
 
@@ -75,7 +75,7 @@ def test_the_very_first_updates_are_no_matter_of_the_learning_rate():
 def test_stopping_is_the_configs_choice_and_names_the_keys():
     with pytest.raises(
         AlgorithmStopped,
-        match=r"step 4: .*grad_norm nan.*\(guards.on_nonfinite = stop\): lower grpo.lr, or set "
+        match=r"step 4: .*grad_norm nan.*\(guards.on_nonfinite = stop\): lower rl.lr, or set "
         "model.precision=float32",
     ):
         guard(skips_in_a_row=1, on_nonfinite="stop").skipped(4, "policy", WHY)
@@ -83,7 +83,7 @@ def test_stopping_is_the_configs_choice_and_names_the_keys():
 
 def test_going_back_has_an_end():
     with pytest.raises(
-        AlgorithmStopped, match=r"It went back 2 times \(guards.max_rollbacks\), with grpo.lr down to 0.25 of"
+        AlgorithmStopped, match=r"Training went back 2 times \(guards.max_rollbacks\), with rl.lr down to 0.25 of"
     ):
         guard(rollbacks=2, max_rollbacks=2, skips_in_a_row=1).skipped(4, "policy", WHY)
 
@@ -91,7 +91,7 @@ def test_going_back_has_an_end():
 @pytest.mark.parametrize(
     "metrics, words",
     [
-        ({"ratio/max_log": 11.0}, r"the largest \|log-ratio\| is 11 \(guards.max_log_ratio = 10\).*lower grpo.lr"),
+        ({"ratio/max_log": 11.0}, r"the largest \|log-ratio\| is 11 \(guards.max_log_ratio = 10\).*lower rl.lr"),
         ({"ratio/max_log": math.inf}, r"is inf \(guards.max_log_ratio = 10\)"),
         (
             {"ratio/max_log": 0.1, "clip_fraction": 0.7},
