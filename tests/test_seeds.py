@@ -77,6 +77,7 @@ def test_a_named_generator_starts_at_its_beginning_each_time():
     first.random(10)
     assert np.array_equal(rng(3, 4).random(2), np.random.default_rng((2, 3, 4)).random(2))
 
+
 def test_purposes_never_change():
     """A change of these is a change of every run's images, weights or order of data."""
     assert {p.name: p.value for p in Purpose} == {
