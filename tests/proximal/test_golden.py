@@ -1,7 +1,8 @@
 """ProxDM's published formulas (arXiv 2507.08956: Algorithms 1 and 2, the matching loss of section 4) on fixed inputs.
 
-The numbers were computed once with forty decimal digits by a script of these formulas alone, which shares no line with the package:
-p_0 = N(0.4, 0.3^2) with its exact prox, beta(t) = 0.1 + 19.9 t, the uniform grid, and the noises below in the order k = N..1.
+The numbers were computed once with forty decimal digits by a script of these formulas alone, which shares no line with
+the package: p_0 = N(0.4, 0.3^2) with its exact prox, beta(t) = 0.1 + 19.9 t, the uniform grid, and the noises below in
+the order k = N..1.
 """
 
 import pytest

@@ -85,7 +85,10 @@ def test_corrupt_moments_and_the_l2_fact(t, lam):
 
 @pytest.mark.parametrize("t, lam", [(0.0, 0.1), (0.3, 0.5), (0.9, 2.0)])
 def test_expected_noise_is_what_y_and_x0_tell_of_n2(t, lam):
-    """Least squares of n2 on both, with exact moments; and its own least squares on y alone are those of n2: the same minimiser."""
+    """It is the least squares of n2 on y and x0, with exact moments.
+
+    Its own least squares on y alone are those of n2, so the minimiser is the same.
+    """
     n = exact_normals(1000, 3)
     x0 = 0.4 + 0.3 * n[:, :1]
     times, lams = torch.full((1000,), t, dtype=torch.float64), torch.full((1000,), lam, dtype=torch.float64)
@@ -103,8 +106,8 @@ def test_expected_noise_is_what_y_and_x0_tell_of_n2(t, lam):
 
 @pytest.mark.parametrize("zeta", [None, math.inf])
 def test_weighed_by_level_a_clean_prediction_costs_as_prox_what_it_costs_as_score(zeta):
-    """The same wrong clean prediction of the same noisy images, told to matching at (t, lam) and to denoising score matching, which is
-    matching at t = 0, at the noise level of the whole."""
+    """The same wrong clean prediction of the same noisy images, told to matching at (t, lam) and to denoising score
+    matching, which is matching at t = 0, at the noise level of the whole."""
     x0, wrong, n1, n2 = torch.randn(4, 6, 3, 4, 4, dtype=torch.float64)
     t = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.8, 1.0], dtype=torch.float64)
     lam = torch.tensor([0.4, 0.01, 0.5, 2.0, 0.1, 3.0], dtype=torch.float64)

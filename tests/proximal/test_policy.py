@@ -36,7 +36,7 @@ def test_log_ratio_is_the_difference_of_log_densities(sampler):
 
 @pytest.mark.parametrize("sampler", ["ddim", "matched"])
 def test_ddims_policy_is_that_of_x_written_in_z(sampler):
-    """x_{k-1} ~ N(alpha' x^ + sigma' sqrt(1 - eta^2) n^, (sigma' eta)^2): the Flow-GRPO form, with densities of x alone."""
+    """x_{k-1} ~ N(alpha' x^ + sigma' sqrt(1 - eta^2) n^, (sigma' eta)^2), the form of Flow-GRPO: densities of x."""
     eta, n, start = 0.7, 6, 0.65
     steps, out = chain(sampler, n, start=start, eta=eta)
     times = SCHEDULE.grid(n, start)
@@ -61,7 +61,7 @@ def test_ddims_policy_is_that_of_x_written_in_z(sampler):
 
 @pytest.mark.parametrize("eta", [1.0, 0.4])
 def test_eulers_policy_is_that_of_x_written_in_z(eta):
-    """x_{k-1} ~ N(x + gamma x/2 + gamma (1 + eta^2)/2 score, eta^2 gamma): the reverse SDE with a share of its noise."""
+    """x_{k-1} ~ N(x + gamma x/2 + gamma (1 + eta^2)/2 score, eta^2 gamma): the reverse SDE, a share of its noise."""
     n, start = 6, 0.65
     steps, out = chain("euler", n, start=start, eta=eta)
     times = SCHEDULE.grid(n, start)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import re
 
@@ -48,8 +49,8 @@ def test_exact_moments(sampler, n, start, spacing):
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("n, start", [(1, 0.8), (4, 0.65), (20, 1.0)])
 def test_ddim_is_the_recursion_of_its_paper(n, start, eta, sampler):
-    """DDIM on a Gaussian by the posterior mean E[x_0 | x_t], written down from the target's marginals. ``matched`` asks the prox
-    for E[x_{k-1} | x_k], which contains it."""
+    """DDIM on a Gaussian by the posterior mean E[x_0 | x_t], written down from the target's marginals. ``matched`` asks
+    the prox for E[x_{k-1} | x_k], which contains it."""
     times = SCHEDULE.grid(n, start)
     mean, variance = 0.0, 1.0
     for old, new in zip(times[:0:-1], times[-2::-1]):
@@ -98,7 +99,7 @@ def test_converges_to_the_target_as_steps_grow(sampler):
     for n in (10, 50, 250, 1250):
         mean, variance = recursion(sampler, SCHEDULE.grid(n), TARGET)
         errors.append(abs(mean - TARGET.mean) + abs(math.sqrt(variance) - TARGET.std))
-    assert all(b < a / 2 for a, b in zip(errors, errors[1:])), errors
+    assert all(b < a / 2 for a, b in itertools.pairwise(errors)), errors
     assert errors[-1] < 5e-3
 
 

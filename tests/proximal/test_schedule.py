@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -61,13 +62,13 @@ def test_tensors_agree_with_floats():
 def test_grids_ascend_with_exact_ends(spacing, n, start):
     grid = VPSchedule().grid(n, start, spacing)
     assert len(grid) == n + 1 and grid[0] == 0.0 and grid[-1] == start
-    assert all(a < b for a, b in zip(grid, grid[1:]))
+    assert all(a < b for a, b in itertools.pairwise(grid))
 
 
 def test_gamma_grid_has_equal_gammas():
     schedule = VPSchedule()
     grid = schedule.grid(12, 0.8, "gamma")
-    for a, b in zip(grid, grid[1:]):
+    for a, b in itertools.pairwise(grid):
         assert schedule.integral(a, b) == pytest.approx(schedule.integral(0.0, 0.8) / 12, rel=1e-12)
 
 
