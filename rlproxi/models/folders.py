@@ -1,4 +1,4 @@
-"""``ModelFolder``: the one reader of what a model folder says of itself, before any weights are loaded."""
+"""``ModelFolder``: the one reader of the facts in a model folder, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ModelFolder:
     def find(cls, path: str | os.PathLike) -> ModelFolder:
         """The model folder ``path``, or that of the run directory ``path``: models/final, else models/pretrained.
 
-        Raises FileNotFoundError that names ``path`` and says what was expected there.
+        Raises FileNotFoundError that names ``path`` and what was expected there.
         """
         path = Path(path)
         if not path.is_dir():
