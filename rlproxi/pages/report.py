@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ..config.algorithms import ALGORITHMS, Unavailable, configured, section_name
+from ..config.algorithms import ALGORITHMS, AlgorithmClass, configured, section_name
 from ..data.faces import parse_caption
 from ..evaluation.images import data_uri, score_colour
 from ..run_directory import RunDirectory, Samples, dig, load
@@ -253,8 +253,8 @@ def _of_algorithm(run: RunDirectory) -> tuple[tuple[str, ...], str, str | None]:
         name = str(dig(run.config, "run", "algorithm") or ALGORITHMS.default)
         kind = configured(name)
     except ValueError:  # an algorithm that is not known here
-        name, kind = "", Unavailable
-    return getattr(kind, "charts", ("loss",)), section_name(name), getattr(kind, "ratio_tolerance", None)
+        name, kind = "", AlgorithmClass
+    return kind.charts, section_name(name), kind.ratio_tolerance
 
 
 def _frontier(run: RunDirectory) -> str:
