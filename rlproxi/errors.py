@@ -39,7 +39,8 @@ def last_error_line(text: str) -> str:
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    waiting, seen = [error], set()
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
     while waiting:
         each = waiting.pop()
         if isinstance(each, BaseException) and id(each) not in seen:

@@ -65,7 +65,7 @@ def write_json(path: str | os.PathLike, values: Any, indent: int | None = 1) -> 
     write_text(path, json.dumps(values, indent=indent))
 
 
-def digest(file: str | os.PathLike, summed: hashlib._Hash) -> str:
+def digest(file: str | os.PathLike, summed: hashlib._Hash | hashlib.blake2b) -> str:
     """Return the checksum of a file's content in hexadecimal, by the fresh hash object ``summed``."""
     with open(file, "rb") as stream:
         while block := stream.read(_BLOCK):  # hashlib.file_digest came with Python 3.11

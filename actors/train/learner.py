@@ -85,7 +85,7 @@ class Learner(Rank):
             network,
             self.device,
             self.config.learner.zero_stage,
-            s.groups_per_micro_batch * s.group_size,
+            s.rows,
             losses,
             lr=s.lr,
             betas=s.betas,

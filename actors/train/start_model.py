@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlproxi.config.loading import Config
 from rlproxi.models.autoencoder import Autoencoder
+from rlproxi.models.backbone import ProximalNetwork
 from rlproxi.models.folders import ModelFolder
 from rlproxi.models.loading import load_autoencoder, load_encoder, trainable, training_form
 from rlproxi.models.pipeline import TextToImage
@@ -31,9 +32,11 @@ class StartModel:
         self.folder = ModelFolder.find(folder)
         self.encoder = load_encoder(self.folder, dtype).to(device)
 
-    def denoiser(self) -> torch.nn.Module:
+    def denoiser(self) -> ProximalNetwork:
         """A new copy of the denoiser as the stage trains it."""
-        return training_form(self.folder, self.config, self.stage, self.dtype).to(self.device)
+        denoiser = training_form(self.folder, self.config, self.stage, self.dtype)
+        torch.nn.Module.to(denoiser, self.device)  # in place
+        return denoiser
 
     def autoencoder(self) -> Autoencoder | None:
         """A new copy of the autoencoder; None for a model of pixels."""

@@ -8,18 +8,17 @@ prompt, sample), so an iteration that is repeated after a fault is the same iter
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config.algorithms import ALGORITHMS, Params
+from ..config.algorithms import ALGORITHMS, AlgorithmClass
 from ..config.loading import Config
-from ..config.section import Section
 from ..data.prompts import training_prompts
 from ..models.folders import latent_space
 from ..models.text import TextConditioning
@@ -107,27 +106,13 @@ class AlgorithmStopped(RuntimeError):
     """Training cannot go on, and a restart would not help. The message is for the user."""
 
 
-class Algorithm(ABC):
+class Algorithm(AlgorithmClass, ABC):
     """Base of GRPO, R0, DIDR and your own. A subclass defines ``updates`` and what differs from here.
 
     ``rl`` is the section that all algorithms share. ``settings`` is the algorithm's own: the section of its registered
     name, or ``custom`` for a class that ``run.algorithm`` names as package.module:Class.
     """
 
-    #: The class of the algorithm's own section.
-    Settings: ClassVar[type[Section]] = Params
-    #: Sections that it shares with some other algorithms, by name.
-    shared: ClassVar[Mapping[str, type[Section]]] = {}
-    #: Values of ``rl`` that differ from its defaults, where a config does not give them.
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    #: Advice in warnings: what keeps the policy nearer to its start, beside a lower rl.lr.
-    hold_back: ClassVar[str] = "raise rl.anchor"
-    #: Advice in warnings: what makes the rewards of a group differ.
-    spread: ClassVar[str] = "a larger rl.group_size"
-    #: The key of its section that bounds |ratio - 1| before the first update; None: it has no ratios.
-    ratio_tolerance: ClassVar[str | None] = None
-    #: Metrics of its own that the report draws under "Is the policy update sound?".
-    charts: ClassVar[tuple[str, ...]] = ("loss",)
     #: Whether ``updates`` runs on tensors without data, which a plan of the memory needs. False: the plan counts one
     #: forward and backward of each network.
     traceable: ClassVar[bool] = False
@@ -161,10 +146,6 @@ class Algorithm(ABC):
         """The starting model's denoiser, which a rank has where ``needs_reference``."""
         assert self.parts.reference is not None, "needs_reference is false"
         return self.parts.reference
-
-    @classmethod  # noqa: B027 (most algorithms need no check)
-    def check_config(cls, config: Config) -> None:
-        """Raise ValueError, naming the key and the remedy, where the config cannot be trained with this algorithm."""
 
     # -- what a plan asks -------------------------------------------------------------------
 
@@ -254,7 +235,7 @@ class Algorithm(ABC):
         """Metrics of the first batch before any update of this process. ``accept`` gets the largest of all ranks."""
         return {}
 
-    def accept(self, found: dict[str, float]) -> None:  # noqa: B027 (most algorithms accept anything)
+    def accept(self, found: dict[str, float]) -> None:
         """Raise AlgorithmStopped where training must not begin with what ``check`` found."""
 
     @abstractmethod

@@ -11,8 +11,6 @@ Diff-Instruct (DI), with a terminal reward instead DI++, with a terminal reward 
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
@@ -26,10 +24,10 @@ from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean
 from ..rewards.gradients import mean_scores
 from ..seeds import NamedNoise
-from .base import Algorithm, Batch, Parts, Update, Work, share
+from .base import Parts, Work
 from .diffused_reward import damped, denoise_steps, proxy, weight
 from .distillation import direction, normalise, score_divergence, surrogate
-from .fake import FakeSettings, LevelSampler, fake_loss, noise
+from .fake import Captioned, Generator, Losses, noise
 from .requests import SampleRequest
 
 
@@ -92,29 +90,25 @@ class DIDRSettings(Section):
 
 
 @ALGORITHMS.register("didr")
-class DIDR(Algorithm):
+class DIDR(Generator):
     """The loss object of DIDR, DI, DI++ and DI*."""
 
     Settings = DIDRSettings
     settings: DIDRSettings
-    shared: ClassVar = {"fake": FakeSettings}
     defaults: ClassVar = {"steps": 200, "prompts_per_step": 32, "warmup_steps": 20}
     hold_back = "raise didr.beta or lower didr.reward_weight"
     charts = ("loss", "fake/loss")
-    traceable = True
-    needs_rollouts = False
     needs_reference = True
 
     def __init__(self, config: Config):
         super().__init__(config)
         (self.step,) = config.sampler.plan(config.schedule.build(), 1)
         self.needs_gradients = self.settings.reward != "none"
-        self.levels = LevelSampler(config)
 
     @classmethod
     def check_config(cls, config: Config) -> None:
         """As ``Algorithm.check_config``: one step, and a score divergence where a backward through a backward works."""
-        config.check_counts("fake.candidates", config.part("fake", FakeSettings).candidates)
+        super().check_config(config)
         steps, key = config.sampler.num_inference_steps, f"{config.section}.divergence 'score'"
         if steps != 1:
             raise ValueError(
@@ -162,54 +156,22 @@ class DIDR(Algorithm):
         fake = self.levels.settings.updates
         return Work(fake + 2, fake + 1, input_gradients=1, reward_gradients=1, rewards=1 + self.settings.damped)
 
-    def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
-        """The generator, and the fake score as a copy of it."""
-        return {"policy": denoiser, "fake": copy.deepcopy(denoiser)}
-
-    def losses_per_update(self, world: int) -> dict[str, int]:
-        """One loss for each micro-batch, of both networks."""
-        return {name: self.micro_batches(world) for name in ("policy", "fake")}
-
     def connect(self, parts: Parts) -> None:
         """See ``Algorithm.connect``."""
         super().connect(parts)
-        self.prox = operator(parts.networks["policy"], parts.encoder, self.config.sampler.guidance_scale)
-        self.fake = as_clean(parts.networks["fake"])
         self.reference = as_clean(self.frozen)
         self.target = as_clean(operator(self.frozen, parts.encoder, self.settings.guidance_scale).residual)
 
-    def updates(self, batch: Batch) -> Iterator[Update]:
-        """The fake score's updates and then the generator's, for each share of the prompts."""
-        for update in range(self.rl.updates_per_step):
-            mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
-            requests = [batch.requests[j] for j in mine]
-            work = [(request, self.parts.encoder.groups(request.prompts, request.group_size)) for request in requests]
-            for turn in range(1, self.levels.settings.updates + 1):
-                yield Update("fake", self.lr(batch.iteration, self.levels.settings.lr), self._fake_losses(work, turn))
-            yield Update("policy", self.lr(batch.iteration), self._losses(work))
-
-    # -- drawing ----------------------------------------------------------------------------
-
-    def _generate(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
-        """x_0 of the generator, with its graph."""
+    def followed(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
+        """x_0 of the generator, with its graph where gradients are on."""
         named = NamedNoise(request.names(self.seed, turn))
         x = named.start(self.parts.sample_shape, self.parts.device)
         return self.step.after(self.prox(self.step.before(x, named), self.step.t, self.step.lam, text), x, named)
 
-    # -- stage I: the fake score ------------------------------------------------------------
-
-    def _fake_losses(self, work: list[tuple[SampleRequest, TextStates]], turn: int):
+    def losses(self, work: Captioned) -> Losses:
+        """One loss for each micro-batch."""
         for request, text in work:
-            with torch.no_grad():
-                x0 = self._generate(request, text, turn)
-            loss = fake_loss(self.parts.networks["fake"], self.levels, request, turn, x0, text)
-            yield loss, {"loss": loss.item()}
-
-    # -- stage II: the generator ------------------------------------------------------------
-
-    def _losses(self, work: list[tuple[SampleRequest, TextStates]]):
-        for request, text in work:
-            x0 = self._generate(request, text, 0)
+            x0 = self.followed(request, text, 0)
             level, g = self.levels.draw(request, 0, x0)
             if self.settings.divergence == "score":
                 # The fake score's weights must not collect gradients of the generator's loss, until its backward is

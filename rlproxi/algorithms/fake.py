@@ -6,20 +6,29 @@ pre-training on the generator's samples, at the noise levels that the reference 
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any, Literal
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.loading import Config
 from ..config.section import Section, StepCount
-from ..proximal.clean import Ladder, Level
+from ..models.text import TextStates, operator
+from ..proximal.clean import Ladder, Level, as_clean
 from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..seeds import Purpose, generator, rng
+from .base import Algorithm, Batch, Parts, Update, share
 from .requests import SampleRequest
+
+#: Micro-batches with their encoded captions.
+Captioned = list[tuple[SampleRequest, TextStates]]
+Losses = Iterator[tuple[Tensor, dict[str, float]]]
 
 
 class FakeSettings(Section):
@@ -85,3 +94,69 @@ def fake_loss(fake: Denoiser, levels: LevelSampler, request: SampleRequest, turn
     zeta = None if levels.settings.loss == "l1" else math.inf
     target = matching_target(levels.expected, zeta, levels.schedule, y, x0, level.t, level.lam, n2)
     return matching_loss(fake(y, level.t, level.lam, text), target, zeta).mean()
+
+
+class Generator(Algorithm):
+    """Base of R0 and DIDR: a generator that samples on the learner, and a fake score that follows it."""
+
+    shared: ClassVar = {"fake": FakeSettings}
+    traceable = True
+    needs_rollouts = False
+    #: Whether a fake score is trained.
+    follows = True
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.levels = LevelSampler(config)
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """As ``Algorithm.check_config``, of the fake score's step counts."""
+        config.check_counts("fake.candidates", config.part("fake", FakeSettings).candidates)
+
+    @property
+    def backwards(self) -> int:
+        """The generator's losses for a micro-batch, each with its own backward."""
+        return 1
+
+    def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The generator, and the fake score as a copy of it."""
+        return {"policy": denoiser, **({"fake": copy.deepcopy(denoiser)} if self.follows else {})}
+
+    def losses_per_update(self, world: int) -> dict[str, int]:
+        """``backwards`` losses of the generator for each micro-batch, and one of the fake score."""
+        micro = self.micro_batches(world)
+        return {"policy": micro * self.backwards, **({"fake": micro} if self.follows else {})}
+
+    def connect(self, parts: Parts) -> None:
+        """See ``Algorithm.connect``."""
+        super().connect(parts)
+        self.prox = operator(parts.networks["policy"], parts.encoder, self.config.sampler.guidance_scale)
+        if self.follows:
+            self.fake = as_clean(parts.networks["fake"])
+
+    def updates(self, batch: Batch) -> Iterator[Update]:
+        """The fake score's updates and then the generator's, for each share of the prompts."""
+        fake = self.levels.settings
+        for update in range(self.rl.updates_per_step):
+            mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
+            requests = [batch.requests[j] for j in mine]
+            work = [(request, self.parts.encoder.groups(request.prompts, request.group_size)) for request in requests]
+            for turn in range(1, fake.updates + 1) if self.follows else ():
+                yield Update("fake", self.lr(batch.iteration, fake.lr), self._fake_losses(work, turn))
+            yield Update("policy", self.lr(batch.iteration), self.losses(work))
+
+    @abstractmethod
+    def losses(self, work: Captioned) -> Losses:
+        """The generator's losses."""
+
+    @abstractmethod
+    def followed(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
+        """What the fake score follows: samples of the generator, x_0 [B, ...]. Called without gradient."""
+
+    def _fake_losses(self, work: Captioned, turn: int) -> Losses:
+        for request, text in work:
+            with torch.no_grad():
+                x0 = self.followed(request, text, turn)
+            loss = fake_loss(self.parts.networks["fake"], self.levels, request, turn, x0, text)
+            yield loss, {"loss": loss.item()}

@@ -9,29 +9,26 @@ towards the reference's distribution (Diff-Instruct's, arXiv 2305.18455).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.algorithms import ALGORITHMS
 from ..config.loading import Config
 from ..config.section import Section
 from ..models.folders import latent_space
-from ..models.text import TextStates, operator
+from ..models.text import TextStates
 from ..proximal.clean import Level, as_clean, clean_prediction
 from ..proximal.operator import expand
 from ..proximal.samplers import AFTER, Step
 from ..rewards.gradients import Gradients, mean_scores
 from ..seeds import NamedNoise, Purpose, rng
-from .base import Algorithm, Batch, Parts, Update, Work, share
-from .fake import FakeSettings, LevelSampler, fake_loss, noise
+from .base import Batch, Parts, Update, Work
+from .fake import Captioned, Generator, Losses, noise
 from .requests import SampleRequest
-
-Losses = Iterator[tuple[Tensor, dict[str, float]]]
 
 
 class R0Settings(Section):
@@ -72,17 +69,14 @@ class R0Settings(Section):
 
 
 @ALGORITHMS.register("r0")
-class R0(Algorithm):
+class R0(Generator):
     """The loss object of R0 and R0+."""
 
     Settings = R0Settings
     settings: R0Settings
-    shared: ClassVar = {"fake": FakeSettings}
     defaults: ClassVar = {"steps": 200, "prompts_per_step": 32, "warmup_steps": 20, "anchor": 1e-3}
     hold_back = "raise rl.anchor or r0.distribution_weight"
     charts = ("loss", "distribution_gap")
-    traceable = True
-    needs_rollouts = False
     needs_gradients = True
 
     def __init__(self, config: Config):
@@ -92,12 +86,11 @@ class R0(Algorithm):
         self.normalize_gradients = self.settings.normalize_gradients
         self.follows = self.settings.distribution_weight > 0
         self.needs_reference = self.follows or self.settings.guidance_weight > 0
-        self.levels = LevelSampler(config)
 
     @classmethod
     def check_config(cls, config: Config) -> None:
         """As ``Algorithm.check_config``: under ZeRO 3 each backward follows its own forward."""
-        config.check_counts("fake.candidates", config.part("fake", FakeSettings).candidates)
+        super().check_config(config)
         s = config.part(config.section, R0Settings)
         if config.learner.zero_stage == 3 and not s.checkpoint_steps and not s.plus:
             raise ValueError(
@@ -145,37 +138,21 @@ class R0(Algorithm):
         """Losses, each with a backward of its own, that a micro-batch is made of."""
         return len(self.plan) if self.settings.checkpoint_steps and not self.settings.plus else 1
 
-    def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
-        """The generator, and a fake score where ``distribution_weight`` asks for one."""
-        return {"policy": denoiser, **({"fake": copy.deepcopy(denoiser)} if self.follows else {})}
-
-    def losses_per_update(self, world: int) -> dict[str, int]:
-        """``backwards`` losses of the generator for each micro-batch, and one of the fake score."""
-        micro = self.micro_batches(world)
-        return {"policy": micro * self.backwards, **({"fake": micro} if self.follows else {})}
-
     def connect(self, parts: Parts) -> None:
         """See ``Algorithm.connect``."""
         super().connect(parts)
-        self.prox = operator(parts.networks["policy"], parts.encoder, self.config.sampler.guidance_scale)
         if self.follows:
-            self.fake, self.target = as_clean(parts.networks["fake"]), as_clean(self.frozen)
+            self.target = as_clean(self.frozen)
 
     def updates(self, batch: Batch) -> Iterator[Update]:
-        """The fake score's updates and then the generator's, for each share of the prompts."""
-        s = self.settings
-        if s.random_eta and self.config.sampler.name in AFTER:
+        """As ``Generator.updates``, with an eta of the iteration."""
+        if self.settings.random_eta and self.config.sampler.name in AFTER:
             eta = rng(self.seed, Purpose.R0_ETA, batch.iteration).random(len(self.plan))
             self.plan = self.config.sampler.plan(self.schedule, eta=cast("Sequence[float]", eta))
-        for update in range(self.rl.updates_per_step):
-            mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
-            requests = [batch.requests[j] for j in mine]
-            work = [(request, self.parts.encoder.groups(request.prompts, request.group_size)) for request in requests]
-            for turn in range(1, self.levels.settings.updates + 1) if self.follows else ():
-                yield Update("fake", self.lr(batch.iteration, self.levels.settings.lr), self._fake_losses(work, turn))
-            yield Update("policy", self.lr(batch.iteration), self._losses(work))
+        yield from super().updates(batch)
 
-    def _losses(self, work: list[tuple[SampleRequest, TextStates]]) -> Losses:
+    def losses(self, work: Captioned) -> Losses:
+        """One loss for each micro-batch, or, step by step, one for each of its steps."""
         for request, text in work:
             named, x = self._start(request)
             if self.settings.plus:
@@ -185,18 +162,10 @@ class R0(Algorithm):
             else:
                 yield self._surrogate(self._generate(text, named, x), request, text)
 
-    def _fake_losses(self, work: list[tuple[SampleRequest, TextStates]], turn: int) -> Losses:
-        """The fake score follows what the reward looks at: the last samples, or R0+'s clean predictions."""
-        for request, text in work:
-            named, x = self._start(request, turn)
-            with torch.no_grad():
-                x = (
-                    self._intermediate(request, text, named, x)
-                    if self.settings.plus
-                    else self._generate(text, named, x)
-                )
-            loss = fake_loss(self.parts.networks["fake"], self.levels, request, turn, x, text)
-            yield loss, {"loss": loss.item()}
+    def followed(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
+        """What the reward looks at: the last samples, or R0+'s clean predictions."""
+        named, x = self._start(request, turn)
+        return self._intermediate(request, text, named, x) if self.settings.plus else self._generate(text, named, x)
 
     def _start(self, request: SampleRequest, turn: int = 0) -> tuple[NamedNoise, Tensor]:
         """Named noise and x_N."""

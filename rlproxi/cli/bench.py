@@ -59,8 +59,8 @@ class _Shapes:
         self.config = config
         g = config.rl
         source = collection(config.run.seed, "train_prompts")
-        self.prompts = tuple(faces.portrait(source, i).caption for i in range(g.groups_per_micro_batch))
-        self.batch = g.groups_per_micro_batch * g.group_size
+        self.prompts = tuple(faces.portrait(source, i).caption for i in range(g.groups))
+        self.batch = g.rows
         self.unet = build_denoiser(config).eval()
         self.encoder = _encoder(config)
         self.text: TextStates = self.encoder.groups(self.prompts, g.group_size)

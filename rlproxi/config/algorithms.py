@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ..registry import Registry
 from .section import Section
-
-if TYPE_CHECKING:
-    from .loading import Config
 
 
 class RL(Section):
@@ -77,32 +74,34 @@ class Params(Section):
     params: dict[str, Any] = Field({}, description="Whatever that class reads.")
 
 
-class AlgorithmClass(Protocol):
-    """What a config asks of an algorithm's class; see ``algorithms.base.Algorithm``."""
+class AlgorithmClass:
+    """What configs, pages and warnings ask of an algorithm's class; ``algorithms.base.Algorithm`` is the rest of it."""
 
-    Settings: ClassVar[type[Section]]
-    shared: ClassVar[Mapping[str, type[Section]]]
-    defaults: ClassVar[Mapping[str, Any]]
+    #: The class of the algorithm's own section.
+    Settings: ClassVar[type[Section]] = Params
+    #: Sections that it shares with some other algorithms, by name.
+    shared: ClassVar[Mapping[str, type[Section]]] = {}
+    #: Values of ``rl`` that differ from its defaults, where a config does not give them.
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    #: Advice in warnings: what keeps the policy nearer to its start, beside a lower rl.lr.
+    hold_back: ClassVar[str] = "raise rl.anchor"
+    #: Advice in warnings: what makes the rewards of a group differ.
+    spread: ClassVar[str] = "a larger rl.group_size"
+    #: The key of its section that bounds |ratio - 1| before the first update; None: it has no ratios.
+    ratio_tolerance: ClassVar[str | None] = None
+    #: Metrics that the report draws under "Is the policy update sound?".
+    charts: ClassVar[tuple[str, ...]] = ("loss",)
 
     @classmethod
-    def check_config(cls, config: Config) -> None:
-        """Raise ValueError where the config cannot be trained with this algorithm."""
+    def check_config(cls, config: Any) -> None:  # a ``loading.Config``, which is made of what stands here
+        """Raise ValueError, naming the key and the remedy, where the config cannot be trained with this algorithm."""
 
 
-class AnySettings(Section, extra="allow"):
-    """Whatever a config holds."""
-
-
-class Unavailable:
+class Unavailable(AlgorithmClass):
     """Stands for a class that cannot be imported here. Its run can be evaluated; the preflight refuses to train it."""
 
-    Settings: ClassVar[type[Section]] = AnySettings
-    shared: ClassVar[Mapping[str, type[Section]]] = {}
-    defaults: ClassVar[Mapping[str, Any]] = {}
-
-    @classmethod
-    def check_config(cls, config: Config) -> None:
-        """Accept any config."""
+    class Settings(Section, extra="allow"):
+        """Whatever the config holds."""
 
 
 #: Algorithms by ``run.algorithm``. Each registers itself in its own module.

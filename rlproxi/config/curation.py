@@ -9,25 +9,10 @@ from pydantic import Field, model_validator
 from .section import Section
 
 #: What a caption says where hands are in the picture; whole words, in any case.
-HAND_WORDS = (
-    "hand",
-    "hands",
-    "finger",
-    "fingers",
-    "fingertip",
-    "fingertips",
-    "thumb",
-    "thumbs",
-    "palm",
-    "palms",
-    "fist",
-    "fists",
-    "knuckle",
-    "knuckles",
-    "fingernail",
-    "fingernails",
-    "handshake",
-    "handshakes",
+HAND_WORDS = tuple(
+    word + ending
+    for word in ("hand", "finger", "fingertip", "thumb", "palm", "fist", "knuckle", "fingernail", "handshake")
+    for ending in ("", "s")
 )
 
 #: Smallest confidence of a face where the config names none, by detector. A cascade's is the last stage's sum, no

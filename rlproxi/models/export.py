@@ -279,7 +279,7 @@ def _results(folder: Path) -> list[str]:
         "|---|---|---|",
         *lines,
         "",
-        f"Run `{run.resolve().name}`, seed {summary.get('seed')}. The held-out reward is the "
+        f"Run `{run.path.resolve().name}`, seed {summary.get('seed')}. The held-out reward is the "
         "mean over fixed prompts and seeds, with its standard error; nothing was trained on it.",
     ]
 

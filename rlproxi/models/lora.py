@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config.sections import LoRA
-from ..proximal.operator import Prox
 from ..seeds import Purpose, seed_of
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def adapters_off(denoiser: nn.Module) -> Iterator[None]:
             layer._disable_adapters = off
 
 
-def without_adapters(prox: Prox, denoiser: nn.Module) -> Prox:
+def without_adapters(prox: Callable[..., Tensor], denoiser: nn.Module) -> Callable[..., Tensor]:
     """``prox``, whose network is ``denoiser``, as the base computes it: the reference policy."""
 
     def reference(*args: Any) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ..config.algorithms import ALGORITHMS, Unavailable, configured, section_name
+from ..config.algorithms import ALGORITHMS, AlgorithmClass, configured, section_name
 from ..data.faces import parse_caption
 from ..evaluation.images import data_uri, score_colour
 from ..files import write_text
@@ -242,8 +242,8 @@ def _of_algorithm(run: RunReader) -> tuple[tuple[str, ...], str, str | None]:
         name = str(dig(run.config, "run", "algorithm") or ALGORITHMS.default)
         kind = configured(name)
     except ValueError:  # an algorithm that is not known here
-        name, kind = "", Unavailable
-    return getattr(kind, "charts", ("loss",)), section_name(name), getattr(kind, "ratio_tolerance", None)
+        name, kind = "", AlgorithmClass
+    return kind.charts, section_name(name), kind.ratio_tolerance
 
 
 def _frontier(run: RunReader) -> str:

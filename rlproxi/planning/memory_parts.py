@@ -12,7 +12,7 @@ from ..data import faces
 from ..models.folders import ModelFolder
 from ..models.text import build_text_encoder
 
-#: The most gradients in DeepSpeed's reduction buffer (see actors/train/engine.py), which is allocated whole from ZeRO 1 on.
+#: The most gradients in DeepSpeed's reduction buffer (actors/train/engine.py). ZeRO 1 and later allocate all of it.
 BUCKET = 500_000_000
 
 
@@ -46,7 +46,7 @@ def text_encoders(config: Config, folder: ModelFolder | None) -> list[nn.Module]
         m = config.model
         return [build_text_encoder([*captions, ""], m.text_dim, m.text_layers, m.text_length).model]
     models = []
-    for end, name in zip(folder.text_ends, folder.text_classes):
+    for end, name in zip(folder.text_ends, folder.text_classes, strict=True):
         kind = getattr(transformers, name)
         models.append(kind(kind.config_class.from_dict(folder.json(f"text_encoder{end}/config.json"))))
     return models

@@ -28,8 +28,10 @@ def cache_folder(config: Config, run_dir: Path) -> Path | None:
 
 
 def with_paths(config: Config, run_dir: Path) -> Config:
-    """What a run makes for itself, where nothing else is named: the embedded scorers read what ``prepare`` made, and the
-    prompts are the captions that ``encode`` found."""
+    """The config with the files that the run makes for itself, where it names no others.
+
+    The embedded scorers read what the stage prepare trained. The prompts are the captions that the stage encode found.
+    """
 
     def resolve(reward: Reward) -> Reward:
         made = facts(reward.kind).prepared_as

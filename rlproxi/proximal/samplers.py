@@ -90,7 +90,7 @@ class SamplerKind:
         name: its name in the config.
         step: (schedule, k, new time t_{k-1}, old time t_k, eta) -> the step between them.
         without_noise: a step -> the same step with its noise taken away, from its own coefficients.
-        noise_after: whether its noise is drawn after the prox and scaled by eta; else it is drawn before, whatever eta is.
+        noise_after: whether its noise is drawn after the prox, scaled by eta; else before the prox, whatever eta is.
         noisy: whether it draws noise at eta 0.
         limit: the sampler that it becomes without its noise, at eta 0; None: none of this module.
         full_noise_name: the name under which ``rlproxi eval`` draws from it with eta 1; None: it does not.

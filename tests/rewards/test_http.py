@@ -188,7 +188,7 @@ def test_the_server_says_that_it_is_up_and_echoes_the_id(server):
     assert json.loads(connection.getresponse().read()) == {"reward": "recorder"}
     connection.close()
     images = pictures(1)
-    status, answer, headers = post(server, npz(images=images, prompts=np.array(["two"])), f"{wire.NPZ}; x=y")
+    status, _, headers = post(server, npz(images=images, prompts=np.array(["two"])), f"{wire.NPZ}; x=y")
     assert status == 200 and headers["X-Request-Id"] == wire.request_id(images, ["two"])
     assert headers["Content-Type"] == wire.NPZ and server.scorer.seen[0][1] == ["two"]  # unicode arrays are read too
 
@@ -331,9 +331,9 @@ def test_either_format_may_answer(body, content_type):
 
 
 def test_silence_and_absence_are_told_apart():
-    with canned(body=b'{"scores": [1]}', delay=0.5) as (_, url):
-        with pytest.raises(RewardError, match=f"{url} did not answer within timeout_s = 0.1$"):
-            build("http", {"url": url, "timeout_s": 0.1}).score(pictures(1), ["x"])
+    late = canned(body=b'{"scores": [1]}', delay=0.5)
+    with late as (_, url), pytest.raises(RewardError, match=f"{url} did not answer within timeout_s = 0.1$"):
+        build("http", {"url": url, "timeout_s": 0.1}).score(pictures(1), ["x"])
     with pytest.raises(RewardError, match=f"{url} cannot be asked: ConnectionRefusedError"):
         build("http", {"url": url}).score(pictures(1), ["x"])
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...config.algorithms import configured
+from ...config.algorithms import AlgorithmClass, configured
 from ...config.loading import Config
-from ..base import Algorithm
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class OverOptimisation:
         patience: int | None = None,
         drift: float | None = None,
         sameness: float | None = None,
-        hold_back: str = Algorithm.hold_back,
+        hold_back: str = AlgorithmClass.hold_back,
     ):
         self.sigmas = sigmas
         self.patience = patience
@@ -70,8 +69,7 @@ class OverOptimisation:
     def of(cls, config: Config) -> OverOptimisation:
         """The guard of a run's evaluations."""
         e, kind = config.evaluate, configured(config.run.algorithm)
-        hold_back = getattr(kind, "hold_back", Algorithm.hold_back)  # a class that cannot be imported has none
-        return cls(e.alarm_sigmas, e.patience, e.alarm_drift, e.alarm_sameness, hold_back)
+        return cls(e.alarm_sigmas, e.patience, e.alarm_drift, e.alarm_sameness, kind.hold_back)
 
     def see(self, now: Evaluated) -> str | None:
         """Take the next evaluation; return the alarm's message, or None. ``best is now`` if it is the best so far."""

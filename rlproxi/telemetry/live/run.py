@@ -141,7 +141,7 @@ class LiveRun:
     def _new_evaluations(self) -> list:
         """[["evaluations"]] if the folder of evaluations has changed: a file follows its record in the log."""
         try:
-            now = self.files.evaluations.stat().st_mtime
+            now = RunDirectory(self.path).evaluations.stat().st_mtime
         except OSError:
             return []
         if now == self._evaluations:
