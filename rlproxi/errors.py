@@ -33,7 +33,7 @@ def first_line(error: BaseException) -> str:
 
 
 def last_error_line(text: str) -> str:
-    """The last line that names an error, else the last line: Serve and Ray wrap a replica's error in their tracebacks."""
+    """The last line that names an error, else the last line: Serve and Ray put their tracebacks around it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return ([line for line in lines if "Error: " in line] or lines or [""])[-1]
 
