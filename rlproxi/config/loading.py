@@ -248,9 +248,9 @@ def model_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _algorithm_of(values: dict) -> str:
+def _algorithm_of(values: Any) -> str:
     """``run.algorithm`` of unchecked values; the default where it is missing, or will be refused by section ``run``."""
-    run = values.get("run")
+    run = values.get("run") if isinstance(values, dict) else None
     name = run.get("algorithm") if isinstance(run, dict) else getattr(run, "algorithm", None)
     try:
         if isinstance(name, str):

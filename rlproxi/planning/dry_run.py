@@ -100,7 +100,7 @@ def _rewards(w: Rewards) -> str:
 
 
 def _training(config: Config, algorithm: Algorithm, memory: Estimate) -> list[str]:
-    """What the stage rl does, and what is on its way between the actors."""
+    """The algorithm, its iteration, and the data in flight between actors."""
     g = config.rl
     weights = f"weights {memory.update_bytes / _MB:.1f} MB a version"
     places = ["rewards with gradients on the learner"] if algorithm.needs_gradients else []

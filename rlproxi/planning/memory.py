@@ -1,7 +1,7 @@
-"""What a run will hold in memory, role by role, from its config and its folders' config.json files, without weights.
+"""Peak memory of a run, role by role, from its config and its folders' config.json files, without weights.
 
-Weights, optimizer and averages are counted from the shapes of the very networks that would run. Activations are
-counted by running the very losses and samplers on tensors without data (``memory_trace``).
+Weights, optimizer and averages are counted from the shapes of the networks that would run. Activations are counted by
+running the real losses and samplers on tensors without data (``memory_trace``).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Estimate:
 
     @property
     def update_bytes(self) -> int:
-        """Of one version of the weights on its way."""
+        """Bytes of one version of the weights in transit."""
         return 4 * self.trained
 
 
@@ -89,7 +89,7 @@ def check_folders(config: Config) -> None:
 
 
 class _Estimator:
-    """The parts that roles share, each worked out once."""
+    """Computes the roles, and the parts that they share once."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -123,12 +123,13 @@ class _Estimator:
 
     def _learner(self, device: str) -> Role:
         c, g = self.config, self.config.rl
-        short, left_out = build_algorithm(c).shortened()
+        whole = build_algorithm(c)
+        short, left_out = whole.shortened()
         algorithm = build_algorithm(short)
         dtype = self._dtype(device)
         networks, copied = self._learner_networks(algorithm, dtype)
         parts = {"network" if i == 0 else f"{name} network": held(x) for i, (name, x) in enumerate(networks.items())}
-        parts |= self._text(dtype) | {"batch": self._batch_bytes(algorithm)}
+        parts |= self._text(dtype) | {"batch": self._batch_bytes(whole)}
         if copied is not None:
             parts["reference copy"] = held(copied)
         first = next(iter(networks.values()))
@@ -158,7 +159,7 @@ class _Estimator:
     def _learner_networks(
         self, algorithm: Algorithm, dtype: torch.dtype
     ) -> tuple[dict[str, nn.Module], nn.Module | None]:
-        """What the algorithm trains, and the reference where it is a copy."""
+        """The networks that the algorithm trains, and the reference where it is a copy."""
         denoiser = empty_form(self.config, "rl", dtype)
         networks = algorithm.networks(denoiser)
         copied = None
@@ -170,7 +171,7 @@ class _Estimator:
         return networks, copied
 
     def _gradients(self, algorithm: Algorithm, parts: dict[str, int], device: str) -> RewardGradients:
-        """The training rewards on this rank, and in ``parts`` what they hold."""
+        """The training rewards on this rank; adds the bytes they hold to ``parts``."""
         gradients, unknown = empty_gradients(self.config, self.vae, algorithm.normalize_gradients, device)
         if self.vae is not None:
             parts["autoencoder"] = held(self.vae)

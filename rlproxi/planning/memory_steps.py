@@ -31,7 +31,7 @@ Losses = Iterator[tuple[Tensor, dict[str, float]]]
 
 
 class Captions:
-    """In the place of a text encoder: states of the shapes that the config asks for, all zeros, whatever is said."""
+    """Stands in for a text encoder: zeros of the shapes that the config gives, for any caption."""
 
     def __init__(self, config: Config, device: torch.device):
         self.shape, self.device = text_shape(config), device
@@ -55,7 +55,7 @@ def first_updates(
     gradients: RewardGradients | None = None,
     reference_scope: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Update]:
-    """Of each network the first update that the learner makes, of one micro-batch of zeros, where the network is.
+    """The learner's first update of each network, on one micro-batch of zeros on the network's device.
 
     Args:
         networks: those that ``algorithm.networks`` names.
@@ -97,13 +97,13 @@ def learner_losses(config: Config, network: nn.Module, rows: int) -> Losses:
 
 
 def one_loss(config: Config, network: nn.Module) -> Losses:
-    """One prox of a micro-batch with a backward, whatever the algorithm makes of it."""
+    """One prox of a micro-batch with a backward, for an algorithm that is not ``traceable``."""
     prox, z, text = inputs(config, network, config.rl.rows)
     yield prox(z, 0.5, 0.5, text).sum(), {}
 
 
 def inputs(config: Config, network: nn.Module, rows: int) -> tuple[ProximalOperator, Tensor, TextStates]:
-    """The prox, samples and captions of the shapes that the config asks for, all zeros."""
+    """The prox, samples and captions of the config's shapes, all zeros."""
     channels, side = latent_space(config)
     device = next(network.parameters()).device
     captions = Captions(config, device)
