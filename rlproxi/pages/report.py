@@ -19,7 +19,7 @@ from ..data.faces import parse_caption
 from ..evaluation.images import data_uri, score_colour
 from ..files import write_text
 from ..telemetry import runlog
-from ..telemetry.catalogue import entry
+from ..telemetry.catalogue import lookup
 from ..telemetry.run_reader import RunReader, Samples, dig
 from . import figures
 from .html import card, figure, missing, page, table
@@ -215,7 +215,7 @@ def _policy(run: RunReader) -> str:
     curves = {k: s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
     out = ""
     if curves:
-        reading = " ".join(f"{k}: {entry(k).reading}" for k in curves)
+        reading = " ".join(f"{k}: {metric.reading}" for k in curves if (metric := lookup(k)))
         out += figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
     else:
         out += missing(f"None of {', '.join(names)} has been logged yet.")

@@ -12,8 +12,8 @@ from rlproxi.pages.report import render
 from rlproxi.planning.dry_run import describe
 from rlproxi.planning.memory import estimate
 from rlproxi.planning.preflight import problems
-from rlproxi.run_directory import load
 from rlproxi.telemetry.live.run import totals
+from rlproxi.telemetry.run_reader import RunReader
 from rlproxi.telemetry.runlog import RunLog
 
 NAME = "fixtures.made_up_algorithm:RewardWeighted"
@@ -82,7 +82,7 @@ def test_the_live_page_the_report_and_the_alarm_know_it(tmp_path):
     with RunLog(tmp_path) as log:
         for step in (1, 2):
             log.append("metrics", stage="rl", step=step, **{"weights/largest": 0.5, "loss": 1.0})
-    page = render(load(tmp_path))
+    page = render(RunReader(tmp_path))
     assert "weights/largest, loss" in page and "ratio" not in page.partition("Is the policy update sound?")[2][:2000]
     guard = OverOptimisation.of(config)
     guard.see(Evaluated(0, 0.5, 0.6, 0.01))

@@ -35,7 +35,7 @@ def test_preflight_and_estimate_read_each_file_of_a_folder_once(key, tmp_path, r
     reads.clear()
     stages = ["rl"] if key == "init" else ["pretrain", "rl"]
     config = build_config(
-        {"run": {"stages": stages}, "data": {"size": 64}, "model": {"patch": 1, key: str(folder)}, "grpo": {"steps": 1}}
+        {"run": {"stages": stages}, "data": {"size": 64}, "model": {"patch": 1, key: str(folder)}, "rl": {"steps": 1}}
     )
     assert problems(config) == []
     estimate(config)
