@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..algorithms.base import Work, build_algorithm
+from ..config.algorithms import ALGORITHMS
 from ..config.loading import Config, build_config, config_folder, dump_config, load_config
 from ..data import faces
 from ..data.faces import collection
@@ -269,8 +270,8 @@ def command(options: argparse.Namespace) -> int:
             1.0,
             "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1",
         )
-    others = [] if options.config else [load_config(config_folder() / f"quick-{name}.yaml") for name in ("r0", "didr")]
-    for one in [config, *others]:
+    files = [] if options.config else [config_folder() / f"quick-{name}.yaml" for name in ALGORITHMS.names()]
+    for one in [config, *(load_config(file) for file in files if file.is_file())]:
         ratio, parts = iteration_ratio(one)
         if one is config:
             add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, parts)
