@@ -11,7 +11,7 @@ from .arguments import add_precision, at_least, counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments, named as ``frontier.command`` takes them."""
+    """Add the command's arguments, named as ``frontier.Options`` names them."""
     parser.description = (
         "Reward, diversity, distance to data and seconds an image against the number of steps. Models that share a "
         "LABEL are runs of one method: the intervals are over them and over --seeds."
@@ -61,4 +61,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     """Measure, and write a table, a CSV and a plot into ``--out``. Returns 0."""
-    return frontier.command(**vars(options))
+    return frontier.command(frontier.Options(**vars(options)))
