@@ -65,6 +65,16 @@ def write_json(path: str | os.PathLike, values: Any, indent: int | None = 1) -> 
     write_text(path, json.dumps(values, indent=indent))
 
 
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Append ``line`` and a line end in one write. A line that a killed writer left without its end is ended first."""
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        torn = size and file.read(1) != b"\n"
+        file.write(("\n" * bool(torn) + line + "\n").encode("utf-8"))
+
+
 def digest(file: str | os.PathLike, summed: hashlib._Hash | hashlib.blake2b) -> str:
     """Return the checksum of a file's content in hexadecimal, by the fresh hash object ``summed``."""
     with open(file, "rb") as stream:

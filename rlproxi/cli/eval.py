@@ -11,7 +11,7 @@ from .arguments import add_precision, at_least, counts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments, named as ``frontier.Options`` has them."""
+    """Add the command's arguments, named as ``frontier.Options`` names them."""
     parser.description = (
         "Reward, diversity, distance to data and seconds an image against the number of steps. Models that share a "
         "LABEL are runs of one method: the intervals are over them and over --seeds."

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -31,7 +32,7 @@ from ..run_directory import RunDirectory
 from ..telemetry.catalogue import CATALOGUE
 from ..telemetry.live import files as live_files
 from ..telemetry.live.hub import Hub
-from ..telemetry.live.values import whole
+from ..telemetry.values import dig, whole
 from . import ASSETS, asset
 from .process import MORE_PORTS, address, bind, is_loopback
 
@@ -63,9 +64,7 @@ class Guard:
             return await self.app(scope, receive, send)
         headers = {name.lower(): value for name, value in scope["headers"]}
         refused = self._refused(scope, headers)
-        if refused:
-            return await refused(scope, receive, _with_headers(send))
-        await self.app(scope, receive, _with_headers(send))
+        await (refused or self.app)(scope, receive, _with_headers(send))
 
     def _refused(self, scope, headers: dict) -> JSONResponse | None:
         if scope["method"] not in ("GET", "HEAD"):
@@ -155,9 +154,7 @@ class Page:
         run = self.hub.opened(request.path_params["run"])
         with run.lock:
             text, values = run.config()
-        sampler = values.get("sampler")
-        steps = sampler.get("num_inference_steps") if isinstance(sampler, dict) else None
-        return {"text": text, "headline_steps": whole(steps)}
+        return {"text": text, "headline_steps": whole(dig(values, "sampler", "num_inference_steps"))}
 
     def timeline(self, request: Request) -> dict:
         """The last iterations of a run's timeline."""
@@ -194,11 +191,10 @@ class Page:
             changed = os.stat(file).st_mtime_ns
         except (OSError, ValueError):  # a name may be longer than a file's can be, or none
             changed = 0
-        key = (str(folder), at["tag"], at["steps"], at["prompt"], changed)
+        place = folder, at["tag"], at["steps"], at["prompt"]
+        key = (*place, changed)
         with self._drawing:  # one at a time: each may hold many megabytes while it is drawn
-            found = self._pictures.get(key) or live_files.evaluation_picture(
-                folder, at["tag"], at["steps"], at["prompt"]
-            )
+            found = self._pictures.get(key) or live_files.evaluation_picture(*place)
             self._pictures[key] = found
             while sum(len(picture) for picture, _ in self._pictures.values()) > PICTURE_CACHE:
                 self._pictures.popitem(last=False)
@@ -210,11 +206,9 @@ class Page:
     async def events(self, request: Request) -> Response:
         """Server-sent events of ?run=ID[&run=ID..] since ?after=CURSOR, or since the Last-Event-ID of a reconnect."""
         names = set(request.query_params.getlist("run"))
-        known = await run_in_threadpool(self.hub.folders)
-        if not names or names - set(known):
-            raise HTTPException(
-                404, f"ask for ?run=ID of /api/runs; unknown: {', '.join(sorted(names - set(known)))[:200]}"
-            )
+        unknown = names - set(await run_in_threadpool(self.hub.folders))
+        if not names or unknown:
+            raise HTTPException(404, f"ask for ?run=ID of /api/runs; unknown: {', '.join(sorted(unknown))[:200]}")
         if self.streams >= STREAMS:
             raise HTTPException(503, f"{STREAMS} pages are listening already; close one")
         cursor = request.headers.get("last-event-id") or request.query_params.get("after") or ""
@@ -288,22 +282,11 @@ def serve(hub: Hub, listener: socket.socket, host: str, until: Callable[[], obje
 
     async def main() -> None:
         app, page = application(hub, is_loopback(host))
+        quiet: dict[str, Any] = {"access_log": False, "log_level": "error", "server_header": False}
         # h11 lets us bound a request's head. The other implementation does not bound a path.
-        server = _Server(
-            uvicorn.Config(
-                app,
-                http="h11",
-                loop="asyncio",
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_level="error",
-                h11_max_incomplete_event_size=16384,
-                server_header=False,
-                limit_concurrency=256,
-                timeout_graceful_shutdown=2,
-            )
-        )
+        bounds: dict[str, Any] = {"h11_max_incomplete_event_size": 16384, "limit_concurrency": 256}
+        parts: dict[str, Any] = {"http": "h11", "loop": "asyncio", "ws": "none", "lifespan": "off"}
+        server = _Server(uvicorn.Config(app, **parts, **quiet, **bounds, timeout_graceful_shutdown=2))
         loop = asyncio.get_running_loop()
 
         def stop() -> None:

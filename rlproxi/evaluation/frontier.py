@@ -26,10 +26,12 @@ from ..algorithms.requests import SampleRequest
 from ..config.loading import Config, load_config
 from ..data.prompts import heldout_prompts
 from ..errors import ConfigError
+from ..files import append_line
 from ..planning.preflight import with_paths
 from ..run_directory import RunDirectory
 from .drawers import Drawer, open_model, split_name
 from .heldout import mean_and_error
+from .images import grid, save_png
 from .reference import Comparison
 
 LINES, CSV, TABLE, PLOT, IMAGES = "frontier.jsonl", "frontier.csv", "frontier.md", "frontier.png", "images"
@@ -169,16 +171,8 @@ class Frontier:
         seconds = 0.0
         groups = max(1, self.batch // samples)
         for i in range(0, len(self.prompts), groups):
-            part = slice(i, i + groups)
-            request = SampleRequest(
-                "heldout",
-                seed,
-                tuple(self.prompts[part]),
-                tuple(self.indices[part]),
-                samples,
-                num_steps=steps,
-                guidance_scale=guidance,
-            )
+            prompts, indices = tuple(self.prompts[i : i + groups]), tuple(self.indices[i : i + groups])
+            request = SampleRequest("heldout", seed, prompts, indices, samples, (), steps, guidance)
             if cold and not images:
                 drawer.draw(request, self.config.run.seed)  # the first call is slower, by what later ones find ready
             begun = time.perf_counter()
@@ -201,10 +195,10 @@ class Frontier:
         )
         self.measurements[measured.key] = measured
         if seed == 0:
-            picture(
-                drawn[::samples], self.out / IMAGES / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name[0])}-{steps:03d}.png"
-            )
-        append(self.out, measured)
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name[0])
+            columns, scale = 12, 3 if drawn.shape[1] < 128 else 1
+            save_png(grid(drawn[::samples][:columns], columns, scale), self.out / IMAGES / f"{stem}-{steps:03d}.png")
+        append_line(self.out / LINES, json.dumps(asdict(measured)))
         judge = judge_of(self.config)
         far = f", distance {measured.distance:.3f}" if measured.distance is not None else ""
         self.tell(
@@ -223,17 +217,6 @@ def read(out: Path) -> list[Measurement]:
         except (ValueError, TypeError):
             continue
     return found
-
-
-def append(out: Path, measured: Measurement) -> None:
-    """Append a measurement's line. A line that a killed process left without its end is ended first."""
-    file = out / LINES
-    torn = file.is_file() and not file.read_bytes().endswith(b"\n")
-    with open(file, "a", encoding="utf-8") as stream:
-        stream.write("\n" * torn + json.dumps(asdict(measured)) + "\n")
-
-
-# -- tables and plots -----------------------------------------------------------------------
 
 
 def rows(measured: Iterable[Measurement]) -> list[FrontierRow]:
@@ -305,9 +288,8 @@ def write_csv(found: Sequence[FrontierRow], figures: Sequence[str], file: Path) 
     """Write a line for each row: label, steps, number of measurements, and each figure with its interval."""
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(
-            ["model", "steps", "measurements", *(f"{name}{end}" for name in figures for end in ("", "_interval95"))]
-        )
+        columns = [f"{name}{end}" for name in figures for end in ("", "_interval95")]
+        writer.writerow(["model", "steps", "measurements", *columns])
         for row in found:
             writer.writerow([row.label, row.steps, row.count, *(x for name in figures for x in row.figures[name])])
 
@@ -358,16 +340,6 @@ def plot(found: Sequence[FrontierRow], figures: Sequence[str], levels: dict[str,
     return figure
 
 
-def picture(images: np.ndarray, file: Path, prompts: int = 12) -> None:
-    """Write the images of the first prompts side by side."""
-    from .images import grid, save_png
-
-    save_png(grid(images[:prompts], prompts, 3 if images.shape[1] < 128 else 1), file)
-
-
-# -- the command --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Options:
     """The arguments of ``rlproxi eval``.
@@ -408,9 +380,8 @@ def command(options: Options) -> int:
     rewards = [*config.rewards.heldout, *config.rewards.train]
     scorers = {reward.name: build(reward.kind, reward.params) for reward in rewards}
     e, judges = config.evaluate, ", ".join(f"{r.name} {r.params}" for r in rewards)
-    setting = (
-        f"{e.prompts} prompts x {e.samples}, run seed {config.run.seed}, guidance {o.guidance}, {o.precision}, {judges}"
-    )
+    drawn = f"{e.prompts} prompts x {e.samples}, run seed {config.run.seed}, guidance {o.guidance}"
+    setting = f"{drawn}, {o.precision}, {judges}"
     frontier = Frontier(config, scorers, out, o.batch, lambda line: print(line, flush=True), setting)
     measured = frontier.measure(opened, o.steps, range(o.seeds), o.guidance)
     found = rows(

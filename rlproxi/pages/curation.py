@@ -92,16 +92,10 @@ def _funnel(statistics: Statistics) -> str:
         axes.grid(axis="y", visible=False)
 
     svg = figures.svg(draw, "funnel", "Samples left after each stage", (7.2, 0.8 + 0.34 * len(bars)))
-    rows = [
-        [
-            row["stage"],
-            f"{row['in']:,}",
-            f"{row['dropped']:,}",
-            f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-",
-            f"{row['out']:,}",
-        ]
-        for row in stages
-    ]
+    rows = []
+    for row in stages:
+        share = f"{row['dropped'] / row['in']:.1%}" if row["in"] else "-"
+        rows.append([row["stage"], f"{row['in']:,}", f"{row['dropped']:,}", share, f"{row['out']:,}"])
     out = figure(svg, "manifest.jsonl says where each sample is, or why it was dropped.")
     out += table(["stage", "samples in", "dropped", "share", "left"], rows)
     if statistics.unreadable:
@@ -128,13 +122,8 @@ def _histogram(name: str, series: Series) -> str:
         low, high = np.percentile(values, [0, 99.5]) if len(values) > _CLIPPED else (values.min(), values.max())
         edges = np.linspace(low, high if high > low else low + 1, 41)
         inside = np.clip(values, edges[0], edges[-1])
-        axes.hist(
-            [inside[kept], inside[~kept]],
-            edges.tolist(),
-            stacked=True,
-            color=[figures.AFTER, figures.BEFORE],
-            label=["kept", "dropped"],
-        )
+        parts, colours = [inside[kept], inside[~kept]], [figures.AFTER, figures.BEFORE]
+        axes.hist(parts, edges.tolist(), stacked=True, color=colours, label=["kept", "dropped"])
         axes.set_axisbelow(True)
         axes.set_xlabel(name)
         axes.set_ylabel("samples")

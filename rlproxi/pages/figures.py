@@ -18,6 +18,14 @@ BEFORE, AFTER, TRAIN, HELDOUT = "#8b949e", "#2f81f7", "#2f81f7", "#e8833a"
 _ROLES = ("#2f81f7", "#e8833a", "#3fa66b", "#a371d6")
 _INK = "#010203"  # stands for the page's text colour, replaced in the SVG
 
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(_INKED, _INK),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"svg.fonttype": "none", "font.size": 10, "font.family": "sans-serif"},
+    **{"axes.grid": True, "grid.alpha": 0.2, "lines.linewidth": 1.8},
+}
+
 #: label -> (xs, ys), or (xs, ys, errors).
 Curves = dict[str, tuple]
 
@@ -27,35 +35,13 @@ def svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float
 
     ``name`` seeds the ids, and ``label`` is the text for a screen reader. ``size`` is in inches.
     """
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.size": 10,
-        "font.family": "sans-serif",
-        "text.color": _INK,
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.2,
-        "grid.color": _INK,
-        "legend.frameon": False,
-        "lines.linewidth": 1.8,
-    }
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         # A Figure without pyplot needs no display and has no global state.
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         buffer = io.StringIO()
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        unnamed = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unnamed)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     head, rest = text.split(">", 1)
@@ -82,17 +68,12 @@ def reward_curve(train: Curves, heldout: Curves) -> str:
     """Draw the training reward and the held-out evaluations over RL steps, each on an axis of its own."""
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, 2, squeeze=False)[0] if train and heldout else [figure.subplots()]
-        parts = [
-            (curves, colour, word)
-            for curves, colour, word in (
-                (train, TRAIN, "training reward"),
-                (heldout, HELDOUT, "held-out, never optimised"),
-            )
-            if curves
-        ]
-        for axes, (curves, colour, word) in zip(panels, parts, strict=True):
-            lines(axes, curves, (colour, *_ROLES[2:], BEFORE), "RL step", word, markers=word != "training reward")
+        panels = iter(figure.subplots(1, bool(train) + bool(heldout), squeeze=False)[0])
+        if train:
+            lines(next(panels), train, (TRAIN, *_ROLES[2:], BEFORE), "RL step", "training reward")
+        if heldout:
+            colours = (HELDOUT, *_ROLES[2:], BEFORE)
+            lines(next(panels), heldout, colours, "RL step", "held-out, never optimised", markers=True)
 
     return svg(draw, "reward", "Reward over RL steps", (8.0, 3.2))
 

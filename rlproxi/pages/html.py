@@ -66,10 +66,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """Return a table, which scrolls where it is too wide; all columns but the first hold numbers."""
 
     def row(cells: list[str], tag: str) -> str:
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{' class=number' if i else ''}>{escape(c)}</{tag}>" for i, c in enumerate(cells))
-            + "</tr>"
-        )
+        inside = (f"<{tag}{' class=number' if i else ''}>{escape(c)}</{tag}>" for i, c in enumerate(cells))
+        return f"<tr>{''.join(inside)}</tr>"
 
     return f'<div class="scroll"><table>{row(head, "th")}{"".join(row(r, "td") for r in rows)}</table></div>\n'

@@ -20,7 +20,8 @@ from ..evaluation.images import data_uri, score_colour
 from ..files import write_text
 from ..telemetry import runlog
 from ..telemetry.catalogue import lookup
-from ..telemetry.run_reader import RunReader, Samples, dig
+from ..telemetry.run_reader import RunReader, Samples
+from ..telemetry.values import dig
 from . import figures
 from .html import card, figure, missing, page, table
 
@@ -67,32 +68,20 @@ def _duration(seconds: float) -> str:
 
 
 def _headline(run: RunReader) -> str:
-    cards, judge = [], run.judge
-    steps = run.headline_steps
-    values = {}
+    judge, values = run.judge, {}
     for tag in ("before", "after"):
         score = run.score(tag, judge) if judge else None
         recorded = dig(run.summary, "heldout", tag)
         values[tag] = score or ((float(recorded), 0.0) if isinstance(recorded, (int, float)) else None)
     shown = [f"{v[0]:.3f}" + (f" ± {v[1]:.3f}" if v[1] else "") if v else "missing" for v in values.values()]
-    cards.append(
-        card(
-            f"Held-out {judge or 'reward'}, {steps or '?'} steps",
-            " → ".join(shown),
-            "before → after (± standard error over prompts); never optimised, fixed prompts and seeds",
-        )
-    )
+    note = "before → after (± standard error over prompts); never optimised, fixed prompts and seeds"
+    cards = [card(f"Held-out {judge or 'reward'}, {run.headline_steps or '?'} steps", " → ".join(shown), note)]
     _, rewards = runlog.series(run.records, "rl", "reward/mean")
     first, last = (dig(run.summary, "reward", key) for key in ("first", "last"))
     if first is None and rewards:
         first, last = rewards[0], rewards[-1]
-    cards.append(
-        card(
-            "Training reward",
-            f"{_number(first)} → {_number(last)}" if first is not None else "missing",
-            "first → last RL step",
-        )
-    )
+    change = f"{_number(first)} → {_number(last)}" if first is not None else "missing"
+    cards.append(card("Training reward", change, "first → last RL step"))
     cards += _looks(run)
     speed = run.summary.get("images_per_second")
     if speed is not None:
@@ -213,12 +202,11 @@ def _reward(run: RunReader) -> str:
 def _policy(run: RunReader) -> str:
     names, section, tolerance = _of_algorithm(run)
     curves = {k: s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
-    out = ""
     if curves:
         reading = " ".join(f"{k}: {metric.reading}" for k in curves if (metric := lookup(k)))
-        out += figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
+        out = figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
     else:
-        out += missing(f"None of {', '.join(names)} has been logged yet.")
+        out = missing(f"None of {', '.join(names)} has been logged yet.")
     if tolerance is None:
         return out
     _, deviations = runlog.series(run.records, "rl", "ratio/first_max_deviation")
@@ -267,21 +255,14 @@ def _frontier(run: RunReader) -> str:
         "Bars are standard errors over prompts." + (" Dashed: as many real images." if level else ""),
     )
     counts = sorted({n for curve in curves.values() for n in curve[0]})
-    looks = [
-        key
-        for key, _ in _LOOKS.values()
-        if any(dig(run.entry(tag, n), *key) is not None for tag in curves for n in counts)
-    ]
+    entries = [run.entry(tag, n) for tag in curves for n in counts]
+    looks = [key for key, _ in _LOOKS.values() if any(dig(found, *key) is not None for found in entries)]
     rows = []
     for n in counts:
         scores = [run.score(tag, judge, n) for tag in ("before", "after")]
-        rows.append(
-            [
-                str(n),
-                *(f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores),
-                *(_number(dig(run.entry(tag, n), *key)) for key in looks for tag in ("before", "after")),
-            ]
-        )
+        cells = [f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores]
+        cells += [_number(dig(run.entry(tag, n), *key)) for key in looks for tag in ("before", "after")]
+        rows.append([str(n), *cells])
     if level is not None:
         rows.append(["real images", "-", "-", *(_number(_real(run, *key)) for key in looks for _ in range(2))])
     head = [f"{name} {tag}" for name in ("held-out", *(key[0] for key in looks)) for tag in ("before", "after")]
@@ -318,9 +299,8 @@ def _roles(run: RunReader) -> str:
     for role, (_, values) in curves.items():
         finite = [v for v in values if math.isfinite(v)] or [math.nan]
         rows.append([role, _number(sum(finite) / len(finite)), _number(max(finite)), f"{sum(finite):.0f}"])
-    return figure(
-        figures.roles(curves), "'step' is an iteration's wall clock; roles that overlap add up to more."
-    ) + table(["role", "mean, s", "longest, s", "sum, s"], rows)
+    note = "'step' is an iteration's wall clock; roles that overlap add up to more."
+    return figure(figures.roles(curves), note) + table(["role", "mean, s", "longest, s", "sum, s"], rows)
 
 
 def _events(run: RunReader) -> str:

@@ -41,12 +41,12 @@ class Alert:
     name: str
     metric: str
     expr: str
-    op: str
     threshold: float
-    lasting: str
-    severity: str
     summary: str
     remedy: str
+    lasting: str = "0m"
+    op: str = ">"
+    severity: str = "warning"
 
     @property
     def rule(self) -> dict:
@@ -80,22 +80,17 @@ ALERTS: tuple[Alert, ...] = (
         "RewardFalling",
         "reward/mean",
         f"(({mean('reward/mean', '3h')}) - ({mean('reward/mean', '30m')})) / ({mean('reward/std', '30m')})",
-        ">",
         0.5,
-        "15m",
-        "warning",
         "{{ $labels.run }}: the training reward falls",
         "The mean of the last half hour is more than half a group's standard deviation below that of three hours: "
         "look at kl and grad_norm, lower the learning rate, or go back to models/best.",
+        lasting="15m",
     ),
     Alert(
         "HeldoutDiverging",
         "heldout/<name>",
         _heldout_below_best(),
-        ">",
         2,
-        "0m",
-        "warning",
         "{{ $labels.run }}: held-out {{ $labels.name }} falls while the training reward climbs",
         "More than two standard errors below its best: likely reward hacking. Compare galleries, then stop or raise "
         "the KL coefficient; models/best is the best so far.",
@@ -104,10 +99,7 @@ ALERTS: tuple[Alert, ...] = (
         "OverOptimisation",
         "alarms",
         _growth("alarms", "1h"),
-        ">",
         0,
-        "0m",
-        "warning",
         "{{ $labels.run }}: the run's own over-optimisation alarm",
         "The alarm's message names the iteration to go back to; it is in metrics.jsonl and on the dashboard.",
     ),
@@ -115,44 +107,36 @@ ALERTS: tuple[Alert, ...] = (
         "ZeroVarianceGroups",
         "advantages/zero_variance_groups",
         f"({mean('advantages/zero_variance_groups', '30m')}) / ({mean('groups', '30m')})",
-        ">",
         0.8,
-        "15m",
-        "warning",
         "{{ $labels.run }}: most groups have no advantage",
         "More than 80% of the groups have equal rewards: harder prompts, a finer reward, or larger groups.",
+        lasting="15m",
     ),
     Alert(
         "GroupsWithoutScores",
         "groups/masked",
         f"({_growth('groups/masked', '30m')}) / ({_RL_STEPS}) / ({mean('groups', '30m')})",
-        ">",
         0.05,
-        "5m",
-        "warning",
         "{{ $labels.run }}: groups cannot be scored",
         "More than 5% of the groups have no score: the warnings name the scorer and its answer.",
+        lasting="5m",
     ),
     Alert(
         "RoleIdle",
         "idle/<role>",
         mean("idle/<role>", "30m", "run, role"),
-        ">",
         0.9,
-        "30m",
-        "info",
         "{{ $labels.run }}: {{ $labels.role }} is idle nine tenths of the time",
         "Give its hardware to the role that is idle least (rlproxi doctor --run), or let roles overlap with "
         "max_staleness=1.",
+        lasting="30m",
+        severity="info",
     ),
     Alert(
         "Restarts",
         "restarts",
         _growth("restarts", "15m"),
-        ">",
         0,
-        "0m",
-        "warning",
         "{{ $labels.run }}: an actor, a replica or the learner was restarted",
         "Nothing is lost. On preemptible machines it is expected. Elsewhere read the warning, and check the node's "
         "memory.",
@@ -161,10 +145,7 @@ ALERTS: tuple[Alert, ...] = (
         "ManyWarnings",
         "warnings",
         _growth("warnings", "15m"),
-        ">",
         10,
-        "0m",
-        "warning",
         "{{ $labels.run }}: more than ten warnings in a quarter of an hour",
         "Read them in metrics.jsonl.",
     ),
@@ -172,13 +153,13 @@ ALERTS: tuple[Alert, ...] = (
         "NoProgress",
         "step",
         f"sum by (run) (changes({series('step')}[10m]))",
-        "<",
         1,
-        "20m",
-        "critical",
         "{{ $labels.run }}: no step of any stage for half an hour",
         "Some role waits: look at `ray status`, the idle shares and the newest warnings. A long evaluation, or the "
         "first load of a large model, looks the same.",
+        lasting="20m",
+        op="<",
+        severity="critical",
     ),
 )
 

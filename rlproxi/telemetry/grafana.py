@@ -8,12 +8,12 @@ from typing import Any
 from .alerts import ALERTS
 from .catalogue import CATALOGUE, SECTIONS, Metric, series
 
-UID = "rlproxi"
 _UNITS = {"1": "short", "s": "s", "bytes": "bytes", "share": "percentunit"}
 _WIDTH, _HEIGHT, _COLUMNS = 8, 8, 3
 #: Rows that are open when the dashboard is opened.
 _OPEN = ("Rewards", "Policy", "Speed", "Faults")
 _RUN = '{run=~"$run"}'
+_SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 def queries(metric: Metric) -> list[tuple[str, str]]:
@@ -41,62 +41,50 @@ def dashboard() -> str:
     """Return the dashboard as Grafana imports and provisions it: JSON that ends in a newline."""
     panels: list[dict[str, Any]] = []
     top = 0
-    for section in SECTIONS:
+    for number, section in enumerate(SECTIONS):
         metrics = [metric for metric in CATALOGUE if metric.section == section]
-        rows = -(-len(metrics) // _COLUMNS)
-        inside = [
-            _panel(
-                metric, 1 + 100 * SECTIONS.index(section) + i, i % _COLUMNS * _WIDTH, top + 1 + i // _COLUMNS * _HEIGHT
-            )
-            for i, metric in enumerate(metrics)
-        ]
+        inside = []
+        for i, metric in enumerate(metrics):
+            row, column = divmod(i, _COLUMNS)
+            inside.append(_panel(metric, 100 * number + 1 + i, column * _WIDTH, top + 1 + row * _HEIGHT))
         closed = section not in _OPEN
-        panels.append(
-            {
-                "type": "row",
-                "id": 100 * SECTIONS.index(section) + 100,
-                "title": section,
-                "collapsed": closed,
-                "gridPos": {"x": 0, "y": top, "w": 24, "h": 1},
-                "panels": inside if closed else [],
-            }
-        )
+        place = {"x": 0, "y": top, "w": 24, "h": 1}
+        head = {"type": "row", "id": 100 * number + 100, "title": section, "collapsed": closed, "gridPos": place}
+        panels.append({**head, "panels": inside if closed else []})
         panels += [] if closed else inside
-        top += 1 + (0 if closed else rows * _HEIGHT)
-    return (
-        json.dumps(
-            {
-                "uid": UID,
-                "title": "rlproxi runs",
-                "tags": ["rlproxi", "ray"],
-                "schemaVersion": 39,
-                "version": 1,
-                "description": "Generated from rlproxi/telemetry/catalogue.py. How to read it: docs/monitoring.md.",
-                "editable": True,
-                "graphTooltip": 1,
-                "refresh": "10s",
-                "time": {"from": "now-1h", "to": "now"},
-                "templating": {"list": [_datasource(), _runs()]},
-                "annotations": {"list": [_restarts()]},
-                "panels": panels,
-            },
-            indent=1,
-            ensure_ascii=False,
-        )
-        + "\n"
-    )
+        top += 1 + (0 if closed else -(-len(metrics) // _COLUMNS) * _HEIGHT)
+    board = {
+        "uid": "rlproxi",
+        "title": "rlproxi runs",
+        "tags": ["rlproxi", "ray"],
+        "schemaVersion": 39,
+        "version": 1,
+        "description": "Generated from rlproxi/telemetry/catalogue.yaml. How to read it: docs/monitoring.md.",
+        "editable": True,
+        "graphTooltip": 1,
+        "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": [_datasource(), _runs()]},
+        "annotations": {"list": [_restarts()]},
+        "panels": panels,
+    }
+    return json.dumps(board, indent=1, ensure_ascii=False) + "\n"
 
 
 def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
     alerts = ", ".join(alert.name for alert in ALERTS if alert.metric == metric.name)
     description = f"{metric.help} {metric.reading}" + (f" Alert: {alerts}." if alerts else "")
     bounds = {"min": 0, "max": 1} if metric.unit == "share" else {}
+    targets = [
+        {"refId": name, "expr": expr, "legendFormat": legend, "datasource": _SOURCE}
+        for name, (expr, legend) in zip("ABC", queries(metric), strict=False)
+    ]
     return {
         "type": "timeseries",
         "id": number,
         "title": metric.name,
         "description": description,
-        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "datasource": _SOURCE,
         "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
         "fieldConfig": {
             "defaults": {
@@ -110,15 +98,7 @@ def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
             "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
             "tooltip": {"mode": "multi", "sort": "desc"},
         },
-        "targets": [
-            {
-                "refId": chr(ord("A") + i),
-                "expr": expr,
-                "legendFormat": legend,
-                "datasource": {"type": "prometheus", "uid": "${datasource}"},
-            }
-            for i, (expr, legend) in enumerate(queries(metric))
-        ],
+        "targets": targets,
     }
 
 
@@ -144,7 +124,7 @@ def _runs() -> dict[str, Any]:
         "label": "Run",
         "query": {"query": query, "refId": "run"},
         "definition": query,
-        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "datasource": _SOURCE,
         "refresh": 2,
         "sort": 2,
         "multi": True,
@@ -164,6 +144,6 @@ def _restarts() -> dict[str, Any]:
         "enable": True,
         "iconColor": "orange",
         "titleFormat": "restart of {{run}}",
-        "datasource": {"type": "prometheus", "uid": "${datasource}"},
+        "datasource": _SOURCE,
         "expr": f"sum by (run) (increase({series('restarts')}{_RUN}[1m])) > 0",
     }

@@ -42,7 +42,8 @@ def observations(event: str, fields: dict[str, Any], headline_steps: int | None 
     ``headline_steps``: only evaluations at this number of denoising steps have values; None: all have.
     """
     if event == "metrics":
-        return [*_observed({"step": fields["step"], **_numbers(fields)}, fields)]
+        values = {"step": fields["step"], **fields}
+        return [*_observed({name: value for name, value in values.items() if name != "stage"}, fields)]
     if event == "evaluation":
         wanted = headline_steps is None or fields.get("steps") == headline_steps
         return [*_observed(_evaluated(fields), fields)] if wanted else []
@@ -54,10 +55,6 @@ def observations(event: str, fields: dict[str, Any], headline_steps: int | None 
 def zeros() -> list[Observation]:
     """Return a run's counters at 0, for the start: Prometheus sees no increase in a series that begins with 1."""
     return [Observation(entry(name), name, "", WHOLE_RUN, None, 0.0) for name in _EVENTS.values()]
-
-
-def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if key not in ("stage", "step")}
 
 
 def _evaluated(fields: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Every part may be missing or half written, as in a run in progress or a killed o
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import numpy as np
 from ..config.plain_yaml import read_yaml
 from ..run_directory import INSIDE, RunDirectory
 from . import runlog
+from .values import dig, number
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class RunReader:
         """Return (mean, standard error) of a held-out or training reward in an evaluation; None where it is missing."""
         entry = self.entry(tag, steps)
         found = dig(entry, "heldout", name) or dig(entry, "train", name)
-        mean, sem = finite(dig(found, "mean")), finite(dig(found, "sem"))
+        mean, sem = number(dig(found, "mean")), number(dig(found, "sem"))
         return None if mean is None else (mean, sem or 0.0)
 
     def samples(self, tag: str, steps: int | None = None) -> Samples | None:
@@ -147,21 +147,5 @@ class RunReader:
             self.missing.append(sentence)
 
 
-def dig(values: Any, *keys: str | None) -> Any:
-    """Return values[a][b]..., or None where a part of the path is missing or is not a mapping."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
-
-
 def _mapping(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
-
-
-def finite(value: Any) -> float | None:
-    """Return ``value`` as a float where it is a finite number, None for anything else."""
-    try:
-        found = float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return None
-    return found if math.isfinite(found) else None

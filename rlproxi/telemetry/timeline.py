@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ..files import append_line
 from ..run_directory import RunDirectory
 
 ROLES = ("rollout", "reward", "learner", "weights", "evaluation")
@@ -132,18 +133,10 @@ def joined(spans: Iterable[Span], least: float = 0.02) -> list[Span]:
 
 
 def append(run_dir: str | os.PathLike, stage: str, step: int, spans: Iterable[Span]) -> None:
-    """Append an iteration's line. Raises OSError.
-
-    It is one write, so a killed run leaves at most one torn line, which the next call ends.
-    """
+    """Append an iteration's line. Raises OSError."""
     rows = [[s.role, s.who, s.phase, round(s.start, 4), round(s.seconds, 4)] for s in spans]
     line = json.dumps({"time": round(time.time(), 3), "stage": stage, "step": step, "spans": rows}, ensure_ascii=False)
-    with open(RunDirectory(run_dir).timeline, "a+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-        torn = size and file.read(1) != b"\n"
-        file.write(("\n" * bool(torn) + line + "\n").encode("utf-8"))
+    append_line(RunDirectory(run_dir).timeline, line)
 
 
 def read(run_dir: str | os.PathLike) -> list[dict]:

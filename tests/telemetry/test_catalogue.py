@@ -157,7 +157,7 @@ def test_the_catalogue_knows_every_name_in_the_code():
     names = logged_names()
     assert {"seconds/train", "reward/<x>", "ratio/first_max_deviation", "groups/masked", "idle/<x>"} <= names
     unknown = [name for name in names if lookup(name.replace("<x>", "word")) is None]
-    assert not unknown, f"{sorted(unknown)}: add them to rlproxi/telemetry/catalogue.py"
+    assert not unknown, f"{sorted(unknown)}: add them to rlproxi/telemetry/catalogue.yaml"
 
 
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "lr"])

@@ -72,19 +72,16 @@ class Curve:
             return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
         mean = [short(t / n) if n else None for t, n in zip(self.total, self.count, strict=True)]
+        found: dict[str, int | list] = {"stride": self.stride, "x": self.last.tolist(), "y": mean}
         if self.stride == 1 and all(n <= 1 for n in self.size):
-            return {"stride": 1, "x": self.last.tolist(), "y": mean}
+            return found
         return {
-            "stride": self.stride,
-            "x": self.last.tolist(),
-            "y": mean,
+            **found,
             "first": self.first.tolist(),
             "low": [short(v) for v in self.low],
             "high": [short(v) for v in self.high],
             "tail": [[step, None if value is None else short(value)] for step, value in self.tail],
         }
-
-    # -- inside -----------------------------------------------------------------------------
 
     def _columns(self) -> tuple[array, ...]:
         return self.first, self.last, self.size, self.count, self.total, self.low, self.high

@@ -6,8 +6,8 @@ import json
 from collections import Counter, deque
 from typing import Any
 
+from ..values import number, whole
 from .curve import Curve
-from .values import number, whole
 
 #: Bounds against a damaged or hostile log; a run has some sixty curves.
 MAX_SERIES, MAX_NAME, MAX_MESSAGE = 600, 120, 600
@@ -101,8 +101,6 @@ class Digest:
         if stage == "rl":
             self.galleries = [known for known in self.galleries if known <= step]
 
-    # -- the kinds of records ---------------------------------------------------------------
-
     def _metrics(self, record: dict, time: Any) -> list:
         stage, step = record["stage"][:MAX_NAME], record["step"]
         if self.sampled and step < self.reached.get(stage, step):
@@ -158,8 +156,6 @@ class Digest:
                 curve = curves[name] = Curve()
                 self._count += 1
             curve.add(step, value)
-
-    # -- what a page asks for ---------------------------------------------------------------
 
     def snapshot(self) -> dict:
         """The curves and events, ready for JSON."""

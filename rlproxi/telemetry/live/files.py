@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...run_directory import INSIDE, RunDirectory
+from ..values import number, whole
 from .lines import Lines
-from .values import number, whole
 
 #: Larger files are not read, in bytes.
 JSON_LIMIT, PICTURE_LIMIT, ARCHIVE_LIMIT = 8 << 20, 64 << 20, 4 << 30
@@ -184,9 +184,8 @@ def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
     if archive.getinfo(member).file_size > ARCHIVE_LIMIT:
         raise ValueError(f"{member} is larger than {ARCHIVE_LIMIT} bytes")
     with archive.open(member) as file:
-        read_header = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}.get(
-            layout.read_magic(file)
-        )
+        readers = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}
+        read_header = readers.get(layout.read_magic(file))
         shape, by_column, dtype = read_header(file) if read_header else ((), True, np.dtype(object))
         if by_column or dtype.hasobject or not shape or not 0 <= start <= start + count <= shape[0] or not count:
             raise ValueError(f"{member} has no rows {start} to {start + count}")
@@ -227,16 +226,7 @@ class Timeline:
     def _take(self, line: bytes) -> None:
         try:
             record = json.loads(line)
-            spans = [
-                (
-                    str(role)[:40],
-                    who if type(who) is int else str(who)[:60],
-                    str(phase)[:40],
-                    float(start),
-                    float(seconds),
-                )
-                for role, who, phase, start, seconds in record["spans"][:SPANS]
-            ]
+            spans = [_span(*row) for row in record["spans"][:SPANS]]
             step, stage = record["step"], str(record["stage"])[:40]
         except (ValueError, RecursionError, KeyError, TypeError, OverflowError):
             return
@@ -247,6 +237,11 @@ class Timeline:
         while self.kept and self.kept[-1]["stage"] == stage and self.kept[-1]["step"] >= step:
             self.kept.pop()
         self.kept.append({"stage": stage, "step": step, "spans": spans})
+
+
+def _span(role: Any, who: Any, phase: Any, start: Any, seconds: Any) -> tuple:
+    who = who if type(who) is int else str(who)[:60]
+    return str(role)[:40], who, str(phase)[:40], float(start), float(seconds)
 
 
 def _text(value: Any) -> str:

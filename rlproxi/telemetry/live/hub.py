@@ -38,9 +38,8 @@ class Hub:
             if not path.is_dir():
                 raise FileNotFoundError(f"{path} is not a folder: expected a run directory, or a folder of them")
             if not is_run(path) and len(paths) == 1 and not any(is_run(p) for p in path.iterdir() if p.is_dir()):
-                raise FileNotFoundError(
-                    f"{path} is not a run directory and holds none: no {', no '.join(map(str, PARTS))}"
-                )
+                absent = ", no ".join(map(str, PARTS))
+                raise FileNotFoundError(f"{path} is not a run directory and holds none: no {absent}")
         self.paths = [path.resolve() for path in paths]
         self.boot = secrets.token_hex(4)
         self._folders: dict[str, Path] = {}
@@ -54,8 +53,6 @@ class Hub:
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._looked = 0.0
-
-    # -- which runs there are ---------------------------------------------------------------
 
     def folders(self) -> dict[str, Path]:
         """id -> run directory, the newest first within a folder. An id is a folder's name, made unique by a number."""
@@ -112,8 +109,6 @@ class Hub:
         run = self.opened(name)
         with run.lock:
             return {**run.snapshot(), "id": name, "cursor": self.cursor()}
-
-    # -- what is new ------------------------------------------------------------------------
 
     def cursor(self) -> str:
         """The name of the newest update: this server's name and a number."""

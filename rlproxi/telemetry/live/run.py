@@ -18,10 +18,10 @@ import yaml
 
 from ...config.plain_yaml import read_yaml
 from ...run_directory import RunDirectory
+from ..values import dig, whole
 from .digest import Digest, Malformed, parse
 from .files import Timeline
 from .lines import Lines, spread
-from .values import whole
 
 #: A log of more bytes is sampled before it is read.
 SAMPLE_OVER = 2 << 20
@@ -149,8 +149,6 @@ class LiveRun:
         self._evaluations = now
         return [["evaluations"]]
 
-    # -- what a page asks for ---------------------------------------------------------------
-
     def snapshot(self) -> dict:
         """Curves, events and progress. "exact": all of the log is read; else "read" is the share that is."""
         return {
@@ -185,16 +183,11 @@ class LiveRun:
 
 def totals(config: dict) -> dict[str, int]:
     """The steps of each stage that a config states."""
-
-    def steps(section: object, key: str = "steps") -> int | None:
-        part = config.get(section) if isinstance(section, str) else None
-        return whole(part.get(key)) if isinstance(part, dict) else None
-
-    found = {
-        "pretrain": steps("pretrain"),
-        "rl": steps("rl"),
-        "prepare/text": steps("prepare", "text_steps"),
-        "prepare/reward": steps("prepare", "classifier_steps"),
-        "prepare/judge": steps("prepare", "classifier_steps"),
+    places = {
+        "pretrain": ("pretrain", "steps"),
+        "rl": ("rl", "steps"),
+        "prepare/text": ("prepare", "text_steps"),
+        "prepare/reward": ("prepare", "classifier_steps"),
+        "prepare/judge": ("prepare", "classifier_steps"),
     }
-    return {stage: count for stage, count in found.items() if count is not None}
+    return {stage: count for stage, place in places.items() if (count := whole(dig(config, *place))) is not None}

@@ -15,6 +15,13 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
+def dig(values: Any, *keys: str | None) -> Any:
+    """Return values[a][b]..., or None where a part of the path is missing or is not a mapping."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
 def whole(value: Any) -> int | None:
     """An integer that a browser can hold exactly, None for anything else."""
     return value if type(value) is int and abs(value) <= 2**53 else None
