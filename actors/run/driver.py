@@ -180,7 +180,7 @@ class Stages:
 
     def encode(self) -> None:
         """Encodes shards into the cache."""
-        from rlproxi.data.shards import list_shards
+        from rlproxi.data.addresses import list_shards
 
         from ..data.encoder import encode
 

@@ -44,7 +44,7 @@ def command(options: argparse.Namespace) -> int:
 
     model = TextToImage.from_pretrained(options.model)
     for prompt in options.prompts:
-        unknown = model.unknown_words(prompt)
+        unknown = model.text.unknown_words(prompt)
         if unknown:
             print(f"warning: this model has no token for {', '.join(unknown)}", file=sys.stderr)
     prompts = [prompt for prompt in options.prompts for _ in range(options.count)]

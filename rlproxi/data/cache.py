@@ -190,9 +190,6 @@ def parse_size(name: str) -> Size:
     return int(height), int(width)
 
 
-# -- what a run uses --------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Entry:
     """A shard of a run: its file in the cache (None if it could not be read) and its rows in each bucket."""

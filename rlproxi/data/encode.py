@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -177,8 +178,5 @@ class Encoder:
 def entry(url: str, path: Path) -> Entry:
     """The entry of a shard, read from its cached file."""
     cached = CachedShard(path)
-    skipped: dict[str, int] = {}
-    for key, reason in cached.skips():
-        kind = Skip(url, key, reason).kind
-        skipped[kind] = skipped.get(kind, 0) + 1
-    return Entry(url, path.name, cached.counts(), skipped)
+    skipped = Counter(Skip(url, key, reason).kind for key, reason in cached.skips())
+    return Entry(url, path.name, cached.counts(), dict(skipped))

@@ -217,11 +217,8 @@ def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
 
     # Hair behind the head; every style leaves colour beside the face, also under a hat.
     paint(lambda x, y: _box(x, y - 0.17, 0.60, 0.66, 0.30), hair, value["hair_style"] == "long")
-    paint(
-        lambda x, y: np.minimum.reduce([np.hypot(x - cx, y - cy) - 0.21 for cx, cy in _CURLS]),
-        hair,
-        value["hair_style"] == "curly",
-    )
+    curly = value["hair_style"] == "curly"
+    paint(lambda x, y: np.minimum.reduce([np.hypot(x - cx, y - cy) - 0.21 for cx, cy in _CURLS]), hair, curly)
     paint(lambda x, y: _ellipse(x, y + 0.16, 0.53, 0.55), hair, box=(-0.53, -0.71, 0.53, 0.39))
 
     # Shoulders, neck, face; the fringe, then the hat over it.
@@ -231,82 +228,38 @@ def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
     paint(lambda x, y: _ellipse(x, y, 0.43, 0.56), skin, box=(-0.43, -0.56, 0.43, 0.56))
     paint(lambda x, y: np.maximum(_ellipse(x, y, 0.45, 0.58), y + 0.30), hair, box=(-0.45, -0.58, 0.45, -0.30))
     hatted = value["hat"] != "none"
-    paint(
-        lambda x, y: np.maximum(_ellipse(x, y + 0.36, 0.52, 0.50), y + 0.34), hat, hatted, (-0.52, -0.86, 0.52, -0.34)
-    )
+    crown = (-0.52, -0.86, 0.52, -0.34)
+    paint(lambda x, y: np.maximum(_ellipse(x, y + 0.36, 0.52, 0.50), y + 0.34), hat, hatted, crown)
     paint(lambda x, y: _box(x, y + 0.34, 0.66, 0.085, 0.06), hat * 0.8, hatted, (-0.66, -0.43, 0.66, -0.25))
 
     # Mouth, eyes, glasses.
-    lips, mouth = fixed((160, 20, 40)), value["mouth"]
-    paint(
-        lambda x, y: np.maximum(np.hypot(x, y - 0.20) - 0.27, 0.20 - y),
-        lips,
-        mouth == "smiling",
-        (-0.27, 0.20, 0.27, 0.47),
-    )
-    paint(
-        lambda x, y: np.maximum(np.hypot(x, y - 0.22) - 0.17, 0.24 - y),
-        fixed((255, 255, 255)),
-        mouth == "smiling",
-        (-0.17, 0.24, 0.17, 0.39),
-    )
-    paint(
-        lambda x, y: np.maximum(np.abs(np.hypot(x, y - 0.52) - 0.22) - 0.055, y - 0.43),
-        lips,
-        mouth == "frowning",
-        (-0.28, 0.24, 0.28, 0.44),
-    )
-    paint(
-        lambda x, y: _ellipse(x, y - 0.32, 0.115, 0.145), lips * 0.45, mouth == "surprised", (-0.12, 0.17, 0.12, 0.47)
-    )
-    for side in (-1, 1):
-        paint(
-            lambda x, y, side=side: _ellipse(x - side * 0.185, y + 0.06, 0.105, 0.085),
-            fixed((250, 250, 250)),
-            every,
-            (side * 0.185 - 0.11, -0.15, side * 0.185 + 0.11, 0.03),
-        )
-        paint(
-            lambda x, y, side=side: np.hypot(x - side * 0.185, y + 0.06) - 0.062,
-            fixed((30, 22, 26)),
-            every,
-            (side * 0.185 - 0.07, -0.13, side * 0.185 + 0.07, 0.01),
-        )
-    for side in (-1, 1):
-        paint(
-            lambda x, y, side=side: np.abs(np.hypot(x - side * 0.20, y + 0.05) - 0.175) - 0.032,
-            fixed((20, 20, 24)),
-            value["glasses"] == "glasses",
-            (side * 0.20 - 0.21, -0.26, side * 0.20 + 0.21, 0.16),
-        )
-        paint(
-            lambda x, y, side=side: _box(x - side * 0.20, y + 0.05, 0.195, 0.145, 0.08),
-            fixed((12, 12, 16)),
-            value["glasses"] == "sunglasses",
-            (side * 0.20 - 0.20, -0.20, side * 0.20 + 0.20, 0.10),
-        )
-    paint(
-        lambda x, y: _box(x, y + 0.06, 0.10, 0.028),
-        fixed((16, 16, 20)),
-        value["glasses"] != "none",
-        (-0.10, -0.09, 0.10, -0.03),
-    )
+    lips, teeth, white, pupil = (fixed(c) for c in ((160, 20, 40), (255, 255, 255), (250, 250, 250), (30, 22, 26)))
+    smiling, frowning, surprised = (value["mouth"] == mouth for mouth in ATTRIBUTES["mouth"])
+    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.20) - 0.27, 0.20 - y), lips, smiling, (-0.27, 0.20, 0.27, 0.47))
+    paint(lambda x, y: np.maximum(np.hypot(x, y - 0.22) - 0.17, 0.24 - y), teeth, smiling, (-0.17, 0.24, 0.17, 0.39))
+    arc = (-0.28, 0.24, 0.28, 0.44)
+    paint(lambda x, y: np.maximum(np.abs(np.hypot(x, y - 0.52) - 0.22) - 0.055, y - 0.43), lips, frowning, arc)
+    paint(lambda x, y: _ellipse(x, y - 0.32, 0.115, 0.145), lips * 0.45, surprised, (-0.12, 0.17, 0.12, 0.47))
+    for eye in (-0.185, 0.185):
+        around = (eye - 0.11, -0.15, eye + 0.11, 0.03)
+        paint(lambda x, y, eye=eye: _ellipse(x - eye, y + 0.06, 0.105, 0.085), white, every, around)
+        around = (eye - 0.07, -0.13, eye + 0.07, 0.01)
+        paint(lambda x, y, eye=eye: np.hypot(x - eye, y + 0.06) - 0.062, pupil, every, around)
+    clear, dark = value["glasses"] == "glasses", value["glasses"] == "sunglasses"
+    frame, lens, bridge = fixed((20, 20, 24)), fixed((12, 12, 16)), fixed((16, 16, 20))
+    for eye in (-0.20, 0.20):
+        around = (eye - 0.21, -0.26, eye + 0.21, 0.16)
+        paint(lambda x, y, eye=eye: np.abs(np.hypot(x - eye, y + 0.05) - 0.175) - 0.032, frame, clear, around)
+        around = (eye - 0.20, -0.20, eye + 0.20, 0.10)
+        paint(lambda x, y, eye=eye: _box(x - eye, y + 0.05, 0.195, 0.145, 0.08), lens, dark, around)
+    paint(lambda x, y: _box(x, y + 0.06, 0.10, 0.028), bridge, clear | dark, (-0.10, -0.09, 0.10, -0.03))
 
     _paint_hand(canvas, pose, skin, value["hand"])
     return np.clip(canvas.rgb + 0.5, 0, 255).astype(np.uint8)
 
 
-_CURLS = (
-    (-0.50, 0.15),
-    (-0.58, -0.12),
-    (-0.50, -0.40),
-    (-0.27, -0.62),
-    (0.0, -0.70),
-    (0.27, -0.62),
-    (0.50, -0.40),
-    (0.58, -0.12),
-    (0.50, 0.15),
-)
+_SIDE_CURLS = ((0.27, -0.62), (0.50, -0.40), (0.58, -0.12), (0.50, 0.15))
+_CURLS = ((0.0, -0.70), *((side * x, y) for side in (-1, 1) for x, y in _SIDE_CURLS))
 
 
 def _paint_hand(canvas: _Canvas, pose: np.ndarray, skin: np.ndarray, hand: np.ndarray) -> None:

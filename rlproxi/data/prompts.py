@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
 
     Raises ValueError for a file without usable prompts, FileNotFoundError for one that is missing.
     """
-    count = config.rl.prompts_per_step
-    indices = list(range(step * count, (step + 1) * count))
+    each = config.rl.prompts_per_step
+    indices = list(range(step * each, (step + 1) * each))
     path = _prompts_file(config)
     if path is not None:
         prompts = _without(load_prompts("data.prompts", path), _heldout_file(config), path)
@@ -143,28 +144,21 @@ def _without(prompts: tuple[str, ...], held: tuple[str, ...] | None, path: str) 
 
 
 @lru_cache(maxsize=4)
-def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    return rng(seed, Purpose.PROMPTS, epoch).permutation(count)
+def _shuffled(seed: int, epoch: int, size: int) -> np.ndarray:
+    return rng(seed, Purpose.PROMPTS, epoch).permutation(size)
 
 
 def _unreserved(config: Config, source: int, index: int, held: frozenset[str]) -> str:
     """Portrait ``index``'s caption; if it is held out, that of the next portrait of the same line."""
-    attempt = 0
-    while True:
-        # A line of portraits for each index, far from the other lines, so that no index depends on another.
-        caption = faces.portrait(source, index + attempt * 2**32, config.data.hand_fraction).caption
-        if not reserved(caption) and caption not in held:
-            return caption
-        attempt += 1
+    # A line of portraits for each index, far from the other lines, so that no index depends on another.
+    line = (faces.portrait(source, i, config.data.hand_fraction).caption for i in count(index, 2**32))
+    return next(caption for caption in line if not reserved(caption) and caption not in held)
 
 
 def _heldout_portraits(config: Config) -> list[str]:
     source = faces.collection(config.run.seed, "heldout_prompts")
-    captions: list[str] = []
-    index = 0
+    every = (faces.portrait(source, i, config.data.hand_fraction).caption for i in count())
+    captions: dict[str, None] = {}
     while len(captions) < config.evaluate.prompts:
-        caption = faces.portrait(source, index, config.data.hand_fraction).caption
-        if reserved(caption) and caption not in captions:
-            captions.append(caption)
-        index += 1
-    return captions
+        captions[next(caption for caption in every if reserved(caption))] = None
+    return [*captions]

@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import draft
-from .addresses import PARQUETS, filesystem, list_shards
+from .addresses import PARQUETS, filesystem
 from .tars import Archive, Header, Source
-
-__all__ = ["Sample", "Skip", "list_shards", "read_shard", "write_shard"]
 
 #: Endings of the images in a tar, and names of columns, the preferred ones first.
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -61,9 +59,6 @@ class Skip:
 
 class _Unusable(Exception):
     """A fault of a sample, which becomes a Skip."""
-
-
-# -- reading --------------------------------------------------------------------------------
 
 
 def read_shard(url: str) -> Iterator[Sample | Skip]:
@@ -232,9 +227,6 @@ def _row(url: str, number: int, row: dict, image: str, caption: str, key: str | 
         return _checked(name, content, row[caption], meta)
     except _Unusable as error:
         return Skip(url, name, str(error))
-
-
-# -- writing --------------------------------------------------------------------------------
 
 
 def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:

@@ -54,9 +54,10 @@ def portrait_of(caption: str, draw: np.random.Generator) -> faces.Portrait:
 
 
 def _photographs(config: Config) -> Iterator[np.ndarray]:
+    from ..data.addresses import list_shards
     from ..data.buckets import build_fit
     from ..data.images import BadImage, decode
-    from ..data.shards import Sample, list_shards, read_shard
+    from ..data.shards import Sample, read_shard
 
     d = config.data
     fit = build_fit(d.size, False, d.crop, config.run.seed)

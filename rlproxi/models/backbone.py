@@ -30,10 +30,11 @@ class Interface:
     """How one of diffusers' networks is called, and which layer makes its time embedding. This one: a plain U-Net."""
 
     part = "unet"
+    embedder = "time_embedding"
 
-    def time_embedder(self, net: Any) -> nn.Module:
+    def time_embedder(self, net: nn.Module) -> nn.Module:
         """The layer of ``net`` whose output is the time embedding [B, dim]."""
-        return net.time_embedding
+        return net.get_submodule(self.embedder)
 
     def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
         """The prediction of ``net``, like x [B, C, H, W]; time [B] in the network's units."""
@@ -49,22 +50,15 @@ class SDXLInterface(Interface):
         if sizes is None:
             height, width = (8.0 * side for side in x.shape[-2:])
             sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=x.device).expand(len(x), -1)
-        return net(
-            x,
-            time,
-            encoder_hidden_states=text.states,
-            added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
-        ).sample
+        added = {"text_embeds": text.pooled, "time_ids": sizes}
+        return net(x, time, encoder_hidden_states=text.states, added_cond_kwargs=added).sample
 
 
 class SD3Interface(Interface):
     """SD3's transformer: joint attention, pooled text in the time embedding."""
 
     part = "transformer"
-
-    def time_embedder(self, net: Any) -> nn.Module:
-        """As ``Interface.time_embedder``."""
-        return net.time_text_embed.timestep_embedder
+    embedder = "time_text_embed.timestep_embedder"
 
     def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
         """As ``Interface.call``."""
@@ -75,10 +69,7 @@ class PixArtInterface(Interface):
     """PixArt's transformer: T5 states under their mask; resolution embeddings where the checkpoint has them."""
 
     part = "transformer"
-
-    def time_embedder(self, net: Any) -> nn.Module:
-        """As ``Interface.time_embedder``."""
-        return net.adaln_single.emb.timestep_embedder
+    embedder = "adaln_single.emb.timestep_embedder"
 
     def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
         """As ``Interface.call``."""
@@ -89,14 +80,9 @@ class PixArtInterface(Interface):
                 "resolution": torch.tensor([[height, width]], device=x.device).expand(len(x), -1),
                 "aspect_ratio": torch.tensor([[height / width]], device=x.device).expand(len(x), -1),
             }
+        captions = {"encoder_hidden_states": text.states, "encoder_attention_mask": text.mask}
         # The output also has channels for the variance, which a prox does not need.
-        return net(
-            x,
-            encoder_hidden_states=text.states,
-            timestep=time,
-            encoder_attention_mask=text.mask,
-            added_cond_kwargs=added,
-        ).sample[:, : x.shape[1]]
+        return net(x, timestep=time, added_cond_kwargs=added, **captions).sample[:, : x.shape[1]]
 
 
 def interface_of(net_config: Mapping[str, Any]) -> Interface:

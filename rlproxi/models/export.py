@@ -149,17 +149,14 @@ def _write_adapter(model: TextToImage, folder: Path) -> None:
     from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
 
     part, settings = model.denoiser.part, _settings(model)
-    weights = {
-        name.replace(".default.", "."): p.detach().contiguous()
-        for name, p in lora.adapter_weights(model.denoiser).items()
-    }
+    found = lora.adapter_weights(model.denoiser)
+    weights = {name.replace(".default.", "."): p.detach().contiguous() for name, p in found.items()}
     targets = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
     facts = {"r": settings.rank, "lora_alpha": settings.alpha, "target_modules": targets}
     writer: Any = StableDiffusionLoraLoaderMixin if part == "unet" else SD3LoraLoaderMixin
     folder.mkdir()
-    writer.save_lora_weights(
-        folder, weight_name=ADAPTER, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": facts}
-    )
+    contents = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": facts}
+    writer.save_lora_weights(folder, weight_name=ADAPTER, **contents)
 
 
 def card(

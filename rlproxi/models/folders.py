@@ -105,8 +105,6 @@ class ModelFolder:
         """model_index.json; {} where there is none."""
         return self.json(INDEX) if (self.path / INDEX).is_file() else {}
 
-    # -- the network ------------------------------------------------------------------------
-
     @cached_property
     def part(self) -> str:
         """The subfolder of the denoiser's network: 'unet' or 'transformer'."""
@@ -141,8 +139,6 @@ class ModelFolder:
             raise FileNotFoundError(f"{file} is missing: it says what the network predicts and at which noise levels")
         return CheckpointNoise(self.json("scheduler/scheduler_config.json"), file)
 
-    # -- sampler.json and lora/ -------------------------------------------------------------
-
     @property
     def has_settings(self) -> bool:
         """Whether the folder has sampler.json: this project saved it."""
@@ -176,8 +172,6 @@ class ModelFolder:
         """Rank, alpha and targets of the adapters in ``lora/``."""
         return LoRA.model_validate(self.json(f"{lora.FOLDER}/{lora.SETTINGS}"))
 
-    # -- the autoencoder --------------------------------------------------------------------
-
     @property
     def has_vae(self) -> bool:
         """Whether the folder has an autoencoder, in ``vae/``; else its samples are pixels."""
@@ -191,8 +185,6 @@ class ModelFolder:
             file = self.path / "vae" / "config.json"
             raise ValueError(f"{file} is not the config of an AutoencoderKL: it has no block_out_channels")
         return Latents(values.get("latent_channels", 4), 2 ** (len(values["block_out_channels"]) - 1))
-
-    # -- the text encoders ------------------------------------------------------------------
 
     @cached_property
     def text_ends(self) -> tuple[str, ...]:
@@ -294,8 +286,6 @@ class ModelFolder:
         if self.text.kind == "sd3":
             return self.text.t5_width, configs[0]["projection_dim"] + configs[1]["projection_dim"]
         return width[0], 0
-
-    # -- before a run -----------------------------------------------------------------------
 
     def check(self, network: bool = True) -> None:
         """Reads every config.json that a run needs, and none of the weights.

@@ -40,9 +40,8 @@ def load_part(kind: type, folder: Path) -> Any:
     """A module of a diffusers class ``kind`` in float32. Raises ValueError or FileNotFoundError naming the folder."""
     check_weights(folder)
     # Cast here too: diffusers goes by the first tensor's dtype, and a file may hold several.
-    return load_network(
-        kind, folder, "diffusion_pytorch_model", torch_dtype=torch.float32, low_cpu_mem_usage=False
-    ).float()
+    options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    return load_network(kind, folder, "diffusion_pytorch_model", **options).float()
 
 
 def load_denoiser(
@@ -233,25 +232,12 @@ def build_denoiser(config: Config) -> Preconditioned:
     text_dim, pooled_dim = (m.text_dim, m.text_dim) if folder is None else folder.text_shape[1:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config.run.seed, Purpose.NETWORK))
-        common: dict[str, Any] = dict(
-            sample_size=size,
-            in_channels=channels,
-            patch=m.patch,
-            data_std=m.data_std,
-            beta_min=s.beta_min,
-            beta_max=s.beta_max,
-            text_dim=text_dim,
-            target=config.pretrain.target,
-        )
+        common: dict[str, Any] = dict(sample_size=size, in_channels=channels, patch=m.patch, data_std=m.data_std)
+        common |= dict(beta_min=s.beta_min, beta_max=s.beta_max, text_dim=text_dim, target=config.pretrain.target)
         if m.kind == "transformer":
             return own_network("ProximalTransformer")(layers=m.layers, heads=m.heads, **common)
-        return own_network("ProximalUNet")(
-            channels=tuple(m.channels),
-            blocks=tuple(m.blocks),
-            attention=tuple(m.attention),
-            pooled_dim=pooled_dim,
-            **common,
-        )
+        levels = {"channels": tuple(m.channels), "blocks": tuple(m.blocks), "attention": tuple(m.attention)}
+        return own_network("ProximalUNet")(**levels, pooled_dim=pooled_dim, **common)
 
 
 def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> ProximalNetwork:

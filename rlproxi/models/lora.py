@@ -25,21 +25,9 @@ if TYPE_CHECKING:
 
 FOLDER, WEIGHTS, SETTINGS = "lora", "adapter_model.safetensors", "adapter_config.json"
 
+_PUBLISHED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 #: Ends of the names of attention's linear layers: diffusers' networks, then our U-Net.
-ATTENTION = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "to_add_out",
-    "qkv",
-    "text_kv",
-    "middle.1.out",
-    "attend.out",
-)
+ATTENTION = (*_PUBLISHED, "qkv", "text_kv", "middle.1.out", "attend.out")
 
 
 def network_of(denoiser: nn.Module) -> Any:

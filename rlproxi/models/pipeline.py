@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ FROZEN = ("text_encoder", "tokenizer", "text.json", "vae", "scheduler")
 PIPELINE = "ProxT2IPipeline"
 
 
+@dataclass(eq=False, repr=False)
 class TextToImage:
     """Samples images from prompts by proximal diffusion.
 
@@ -53,23 +55,16 @@ class TextToImage:
         origin: the model folder it came from; what was not trained is linked from there, not written again.
     """
 
-    def __init__(
-        self,
-        denoiser: ProximalNetwork,
-        text: TextEncoder | CheckpointText,
-        schedule: Schedule,
-        sampler: Sampler,
-        precision: str = "float32",
-        vae: Autoencoder | None = None,
-        origin: Path | None = None,
-    ):
-        self.denoiser = denoiser.eval()
-        self.text = text
-        self.schedule = schedule
-        self.sampler = sampler
-        self.precision = precision
-        self.vae = vae
-        self.origin = origin
+    denoiser: ProximalNetwork
+    text: TextEncoder | CheckpointText
+    schedule: Schedule
+    sampler: Sampler
+    precision: str = "float32"
+    vae: Autoencoder | None = None
+    origin: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.denoiser.eval()
 
     @classmethod
     def from_pretrained(
@@ -123,22 +118,12 @@ class TextToImage:
                     link(source, folder / source.name)
             if isinstance(self.text, CheckpointText):
                 self.text.save_settings(folder)  # the origin's may follow from its pipeline's class, which changes
-        denoiser = _denoiser_classes(self.denoiser)
         kept = {name: entry for name, entry in index.items() if not name.startswith("_") and (folder / name).is_dir()}
-        _write_json(
-            folder / SETTINGS,
-            {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump(), "size": self.size},
-        )
-        _write_json(
-            folder / INDEX,
-            {
-                "_class_name": PIPELINE,
-                "_rlproxi_version": __version__,
-                **kept,
-                **denoiser,
-                "sampler": ["rlproxi.models.diffusers_pipeline", "ProximalSampler"],
-            },
-        )
+        index = {"_class_name": PIPELINE, "_rlproxi_version": __version__, **kept, **_denoiser_classes(self.denoiser)}
+        index["sampler"] = ["rlproxi.models.diffusers_pipeline", "ProximalSampler"]
+        settings = {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump(), "size": self.size}
+        for name, values in ((SETTINGS, settings), (INDEX, index)):
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def merged(self) -> TextToImage:
         """This model with its adapters added to the base, in float32; itself where it has none."""
@@ -159,10 +144,7 @@ class TextToImage:
                 part.to(device)
         return self
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """The words the tokenizer has no token for: the model cannot tell them from each other."""
-        return self.text.unknown_words(prompt)
-
+    @torch.no_grad()
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -192,16 +174,12 @@ class TextToImage:
         if len(seeds) != len(prompts) or min(seeds) < 0:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one non-negative integer for each")
         self.steps(num_inference_steps)
-        parts = [
-            self._images(prompts[i : i + batch_size], seeds[i : i + batch_size], num_inference_steps, guidance_scale)
-            for i in range(0, len(prompts), batch_size)
-        ]
+        parts = []
+        for rows in (slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)):
+            noise = NamedNoise([(seed,) for seed in seeds[rows]])
+            x = self.run(self.text.encode(prompts[rows]), noise, num_inference_steps, guidance_scale).x
+            parts.append(self.images(x))
         return np.concatenate(parts)
-
-    @torch.no_grad()
-    def _images(self, prompts: list[str], seeds: list[int], count: int | None, guidance: float | None) -> np.ndarray:
-        run = self.run(self.text.encode(prompts), NamedNoise([(seed,) for seed in seeds]), count, guidance)
-        return self.images(run.x)
 
     def images(self, x: torch.Tensor) -> np.ndarray:
         """Samples [B, C, H, W] -> images, uint8 [B, H, W, 3]: through the autoencoder, where there is one.
@@ -233,15 +211,9 @@ class TextToImage:
         device = self.denoiser.device
         x = noise.start(self.denoiser.sample_shape, device)
         guidance = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
+        prox = operator(self.denoiser, self.text, guidance)
         with autocast(compute_dtype(self.precision, device), device):
-            return sample(
-                operator(self.denoiser, self.text, guidance),
-                self.steps(num_inference_steps),
-                x,
-                text,
-                noise,
-                keep_chain,
-            )
+            return sample(prox, self.steps(num_inference_steps), x, text, noise, keep_chain)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -263,7 +235,3 @@ def _class(part: object) -> list[str]:
     """[library, class] as diffusers' model_index.json names a part."""
     module = type(part).__module__
     return [module if module.startswith("rlproxi") else module.split(".")[0], type(part).__name__]
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -132,19 +132,11 @@ class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         alpha_bar, noise = expand(self.schedule.alpha_bar(t), y), expand(lam, y)
         data = alpha_bar * self.gaussian.variance
         signal = data + 1 - alpha_bar
-        open_part = noise / (1 - alpha_bar + noise).clamp(min=1e-8) * data if self.target == "expected" else signal
-        return self.estimate_noise(y, alpha_bar, signal, noise, t, lam, text, open_part)
+        share = noise / (1 - alpha_bar + noise).clamp(min=1e-8) * data if self.target == "expected" else signal
+        return self.estimate_noise(y, alpha_bar, signal, noise, share, (t, lam, text))
 
     def estimate_noise(
-        self,
-        y: Tensor,
-        alpha_bar: Tensor,
-        signal: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        lam: Tensor,
-        text: TextStates,
-        open_part: Tensor | None = None,
+        self, y: Tensor, alpha_bar: Tensor, signal: Tensor, noise: Tensor, share: Tensor, cond: tuple
     ) -> Tensor:
         """The unit noise n in y = sqrt(alpha_bar) m + a signal + sqrt(noise) n, float32 [B, C, H, W] like y.
 
@@ -152,7 +144,7 @@ class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
 
         Args:
             signal: variance of the signal [B, C, H, W], in the Gaussian's basis. alpha_bar, noise: [B, 1, 1, 1].
-            open_part: divided by signal + noise, the variance of F's contribution; None takes ``signal``.
+            share: divided by signal + noise, the variance of F's contribution. cond: (t, lam, text) for the network.
         """
         g = self.gaussian
         with torch.autocast(y.device.type, enabled=False):
@@ -160,11 +152,9 @@ class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             linear = g.from_basis(noise.sqrt() / total * g.to_basis(y - alpha_bar.sqrt() * g.mean))
             scaled = y * total.mean((1, 2, 3), keepdim=True).rsqrt()
             x = torch.cat([scaled, y - noise.sqrt() * linear], 1)
-        residual = self.network(x, t, lam, text).float()
+        residual = self.network(x, *cond).float()
         with torch.autocast(y.device.type, enabled=False):
-            return linear + g.from_basis(
-                ((signal if open_part is None else open_part) / total).sqrt() * g.to_basis(residual)
-            )
+            return linear + g.from_basis((share / total).sqrt() * g.to_basis(residual))
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""

@@ -57,12 +57,9 @@ class TextStates:
         sizes = [part.time_ids for part in parts if part.time_ids is not None]
         if sizes and len(sizes) < len(parts):
             raise ValueError("text states with and without time_ids cannot be joined: give all of them, or none")
-        return TextStates(
-            torch.cat([part.states for part in parts]),
-            torch.cat([part.pooled for part in parts]),
-            torch.cat([part.mask for part in parts]),
-            torch.cat(sizes) if sizes else None,
-        )
+        columns = ([getattr(part, name) for part in parts] for name in ("states", "pooled", "mask"))
+        states, pooled, mask = (torch.cat(column) for column in columns)
+        return TextStates(states, pooled, mask, torch.cat(sizes) if sizes else None)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TextStates:
         sizes = None if self.time_ids is None else change(self.time_ids)
@@ -114,25 +111,15 @@ class TextEncoder:
         import transformers
 
         folder = Path(folder)
-        for part in ("tokenizer", "text_encoder"):
-            if not (folder / part).is_dir():
-                raise FileNotFoundError(f"{folder / part} is missing: not a diffusers-shaped model folder")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder / "tokenizer", local_files_only=True, trust_remote_code=False
-        )
-        kind = (
-            transformers.AutoConfig.from_pretrained(
-                folder / "text_encoder", local_files_only=True, trust_remote_code=False
-            ).architectures
-            or ["?"]
-        )[0]
+        for part in (folder / "tokenizer", folder / "text_encoder"):
+            if not part.is_dir():
+                raise FileNotFoundError(f"{part} is missing: not a diffusers-shaped model folder")
+        part, options = folder / "text_encoder", {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", **options)
+        kind = (transformers.AutoConfig.from_pretrained(part, **options).architectures or ["?"])[0]
         if kind not in cls.KINDS:
-            raise ValueError(
-                f"{folder / 'text_encoder'} holds a {kind}; supported text encoders: {', '.join(cls.KINDS)}"
-            )
-        model = getattr(transformers, kind).from_pretrained(
-            folder / "text_encoder", use_safetensors=True, local_files_only=True
-        )
+            raise ValueError(f"{part} holds a {kind}; supported text encoders: {', '.join(cls.KINDS)}")
+        model = getattr(transformers, kind).from_pretrained(part, use_safetensors=True, local_files_only=True)
         # Some tokenizers give 1e30 for no limit.
         return cls(tokenizer, model, min(tokenizer.model_max_length, 512))
 
@@ -198,20 +185,14 @@ def word_tokenizer(captions: list[str], max_length: int) -> PreTrainedTokenizerF
 
     words = sorted({w for c in captions for w in re.findall(r"\w+|[^\w\s]", c.lower())})
     vocab = {w: i for i, w in enumerate(["<pad>", "<bos>", "<unk>", *words, "<eos>"])}
+    marks = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation()])
     core.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", vocab["<bos>"]), ("<eos>", vocab["<eos>"])]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        model_max_length=max_length,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=max_length, **marks)
 
 
 def build_text_encoder(

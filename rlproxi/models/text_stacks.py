@@ -97,7 +97,7 @@ class CheckpointText:
         self.parts = parts
         self.settings = settings
         self.cache = CaptionCache(cache_bytes)
-        for model in self._models():
+        for model in self._parts("text_encoder"):
             model.eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -120,22 +120,18 @@ class CheckpointText:
 
     def to(self, device: str | torch.device) -> CheckpointText:
         """Moves the text models."""
-        for model in self._models():
+        for model in self._parts("text_encoder"):
             model.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
         """Where the text models are."""
-        return next(iter(self._models())).device
+        return next(iter(self._parts("text_encoder"))).device
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The words no tokenizer can spell. CLIP's spell every word, by its bytes."""
-        unknown = [
-            unknown_words(part, prompt)
-            for name, part in self.parts.items()
-            if name.startswith("tokenizer") and part is not None
-        ]
+        unknown = [unknown_words(tokenizer, prompt) for tokenizer in self._parts("tokenizer")]
         return [word for word in unknown[0] if all(word in words for words in unknown)]
 
     def encode(self, captions: Sequence[str]) -> TextStates:
@@ -173,14 +169,13 @@ class CheckpointText:
         """(states [1, L, D], pooled [1, P], mask [1, L]) of one caption."""
         raise NotImplementedError
 
-    def _models(self) -> list[Any]:
-        return [part for name, part in self.parts.items() if name.startswith("text_encoder") and part is not None]
+    def _parts(self, kind: str) -> list[Any]:
+        return [part for name, part in self.parts.items() if name.startswith(kind) and part is not None]
 
     def _tokens(self, tokenizer: str, caption: str, length: int) -> tuple[Tensor, Tensor]:
         """(ids, mask), each int64 [1, length]."""
-        tokens = self.parts[tokenizer](
-            [caption], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        tokens = self.parts[tokenizer]([caption], **options)
         return tokens["input_ids"].to(self.device), tokens["attention_mask"].to(self.device)
 
     def _clip(self, end: str, caption: str) -> Any:

@@ -9,6 +9,7 @@ from diffusers.models.transformers.pixart_transformer_2d import PixArtTransforme
 from torch import Tensor, nn
 
 from ..proximal.schedule import VPSchedule
+from .backbone import PixArtInterface
 from .lam import LamEmbedding, added_to_time
 from .preconditioning import Preconditioned
 from .text import TextStates
@@ -62,14 +63,9 @@ class ProximalTransformer(Preconditioned):
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""
-        with added_to_time(self.net.adaln_single.emb.timestep_embedder, self.lam_embedding(t, lam)):
-            return self.net(
-                x,
-                encoder_hidden_states=text.states,
-                timestep=1000 * t,
-                encoder_attention_mask=text.mask,
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            ).sample
+        calls = PixArtInterface()
+        with added_to_time(calls.time_embedder(self.net), self.lam_embedding(t, lam)):
+            return calls.call(self.net, x, 1000 * t, text)
 
     def enable_gradient_checkpointing(self, *args: Any) -> None:
         """As diffusers' ``ModelMixin``, for the transformer inside."""

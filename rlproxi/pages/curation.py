@@ -9,7 +9,6 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from ..data.curation import pictures
 from ..data.curation.merge import HANDS, KEPT, Series, Statistics
 from ..data.curation.records import Place, stages
 from ..files import write_text
@@ -138,7 +137,7 @@ def _pictures(statistics: Statistics, found: dict[str, dict[int, str]]) -> str:
         shots = [
             (picture, example.words)
             for example in statistics.examples(group)
-            if (picture := pictures.picture_of(found, example))
+            if (picture := found.get(example.shard, {}).get(example.index))
         ]
         title = group if group in (KEPT, HANDS) else f"dropped: {group}"
         if shots:

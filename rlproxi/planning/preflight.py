@@ -10,10 +10,10 @@ from pathlib import Path
 from ..algorithms.base import Algorithm, algorithm_class, build_algorithm
 from ..config.loading import Config
 from ..config.sections import Reward
+from ..data.addresses import list_shards
 from ..data.cache import prompts_path
 from ..data.curation import job
 from ..data.prompts import heldout_prompts, training_prompts
-from ..data.shards import list_shards
 from ..models.folders import ModelFolder, latent_space
 from ..models.loading import build_denoiser
 from ..rewards import checked_params, facts, is_differentiable, names, parameters

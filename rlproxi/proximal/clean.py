@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .matching import TimeTable
 from .operator import Denoiser, expand
 from .schedule import VPSchedule
 
@@ -99,14 +100,6 @@ def as_clean(denoiser: Denoiser) -> Clean:
     return clean
 
 
-class Times(Protocol):
-    """The pairs of a ladder with their probabilities, arrays of one length; ``TimeTable`` is one."""
-
-    t: np.ndarray
-    lam: np.ndarray
-    probability: np.ndarray
-
-
 class Ladder:
     """The levels of a table of (t, lam, probability), from the least to the most noise.
 
@@ -117,10 +110,8 @@ class Ladder:
         ValueError: an empty table, or an entry with lam <= 0, whose residual says nothing about x_0.
     """
 
-    def __init__(self, times: Times, schedule: VPSchedule):
-        t, lam, probability = (
-            np.asarray(column, dtype=np.float64) for column in (times.t, times.lam, times.probability)
-        )
+    def __init__(self, times: TimeTable, schedule: VPSchedule):
+        t, lam = times.t, times.lam
         if len(t) == 0 or (lam <= 0).any():
             raise ValueError(
                 f"a ladder of {len(t)} levels with lam {lam.tolist()}: it needs at least one level, and "
@@ -130,10 +121,7 @@ class Ladder:
         order = np.argsort(log_noise, kind="stable")
         self.schedule = schedule
         self.t, self.lam, self.log_noise = t[order], lam[order], log_noise[order]
-        self.cumulative = np.cumsum(probability[order]) / probability.sum()
-
-    def __len__(self) -> int:
-        return len(self.t)
+        self.cumulative = np.cumsum(times.probability[order]) / times.probability.sum()
 
     def draw(self, rng: np.random.Generator, batch: int, low: float = 0.02, high: float = 0.98) -> Level:
         """Draw ``batch`` independent levels by the table's probabilities, between two quantiles of the noise.
@@ -147,7 +135,7 @@ class Ladder:
         if not 0.0 <= low < high <= 1.0:
             raise ValueError(f"levels are drawn between the quantiles {low} and {high}; need 0 <= low < high <= 1")
         index = np.searchsorted(self.cumulative, rng.uniform(low, high, batch), side="right")
-        return self._at(index.clip(max=len(self) - 1))
+        return self._at(index.clip(max=len(self.t) - 1))
 
     def below(self, level: Level, fraction: float) -> Level:
         """Return the entry ``fraction`` of the way in ln(sigma/alpha) from ``level`` down to the lowest, per sample.
@@ -162,6 +150,5 @@ class Ladder:
         return self._at(distance.argmin(1)).to(level.t.device)
 
     def _at(self, index: np.ndarray) -> Level:
-        return Level.of(
-            self.schedule, torch.from_numpy(self.t[index]).float(), torch.from_numpy(self.lam[index]).float()
-        )
+        t, lam = (torch.from_numpy(column[index]).float() for column in (self.t, self.lam))
+        return Level.of(self.schedule, t, lam)

@@ -6,6 +6,7 @@ Source: ProxDM (arXiv 2507.08956), section 3: prox = argmin_x 1/2 ||x - y||^2 - 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *([1] * (like.dim() - 1)))
 
 
+@dataclass(frozen=True, eq=False)
 class ProximalOperator:
     """A ``Prox`` made of a denoiser, with proximal classifier-free guidance.
 
@@ -39,33 +41,23 @@ class ProximalOperator:
         join: concatenates two conds along the batch; needed when w != 1.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        guidance_scale: float = 1.0,
-        null_cond: Callable[[Any], Any] | None = None,
-        join: Callable[[Any, Any], Any] | None = None,
-    ):
-        if guidance_scale != 1.0 and (null_cond is None or join is None):
+    denoiser: Denoiser
+    guidance_scale: float = 1.0
+    null_cond: Callable[[Any], Any] | None = None
+    join: Callable[[Any, Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance_scale != 1.0 and (self.null_cond is None or self.join is None):
             raise ValueError(
-                "guidance_scale != 1 needs null_cond and join: "
-                "what an unconditional input looks like, and how to batch the two"
+                f"guidance_scale {self.guidance_scale} needs null_cond and join: what an unconditional input looks "
+                "like, and how to batch the two; without guidance it is 1"
             )
-        self.denoiser = denoiser
-        self.guidance_scale = guidance_scale
-        self.null_cond = null_cond
-        self.join = join
 
     def residual(self, y: Tensor, t: Tensor, lam: Tensor, cond: Any = None) -> Tensor:
-        """Return the guided eps, a tensor like y. y [B, ...]; t, lam [B].
-
-        Raises ValueError for guidance without ``null_cond`` and ``join``.
-        """
+        """Return the guided eps, a tensor like y. y [B, ...]; t, lam [B]."""
         w = self.guidance_scale
-        if w == 1.0:
+        if w == 1.0 or self.null_cond is None or self.join is None:
             return self.denoiser(y, t, lam, cond).to(y.dtype)
-        if self.null_cond is None or self.join is None:
-            raise ValueError(f"guidance_scale is {w}, which needs null_cond and join; without guidance it is 1")
         both = self.join(cond, self.null_cond(cond))
         eps = self.denoiser(torch.cat([y, y]), torch.cat([t, t]), torch.cat([lam, lam]), both)
         eps_cond, eps_null = eps.to(y.dtype).chunk(2)
@@ -73,8 +65,6 @@ class ProximalOperator:
 
     def __call__(self, y: Tensor, t: float, lam: float, cond: Any = None) -> Tensor:
         """Return prox(y; t, lam, cond), like y, for one t and one lam that the batch shares."""
-        batch = y.shape[0]
         dtype = torch.promote_types(y.dtype, torch.float32)
-        times = torch.full((batch,), t, dtype=dtype, device=y.device)
-        lams = torch.full((batch,), lam, dtype=dtype, device=y.device)
+        times, lams = (torch.full((len(y),), value, dtype=dtype, device=y.device) for value in (t, lam))
         return y - lam**0.5 * self.residual(y, times, lams, cond)

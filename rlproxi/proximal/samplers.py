@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
@@ -91,7 +91,6 @@ class SamplerKind:
         step: (schedule, k, new time t_{k-1}, old time t_k, eta) -> the step between them.
         without_noise: a step -> the same step with its noise taken away, from its own coefficients.
         noise_after: whether its noise is drawn after the prox, scaled by eta; else before the prox, whatever eta is.
-        noisy: whether it draws noise at eta 0.
         limit: the sampler that it becomes without its noise, at eta 0; None: none of this module.
         full_noise_name: the name under which ``rlproxi eval`` draws from it with eta 1; None: it does not.
         gamma_below: every gamma_k of a grid must be below this.
@@ -101,14 +100,9 @@ class SamplerKind:
     step: Callable[[VPSchedule, int, float, float, float], Step]
     without_noise: Callable[[Step], Step]
     noise_after: bool = False
-    noisy: bool = False
     limit: str | None = None
     full_noise_name: str | None = None
     gamma_below: float = math.inf
-
-    def draws_noise(self, eta: float) -> bool:
-        """Whether a sample depends on more than where it starts."""
-        return self.noisy or (self.noise_after and eta > 0)
 
 
 def _hybrid(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> Step:
@@ -158,24 +152,24 @@ def _euler(schedule: VPSchedule, k: int, t: float, old: float, eta: float) -> St
     return Step(k, 0.0, gamma, 1 / signal, 0.0, (noise / signal) ** 2, b, d, e)
 
 
-def _proximal_without_noise(step: Step) -> Step:
+def _noiseless_proximal(step: Step) -> Step:
     """z = a x + zeta s n has lam (1 + zeta^2)/2 at a share zeta of the noise: half of lam is left."""
     return replace(step, s=0.0, lam=step.lam / 2 if step.s else step.lam)
 
 
-def _ddim_without_noise(step: Step) -> Step:
+def _noiseless_ddim(step: Step) -> Step:
     """The fresh noise is taken from the predicted noise: d' = sqrt(d^2 + (e/sigma)^2), with sigma = sqrt(lam)/a."""
     d = math.hypot(step.d, step.e * step.a / math.sqrt(step.lam))
     return replace(step, b=step.b + (step.d - d) / step.a, d=d, e=0.0)
 
 
-def _euler_without_noise(step: Step) -> Step:
+def _noiseless_euler(step: Step) -> Step:
     """Half of the drift of a full share of noise is left: b' = gamma/2 alpha/sigma^2 = gamma a/(2 lam)."""
     b = step.gamma * step.a / (2 * step.lam)
     return replace(step, b=b, d=1 + step.gamma / 2 - b * step.a, e=0.0)
 
 
-def _matched_without_noise(step: Step) -> Step:
+def _noiseless_matched(step: Step) -> Step:
     """Two of b, d, e and lam give v = sigma'^2, from which the step without noise follows."""
     v = (step.lam * (1 - step.b) ** 2 + step.e**2) / (2 * step.b - 1 - step.e**2 / step.lam)
     c = math.sqrt(v * (v + step.lam)) / step.lam
@@ -186,16 +180,14 @@ def _matched_without_noise(step: Step) -> Step:
 KINDS = {
     kind.name: kind
     for kind in (
-        SamplerKind("hybrid", _hybrid, _proximal_without_noise, noisy=True, limit="ode"),
-        SamplerKind("backward", _backward, _proximal_without_noise, noisy=True, gamma_below=2.0),
-        SamplerKind("ode", _ode, _proximal_without_noise, limit="ode"),
+        SamplerKind("hybrid", _hybrid, _noiseless_proximal, limit="ode"),
+        SamplerKind("backward", _backward, _noiseless_proximal, gamma_below=2.0),
+        SamplerKind("ode", _ode, _noiseless_proximal, limit="ode"),
+        SamplerKind("ddim", _ddim, _noiseless_ddim, noise_after=True, limit="ddim", full_noise_name="ddim-ancestral"),
         SamplerKind(
-            "ddim", _ddim, _ddim_without_noise, noise_after=True, limit="ddim", full_noise_name="ddim-ancestral"
+            "euler", _euler, _noiseless_euler, noise_after=True, limit="euler", full_noise_name="euler-maruyama"
         ),
-        SamplerKind(
-            "euler", _euler, _euler_without_noise, noise_after=True, limit="euler", full_noise_name="euler-maruyama"
-        ),
-        SamplerKind("matched", _matched, _matched_without_noise, noise_after=True, limit="matched"),
+        SamplerKind("matched", _matched, _noiseless_matched, noise_after=True, limit="matched"),
     )
 }
 SAMPLERS = tuple(KINDS)
@@ -205,12 +197,12 @@ AFTER = tuple(name for name, kind in KINDS.items() if kind.noise_after)
 
 def smallest_steps(schedule: VPSchedule, gamma_below: float, start_time: float, spacing: str) -> int:
     """The smallest N for which every gamma_k of this grid is below ``gamma_below``."""
-    n = 1
-    while True:
-        times = schedule.grid(n, start_time, spacing)
-        if max(schedule.integral(a, b) for a, b in pairwise(times)) < gamma_below:
-            return n
-        n += 1
+    grids = (schedule.grid(n, start_time, spacing) for n in count(1))
+    return next(len(times) - 1 for times in grids if _largest_gamma(schedule, times) < gamma_below)
+
+
+def _largest_gamma(schedule: VPSchedule, times: list[float]) -> float:
+    return max(schedule.integral(a, b) for a, b in pairwise(times))
 
 
 def plan(
@@ -233,7 +225,7 @@ def plan(
         raise ValueError(f"sampler {sampler!r} is unknown; choose one of {', '.join(KINDS)}")
     kind, n = KINDS[sampler], num_inference_steps
     times = schedule.grid(n, start_time, spacing)
-    largest = max(schedule.integral(a, b) for a, b in pairwise(times))
+    largest = _largest_gamma(schedule, times)
     if largest >= kind.gamma_below:
         smallest = smallest_steps(schedule, kind.gamma_below, start_time, spacing)
         raise ValueError(
@@ -285,15 +277,14 @@ def sample(
     Noise is fresh at every step. The last step of a proximal sampler draws it too, before the prox.
     """
     noise = noise or generator_noise()
-    zs: list[Tensor] = []
-    outputs: list[Tensor] = []
+    done = Trajectory(x, steps, [], [])
     for step in steps:
-        z = step.before(x, noise)
+        z = step.before(done.x, noise)
         clean = prox(z, step.t, step.lam, cond)
         if keep_chain:
-            zs.append(z)
-            outputs.append(clean)
-        x = step.after(clean, x, noise)
+            done.z.append(z)
+            done.prox.append(clean)
+        done.x = step.after(clean, done.x, noise)
         if callback is not None:
-            callback(step, x)
-    return Trajectory(x, steps, zs, outputs)
+            callback(step, done.x)
+    return done

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from rlproxi.algorithms.diffused_reward import damped, denoise_steps, proxy, weight
-from rlproxi.proximal import TimeTable, VPSchedule
 from rlproxi.proximal.clean import Ladder, Level
+from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.operator import expand
+from rlproxi.proximal.schedule import VPSchedule
 
 SCHEDULE = VPSchedule()
 TIMES = torch.tensor([0.05, 0.2, 0.4, 0.7, 0.95], dtype=torch.float64)

@@ -10,9 +10,9 @@ from torch import nn
 
 from rlproxi.algorithms.diffused_reward import damped, proxy, weight
 from rlproxi.algorithms.distillation import direction, normalise, score_divergence, surrogate
-from rlproxi.proximal import VPSchedule
 from rlproxi.proximal.clean import Level
 from rlproxi.proximal.operator import expand
+from rlproxi.proximal.schedule import VPSchedule
 
 SCHEDULE = VPSchedule()
 LOW, HIGH = 0.02, 0.98

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.shards import jpeg, sample, write_tar
-from rlproxi.data.shards import Sample, Skip, list_shards, read_shard, write_shard
+from rlproxi.data.addresses import list_shards
+from rlproxi.data.shards import Sample, Skip, read_shard, write_shard
 
 
 def read(path):

@@ -178,4 +178,4 @@ def test_broken_weights_do_not_become_an_image(model):
 
 
 def test_unknown_words_are_named(model):
-    assert model.unknown_words("a smiling robot with a red hat, please") == ["robot", "please"]
+    assert model.text.unknown_words("a smiling robot with a red hat, please") == ["robot", "please"]

@@ -6,7 +6,7 @@ from fixtures.score import ScoreModel
 from rlproxi.models.text import TextStates
 from rlproxi.models.transformer import ProximalTransformer
 from rlproxi.models.unet import ProximalUNet
-from rlproxi.proximal import ProximalOperator
+from rlproxi.proximal.operator import ProximalOperator
 
 
 def text(batch: int, length: int = 5, dim: int = 16) -> TextStates:

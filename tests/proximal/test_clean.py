@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.closed_form import Gaussian, alpha_bar
-from rlproxi.proximal import ProximalOperator, TimeTable, VPSchedule, WarmStart
 from rlproxi.proximal.clean import Ladder, Level, as_clean, clean_prediction
+from rlproxi.proximal.matching import TimeTable
+from rlproxi.proximal.operator import ProximalOperator
+from rlproxi.proximal.schedule import VPSchedule
+from rlproxi.proximal.warmstart import WarmStart
 
 SCHEDULE = VPSchedule()
 TARGET = Gaussian(0.4, 0.3)
@@ -112,7 +115,7 @@ def ladder(candidates=(4, 8), **kwargs):
 def test_ladder_is_sorted_and_draws_by_probability():
     table = TimeTable(SCHEDULE, [4, 8])
     rungs = Ladder(table, SCHEDULE)
-    assert len(rungs) == 12 and (np.diff(rungs.log_noise) >= 0).all()
+    assert len(rungs.t) == 12 and (np.diff(rungs.log_noise) >= 0).all()
     drawn = rungs.draw(np.random.default_rng(0), 40_000, 0.0, 1.0)
     assert drawn.t.dtype == torch.float32 and drawn.sigma.shape == (40_000,)
     for t, lam, p in zip(table.t, table.lam, table.probability):

@@ -5,7 +5,10 @@ import torch
 
 from fixtures import score
 from fixtures.closed_form import Gaussian, alpha_bar, gamma
-from rlproxi.proximal import ProximalOperator, VPSchedule, WarmStart, plan, sample
+from rlproxi.proximal.operator import ProximalOperator
+from rlproxi.proximal.samplers import plan, sample
+from rlproxi.proximal.schedule import VPSchedule
+from rlproxi.proximal.warmstart import WarmStart
 
 SCHEDULE = VPSchedule()
 TARGET = Gaussian(0.4, 0.3)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from rlproxi.algorithms.diffused_reward import denoise_steps, weight
-from rlproxi.proximal import TimeTable, VPSchedule
 from rlproxi.proximal.clean import Ladder, Level
+from rlproxi.proximal.matching import TimeTable
+from rlproxi.proximal.schedule import VPSchedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 from rlproxi.algorithms.diffused_reward import damped, denoise_steps, proxy, weight
 from rlproxi.algorithms.distillation import direction, normalise, surrogate
-from rlproxi.proximal import TimeTable, VPSchedule
 from rlproxi.proximal.clean import Ladder, Level
+from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.operator import expand
+from rlproxi.proximal.schedule import VPSchedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -58,7 +58,8 @@ class Haar:
             raise ValueError(f"curate.faces.model: {file} is no cascade of OpenCV ({str(error).strip()})") from None
         if self.cascade.empty():
             raise ValueError(f"curate.faces.model: {file} is no cascade of OpenCV")
-        self.smallest = searched_from(settings)
+        # Well below min_size, so that reasons name the size found.
+        self.smallest = max(_WINDOW, settings.min_size // 3)
 
     def __call__(self, image: np.ndarray) -> list[dict]:
         grey = self.cv2.cvtColor(image, self.cv2.COLOR_RGB2GRAY)
@@ -110,11 +111,6 @@ def _sorted(boxes: np.ndarray, confidences: np.ndarray, scale: float) -> list[di
 def size(face: dict) -> int:
     """The shorter side of a face in pixels."""
     return min(face["w"], face["h"])
-
-
-def searched_from(settings: Faces) -> int:
-    """The smallest face that a cascade searches: well below ``min_size``, so that reasons name the size found."""
-    return max(_WINDOW, settings.min_size // 3)
 
 
 def objection(faces: list[dict], settings: Faces) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...config.curation import Curate
 from ...errors import ConfigError
 from ...rewards import checked_params
-from ..shards import list_shards
+from ..addresses import list_shards
 from . import faces, models
 from .captions import KEY as CAPTION_KEY
 from .hands import KEY as HANDS_KEY

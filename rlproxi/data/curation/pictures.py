@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from ..images import BadImage, decode
 from ..shards import Sample, read_shard
-from .merge import Example, Statistics
+from .merge import Statistics
 
 _SIDE = 176  # pixels
 
@@ -52,8 +52,3 @@ def thumbnail(picture: Image.Image, faces: Sequence[dict]) -> str:
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def picture_of(pictures: dict[str, dict[int, str]], example: Example) -> str | None:
-    """The thumbnail of an example; None if it could not be read again."""
-    return pictures.get(example.shard, {}).get(example.index)
