@@ -73,7 +73,7 @@ class CurateWorker:
         return self.tools
 
 
-def curate(config: Config, run_dir: Path, scribe: Any) -> dict:
+def curate(config: Config, run_dir: Path, log: Any) -> dict:
     """Run the whole stage and return the contents of curation.json. Blocks.
 
     Progress goes into the run log as metrics of curate/examine and curate/write, whose step is the percentage done.
@@ -90,8 +90,8 @@ def curate(config: Config, run_dir: Path, scribe: Any) -> dict:
         examined = {
             s: (s,) for s in shards if not records.is_done(place.records(s), records.examine_fingerprint(settings, s))
         }
-        lost = _run(pool, "examine", examined, len(shards), scribe)
-        shards = _without(shards, lost, settings, scribe)
+        lost = _run(pool, "examine", examined, len(shards), log)
+        shards = _without(shards, lost, settings, log)
 
         found = plan.survivors(place, shards, settings)
         outputs = plan.outputs(found, shards, settings)
@@ -101,7 +101,7 @@ def curate(config: Config, run_dir: Path, scribe: Any) -> dict:
             for o in outputs
             if not (records.is_done(place.part(o.number), o.fingerprint) and place.shard(o.number).is_file())
         }
-        _run(pool, "write", written, len(outputs), scribe)
+        _run(pool, "write", written, len(outputs), log)
 
         statistics = merge.merge(place, shards, found, outputs, settings)
         wanted = pictures.wanted(statistics, page.shown(statistics))
@@ -112,9 +112,9 @@ def curate(config: Config, run_dir: Path, scribe: Any) -> dict:
     return summary
 
 
-def _run(pool: WorkerPool, method: str, tasks: Mapping[str, tuple], total: int, scribe: Any) -> list[str]:
+def _run(pool: WorkerPool, method: str, tasks: Mapping[str, tuple], total: int, log: Any) -> list[str]:
     """Run ``tasks``, what is missing of ``total`` shards, and return the names of those that could not be read."""
-    progress = Progress(scribe, f"curate/{method}", total, total - len(tasks), samples=0, passed=0)
+    progress = Progress(log, f"curate/{method}", total, total - len(tasks), samples=0, passed=0)
     lost = []
     for name, (samples, passed) in pool.run(method, tasks):
         progress.add(samples=max(0, samples), passed=passed)
@@ -150,7 +150,7 @@ def _check_size(config: Config) -> None:
             )
 
 
-def _without(shards: list[str], lost: list[str], settings: Curate, scribe: Any) -> list[str]:
+def _without(shards: list[str], lost: list[str], settings: Curate, log: Any) -> list[str]:
     if not lost:
         return shards
     named = ", ".join([*lost[:5], *(["..."] if len(lost) > 5 else [])])
@@ -160,5 +160,5 @@ def _without(shards: list[str], lost: list[str], settings: Curate, scribe: Any) 
             f"curate.urls: {message}; all others are examined, so make these readable and resume the run, "
             "or leave them out with curate.unreadable=skip"
         )
-    scribe.append.remote("warning", {"message": f"curate: {message}; left out"})
+    log.append.remote("warning", {"message": f"curate: {message}; left out"})
     return [s for s in shards if s not in set(lost)]

@@ -52,7 +52,7 @@ class EncodeWorker:
             return Skip(url, "", str(error))
 
 
-def encode(config: Config, cache: Path, parts_folder: str | None, scribe: Any) -> dict[str, Any]:
+def encode(config: Config, cache: Path, parts_folder: str | None, log: Any) -> dict[str, Any]:
     """Encode every shard of ``data.urls`` that is not in ``cache`` yet. Blocks.
 
     ``cache`` must be a folder that all nodes share. Writes the run's manifest and prompts there (``manifest_path``,
@@ -84,7 +84,7 @@ def encode(config: Config, cache: Path, parts_folder: str | None, scribe: Any) -
             todo[url] = url, str(file)
     counts = [_counts(result) for result in found.values()]
     samples, skipped = sum(n for n, _ in counts), sum(n for _, n in counts)
-    progress = Progress(scribe, "encode", done=len(found), samples=samples, skipped=skipped)
+    progress = Progress(log, "encode", done=len(found), samples=samples, skipped=skipped)
     places = [(options, (recipe, parts_folder, n)) for options, n in _workers(config, parts_folder, len(todo))]
     with WorkerPool(EncodeWorker, places) as workers:
         for url, result in workers.run("encode", todo):

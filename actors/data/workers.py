@@ -75,8 +75,8 @@ class Progress:
         counts: what is counted beside shards, from these numbers on; "samples" must be among them.
     """
 
-    def __init__(self, scribe: Any, stage: str, total: int | None = None, done: int = 0, **counts: int):
-        self.scribe, self.stage, self.total, self.done, self.counts = scribe, stage, total, done, counts
+    def __init__(self, log: Any, stage: str, total: int | None = None, done: int = 0, **counts: int):
+        self.log, self.stage, self.total, self.done, self.counts = log, stage, total, done, counts
         self.before, self.begun, self.step = counts["samples"], time.time(), -1
 
     def add(self, **counts: int) -> None:
@@ -90,4 +90,4 @@ class Progress:
             shards = {} if self.total is None else {"shards": self.done}
             rate = (self.counts["samples"] - self.before) / max(time.time() - self.begun, 1e-9)
             metrics = {"stage": self.stage, "step": step, **shards, **self.counts, "images_per_second": rate}
-            self.scribe.append.remote("metrics", metrics)
+            self.log.append.remote("metrics", metrics)

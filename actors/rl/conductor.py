@@ -28,8 +28,8 @@ from .stops import Cause
 class Conductor:
     """Ray's side of the loop. Starts loading the rollout actors' models at once; ``connect`` makes the rest."""
 
-    def __init__(self, config: Config, run_dir: str, model_folder: str, scribe: Any, store: Any):
-        self.config, self.run_dir, self.scribe = config, Path(run_dir), scribe
+    def __init__(self, config: Config, run_dir: str, model_folder: str, log: Any, store: Any):
+        self.config, self.run_dir, self.log = config, Path(run_dir), log
         self.loop: Loop | None = None  # made by ``connect``, where the run has a stage rl
         # To a type checker it is still a plain class: it does not see what ray.remote makes of it.
         actor: Any = RolloutActor
@@ -37,23 +37,23 @@ class Conductor:
             actor.options(**actor_options(config, "rollout")).remote(config, model_folder)
             for _ in range(config.resources.rollout_actors)
         ]
-        self.pool = RolloutPool(actors, store, scribe, Diary(), config.faults.hang_timeout_s)
+        self.pool = RolloutPool(actors, store, log, Diary(), config.faults.hang_timeout_s)
 
     async def connect(self, apps: dict[str, str]) -> int:
         """Connect to the deployed rewards (scorer -> Serve application), and wait until the rollout actors have loaded
         the model; returns the number of these actors."""
         config, pool = self.config, self.pool
         client = RewardClient(config.rewards, apps, pool.diary)
-        self.evaluator = Evaluator(config, self.run_dir, self.scribe, client, pool.sample, pool.save, pool.diary)
+        self.evaluator = Evaluator(config, self.run_dir, self.log, client, pool.sample, pool.save, pool.diary)
         if "rl" in config.run.stages:
             algorithm = build_algorithm(config)
 
             def lost() -> int:
                 return pool.lost + len(client.lost)
 
-            observer = Observer(config, self.run_dir, self.scribe, pool.diary, lost, algorithm.needs_rollouts)
-            self.loop = Loop(config, algorithm, pool, client, self.scribe, self.evaluator, observer)
-        await log_provenance([*config.rewards.train, *config.rewards.heldout], client, self.scribe)
+            observer = Observer(config, self.run_dir, self.log, pool.diary, lost, algorithm.needs_rollouts)
+            self.loop = Loop(config, algorithm, pool, client, self.log, self.evaluator, observer)
+        await log_provenance([*config.rewards.train, *config.rewards.heldout], client, self.log)
         return await pool.ready()
 
     async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:

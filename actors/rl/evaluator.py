@@ -39,14 +39,14 @@ class Evaluator:
         self,
         config: Config,
         run_dir: Path,
-        scribe: Any,
+        log: Any,
         client: RewardClient,
         sample: Callable[[SampleRequest, int], Awaitable[Sampled]],
         save: Callable[[int, str], Awaitable[None]],
         diary: Diary | None = None,
     ):
         self.diary = diary or Diary()
-        self.config, self.run_dir, self.scribe, self.client = config, run_dir, scribe, client
+        self.config, self.run_dir, self.log, self.client = config, run_dir, log, client
         self.sample, self.save = sample, save
         self.scorers = [r.name for r in [*config.rewards.train, *config.rewards.heldout]]
         self.judges = [r.name for r in config.rewards.heldout]
@@ -106,7 +106,7 @@ class Evaluator:
                 pictures[count] = images
                 judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
                 correct[count] = details[self.judges[0]] if self.judges else {}
-                self.scribe.append.remote(
+                self.log.append.remote(
                     "evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
                 )
             if self.comparison.data:
@@ -129,7 +129,7 @@ class Evaluator:
                 f"evaluation: {int((~finite).sum())} of {len(finite)} samples of {whole.num_steps} steps count as "
                 "missing, because they are NaN or Inf"
             )
-            self.scribe.append.remote("warning", {"message": message})
+            self.log.append.remote("warning", {"message": message})
         return np.concatenate([piece.images for piece in pieces]), finite
 
     async def _judge(self, images: np.ndarray, finite: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
@@ -158,7 +158,7 @@ class Evaluator:
         try:
             return await self.client.score(name, images, prompt)
         except RewardError as error:
-            self.scribe.append.remote("warning", {"message": f"evaluation: {prompt!r} has no score: {error}"})
+            self.log.append.remote("warning", {"message": f"evaluation: {prompt!r} has no score: {error}"})
             return np.full(len(images), np.nan, np.float32)
 
     async def _details(self, name: str, images: np.ndarray, prompt: str) -> dict[str, np.ndarray]:
@@ -172,7 +172,7 @@ class Evaluator:
         seen = await asyncio.to_thread(self.comparison, images)
         if self.comparison.note != self.noted:
             self.noted = self.comparison.note
-            self.scribe.append.remote("note", {"message": f"evaluation: {self.noted}"})
+            self.log.append.remote("note", {"message": f"evaluation: {self.noted}"})
         return seen
 
     async def _watch(self, result: dict) -> None:
@@ -186,9 +186,9 @@ class Evaluator:
         alarm = self.guard.see(now)
         best = self.guard.best
         if alarm and best is not None:
-            self.scribe.append.remote(
+            self.log.append.remote(
                 "alarm", {"stage": "rl", "step": now.iteration, "message": alarm, "best": best.iteration}
             )
         if self.guard.best is now and now.iteration > 0:
             await self.save(now.iteration, str(RunDirectory(self.run_dir).best))
-            self.scribe.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})
+            self.log.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})

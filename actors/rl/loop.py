@@ -38,7 +38,7 @@ class Loop:
 
     Args:
         pool: samples (``sample``), and forgets the learner before (``begin``). client: scores (``total``,
-            ``provenance``). scribe: an actor's handle, for ``append`` and ``stop``. evaluator: ``evaluate``,
+            ``provenance``). log: handle of the run-log actor. evaluator: ``evaluate``,
             ``early_end``. observer: None where the run keeps no timeline, galleries or idle shares.
     """
 
@@ -48,12 +48,12 @@ class Loop:
         algorithm: Algorithm,
         pool: RolloutPool,
         client: RewardClient,
-        scribe: Any,
+        log: Any,
         evaluator: Evaluator,
         observer: Observer | None = None,
     ):
         self.config, self.algorithm, self.pool, self.client = config, algorithm, pool, client
-        self.scribe, self.evaluator, self.observer = scribe, evaluator, observer
+        self.log, self.evaluator, self.observer = log, evaluator, observer
         # Where the learner samples, it does so with its newest weights.
         bound = config.rl.max_staleness if algorithm.needs_rollouts else 0
         self.ledger = Ledger(
@@ -94,7 +94,7 @@ class Loop:
         if self.observer is not None:
             self.observer.begun()
         self.last_commit = time.time()
-        self.scribe.append.remote("resume", {"stage": "rl", "step": iteration})
+        self.log.append.remote("resume", {"stage": "rl", "step": iteration})
         self._start(self._dispatch(iteration))
         return attempt
 
@@ -176,7 +176,7 @@ class Loop:
         if iteration == self.begun:
             # By now the replicas have measured their micro-batch.
             tuned = [reward for reward in self.config.rewards.train if reward.tune_micro_batch]
-            await log_provenance(tuned, self.client, self.scribe)
+            await log_provenance(tuned, self.client, self.log)
 
     def _log(self, trained: Trained, entries: list[Dispatched], in_flight: int) -> Awaitable[None]:
         """Write the iteration's record; ``in_flight``: bytes, before the iteration's were given back."""
@@ -195,7 +195,7 @@ class Loop:
             record |= self.observer.committed(trained, self.last_commit, now, images)
             self.observer.show(iteration, scored)
         self.last_commit = now
-        return self.scribe.append.remote("metrics", record)
+        return self.log.append.remote("metrics", record)
 
     async def leave(self, reason: str) -> None:
         """End the run after the iteration under way; the learner saves its weights as a checkpoint."""
@@ -211,7 +211,7 @@ class Loop:
     def _mark_stopped(self, reason: str, cause: Cause = Cause.ENDED) -> None:
         if self.stopped is None:  # reported once: a later fault must not end what the driver may have started again
             self.stopped, self.lost = reason, cause is Cause.LOST
-            self.scribe.stop.remote(reason, cause)
+            self.log.stop.remote(reason, cause)
             self.changed.notify_all()  # so the caller holds the lock
 
     async def close(self) -> None:
@@ -274,7 +274,7 @@ class Loop:
 
     async def end_before(self, iteration: int, reason: str) -> None:
         """End RL before ``iteration``; the learner still trains on what was dispatched earlier."""
-        self.scribe.append.remote("note", {"message": reason})
+        self.log.append.remote("note", {"message": reason})
         async with self.changed:
             self.end = iteration
             self.changed.notify_all()
@@ -317,7 +317,7 @@ class Loop:
             f"{int(broken.sum())} samples of step {request.step} count as missing, because some of a group's are NaN "
             "or Inf: lower the learning rate or sampler.guidance_scale, or set model.precision=float32"
         )
-        self.scribe.append.remote("warning", {"message": message})
+        self.log.append.remote("warning", {"message": message})
         return np.where(broken, np.float32("nan"), rewards)
 
     async def _total(self, images: np.ndarray, prompt: str, step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -326,7 +326,7 @@ class Loop:
             return await self.client.total(images, prompt)
         except RewardError as error:
             message = f"group {prompt!r} of step {step} has no score: {error}"
-            self.scribe.append.remote("warning", {"message": message})
+            self.log.append.remote("warning", {"message": message})
             if self.config.rewards.on_failure == "stop":
                 await self.stop(f"{error} (rewards.on_failure = stop)")
             missing = np.full(len(images), np.nan, np.float32)
@@ -348,12 +348,12 @@ def rollout_metrics(scored: Sequence[Scored], in_flight: int) -> dict[str, float
     }
 
 
-async def log_provenance(rewards: Sequence[Reward], client: RewardClient, scribe: Any) -> None:
+async def log_provenance(rewards: Sequence[Reward], client: RewardClient, log: Any) -> None:
     """Log where each reward's scores come from: the scorer's class and the checksums of its files."""
     for reward in rewards:
         try:
             facts = await client.provenance(reward.name)
-            scribe.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
+            log.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
         except RewardError as error:  # the report lacks a line: no reason to end a run
             message = f"reward {reward.name!r} does not say where its scores come from: {error}"
-            scribe.append.remote("warning", {"message": message})
+            log.append.remote("warning", {"message": message})

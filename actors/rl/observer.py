@@ -24,16 +24,14 @@ class Observer:
     """Writes ``timeline.jsonl`` and ``samples/`` in a thread of its own. A fault there is one warning in the run log.
 
     Args:
-        scribe: handle; takes the records of galleries and of faults.
+        log: the run-log actor; takes the records of galleries and of faults.
         diary: the spans that pool, rewards and evaluator add.
         lost: the number of actors and replicas that have died.
         all_roles: rollout actors and rewards take part in an iteration; else only the learner does.
     """
 
-    def __init__(
-        self, config: Config, run_dir: Path, scribe: Any, diary: Diary, lost: Callable[[], int], all_roles: bool
-    ):
-        self.settings, self.run_dir, self.scribe = config.telemetry, run_dir, scribe
+    def __init__(self, config: Config, run_dir: Path, log: Any, diary: Diary, lost: Callable[[], int], all_roles: bool):
+        self.settings, self.run_dir, self.log = config.telemetry, run_dir, log
         self.diary, self.lost = diary, lost
         self.learners_begun = 0
         self.gpus = total_resources(stage_demand(config, "rl"))["GPU"]
@@ -82,7 +80,7 @@ class Observer:
 
     def _write(self, step: int, version: int, groups: list[gallery.GalleryGroup]) -> None:
         file = gallery.write(self.run_dir, step, version, groups)
-        self.scribe.append.remote("samples", {"stage": "rl", "step": step, "file": file})
+        self.log.append.remote("samples", {"stage": "rl", "step": step, "file": file})
 
     def _later(self, work: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # closed: the run is over
@@ -95,7 +93,7 @@ class Observer:
             if not self.warned:
                 self.warned = True
                 message = f"telemetry: timeline or gallery cannot be written: {type(error).__name__}: {error}"
-                self.scribe.append.remote("warning", {"message": message})
+                self.log.append.remote("warning", {"message": message})
 
     async def close(self) -> None:
         """Wait until all is written."""

@@ -28,7 +28,7 @@ class RolloutPool:
     death, or waits for this actor where another is idle.
 
     Args:
-        actors: handles of ``RolloutActor``. store: handle of the ``WeightStore``. scribe: logs warnings of lost actors.
+        actors: handles of ``RolloutActor``. store: handle of the ``WeightStore``. log: takes warnings of lost actors.
         diary: takes the spans of each actor.
         hang_timeout_s: an actor that has worked on a request for so many seconds hangs, and is restarted; None: never.
         look_after_s: seconds between two looks at an actor that is gone: the first, which doubles up to the second.
@@ -40,12 +40,12 @@ class RolloutPool:
         self,
         actors: list[Any],
         store: Any,
-        scribe: Any,
+        log: Any,
         diary: Diary | None = None,
         hang_timeout_s: float | None = None,
         look_after_s: tuple[float, float] = (0.5, 10.0),
     ):
-        self.actors, self.store, self.scribe = actors, store, scribe
+        self.actors, self.store, self.log = actors, store, log
         self.diary, self.lost = diary or Diary(), 0
         self.hang_timeout_s, self.look_after_s = hang_timeout_s, look_after_s
         self.idle: asyncio.Queue[tuple[int, Any] | None] = asyncio.Queue()  # None: no actor is left
@@ -182,7 +182,7 @@ class RolloutPool:
         return False
 
     def _warn(self, message: str) -> None:
-        self.scribe.append.remote("warning", {"message": message})
+        self.log.append.remote("warning", {"message": message})
 
 
 async def _answer(call: Awaitable[Any]) -> Any:

@@ -25,8 +25,8 @@ class RunActors:
     ``names``: those by which the learner's ranks find conductor and weight store, old and new.
     """
 
-    def __init__(self, run_dir: Path, scribe: Any):
-        self.run_dir, self.scribe = run_dir, scribe
+    def __init__(self, run_dir: Path, log: Any):
+        self.run_dir, self.log = run_dir, log
         self.names = f"{run_dir.name} conductor", f"{run_dir.name} weights"
         self.conductor: Any = None
         self.store: Any = None
@@ -41,9 +41,7 @@ class RunActors:
             return
         # Rollout actors load the model while the rewards are deployed.
         self.store = _named(WeightStore, self.names[1], keep=config.rl.max_staleness + 2)
-        self.conductor = _named(
-            Conductor, self.names[0], config, str(self.run_dir), str(model), self.scribe, self.store
-        )
+        self.conductor = _named(Conductor, self.names[0], config, str(self.run_dir), str(model), self.log, self.store)
         try:
             hang_s = config.faults.hang_timeout_s
             self.apps = self.apps or deploy(config.rewards, self.run_dir.name, config.resources.placement, hang_s)

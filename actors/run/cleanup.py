@@ -19,13 +19,13 @@ class Cleanup:
     Looks every second whether the run-log actor, which dies with the driver, is still there; clears up once it is not.
     """
 
-    async def watch(self, scribe: Any, apps: Sequence[str], asked: bool) -> None:
+    async def watch(self, log: Any, apps: Sequence[str], asked: bool) -> None:
         """Waits for the end of the run; see ``start``."""
         from ray.exceptions import RayActorError
 
         while True:
             try:
-                await scribe.stop_state.remote()
+                await log.stop_state.remote()
             except RayActorError:
                 break
             await asyncio.sleep(1.0)
@@ -45,15 +45,15 @@ class Cleanup:
                 serve.delete(app, _blocking=False)
 
 
-def start(scribe: Any, apps: Sequence[str], asked: bool) -> Any:
+def start(log: Any, apps: Sequence[str], asked: bool) -> Any:
     """The cleanup actor of a run; kill it once the run has cleared up by itself.
 
     Args:
-        scribe: the run-log actor.
+        log: the run-log actor.
         apps: names of the run's Serve applications.
         asked: whether the run asks the autoscaler for nodes.
     """
     actor: Any = Cleanup
     cleanup = actor.options(name=f"cleanup-{uuid.uuid4().hex}", lifetime="detached", **beside_driver()).remote()
-    cleanup.watch.remote(scribe, apps, asked)
+    cleanup.watch.remote(log, apps, asked)
     return cleanup

@@ -74,12 +74,12 @@ class Driver:
         if page is not None:
             opened.callback(page.close)  # last: what has just been logged is still shown
         actor: Any = RunLogWriter
-        scribe = actor.options(**cluster.beside_driver()).remote(str(self.run_dir))
-        opened.callback(_close_log, scribe)
-        stages = Stages(self.config, self.run_dir, scribe)
+        log = actor.options(**cluster.beside_driver()).remote(str(self.run_dir))
+        opened.callback(_close_log, log)
+        stages = Stages(self.config, self.run_dir, log)
         if joined:
             names = [*app_names(self.config.rewards, self.run_dir.name).values()]
-            opened.callback(ray.kill, cleanup.start(scribe, names, stages.capacity.on))
+            opened.callback(ray.kill, cleanup.start(log, names, stages.capacity.on))
         opened.callback(stages.close)
         return stages
 
@@ -122,10 +122,10 @@ class Driver:
         print("\n".join([*(describe(advice) if advice else []), f"total          {time.time() - self.start:.0f} s"]))
 
 
-def _close_log(scribe: Any) -> None:
+def _close_log(log: Any) -> None:
     with contextlib.suppress(RayError):  # its exporters may hold records back; a fault there ends no run
-        ray.get(scribe.close.remote(), timeout=30)
-    ray.kill(scribe)
+        ray.get(log.close.remote(), timeout=30)
+    ray.kill(log)
 
 
 class Stages:
@@ -134,14 +134,14 @@ class Stages:
     Args:
         config: as the user gave it; ``self.config`` has every path filled in.
         run_dir: absolute.
-        scribe: the run-log actor.
+        log: the run-log actor.
     """
 
-    def __init__(self, config: Config, run_dir: Path, scribe: Any):
-        self.run_dir, self.files, self.scribe = run_dir, RunDirectory(run_dir), scribe
+    def __init__(self, config: Config, run_dir: Path, log: Any):
+        self.run_dir, self.files, self.log = run_dir, RunDirectory(run_dir), log
         self.given, self.config = config, with_paths(config, run_dir)
         self.capacity = cluster.Capacity(self.config)
-        self.actors = RunActors(run_dir, scribe)
+        self.actors = RunActors(run_dir, log)
         self.signals = Signals(config.faults.grace_s)
         self.lifecycle = life.Lifecycle(config.faults, config.learner.max_failures)
 
@@ -149,10 +149,10 @@ class Stages:
         """Runs one stage, once the cluster has a place for it, and logs its begin and end."""
         self.capacity.hold(stage)
         begun = time.time()
-        ray.get(self.scribe.append.remote("stage", {"name": stage, "status": "start"}))
+        ray.get(self.log.append.remote("stage", {"name": stage, "status": "start"}))
         getattr(self, stage)()
         seconds = time.time() - begun
-        ray.get(self.scribe.append.remote("stage", {"name": stage, "status": "done", "seconds": seconds}))
+        ray.get(self.log.append.remote("stage", {"name": stage, "status": "done", "seconds": seconds}))
         print(f"{stage:<14} done in {seconds:.0f} s")
 
     def close(self) -> None:
@@ -174,7 +174,7 @@ class Stages:
         from ..data.curator import curate
 
         counts = self._watch(
-            lambda: curate(self.config, self.run_dir, self.scribe), [("curate/examine", 100), ("curate/write", 100)]
+            lambda: curate(self.config, self.run_dir, self.log), [("curate/examine", 100), ("curate/write", 100)]
         )
         print(f"               {counts['kept']} of {counts['samples']} samples kept")
 
@@ -187,7 +187,7 @@ class Stages:
         parts, cache = ModelFolder.of(self.config), Path(self.cache or "")
         vae_folder = str(parts.path) if parts is not None and parts.has_vae else None
         counts = self._watch(
-            lambda: encode(self.config, cache, vae_folder, self.scribe),
+            lambda: encode(self.config, cache, vae_folder, self.log),
             [("encode", len(list_shards(self.config.data.urls)))],
         )
         print(f"               {counts['samples']} samples, {counts['skipped']} skipped {counts['reasons'] or ''}")
@@ -198,7 +198,7 @@ class Stages:
         bars = [
             (f"prepare/{name}", p.text_steps if name == "text" else p.classifier_steps) for name in needs(self.config)
         ]
-        accuracies = self._watch(lambda: prepare(self.config, self.run_dir, self.scribe), bars)
+        accuracies = self._watch(lambda: prepare(self.config, self.run_dir, self.log), bars)
         for name, accuracy in accuracies.items():
             print(f"               {name} classifier: {accuracy:.3f} of attributes right on fresh portraits")
 
@@ -207,7 +207,7 @@ class Stages:
         start = str(pretrain_start(self.config, self.run_dir, self.cache))
 
         def work() -> None:
-            setup = PretrainSetup(self.config, str(self.run_dir), start, self.scribe, self.cache)
+            setup = PretrainSetup(self.config, str(self.run_dir), start, self.log, self.cache)
             self._watch(lambda: pretrain(setup), [("pretrain", self.config.pretrain.steps)], "loss")
 
         self.until_done("pretrain", work)
@@ -222,7 +222,7 @@ class Stages:
 
         def learn() -> None:
             self.actors.start(self.config, model)
-            setup = LearnerSetup(self.config, str(self.run_dir), str(model), self.actors.names, self.scribe)
+            setup = LearnerSetup(self.config, str(self.run_dir), str(model), self.actors.names, self.log)
             self._watch(
                 lambda: train(setup),
                 [("rl", self.config.rl.steps)],
@@ -274,7 +274,7 @@ class Stages:
         shown: str | None = None,
         replace: Callable[[str], Roles] | None = None,
     ) -> Any:
-        supervisor = Supervisor(self.scribe, self.actors.handles(), self.lifecycle, self.signals, replace)
+        supervisor = Supervisor(self.log, self.actors.handles(), self.lifecycle, self.signals, replace)
         return supervisor.watch(work, bars, shown)
 
     def until_done(self, stage: str, work: Callable[[], Any]) -> Any:
@@ -289,7 +289,7 @@ class Stages:
             try:
                 return work()
             except RunStopped as error:
-                stop = ray.get(self.scribe.stop_state.remote())
+                stop = ray.get(self.log.stop_state.remote())
                 event = Stop(str(error), Cause.ENDED if stop is None else stop.cause)
             except RayActorError as error:
                 event = _lost(error)
@@ -307,7 +307,7 @@ class Stages:
             raise
         if (isinstance(action, life.GoOn) and action.smaller) or not self.actors.well():
             self.actors.close()  # first: a stop that is still on its way must not meet the stage started again
-        ray.get(self.scribe.clear_stop.remote())
+        ray.get(self.log.clear_stop.remote())
 
     def _replace_roles(self, model: Path, reason: str) -> Roles:
         """New roles while Ray Train starts the ranks again, which wait for them."""
@@ -320,7 +320,7 @@ class Stages:
             except RayActorError as error:  # a new one has died in its turn
                 reason = _lost(error).reason
         # Last: until then a rank's report that a role is lost may still be on its way.
-        ray.get(self.scribe.clear_stop.remote())
+        ray.get(self.log.clear_stop.remote())
         return self.actors.handles()
 
     def _decide(self, stage: str, event: life.Event) -> life.Action:
@@ -336,7 +336,7 @@ class Stages:
 
     def _warn(self, message: str) -> None:
         print(f"\n               {message}", flush=True)
-        ray.get(self.scribe.append.remote("warning", {"message": message}))
+        ray.get(self.log.append.remote("warning", {"message": message}))
 
     def _reached(self, stage: str) -> int:
         """The largest step that the stage has ever logged, whether a restart went behind it or not."""

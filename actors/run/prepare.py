@@ -17,28 +17,28 @@ from rlproxi.run_directory import RunDirectory
 from rlproxi.seeds import Collection
 
 
-def _report(scribe: Any, name: str, total: int) -> Callable[[int, float], None]:
+def _report(log: Any, name: str, total: int) -> Callable[[int, float], None]:
     def progress(step: int, loss: float) -> None:
         if step % 10 == 0 or step == total:
-            scribe.append.remote("metrics", {"stage": f"prepare/{name}", "step": step, "loss": loss})
+            log.append.remote("metrics", {"stage": f"prepare/{name}", "step": step, "loss": loss})
 
     return progress
 
 
 @ray.remote(num_cpus=1)
-def _text(config: Config, folder: str, scribe: Any) -> None:
+def _text(config: Config, folder: str, log: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    train_text_encoder(config, _report(scribe, "text", config.prepare.text_steps)).save_pretrained(folder)
+    train_text_encoder(config, _report(log, "text", config.prepare.text_steps)).save_pretrained(folder)
 
 
 @ray.remote(num_cpus=1)
-def _classifier(config: Config, purpose: str, file: str, scribe: Any) -> float:
+def _classifier(config: Config, purpose: str, file: str, log: Any) -> float:
     import torch
 
     torch.set_num_threads(1)
-    return train_classifier(config, purpose, Path(file), _report(scribe, purpose, config.prepare.classifier_steps))
+    return train_classifier(config, purpose, Path(file), _report(log, purpose, config.prepare.classifier_steps))
 
 
 def needs(config: Config) -> list[str]:
@@ -48,16 +48,16 @@ def needs(config: Config) -> list[str]:
     return wanted if config.model.init or config.model.encoders else ["text", *wanted]
 
 
-def prepare(config: Config, run_dir: Path, scribe: Any) -> dict[str, float]:
+def prepare(config: Config, run_dir: Path, log: Any) -> dict[str, float]:
     """Trains what ``needs`` names, side by side; returns the accuracy of each classifier. Blocks.
 
     Writes models/text, models/reward.safetensors and models/judge.safetensors.
     """
     files = RunDirectory(run_dir)
     wanted = needs(config)
-    text = [_text.remote(config, str(files.text), scribe)] if "text" in wanted else []
+    text = [_text.remote(config, str(files.text), log)] if "text" in wanted else []
     classifiers = {
-        purpose: _classifier.remote(config, purpose, str(files.scorer(purpose)), scribe)
+        purpose: _classifier.remote(config, purpose, str(files.scorer(purpose)), log)
         for purpose in wanted
         if purpose != "text"
     }

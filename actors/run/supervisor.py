@@ -64,7 +64,7 @@ class Supervisor:
     """Watches a stage's work, which runs in a thread, and carries out what the lifecycle decides meanwhile.
 
     Args:
-        scribe: the run-log actor.
+        log: the run-log actor.
         roles: actors that the stage needs; see ``Roles``.
         replace: reason -> new roles, after a loss; for a stage whose ranks wait for them, and which saves a checkpoint
             when the role "conductor" is asked to leave. Other stages end when a role is lost, and are left at once.
@@ -72,13 +72,13 @@ class Supervisor:
 
     def __init__(
         self,
-        scribe: Any,
+        log: Any,
         roles: Roles,
         lifecycle: life.Lifecycle,
         signals: Signals,
         replace: Callable[[str], Roles] | None = None,
     ):
-        self.scribe, self.roles, self.lifecycle = scribe, dict(roles), lifecycle
+        self.log, self.roles, self.lifecycle = log, dict(roles), lifecycle
         self.signals, self.replace = signals, replace
         self.asked: dict[str, ray.ObjectRef] = {}  # role -> its answer to come
 
@@ -122,7 +122,7 @@ class Supervisor:
         while thread.is_alive():
             thread.join(_EVERY)
             for name, bar in drawn:
-                newest = ray.get(self.scribe.progress.remote(name))
+                newest = ray.get(self.log.progress.remote(name))
                 if newest and newest["step"] > bar.n:
                     bar.update(newest["step"] - bar.n)
                     if shown and newest.get(shown) is not None:
@@ -142,14 +142,14 @@ class Supervisor:
         """Notes go to stdout, warnings to stderr."""
         from tqdm import tqdm
 
-        for event, message in ray.get(self.scribe.take_announcements.remote()):
+        for event, message in ray.get(self.log.take_announcements.remote()):
             warning = event == "warning"
             stream = sys.stderr if warning else sys.stdout
             tqdm.write(f"warning: {message}" if warning else message, file=stream)
             stream.flush()
 
     def _stop_state(self) -> Stop | None:
-        return ray.get(self.scribe.stop_state.remote())
+        return ray.get(self.log.stop_state.remote())
 
     def _look_at(self, name: str) -> None:
         """Asks a role whether it is alive, and reports its answer or that there is none yet."""
@@ -173,7 +173,7 @@ class Supervisor:
             # A hang is looked at once more, because it may be this process that stood still.
             if action.kill and ray.wait([self.asked[action.role]], timeout=1)[0]:
                 return
-            ray.get(self.scribe.stop.remote(action.stop.reason, action.stop.cause))
+            ray.get(self.log.stop.remote(action.stop.reason, action.stop.cause))
             if action.kill:
                 ray.kill(self.roles.pop(action.role))
                 if "conductor" in self.roles:  # ends the wait of the learner, which would not notice

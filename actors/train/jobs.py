@@ -70,7 +70,7 @@ def train(setup: LearnerSetup) -> None:
 def _pretrain_rank(setup: PretrainSetup) -> None:
     from .pretrainer import Pretrainer
 
-    _run(lambda: Pretrainer(setup), "pretrainer", setup.scribe)
+    _run(lambda: Pretrainer(setup), "pretrainer", setup.log)
 
 
 def _learner_rank(setup: LearnerSetup) -> None:
@@ -82,7 +82,7 @@ def _learner_rank(setup: LearnerSetup) -> None:
         roles = wait_for_roles(setup, reports=ray.train.get_context().get_world_rank() == 0)
         return None if roles is None else Learner(setup, *roles)
 
-    _run(begin, "learner", setup.scribe)
+    _run(begin, "learner", setup.log)
 
 
 def wait_for_roles(setup: LearnerSetup, reports: bool) -> tuple[Any, Any] | None:
@@ -96,7 +96,7 @@ def wait_for_roles(setup: LearnerSetup, reports: bool) -> tuple[Any, Any] | None
 
     unreported = Overdue(_UNREPORTED_S)
     while True:
-        stop: Stop | None = ray.get(setup.scribe.stop_state.remote())
+        stop: Stop | None = ray.get(setup.log.stop_state.remote())
         if stop is not None and stop.cause is not Cause.LOST:
             return None
         error = ""
@@ -109,7 +109,7 @@ def wait_for_roles(setup: LearnerSetup, reports: bool) -> tuple[Any, Any] | None
         except (ValueError, RayActorError) as missing:
             error = first_line(missing)
         if unreported(bool(error) and stop is None) and reports:
-            ray.get(setup.scribe.stop.remote(_lost(error), Cause.LOST))
+            ray.get(setup.log.stop.remote(_lost(error), Cause.LOST))
         time.sleep(0.2)
 
 
@@ -117,7 +117,7 @@ def _lost(error: str) -> str:
     return f"the conductor or the weight store is lost ({' '.join(error.split())[:200]})"
 
 
-def _run(begin: Callable[[], Rank | None], name: str, scribe: Any) -> None:
+def _run(begin: Callable[[], Rank | None], name: str, log: Any) -> None:
     """Runs a rank from its last checkpoint to its end.
 
     Out of memory, or without conductor or weight store, it reports the stop and fails. That ends the ranks that wait
@@ -127,7 +127,7 @@ def _run(begin: Callable[[], Rank | None], name: str, scribe: Any) -> None:
     import ray
     from ray.exceptions import RayActorError
 
-    stop: Stop | None = ray.get(scribe.stop_state.remote())
+    stop: Stop | None = ray.get(log.stop_state.remote())
     if stop is not None and stop.cause is Cause.OUT_OF_MEMORY:
         return
     try:
@@ -137,9 +137,9 @@ def _run(begin: Callable[[], Rank | None], name: str, scribe: Any) -> None:
         rank.run()
     except Exception as error:
         if is_out_of_memory(error):
-            ray.get(scribe.stop.remote(f"{name}: out of memory ({first_line(error)})", Cause.OUT_OF_MEMORY))
+            ray.get(log.stop.remote(f"{name}: out of memory ({first_line(error)})", Cause.OUT_OF_MEMORY))
         elif isinstance(error, RayActorError):
-            ray.get(scribe.stop.remote(_lost(str(error)), Cause.LOST))
+            ray.get(log.stop.remote(_lost(str(error)), Cause.LOST))
         raise
     rank.close()
 

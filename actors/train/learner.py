@@ -40,7 +40,7 @@ class Learner(Rank):
 
     def __init__(self, setup: LearnerSetup, conductor: Any, store: Any):
         config = setup.config
-        super().__init__(config, setup.run_dir, "rl", setup.scribe, place_on_ray(), config.rl.checkpoint_every)
+        super().__init__(config, setup.run_dir, "rl", setup.log, place_on_ray(), config.rl.checkpoint_every)
         self.model = StartModel(setup.model_folder, config, "rl", self.dtype, self.device)
         self.conductor, self.store = conductor, store
         self.checked = False

@@ -31,7 +31,7 @@ class Pretrainer(Rank):
     def __init__(self, setup: PretrainSetup):
         config = setup.config
         every = config.pretrain.checkpoint_every
-        super().__init__(config, setup.run_dir, "pretrain", setup.scribe, place_on_ray(), every)
+        super().__init__(config, setup.run_dir, "pretrain", setup.log, place_on_ray(), every)
         self.model = StartModel(setup.model_folder, config, "pretrain", self.dtype, self.device)
         self.earliest = setup.data_start
         # Pixels that a published autoencoder turns into latents here: the embedded portraits, which need no cache.
@@ -76,7 +76,7 @@ class Pretrainer(Rank):
         self.unlogged += int(sum(m["skipped_updates"] for m in self.window))
         self.since, self.window = time.time(), []
         if self.rank == 0:
-            self.scribe.append.remote("resume", {"stage": self.stage, "step": start})
+            self.run_log.append.remote("resume", {"stage": self.stage, "step": start})
         data = batches(ray.train.get_dataset_shard(f"rank{self.rank}"), self.config.pretrain.batch_size // self.world)
         # The dataset begins at the step that the driver knew of; a restart within the job may be further on.
         self.data = islice(data, start - self.earliest, None)

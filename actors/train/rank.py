@@ -59,7 +59,7 @@ class Rank(ABC):
 
     Args:
         stage: pretrain or rl.
-        scribe: the run-log actor.
+        run_log: the run-log actor.
         checkpoint_every: steps between two checkpoints.
     """
 
@@ -68,11 +68,11 @@ class Rank(ABC):
     engines: dict[str, Engine]
 
     def __init__(
-        self, config: Config, run_dir: str | Path, stage: str, scribe: Any, place: Place, checkpoint_every: int
+        self, config: Config, run_dir: str | Path, stage: str, run_log: Any, place: Place, checkpoint_every: int
     ):
         # Results depend on the thread count, so it is the config's and not the machine's.
         torch.set_num_threads(config.resources.threads)
-        self.config, self.run_dir, self.stage, self.scribe = config, Path(run_dir), stage, scribe
+        self.config, self.run_dir, self.stage, self.run_log = config, Path(run_dir), stage, run_log
         self.rank, self.world, self.device = place.rank, place.world, place.device
         self.checkpoint_every = checkpoint_every
         self.dtype = compute_dtype(config.model.precision, self.device)
@@ -104,10 +104,10 @@ class Rank(ABC):
         if self.rank == 0:
             import ray
 
-            ray.get(self.scribe.append.remote("metrics", {"stage": self.stage, "step": step, **metrics}))
+            ray.get(self.run_log.append.remote("metrics", {"stage": self.stage, "step": step, **metrics}))
 
     def _announce(self, event: str, message: str) -> None:
-        self.scribe.announce.remote(event, message)
+        self.run_log.announce.remote(event, message)
 
     def warn(self, message: str) -> None:
         """A warning in the run log and on the driver's stderr; from rank 0 only."""
@@ -253,7 +253,7 @@ class Rank(ABC):
         import ray
 
         if self.rank == 0:
-            ray.get(self.scribe.stop.remote(f"{self.stage}: {error}"))
+            ray.get(self.run_log.stop.remote(f"{self.stage}: {error}"))
 
     def updated(self, step: int, batch: Any, metrics: dict[str, float]) -> None:  # noqa: B027
         """Is called after the updates of a step; may add to the metrics."""
@@ -268,7 +268,9 @@ class Rank(ABC):
                     timeline.append(self.run_dir, self.stage, step + 1, spans)
             except OSError as error:  # training goes on without
                 self.timeline_written = math.inf
-                self.scribe.append.remote("warning", {"message": f"telemetry: the timeline cannot be written: {error}"})
+                self.run_log.append.remote(
+                    "warning", {"message": f"telemetry: the timeline cannot be written: {error}"}
+                )
 
     def finish(self) -> None:  # noqa: B027
         """Is called after the last step."""

@@ -12,14 +12,14 @@ from rlproxi.config.loading import Config
 class PretrainSetup:
     """What a rank of pre-training needs.
 
-    model_folder: what training starts from. scribe: the run-log actor. cache: the folder of the encoded shards, None
+    model_folder: what training starts from. log: the run-log actor. cache: the folder of the encoded shards, None
     where the data are the embedded portraits. data_start: the optimizer step at which the datasets begin.
     """
 
     config: Config
     run_dir: str
     model_folder: str
-    scribe: Any
+    log: Any
     cache: str | None = None
     data_start: int = 0
 
@@ -35,4 +35,4 @@ class LearnerSetup:
     run_dir: str
     model_folder: str
     roles: tuple[str, str]
-    scribe: Any
+    log: Any

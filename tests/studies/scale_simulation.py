@@ -307,7 +307,7 @@ class Simulation:
                 "score": replicas.requests / self.iterations,
                 "next_batch": self.gpus,
                 "weights": self.store.asked / self.iterations,
-                "scribe": records / self.iterations,
+                "log": records / self.iterations,
             },
         }
 

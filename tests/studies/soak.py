@@ -44,7 +44,7 @@ VICTIMS = {
     "learner rank": (faults.LEARNER, 1),
     "weight owner": (r"^ray::WeightStore", 1),
     "conductor": (r"^ray::Conductor", 1),
-    "scribe": (r"^ray::RunLogWriter", 1),
+    "log writer": (r"^ray::RunLogWriter", 1),
     "Train's controller": (r"^ray::TrainController", 1),
     "Serve's controller": (r"^ray::ServeController", 1),
 }

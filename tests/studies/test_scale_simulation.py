@@ -12,7 +12,7 @@ def check(row: dict, bound: int) -> None:
     messages, gpus = row["messages/step"], row["gpus"]
     assert messages["sample"] == messages["score"] == 4 * gpus or row["lost"]
     assert messages["weights"] <= 4, "one question for all who ask at once"
-    assert messages["scribe"] <= 4 + row["lost"], "what the log is told does not grow with the GPUs"
+    assert messages["log"] <= 4 + row["lost"], "what the log is told does not grow with the GPUs"
     assert row["bytes_in_flight"] <= (bound + 1) * row["image_bytes/step"] * 4
 
 

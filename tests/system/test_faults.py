@@ -224,10 +224,10 @@ def test_a_run_that_is_asked_to_end_saves_what_it_has(rl_alone, smoke, ray_sessi
 def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_session, tmp_path, capsys):
     ray = ray_session
     config = load_config(SMOKE, ["faults.max_restarts=2", "learner.max_failures=3"])
-    scribe = RunLogWriter.remote(str(tmp_path))
+    log = RunLogWriter.remote(str(tmp_path))
 
     def until_done(*attempts):
-        return Stages(config, tmp_path, scribe).until_done("rl", failing(*attempts))
+        return Stages(config, tmp_path, log).until_done("rl", failing(*attempts))
 
     def failing(*attempts):
         """Work whose attempts log up to a step each and then end in an error; the next returns."""
@@ -237,9 +237,9 @@ def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_ses
             step, error = next(left, (0, None))
             if error is None:
                 return "done"
-            ray.get(scribe.append.remote("metrics", {"stage": "rl", "step": step}))
+            ray.get(log.append.remote("metrics", {"stage": "rl", "step": step}))
             if isinstance(error, RunStopped):
-                ray.get(scribe.stop.remote(str(error), Cause.LOST))
+                ray.get(log.stop.remote(str(error), Cause.LOST))
             raise error
 
         return work
@@ -249,14 +249,14 @@ def test_what_fails_again_and_again_ends_the_run_unless_it_comes_further(ray_ses
     assert until_done((4, lost), (5, lost), (7, lost), (6, lost)) == "done"
     with pytest.raises(RunStopped, match=r"^the weight store is lost$"):
         until_done((6, lost), (7, lost), (7, lost))
-    assert ray.get(scribe.stop_state.remote()).cause is Cause.LOST
-    ray.get(scribe.clear_stop.remote())
+    assert ray.get(log.stop_state.remote()).cause is Cause.LOST
+    ray.get(log.clear_stop.remote())
     with pytest.raises(
         RunStopped, match=r"rl: the learner failed \(ValueError: boom\) in 4 attempts without a new step after 8"
     ):
         until_done((8, ranks), (8, ranks))
     assert "File x.py" in capsys.readouterr().err, "the traceback is shown"
-    ray.kill(scribe)
+    ray.kill(log)
 
 
 def lifecycle(hang_timeout_s: float) -> Lifecycle:
@@ -279,7 +279,7 @@ def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session
         def alive(self):
             return True
 
-    scribe, deaf, well = RunLogWriter.remote(str(tmp_path)), Deaf.remote(), Well.remote()
+    log, deaf, well = RunLogWriter.remote(str(tmp_path)), Deaf.remote(), Well.remote()
     ray.get(well.alive.remote())
 
     def work() -> None:  # as a learner: what it waits for fails once the role is dead
@@ -287,10 +287,10 @@ def test_a_role_that_does_not_answer_is_killed_and_the_stage_stopped(ray_session
             ray.get(deaf.alive.remote())
 
     with pytest.raises(RunStopped, match="the weight store has not answered for 1.5 s"):
-        supervisor = Supervisor(scribe, {"weight store": deaf, "other": well}, lifecycle(1.5), Signals(1))
+        supervisor = Supervisor(log, {"weight store": deaf, "other": well}, lifecycle(1.5), Signals(1))
         supervisor.watch(work)
-    assert ray.get(scribe.stop_state.remote()).cause is Cause.LOST and ray.get(well.alive.remote())
-    for actor in (scribe, well):
+    assert ray.get(log.stop_state.remote()).cause is Cause.LOST and ray.get(well.alive.remote())
+    for actor in (log, well):
         ray.kill(actor)
 
 
@@ -307,18 +307,18 @@ def test_a_role_that_has_stopped_and_nobody_knows_why_is_replaced(ray_session, t
         def alive(self):
             return True
 
-    scribe, old, new = RunLogWriter.remote(str(tmp_path)), Stopped.remote(), New.remote()
+    log, old, new = RunLogWriter.remote(str(tmp_path)), Stopped.remote(), New.remote()
     replaced = threading.Event()
 
     def replace(reason: str) -> dict:
         assert reason == "the conductor has stopped, and its reason was lost with the log's writer"
-        ray.get(scribe.clear_stop.remote())
+        ray.get(log.clear_stop.remote())
         replaced.set()
         return {"conductor": new}
 
-    supervisor = Supervisor(scribe, {"conductor": old}, lifecycle(60), Signals(1), replace)
+    supervisor = Supervisor(log, {"conductor": old}, lifecycle(60), Signals(1), replace)
     assert supervisor.watch(lambda: replaced.wait(60)) is True
-    for actor in (scribe, old, new):
+    for actor in (log, old, new):
         ray.kill(actor)
 
 
@@ -332,23 +332,23 @@ def test_ranks_that_find_no_conductor_and_no_word_of_its_loss_tell_the_driver(ra
 
         open = alive
 
-    scribe, names = RunLogWriter.remote(str(tmp_path)), ("a conductor", "some weights")
-    setup = LearnerSetup(None, str(tmp_path), "", names, scribe)
+    log, names = RunLogWriter.remote(str(tmp_path)), ("a conductor", "some weights")
+    setup = LearnerSetup(None, str(tmp_path), "", names, log)
     with ThreadPoolExecutor() as pool:
         ranks = [pool.submit(wait_for_roles, setup, reports=rank == 0) for rank in range(2)]
         deadline = time.time() + 30
-        while ray.get(scribe.stop_state.remote()) is None and time.time() < deadline:
+        while ray.get(log.stop_state.remote()) is None and time.time() < deadline:
             time.sleep(0.1)
-        stop = ray.get(scribe.stop_state.remote())
+        stop = ray.get(log.stop_state.remote())
         assert "is lost (Failed to look up actor" in stop.reason
         assert stop.cause is Cause.LOST and not any(rank.done() for rank in ranks)
         roles = [Role.options(name=name).remote() for name in names]  # as the driver does, and last:
-        ray.get(scribe.clear_stop.remote())
+        ray.get(log.clear_stop.remote())
         assert [rank.result(30) for rank in ranks] == [tuple(roles)] * 2
-        ray.get(scribe.stop.remote("enough"))
+        ray.get(log.stop.remote("enough"))
         ray.kill(roles[0])
         assert wait_for_roles(setup, reports=True) is None
-    for actor in (scribe, roles[1]):
+    for actor in (log, roles[1]):
         ray.kill(actor)
 
 

@@ -160,7 +160,7 @@ def test_a_stopped_job_leaves_a_run_to_resume_and_no_actors(own, tmp_path):
 
 
 def test_a_killed_driver_leaves_no_replicas(own, tmp_path):
-    """SIGKILL, as for a driver that is out of memory: nobody is left to clear up but the caretaker."""
+    """SIGKILL, as for a driver that is out of memory: only the cleanup actor is left to clear up."""
     process = subprocess.Popen(
         [sys.executable, "-m", "rlproxi.run", "configs/smoke.yaml", f"run.dir={tmp_path}", *SMALL, "rl.steps=40"],
         cwd=ROOT,

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.exhaustive]  # m
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
-#: What a GRPO run on CPUs and portraits does not log. A second scribe on the same Ray is given records of them.
+#: What a GRPO run on CPUs and portraits does not log. A second log writer on the same Ray is given records of them.
 ELSEWHERE = {
     "last_step/reward",
     "<network>/loss",
@@ -172,7 +172,7 @@ def watched(from_smoke, tmp_path_factory):
         other.mkdir()
         shutil.copy(Path(from_smoke[0].split("=")[1]).parents[1] / "config.yaml", other)  # the smoke run's config
         begun = time.time()
-        start("scribe", sys.executable, "-c", ANOTHER_LOG, str(other))
+        start("second-log", sys.executable, "-c", ANOTHER_LOG, str(other))
         run = start(
             "run",
             sys.executable,

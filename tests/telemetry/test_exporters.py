@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from actors.run.metric_exporters import Exporters, RayMetrics
-from fixtures.local_actors import local_scribe
+from fixtures.local_actors import local_log
 from rlproxi.config.sections import Telemetry
 from rlproxi.telemetry import exporters
 from rlproxi.telemetry.catalogue import prometheus_name
@@ -102,15 +102,15 @@ def config(folder, **telemetry) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump({"telemetry": telemetry, "sampler": {"num_inference_steps": 4}}))
 
 
-def test_a_scribe_exports_what_the_config_of_its_run_asks_for(tmp_path):
+def test_a_log_writer_exports_what_the_config_of_its_run_asks_for(tmp_path):
     pytest.importorskip("tensorboardX")
     assert Exporters(str(tmp_path), pytest.fail).active == {}, "no config, no exporters"
     config(tmp_path, prometheus=False, tensorboard=True, wandb=None)
-    scribe = local_scribe(tmp_path).thing
-    assert list(scribe.exporters.active) == ["TensorBoard"]
-    assert scribe.exporters.active["TensorBoard"].headline_steps == 4
-    scribe.append("metrics", {"stage": "rl", "step": 1, "kl": 0.25})
-    scribe.close()
+    log = local_log(tmp_path).thing
+    assert list(log.exporters.active) == ["TensorBoard"]
+    assert log.exporters.active["TensorBoard"].headline_steps == 4
+    log.append("metrics", {"stage": "rl", "step": 1, "kl": 0.25})
+    log.close()
     assert scalars(tmp_path / "tensorboard" / "rl") == {"kl": [(1, 0.25)]}
     assert [r["event"] for r in read(tmp_path)] == ["metrics"]
 
@@ -125,11 +125,11 @@ class Broken:
 
 def test_a_fault_is_told_once_and_the_log_goes_on(tmp_path):
     config(tmp_path, prometheus=False)
-    scribe = local_scribe(tmp_path).thing
-    scribe.exporters.active["TensorBoard"] = Broken()
+    log = local_log(tmp_path).thing
+    log.exporters.active["TensorBoard"] = Broken()
     for step in (1, 2, 3):
-        scribe.append("metrics", {"stage": "rl", "step": step, "kl": 0.25})
-    scribe.close()
+        log.append("metrics", {"stage": "rl", "step": step, "kl": 0.25})
+    log.close()
     records = read(tmp_path)
     assert [r["step"] for r in records if r["event"] == "metrics"] == [1, 2, 3]
     (told,) = [r["message"] for r in records if r["event"] == "warning"]
@@ -158,12 +158,12 @@ def test_weights_and_biases_without_a_server(tmp_path, monkeypatch):
     run_dir = tmp_path / "faces-1"
     run_dir.mkdir()
     config(run_dir, prometheus=False, wandb="faces")
-    scribe = local_scribe(run_dir).thing
-    scribe.append("metrics", {"stage": "pretrain", "step": 10, "loss": 2.0})
-    scribe.append("metrics", {"stage": "rl", "step": 1, "kl": 0.25, "reward/hat": 0.5})
-    scribe.append("warning", {"message": "something"})
-    summary = dict(scribe.exporters.active["W&B"].run.summary)
-    scribe.close()
+    log = local_log(run_dir).thing
+    log.append("metrics", {"stage": "pretrain", "step": 10, "loss": 2.0})
+    log.append("metrics", {"stage": "rl", "step": 1, "kl": 0.25, "reward/hat": 0.5})
+    log.append("warning", {"message": "something"})
+    summary = dict(log.exporters.active["W&B"].run.summary)
+    log.close()
     told = {"pretrain/loss": 2.0, "pretrain/step": 10, "rl/kl": 0.25, "rl/step": 1, "rl/reward/hat": 0.5}
     assert told.items() <= summary.items()
     assert list((run_dir / "wandb").glob("offline-run-*/run-faces-1.wandb"))

@@ -1,4 +1,4 @@
-"""The loop and the scribe in this process: their own code, without Ray. Rollouts and scorers are simulated."""
+"""The loop and the run log in this process: their own code, without Ray. Rollouts and scorers are simulated."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from actors.rl.loop import Loop
 from actors.rl.messages import Ended, Leave, Lost, Ready, Sampled, Stopped, Trained
 from actors.rl.stops import Cause, Stop
-from fixtures.local_actors import local_scribe
+from fixtures.local_actors import local_log
 from rlproxi.algorithms import grpo
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
@@ -61,7 +61,7 @@ def make(folder, bound: int = 1, **sections) -> Loop:
             **sections,
         }
     )
-    return Loop(config, grpo.GRPO(config), Pool(), Client(), local_scribe(folder), evaluator=None)
+    return Loop(config, grpo.GRPO(config), Pool(), Client(), local_log(folder), evaluator=None)
 
 
 async def pictures(request, version, pixel: int = 100) -> Sampled:
@@ -282,7 +282,7 @@ def test_a_lost_role_sends_every_rank_back_to_begin_anew(tmp_path):
         await settled()
         await conductor.stop("the weight store is lost", Cause.LOST)
         assert await asked == [Lost("the weight store is lost")] * 2
-        assert conductor.scribe.thing.stop_state().cause is Cause.LOST
+        assert conductor.log.thing.stop_state().cause is Cause.LOST
 
     asyncio.run(main())
 
@@ -290,7 +290,7 @@ def test_a_lost_role_sends_every_rank_back_to_begin_anew(tmp_path):
 def test_a_commit_waits_until_its_record_is_in_the_log(tmp_path):
     async def main():
         conductor, written = make(tmp_path), asyncio.Event()
-        conductor.scribe = SimpleNamespace(
+        conductor.log = SimpleNamespace(
             append=SimpleNamespace(remote=lambda event, fields: written.wait() if event == "metrics" else None)
         )
         await conductor.begin(0)
@@ -324,9 +324,9 @@ def test_a_fault_of_a_rollout_actor_stops_with_its_kind(tmp_path, cause, kind, w
         conductor.pool.sample = fails
         await conductor.begin(0)
         assert await both(conductor, 0, settled) == [Stopped()] * 2
-        conductor.scribe.thing.clear_stop()  # as the driver does before it starts RL again
+        conductor.log.thing.clear_stop()  # as the driver does before it starts RL again
         await conductor.stop("a late one")
-        assert conductor.scribe.thing.stop_state() is None
+        assert conductor.log.thing.stop_state() is None
         return conductor.stopped
 
     assert asyncio.run(main()).startswith(words)
@@ -335,15 +335,15 @@ def test_a_fault_of_a_rollout_actor_stops_with_its_kind(tmp_path, cause, kind, w
 
 
 def test_the_first_stop_stays_until_it_is_cleared(tmp_path):
-    scribe = local_scribe(tmp_path).thing
-    assert scribe.stop_state() is None
-    scribe.stop("no memory", Cause.OUT_OF_MEMORY)
-    scribe.stop("another")
-    assert scribe.stop_state() == Stop("no memory", Cause.OUT_OF_MEMORY)
-    scribe.clear_stop()
-    assert scribe.stop_state() is None
-    scribe.stop("another")
-    assert scribe.stop_state() == Stop("another", Cause.ENDED)
+    log = local_log(tmp_path).thing
+    assert log.stop_state() is None
+    log.stop("no memory", Cause.OUT_OF_MEMORY)
+    log.stop("another")
+    assert log.stop_state() == Stop("no memory", Cause.OUT_OF_MEMORY)
+    log.clear_stop()
+    assert log.stop_state() is None
+    log.stop("another")
+    assert log.stop_state() == Stop("another", Cause.ENDED)
     assert [r.get("kind") for r in read(tmp_path)] == ["out_of_memory", None, None]
 
 

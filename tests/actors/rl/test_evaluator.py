@@ -6,7 +6,7 @@ import pytest
 
 from actors.rl.evaluator import Evaluator
 from actors.rl.messages import Sampled
-from fixtures.local_actors import local_scribe
+from fixtures.local_actors import local_log
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
 from rlproxi.telemetry.runlog import read
@@ -46,7 +46,7 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.requests, self.saved, self.client = folder, [], [], Client()
-        self.evaluator = Evaluator(CONFIG, folder, local_scribe(folder), self.client, self.sample, self.save)
+        self.evaluator = Evaluator(CONFIG, folder, local_log(folder), self.client, self.sample, self.save)
 
     async def sample(self, request, version):
         self.requests.append((request, version))

@@ -14,7 +14,7 @@ from actors.rl.messages import Images, Scored, Trained, WeightsVersion
 from actors.rl.observer import Observer
 from actors.rl.pool import RolloutPool
 from actors.rl.staleness import Stamp
-from fixtures.local_actors import Local, local_scribe
+from fixtures.local_actors import Local, local_log
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
@@ -31,7 +31,7 @@ CONFIG = {
 
 
 def make(folder, all_roles=True, lost=lambda: 0, **sections) -> Observer:
-    return Observer(build_config({**CONFIG, **sections}), folder, local_scribe(folder), Diary(), lost, all_roles)
+    return Observer(build_config({**CONFIG, **sections}), folder, local_log(folder), Diary(), lost, all_roles)
 
 
 def request(groups: int = 2, size: int = 2) -> SampleRequest:
@@ -154,7 +154,7 @@ class Store:
 def test_the_pool_notes_who_sampled_when_and_counts_the_lost(tmp_path):
     async def main():
         diary = Diary()
-        pool = RolloutPool([Local(Mortal(1)), Local(Mortal(0))], Local(Store()), local_scribe(tmp_path), diary)
+        pool = RolloutPool([Local(Mortal(1)), Local(Mortal(0))], Local(Store()), local_log(tmp_path), diary)
         begun = time.time()
         await asyncio.gather(*(pool.sample(request(), 0) for _ in range(3)))
         await pool.save(0, "best")

@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError
 
 from actors.rl import pool
 from actors.rl.messages import WeightsVersion
-from fixtures.local_actors import Local, local_scribe
+from fixtures.local_actors import Local, local_log
 from rlproxi.telemetry.runlog import read
 
 
@@ -42,7 +42,7 @@ def test_an_actor_that_hangs_is_started_again_and_asked_again(tmp_path, monkeypa
             handle.thing.killed.set()
 
         monkeypatch.setattr(pool, "ray", SimpleNamespace(kill=kill))
-        rollouts = pool.RolloutPool([Local(actor)], Local(Store()), local_scribe(tmp_path), hang_timeout_s=0.05)
+        rollouts = pool.RolloutPool([Local(actor)], Local(Store()), local_log(tmp_path), hang_timeout_s=0.05)
         await asyncio.wait_for(rollouts.save(0, "best"), 5)
         assert kept == [False] and rollouts.lost == 1
         return actor
@@ -70,8 +70,8 @@ class Loading:
 
 def test_the_pool_waits_for_an_actor_that_dies_while_it_loads(tmp_path):
     def ready(*actors):
-        handles, scribe = [Local(actor) for actor in actors], local_scribe(tmp_path)
-        return asyncio.run(pool.RolloutPool(handles, Local(Store()), scribe, look_after_s=(0.001, 0.01)).ready())
+        handles, log = [Local(actor) for actor in actors], local_log(tmp_path)
+        return asyncio.run(pool.RolloutPool(handles, Local(Store()), log, look_after_s=(0.001, 0.01)).ready())
 
     assert ready(Loading(), Loading(0)) == 2 and ready(Loading(1000), Loading(0)) == 1
     with pytest.raises(RuntimeError, match="all 1 rollout actors died while they loaded the model"):

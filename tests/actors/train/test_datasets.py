@@ -54,9 +54,9 @@ def encoded(ray_here, tmp_path_factory):
         good = [sample(100 * n + i, image=jpeg(*SIZES[(n + i) % 3], seed=i)) for i in range(20)]
         write_tar(folder / f"{n:05d}.tar", [*good, sample(100 * n + 50, caption=" ")])
     config = shard_config(folder / "{00000..00005}.tar")
-    scribe = RunLogWriter.remote(str(run_dir))
-    facts = encoder.encode(config, run_dir / "cache", None, scribe)
-    ray.get(scribe.progress.remote("encode"))
+    log = RunLogWriter.remote(str(run_dir))
+    facts = encoder.encode(config, run_dir / "cache", None, log)
+    ray.get(log.progress.remote("encode"))
     return config, run_dir / "cache", facts, run_dir
 
 
@@ -78,14 +78,14 @@ def test_encode_counts_and_tells_its_progress(encoded):
 
 def test_a_second_run_encodes_only_what_changed(encoded, tmp_path):
     config, cache, *_ = encoded
-    scribe = RunLogWriter.remote(str(tmp_path))
+    log = RunLogWriter.remote(str(tmp_path))
     before = {p: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
-    assert encoder.encode(config, cache, None, scribe)["encoded"] == 0
+    assert encoder.encode(config, cache, None, log)["encoded"] == 0
     assert {p: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")} == before
     # Another run, of one of the shards and a new one.
     urls = [read_index(config, cache)[0].shard, write_tar(tmp_path / "new.tar", [sample(i) for i in range(9)])]
     other = config.model_copy(update={"data": config.data.model_copy(update={"urls": urls})})
-    facts = encoder.encode(other, cache, None, scribe)
+    facts = encoder.encode(other, cache, None, log)
     assert (facts["encoded"], facts["samples"], facts["shards"]) == (1, 29, 2)
     # The first run's lists are its own, though the cache is shared.
     assert sum(sum(e.rows.values()) for e in read_index(config, cache)) == 100

@@ -33,6 +33,7 @@ def make(monkeypatch, answer, rank=0) -> learner.Learner:
     """A rank that has passed the check before its first update, and waits for a batch."""
     monkeypatch.setattr(learner, "ray", SimpleNamespace(get=lambda answer: answer))
     made = object.__new__(learner.Learner)
+    made.stopped = made.leaving = False
     made.__dict__.update(
         conductor=Local(Conductor(answer)), rank=rank, world=2, ema=None, checked=True, attempt=5, diary=Diary()
     )

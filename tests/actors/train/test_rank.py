@@ -11,7 +11,7 @@ from actors.train import checkpoints, rollback
 from actors.train.engine import Engine
 from actors.train.rank import Rank
 from actors.train.saving import Place
-from fixtures.local_actors import local_scribe
+from fixtures.local_actors import local_log
 from rlproxi.algorithms.base import Update
 from rlproxi.config.loading import build_config
 from rlproxi.telemetry.runlog import read
@@ -44,7 +44,7 @@ class OneRank(Rank):
     def __init__(self, folder, nan, earliest=0, **guards):
         settings = {"model": {"precision": "float32"}, "telemetry": {"timeline": False}, "resources": {"threads": 1}}
         config, place = build_config({"guards": guards, **settings}), Place(0, 1, torch.device("cpu"))
-        super().__init__(config, folder, "rl", local_scribe(folder), place, checkpoint_every=2)
+        super().__init__(config, folder, "rl", local_log(folder), place, checkpoint_every=2)
         self.root, self.earliest = self.checkpointer.root, earliest
         self.nan, self.begun, self.seen, self.ended = nan, [], [], False
         self.build()
@@ -69,7 +69,7 @@ class OneRank(Rank):
         )
 
     def stop(self, error):
-        self.scribe.stop.remote(f"{self.stage}: {error}")
+        self.run_log.stop.remote(f"{self.stage}: {error}")
 
     def finish(self):
         self.ended = True
@@ -100,7 +100,7 @@ def warnings(rank):
 
 
 def reason(rank):
-    return rank.scribe.thing.stop_state().reason
+    return rank.run_log.thing.stop_state().reason
 
 
 def steps(rank):

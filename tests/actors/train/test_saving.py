@@ -46,8 +46,8 @@ def test_killed_at_any_point_it_goes_on_as_the_unbroken_run(kill, unbroken, tmp_
             f"pretrain: goes on from step {second.start} of 6, bit for bit the unbroken run"
         ]
         assert (
-            second.scribe.thing.take_announcements() == [("note", said(tmp_path, "note")[0])]
-            and second.scribe.thing.take_announcements() == []
+            second.run_log.thing.take_announcements() == [("note", said(tmp_path, "note")[0])]
+            and second.run_log.thing.take_announcements() == []
         )
     assert not [p for p in checkpoints.root(tmp_path, "pretrain").iterdir() if p.name.startswith(".")]
 
@@ -62,7 +62,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_taken(unbroken, tmp_pa
     assert second.start == 2 and same(second.last, unbroken.last)
     (warning,) = said(tmp_path)
     assert "step-000004 is damaged: fake/state-00000.safetensors (changed since it was written)" in warning
-    assert second.scribe.thing.take_announcements()[0] == ("warning", warning)
+    assert second.run_log.thing.take_announcements()[0] == ("warning", warning)
 
 
 def test_what_is_not_exact_is_said_and_why(process_group, tmp_path):
