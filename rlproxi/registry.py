@@ -35,7 +35,8 @@ class Registry(Generic[T]):
 
         def keep(thing: Named) -> Named:
             for name in names:
-                if self._found.setdefault(name, thing) is not thing:  # type: ignore[arg-type, comparison-overlap]  # a subclass of T
+                # ``thing`` is a T or a subclass of one, which Named does not say.
+                if self._found.setdefault(name, thing) is not thing:  # type: ignore[arg-type, comparison-overlap]
                     raise ValueError(f"{self.kind} {name!r} is registered twice: choose another name")
             if default:
                 self._default = names[0]
