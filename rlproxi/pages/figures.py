@@ -78,26 +78,22 @@ def reward_curve(train: Curves, heldout: Curves) -> str:
     return svg(draw, "reward", "Reward over RL steps", (8.0, 3.2))
 
 
-def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: str, xlabel: str = "RL step") -> str:
+def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: str) -> str:
     """Draw each curve on a small axis of its own, side by side."""
 
     def draw(figure: Figure) -> None:
         for axes, (title, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-            lines(axes, {title: curve}, (AFTER,), xlabel, title)
+            lines(axes, {title: curve}, (AFTER,), "RL step", title)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
 
     return svg(draw, name, label, (2.9 * len(curves) + 0.6, 2.6))
 
 
-def against_steps(
-    curves: Curves, ylabel: str, distances: Curves | None = None, level: float | None = None, name: str = "frontier"
-) -> str:
+def against_steps(curves: Curves, ylabel: str, far: Curves, level: float | None) -> str:
     """Draw reward against the number of sampling steps, before and after, and beside it the distance to data.
 
-    ``level`` is the distance of as many real images, a dashed line.
+    ``far``: the distances. ``level`` is the distance of as many real images, a dashed line.
     """
-
-    far = distances or {}
 
     def draw(figure: Figure) -> None:
         left, *right = figure.subplots(1, 2 if far else 1, squeeze=False)[0]
@@ -115,7 +111,7 @@ def against_steps(
                 axes.legend()
 
     beside = " and distance to data" if far else ""
-    return svg(draw, name, f"{ylabel}{beside} against the number of steps", (8.0, 3.2) if far else (6.4, 3.2))
+    return svg(draw, "frontier", f"{ylabel}{beside} against the number of steps", (8.0, 3.2) if far else (6.4, 3.2))
 
 
 def _step_ticks(axes, curves: Curves) -> None:

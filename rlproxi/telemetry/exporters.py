@@ -36,9 +36,8 @@ class Exporter(Protocol):
 
 def check_packages(telemetry: Telemetry) -> None:
     """Raise ImportError, with the remedy, where the settings need a missing package. No package is imported."""
-    wanted = [*(["tensorboardX"] if telemetry.tensorboard else []), *(["wandb"] if telemetry.wandb else [])]
-    for package in wanted:
-        if importlib.util.find_spec(package) is None:
+    for package, wanted in (("tensorboardX", telemetry.tensorboard), ("wandb", telemetry.wandb)):
+        if wanted and importlib.util.find_spec(package) is None:
             raise ImportError(_REMEDY[package])
 
 

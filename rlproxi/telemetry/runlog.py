@@ -66,12 +66,10 @@ class RunLog:
         """
         if event not in EVENTS:
             raise ValueError(f"event {event!r} is unknown; choose one of {', '.join(EVENTS)}")
-        missing = [name for name in _REQUIRED.get(event, ()) if name not in fields]
-        if missing or {"time", "event"} & set(fields):
-            raise ValueError(
-                f"a {event!r} record needs {', '.join(_REQUIRED.get(event, ())) or 'no field'} and sets "
-                f"'time' and 'event' itself; got {', '.join(fields) or 'nothing'}"
-            )
+        needed = _REQUIRED.get(event, ())
+        if set(needed) - set(fields) or {"time", "event"} & set(fields):
+            wanted = f"a {event!r} record needs {', '.join(needed) or 'no field'} and sets 'time' and 'event' itself"
+            raise ValueError(f"{wanted}; got {', '.join(fields) or 'nothing'}")
         record = {"time": round(time.time(), 3), "event": event}
         record.update((name, plain(value, name)) for name, value in fields.items())
         self.held.append((json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8"))
@@ -196,10 +194,8 @@ def keys(records: Iterable[dict], stage: str, prefix: str = "") -> list[str]:
     found: dict[str, None] = {}
     for record in records:
         if record["event"] == "metrics" and record.get("stage") == stage:
-            found.update(
-                dict.fromkeys(k for k in record if k.startswith(prefix) and k not in ("time", "event", "stage", "step"))
-            )
-    return list(found)
+            found.update(dict.fromkeys(key for key in record if key.startswith(prefix)))
+    return [key for key in found if key not in ("time", "event", "stage", "step")]
 
 
 def stage_seconds(records: Iterable[dict]) -> dict[str, float]:
