@@ -317,12 +317,8 @@ def _explain(role: str, mine: list[RoleDemand], cluster: Cluster) -> str:
 
 def describe_resources(resources: dict[str, float]) -> str:
     """Return for example '1 GPU, 0.001 rollout', without what every node has: its address and its memory."""
-    return (
-        ", ".join(
-            f"{amount:g} {kind}" for kind, amount in resources.items() if ":" not in kind and "memory" not in kind
-        )
-        or "nothing"
-    )
+    own = [f"{amount:g} {kind}" for kind, amount in resources.items() if ":" not in kind and "memory" not in kind]
+    return ", ".join(own) or "nothing"
 
 
 _KEYS = {

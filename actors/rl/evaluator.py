@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,7 @@ class Evaluator:
         self.judges = [r.name for r in config.rewards.heldout]
         self.comparison = Comparison(config)
         self.noted: str | None = None  # what the log already says of missing comparisons
-        self.guard = self._new_guard()
-
-    def _new_guard(self) -> OverOptimisation:
-        return OverOptimisation.of(self.config)
+        self.guard = OverOptimisation.of(self.config)
 
     @property
     def early_end(self) -> str | None:
@@ -76,6 +74,8 @@ class Evaluator:
         with self.diary.span("evaluation", 0, "evaluate"):
             samples = self.config.evaluate.samples
             indices, prompts = heldout_prompts(self.config)
+            names = tuple(prompts), tuple(indices)
+            request = SampleRequest("heldout", 0, *names, samples, guidance_scale=guidance_scale)
             by_steps: dict[str, dict] = {}
             result: dict[str, Any] = {
                 "tag": tag,
@@ -88,16 +88,7 @@ class Evaluator:
             }
             pictures, judged, correct = {}, {}, {}
             for count in step_counts:
-                whole = SampleRequest(
-                    "heldout",
-                    0,
-                    tuple(prompts),
-                    tuple(indices),
-                    samples,
-                    num_steps=count,
-                    guidance_scale=guidance_scale,
-                )
-                images, finite = await self._images(whole, version)
+                images, finite = await self._images(replace(request, num_steps=count), version)
                 scores, details = await self._judge(images, finite, prompts)
                 # A grey image in the place of a broken one would change diversity and distance.
                 seen = await self._compare(images) if finite.all() else {}
@@ -177,7 +168,7 @@ class Evaluator:
 
     async def _watch(self, result: dict) -> None:
         """Show an evaluation to a guard that has seen the earlier ones; log its alarm, and save the best model."""
-        self.guard = self._new_guard()
+        self.guard = OverOptimisation.of(self.config)
         now = heldout.headline(result, self.config)
         if now is None:
             return

@@ -284,7 +284,7 @@ class Stages:
         """
         while True:
             self._decide(stage, life.AttemptBegan(stage, self._reached(stage)))
-            event: Stop | life.RanksFailed
+            event: Stop | life.AttemptFailed
             traceback = ""
             try:
                 return work()
@@ -294,10 +294,10 @@ class Stages:
             except RayActorError as error:
                 event = _lost(error)
             except RanksFailed as error:
-                event, traceback = life.RanksFailed(error.words), str(error)
+                event, traceback = life.AttemptFailed(error.words), str(error)
             self._remedy(stage, event, traceback)
 
-    def _remedy(self, stage: str, event: Stop | life.RanksFailed, traceback: str) -> None:
+    def _remedy(self, stage: str, event: Stop | life.AttemptFailed, traceback: str) -> None:
         """Prepares the next attempt. Raises RunStopped where there is none."""
         try:
             action = self._decide(stage, event)

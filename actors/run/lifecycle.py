@@ -5,7 +5,7 @@ and roles report through the run-log actor, which keeps the first ``Stop``; the 
 
 Invariants:
 
-1. ``Ended`` is final: every later event is answered with ``End`` and the same reason.
+1. ``End`` is final: every later event is answered with ``End`` and the same reason.
 2. Without a new step, lost roles are replaced at most ``faults.max_restarts`` times. The next loss ends the run.
 3. Ranks that Ray Train gave up are started again only if their attempt reached a new step or had roles replaced.
 4. A run that was asked to leave starts nothing again. It asks the conductor to save once, and ends after
@@ -55,13 +55,13 @@ class Leaving:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """The run is over, with a reason for the user."""
+class End:
+    """The run is over, with a reason for the user. A state, and the action that leads to it."""
 
     reason: str
 
 
-State = Between | Running | Leaving | Ended
+State = Between | Running | Leaving | End
 
 # -- events, besides ``Stop``: the attempt is over -------------------------------------------
 
@@ -89,7 +89,7 @@ class RolesLost:
 
 
 @dataclass(frozen=True)
-class RanksFailed:
+class AttemptFailed:
     """The attempt is over, because Ray Train gave up its ranks. ``error``: the last one's."""
 
     error: str
@@ -116,7 +116,7 @@ class LeaveAsked:
     can_save: bool
 
 
-Event = Stop | AttemptBegan | StepReached | RolesLost | RanksFailed | RoleAsked | LeaveAsked
+Event = Stop | AttemptBegan | StepReached | RolesLost | AttemptFailed | RoleAsked | LeaveAsked
 
 # -- actions --------------------------------------------------------------------------------
 
@@ -146,13 +146,6 @@ class DeclareLost:
 @dataclass(frozen=True)
 class AskToSave:
     """Ask the conductor to end the stage with a checkpoint."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class End:
-    """End the run with a reason for the user."""
 
     reason: str
 
@@ -189,11 +182,11 @@ class Lifecycle:
 
     def handle(self, event: Event) -> Action:
         """Takes an event; returns what has to be done now."""
-        if isinstance(self.state, Ended):
-            return End(self.state.reason)
+        if isinstance(self.state, End):
+            return self.state
         action = self._decide(event)
         if isinstance(action, End):
-            self.state = Ended(action.reason)
+            self.state = action
         return action
 
     def _decide(self, event: Event) -> Action:
@@ -214,7 +207,7 @@ class Lifecycle:
                 self.step, self.losses = event.step, 0
             self.state = Running(event.stage, event.step)
             return Proceed()
-        if isinstance(event, RanksFailed):
+        if isinstance(event, AttemptFailed):
             return self._after_failure(event.error)
         if isinstance(event, Stop) and event.cause is not Cause.LOST:
             self.state = Between(getattr(state, "stage", ""))
@@ -224,7 +217,7 @@ class Lifecycle:
     def _after_loss(self, event: RolesLost | Stop) -> Action:
         state = self.state
         self.losses += 1
-        if self.losses > self.faults.max_restarts or isinstance(state, (Leaving, Ended)):
+        if self.losses > self.faults.max_restarts or isinstance(state, (Leaving, End)):
             return End(event.reason)
         if isinstance(event, Stop):
             self.state = Between(state.stage)

@@ -21,9 +21,8 @@ from rlproxi.data.order import Order
 for _handler in logging.getLogger("ray.data").handlers:
     if isinstance(_handler, logging.StreamHandler):
         _handler.setLevel(logging.WARNING)
-logging.getLogger("ray.data._internal.progress").setLevel(
-    logging.ERROR
-)  # it would warn that there are no progress bars
+# It would warn that there are no progress bars.
+logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 #: Bytes of a dataset, all ranks together, up to which it is read before training begins.
 READ_FIRST = 2**30

@@ -89,9 +89,7 @@ class Engine:
         _quiet_deepspeed(device)
         import deepspeed
 
-        self.device = device
-        self.stage = stage
-        self.accumulation = accumulation
+        self.device, self.stage, self.accumulation = device, stage, accumulation
         weights = list(trainable(module).values())
         self.adamw = optimizer = AnchoredAdamW(
             weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, anchor=anchor

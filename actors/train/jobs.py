@@ -76,11 +76,11 @@ def _pretrain_rank(setup: PretrainSetup) -> None:
 def _learner_rank(setup: LearnerSetup) -> None:
     import ray.train
 
-    from .learner import Learner
+    from .learner import LearnerRank
 
     def begin() -> Rank | None:
         roles = wait_for_roles(setup, reports=ray.train.get_context().get_world_rank() == 0)
-        return None if roles is None else Learner(setup, *roles)
+        return None if roles is None else LearnerRank(setup, *roles)
 
     _run(begin, "learner", setup.log)
 

@@ -6,14 +6,12 @@ import copy
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlproxi.algorithms.base import Algorithm, Batch, Parts, build_algorithm
@@ -33,7 +31,7 @@ from .setups import LearnerSetup
 from .start_model import StartModel
 
 
-class Learner(Rank):
+class LearnerRank(Rank):
     """One rank of the stage rl. Asks the conductor for batches and publishes the weights that it trains."""
 
     algorithm: Algorithm
@@ -49,17 +47,17 @@ class Learner(Rank):
         self.watch = TrainingWarnings(config.guards, self.algorithm)
 
     def build(self) -> None:
+        """Makes the networks, their engines and the algorithm; see ``Rank.build``."""
         config = self.config
         self.algorithm = build_algorithm(config)
         denoiser = self.model.denoiser()
         networks = self.algorithm.networks(denoiser)
         copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None
         self.ema = EMA(denoiser, config.rl.ema) if config.rl.ema else None
+        losses = self.algorithm.losses_per_update(self.world)
         self.engines = {
             name: self._engine(network, count)
-            for (name, network), count in zip(
-                networks.items(), self.algorithm.losses_per_update(self.world).values(), strict=True
-            )
+            for (name, network), count in zip(networks.items(), losses.values(), strict=True)
         }
         wrapped = {name: engine.module for name, engine in self.engines.items()}
         reference = None
@@ -87,12 +85,7 @@ class Learner(Rank):
             self.config.learner.zero_stage,
             s.rows,
             losses,
-            lr=s.lr,
-            betas=s.betas,
-            weight_decay=s.weight_decay,
-            grad_clip=s.grad_clip,
-            dtype=self.dtype,
-            anchor=s.anchor,
+            *(s.lr, s.betas, s.weight_decay, s.grad_clip, self.dtype, s.anchor),
         )
 
     def _copies_reference(self) -> bool:
@@ -108,6 +101,7 @@ class Learner(Rank):
     # -- the loop's ends (see Rank.run) ----------------------------------------------------
 
     def begin(self, start: int) -> None:
+        """Publishes the first weights and starts the conductor's loop."""
         self._publish(start)
         if self.rank == 0:
             self.attempt = ray.get(self.conductor.begin.remote(start))
@@ -149,6 +143,7 @@ class Learner(Rank):
         )
 
     def refused(self, batch: Batch) -> str | None:
+        """Why the conductor says that nothing of the batch can be trained on, or None."""
         return batch.refused
 
     def _accepted(self, batch: Batch) -> bool:
@@ -181,6 +176,7 @@ class Learner(Rank):
         return {key: torch.from_numpy(np.array(value)).to(self.device) for key, value in ray.get(reference).items()}
 
     def stop(self, error: Exception) -> None:
+        """Stops the run through the conductor."""
         ray.get(self.conductor.stop.remote(str(error)))
 
     def updated(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
@@ -208,12 +204,14 @@ class Learner(Rank):
         return bool(every) and version % every == 0
 
     def done(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
+        """Reports the iteration to the conductor, from rank 0."""
         spans = self.diary.take()  # on every rank, so that they do not pile up
         if self.rank == 0:
             trained = Trained(self.attempt, iteration, metrics, spans, time.time())
             ray.get(self.conductor.commit.remote(trained))
 
     def finish(self) -> None:
+        """Writes models/final."""
         with self.engine.gathered() as weights:
             if self.rank == 0:
                 trained = self.ema.values if self.ema is not None else weights
@@ -227,11 +225,3 @@ class Learner(Rank):
         with self.engine.gathered() as weights:
             flat = flatten(self.ema.values if self.ema is not None else weights) if self.rank == 0 else None
         return 0 if flat is None else ray.get(self.store.publish.remote(version, flat))
-
-    def save_own(self, folder: Path) -> None:
-        if self.ema is not None:
-            save_file(self.ema.state_dict(), folder / "ema.safetensors")
-
-    def load_own(self, folder: Path) -> None:
-        if self.ema is not None:
-            self.ema.load_state_dict(load_file(folder / "ema.safetensors"))

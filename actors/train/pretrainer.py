@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, drop_captions
@@ -43,6 +41,7 @@ class Pretrainer(Rank):
         self.build()
 
     def build(self) -> None:
+        """Makes the network, its engine and its average; see ``Rank.build``."""
         config, p, s = self.config, self.config.pretrain, self.config.sampler
         denoiser, schedule = self.model.denoiser(), config.schedule.build()
         self.algorithm = Matching(
@@ -67,6 +66,7 @@ class Pretrainer(Rank):
         }
 
     def begin(self, start: int) -> None:
+        """Opens the data at step ``start``. Raises RuntimeError where they begin later."""
         if start < self.earliest:
             raise RuntimeError(
                 f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
@@ -82,6 +82,7 @@ class Pretrainer(Rank):
         self.data = islice(data, start - self.earliest, None)
 
     def next_batch(self, step: int) -> MatchingBatch | None:
+        """The batch of ``step``; None where the data or the run end."""
         found = None if self.stopped else next(self.data, None)
         if found is None:
             return None
@@ -92,6 +93,7 @@ class Pretrainer(Rank):
         return MatchingBatch(step, x0, text, self.rank, self.engine.module)
 
     def updated(self, step: int, batch: MatchingBatch, metrics: dict[str, float]) -> None:
+        """Updates the average; logs the mean metrics every ``pretrain.log_every`` steps."""
         with self.engine.gathered() as weights:
             self.ema.update(weights)
         p = self.config.pretrain
@@ -111,6 +113,7 @@ class Pretrainer(Rank):
             self.since, self.window = time.time(), []
 
     def finish(self) -> None:
+        """Writes models/pretrained."""
         if self.rank == 0:
             self.model.save(self.ema.values, self.run_dir / "models" / "pretrained")
         dist.barrier()
@@ -121,9 +124,3 @@ class Pretrainer(Rank):
             return torch.from_numpy(np.array(batch["latents"])).to(self.device).float()
         pixels = torch.from_numpy(np.array(batch["image"])).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         return pixels if self.vae is None else self.vae.encode(pixels)
-
-    def save_own(self, folder: Path) -> None:
-        save_file(self.ema.state_dict(), folder / "ema.safetensors")
-
-    def load_own(self, folder: Path) -> None:
-        self.ema.load_state_dict(load_file(folder / "ema.safetensors"))

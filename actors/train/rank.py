@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from rlproxi.algorithms.base import AlgorithmStopped, Update
+from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.guards.updates import GoBack, UpdateGuard
 from rlproxi.config.loading import Config
 from rlproxi.models.precision import autocast, compute_dtype
@@ -25,22 +27,22 @@ from rlproxi.telemetry.timeline import Diary
 
 from . import checkpoints, rollback
 from .engine import Engine
-from .saving import Checkpointer, Place
+from .saving import Checkpointer, RankPlace
 
 #: Seconds between the lines that a stage without a conductor writes into the timeline.
 _TIMELINE_EVERY = 10.0
 
 
-def place_on_ray() -> Place:
+def place_on_ray() -> RankPlace:
     """This process's place in its Ray Train job."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
-    return Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    return RankPlace(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-class Trained(Protocol):
+class HasUpdates(Protocol):
     """What the loop asks of an algorithm: the number of steps, and the updates of a batch."""
 
     @property
@@ -55,7 +57,7 @@ class Rank(ABC):
     """One rank of a training stage: its place, its arithmetic, its loop, its checkpoints.
 
     A subclass says where batches come from and who learns of their updates. It calls ``build`` at the end of its
-    ``__init__``. Where it has a state beside the engines', it overrides ``save_own`` and ``load_own``.
+    ``__init__``.
 
     Args:
         stage: pretrain or rl.
@@ -64,11 +66,12 @@ class Rank(ABC):
     """
 
     #: Set by ``build``. Engines: one for each network that is trained, the first the one that is evaluated and saved.
-    algorithm: Trained
+    algorithm: HasUpdates
     engines: dict[str, Engine]
+    ema: EMA | None = None  # an average of the first network's weights
 
     def __init__(
-        self, config: Config, run_dir: str | Path, stage: str, run_log: Any, place: Place, checkpoint_every: int
+        self, config: Config, run_dir: str | Path, stage: str, run_log: Any, place: RankPlace, checkpoint_every: int
     ):
         # Results depend on the thread count, so it is the config's and not the machine's.
         torch.set_num_threads(config.resources.threads)
@@ -93,11 +96,15 @@ class Rank(ABC):
     def next_batch(self, step: int) -> Any | None:
         """The batch that ``algorithm.updates`` takes; None ends training."""
 
-    def save_own(self, folder: Path) -> None:  # noqa: B027  # need not be overridden, as the next ones
+    def save_own(self, folder: Path) -> None:
         """Rank 0 writes what is neither weights nor optimizer into ``folder``. No collective: it may raise OSError."""
+        if self.ema is not None:
+            save_file(self.ema.state_dict(), folder / "ema.safetensors")
 
-    def load_own(self, folder: Path) -> None:  # noqa: B027
+    def load_own(self, folder: Path) -> None:
         """Every rank reads what ``save_own`` wrote."""
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(folder / "ema.safetensors"))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Logs a metrics record of this stage, from rank 0. Waits until it is written: a checkpoint may follow."""

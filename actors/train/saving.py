@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Place:
+class RankPlace:
     """A rank's number, the number of ranks, and the rank's device."""
 
     rank: int
@@ -56,7 +56,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self, root: Path, config: Config, stage: str, place: Place, every: int, announce: Callable[[str, str], None]
+        self, root: Path, config: Config, stage: str, place: RankPlace, every: int, announce: Callable[[str, str], None]
     ):
         self.root, self.config, self.stage, self.place = root, config, stage, place
         self.every, self.announce = every, announce

@@ -29,7 +29,7 @@ def machine(clock=None, **faults) -> Lifecycle:
     return Lifecycle(Faults(**limits), max_failures=3, clock=clock or Clock())
 
 
-FAILED, LOST = life.RanksFailed("ValueError: boom"), Stop("the weight store is lost", Cause.LOST)
+FAILED, LOST = life.AttemptFailed("ValueError: boom"), Stop("the weight store is lost", Cause.LOST)
 NO_MEMORY = Stop("learner: out of memory", Cause.OUT_OF_MEMORY)
 
 
@@ -78,7 +78,7 @@ class Driver:
         self.clock.now += self.dice.choice([0.0, 0.5, self.dice.uniform(0, 15)])
         event, before = self.event(), self.run.state
         action = self.run.handle(event)
-        if not isinstance(before, life.Ended):
+        if not isinstance(before, life.End):
             self.note(event, before, action)
         self.check(event, before, action)
 
@@ -100,10 +100,10 @@ class Driver:
 
     def check(self, event: life.Event, before: life.State, action: life.Action) -> None:
         after = self.run.state
-        if isinstance(before, life.Ended):
+        if isinstance(before, life.End):
             assert action == End(before.reason) and after == before, "the end is final"
             return
-        assert isinstance(after, life.Ended) == isinstance(action, End)
+        assert isinstance(after, life.End) == isinstance(action, End)
         assert not isinstance(action, End) or action.reason, "every end has its reason"
         if isinstance(before, life.Leaving):
             assert isinstance(action, (Proceed, End, life.DeclareLost)), "whoever leaves starts nothing again"
@@ -112,11 +112,11 @@ class Driver:
                 assert isinstance(action, End)
             if not isinstance(action, life.DeclareLost):
                 return
-        if isinstance(event, (Stop, life.RanksFailed)):
-            assert isinstance(after, (life.Between, life.Ended)), "the attempt is over"
+        if isinstance(event, (Stop, life.AttemptFailed)):
+            assert isinstance(after, (life.Between, life.End)), "the attempt is over"
         if event == NO_MEMORY:
             assert action == life.GoOn(NO_MEMORY.reason, smaller=True)
-        elif isinstance(event, life.RanksFailed) and isinstance(before, life.Running):
+        elif isinstance(event, life.AttemptFailed) and isinstance(before, life.Running):
             assert isinstance(action, life.GoOn) == (self.step > self.first_step or self.replaced)
             self.retries += 1
         elif event == LOST or isinstance(event, life.RolesLost):
@@ -290,7 +290,7 @@ def test_a_run_that_is_asked_to_leave_saves_within_its_grace():
     clock.now += GRACE_S
     assert run.handle(asked) == Proceed()
     clock.now += 0.1
-    assert run.handle(asked) == End(reason) and run.state == life.Ended(reason)
+    assert run.handle(asked) == End(reason) and run.state == life.End(reason)
 
 
 def test_a_stage_that_cannot_save_is_left_at_once():

@@ -29,10 +29,10 @@ class Conductor:
         self.committed.append(trained)
 
 
-def make(monkeypatch, answer, rank=0) -> learner.Learner:
+def make(monkeypatch, answer, rank=0) -> learner.LearnerRank:
     """A rank that has passed the check before its first update, and waits for a batch."""
     monkeypatch.setattr(learner, "ray", SimpleNamespace(get=lambda answer: answer))
-    made = object.__new__(learner.Learner)
+    made = object.__new__(learner.LearnerRank)
     made.stopped = made.leaving = False
     made.__dict__.update(
         conductor=Local(Conductor(answer)), rank=rank, world=2, ema=None, checked=True, attempt=5, diary=Diary()

@@ -10,7 +10,7 @@ from torch import nn
 from actors.train import checkpoints, rollback
 from actors.train.engine import Engine
 from actors.train.rank import Rank
-from actors.train.saving import Place
+from actors.train.saving import RankPlace
 from fixtures.local_actors import local_log
 from rlproxi.algorithms.base import Update
 from rlproxi.config.loading import build_config
@@ -43,7 +43,7 @@ class OneRank(Rank):
 
     def __init__(self, folder, nan, earliest=0, **guards):
         settings = {"model": {"precision": "float32"}, "telemetry": {"timeline": False}, "resources": {"threads": 1}}
-        config, place = build_config({"guards": guards, **settings}), Place(0, 1, torch.device("cpu"))
+        config, place = build_config({"guards": guards, **settings}), RankPlace(0, 1, torch.device("cpu"))
         super().__init__(config, folder, "rl", local_log(folder), place, checkpoint_every=2)
         self.root, self.earliest = self.checkpointer.root, earliest
         self.nan, self.begun, self.seen, self.ended = nan, [], [], False
