@@ -34,8 +34,8 @@ class Registry(Generic[T]):
         """
 
         def keep(thing: Named) -> Named:
-            for name in names:
-                if self._found.setdefault(name, thing) is not thing:  # type: ignore[arg-type, comparison-overlap]  # a subclass of T
+            for name in names:  # mypy does not know that the decorated class is a T
+                if self._found.setdefault(name, thing) is not thing:  # type: ignore[arg-type, comparison-overlap]
                     raise ValueError(f"{self.kind} {name!r} is registered twice: choose another name")
             if default:
                 self._default = names[0]
@@ -100,6 +100,5 @@ def imported(kind: str, path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the module raises while it is imported
-        raise ValueError(
-            f"{kind} {path!r} cannot be imported: {type(error).__name__}: {error}; it must be installed or on PYTHONPATH"
-        ) from None
+        fault = f"{type(error).__name__}: {error}; it must be installed or on PYTHONPATH"
+        raise ValueError(f"{kind} {path!r} cannot be imported: {fault}") from None
