@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Named = TypeVar("Named")
@@ -34,8 +34,7 @@ class Registry(Generic[T]):
         """
 
         def keep(thing: Named) -> Named:
-            for name in names:
-                # ``thing`` is a T or a subclass of one, which Named does not say.
+            for name in names:  # mypy does not know that the decorated class is a T
                 if self._found.setdefault(name, thing) is not thing:  # type: ignore[arg-type, comparison-overlap]
                     raise ValueError(f"{self.kind} {name!r} is registered twice: choose another name")
             if default:
@@ -87,19 +86,19 @@ class Registry(Generic[T]):
             raise
 
     def _imported(self, name: str) -> T:
-        try:
-            thing = _load(name)
-        except Exception as error:  # whatever the module raises while it is imported
-            raise ValueError(
-                f"{self.kind} {name!r} cannot be imported: {type(error).__name__}: {error}; it must be installed or on "
-                "PYTHONPATH"
-            ) from None
-        if self.base is not None and not (isinstance(thing, type) and issubclass(thing, _load(self.base))):
+        thing = imported(self.kind, name)
+        if self.base is not None and not (isinstance(thing, type) and issubclass(thing, imported("class", self.base))):
             raise ValueError(f"{self.kind} {name!r} is not a subclass of {self.base.replace(':', '.')}")
         return thing
 
 
-def _load(path: str):
-    """The object at ``package.module:Class``."""
+def imported(kind: str, path: str) -> Any:
+    """The object at ``package.module:name``. Raises ValueError, which begins with ``kind`` and the path."""
     module, _, attribute = path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    if not (module and attribute):
+        raise ValueError(f"{kind} {path!r} is not of the form package.module:name")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever the module raises while it is imported
+        fault = f"{type(error).__name__}: {error}; it must be installed or on PYTHONPATH"
+        raise ValueError(f"{kind} {path!r} cannot be imported: {fault}") from None

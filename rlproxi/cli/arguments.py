@@ -36,22 +36,14 @@ def share(text: str) -> float:
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
     """Add --precision: the networks' arithmetic."""
-    parser.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="float32",
-        help="the networks' arithmetic (default float32)",
-    )
+    choices, text = ("auto", "float32", "bfloat16"), "the networks' arithmetic (default float32)"
+    parser.add_argument("--precision", choices=choices, default="float32", help=text)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add ``arguments``: a config file and overrides, in any order. ``split_config`` reads them."""
-    parser.add_argument(
-        "arguments",
-        nargs="*",
-        metavar="CONFIG | key=value",
-        help="a YAML file (default: configs/quickstart.yaml) and overrides such as rl.lr=1e-5",
-    )
+    text = "a YAML file (default: configs/quickstart.yaml) and overrides such as rl.lr=1e-5"
+    parser.add_argument("arguments", nargs="*", metavar="CONFIG | key=value", help=text)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

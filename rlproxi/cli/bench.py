@@ -24,13 +24,11 @@ from ..algorithms.base import Work, build_algorithm
 from ..config.algorithms import ALGORITHMS
 from ..config.loading import Config, build_config, config_folder, dump_config, load_config
 from ..data import faces
-from ..data.faces import collection
 from ..models.loading import build_denoiser
 from ..models.precision import autocast, compute_dtype, has_fast_bfloat16
-from ..models.text import TextEncoder, TextStates, build_text_encoder, operator
+from ..models.text import TextEncoder, build_text_encoder, operator
 from ..models.unet import ProximalUNet
 from ..proximal.samplers import generator_noise, sample
-from ..rewards import TorchScorer
 from ..run_directory import RunDirectory
 
 
@@ -48,7 +46,7 @@ def _median_ratio(ours: Callable[[], None], bare: Callable[[], None], repeats: i
 
 
 def _encoder(config: Config) -> TextEncoder:
-    source = collection(config.run.seed, "text")
+    source = faces.collection(config.run.seed, "text")
     captions = [faces.portrait(source, i, 0.5).caption for i in range(512)]
     return build_text_encoder(captions, config.model.text_dim, config.model.text_layers, config.model.text_length)
 
@@ -58,15 +56,13 @@ class _Shapes:
 
     def __init__(self, config: Config):
         self.config = config
-        g = config.rl
-        source = collection(config.run.seed, "train_prompts")
-        self.prompts = tuple(faces.portrait(source, i).caption for i in range(g.groups))
-        self.batch = g.rows
+        source, rows = faces.collection(config.run.seed, "train_prompts"), config.rl.rows
+        self.prompts = tuple(faces.portrait(source, i).caption for i in range(config.rl.groups))
         self.unet = build_denoiser(config).eval()
         self.encoder = _encoder(config)
-        self.text: TextStates = self.encoder.groups(self.prompts, g.group_size)
-        self.y = torch.randn(self.batch, 3, config.data.size, config.data.size)
-        self.t, self.lam = torch.full((self.batch,), 0.4), torch.full((self.batch,), 0.7)
+        self.text = self.encoder.groups(self.prompts, config.rl.group_size)
+        self.y = torch.randn(rows, 3, config.data.size, config.data.size)
+        self.t, self.lam = torch.full((rows,), 0.4), torch.full((rows,), 0.7)
         self.dtype = compute_dtype(config.model.precision, "cpu")
 
     @torch.inference_mode()
@@ -131,11 +127,8 @@ def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, str]:
         before = _bare_seconds(config, reward_file)
         real = _real_iterations(config, Path(folder), reward_file, iterations)
         after = _bare_seconds(config, reward_file)
-    parts = (
-        f"real iteration {real:.2f} s / bare work {statistics.median(before):.2f} s before, "
-        f"{statistics.median(after):.2f} s after"
-    )
-    return real / statistics.median([*before, *after]), parts
+    bare = f"bare work {statistics.median(before):.2f} s before, {statistics.median(after):.2f} s after"
+    return real / statistics.median([*before, *after]), f"real iteration {real:.2f} s / {bare}"
 
 
 def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
@@ -147,12 +140,6 @@ def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
         jobs = [pool.submit(_bare_iterations, config, reward_file) for _ in range(workers)]
         # An iteration is done when its slowest process is.
         return [max(times) for times in zip(*(job.result() for job in jobs), strict=True)]
-
-
-def _one_rank(config: Config) -> Config:
-    return build_config(
-        {**config.model_dump(mode="json"), "resources": {**config.resources.model_dump(), "learner_workers": 1}}
-    )
 
 
 _barrier: Barrier  # of the processes that run _bare_iterations
@@ -195,15 +182,11 @@ def _bare_micro_batch(config: Config, shapes: _Shapes, scorer, work: Work) -> No
     for _ in range(work.input_gradients):
         shapes.to_the_input()
     for _ in range(work.reward_gradients):
-        _reward_gradient(scorer, pixels, rows)
+        x = pixels.clone().requires_grad_(True)
+        torch.autograd.grad(scorer.rewards(x, rows).sum(), x)
     for _ in range(work.rewards):
         with torch.no_grad():
             scorer.rewards(pixels, rows)
-
-
-def _reward_gradient(scorer: TorchScorer, pixels: torch.Tensor, prompts: list[str]) -> None:
-    pixels = pixels.clone().requires_grad_(True)
-    torch.autograd.grad(scorer.rewards(pixels, prompts).sum(), pixels)
 
 
 def _random_classifier(config: Config, folder: Path) -> Path:
@@ -253,24 +236,16 @@ def command(options: argparse.Namespace) -> int:
     def add(name: str, value: float, bar: float, unit: str, at_most: bool = True) -> None:
         ok = value <= bar if at_most else value >= bar
         results[name] = {"value": round(value, 4), "bar": bar, "ok": bool(ok), "unit": unit}
-        print(
-            f"{name:<28} {value:8.3f}  bar {'<=' if at_most else '>='} {bar:<6} {'ok' if ok else 'MISSED'}  {unit}",
-            flush=True,
-        )
+        verdict = f"bar {'<=' if at_most else '>='} {bar:<6} {'ok' if ok else 'MISSED'}"
+        print(f"{name:<28} {value:8.3f}  {verdict}  {unit}", flush=True)
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     add("sampler_vs_forwards", sampler_ratio(config), 1.05, "time of a sampler call / N bare forwards")
-    if has_fast_bfloat16("cpu"):
-        add("bfloat16_vs_float32", bfloat16_speedup(config), 1.5, "float32 time / bfloat16 time", at_most=False)
-    else:
-        # Here precision=auto keeps float32; the figure shows that it is right to.
-        add(
-            "bfloat16_vs_float32",
-            bfloat16_speedup(config),
-            1.0,
-            "float32 time / bfloat16 time; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1",
-        )
-    files = [] if options.config else [config_folder() / f"quick-{name}.yaml" for name in ALGORITHMS.names()]
+    low, unit = has_fast_bfloat16("cpu"), "float32 time / bfloat16 time"
+    if not low:
+        unit += "; no bfloat16 in this CPU, so auto picks float32 and this must stay below 1"
+    add("bfloat16_vs_float32", bfloat16_speedup(config), 1.5 if low else 1.0, unit, at_most=not low)
+    files = () if options.config else [config_folder() / f"quick-{name}.yaml" for name in ALGORITHMS.names()]
     for one in [config, *(load_config(file) for file in files if file.is_file())]:
         ratio, parts = iteration_ratio(one)
         if one is config:
@@ -280,7 +255,9 @@ def command(options: argparse.Namespace) -> int:
         # which a rank with a device of its own does not. So the bar is for one rank, which has a core to itself.
         name = f"{one.run.algorithm}_{one.resources.learner_workers}_ranks_vs_bare"
         print(f"{name:<28} {ratio:8.3f}  {parts}", flush=True)
-        ratio, parts = iteration_ratio(_one_rank(one))
+        values = one.model_dump(mode="json")
+        values["resources"]["learner_workers"] = 1
+        ratio, parts = iteration_ratio(build_config(values))
         add(f"{one.run.algorithm}_iteration_vs_bare", ratio, 1.20, f"one rank: {parts}")
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=1))

@@ -25,18 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     add = parser.add_argument
     add("--cluster", metavar="FILE", help="does the run fit on the cluster of this file? (ray up or KubeRay)")
-    add(
-        "--address",
-        metavar="ADDRESS",
-        help="does it fit on this running Ray cluster? HOST:PORT, or auto for the one on this machine",
-    )
+    add("--address", metavar="HOST:PORT", help="does it fit on this running Ray cluster? auto: the one on this machine")
     add("--run", metavar="RUN_DIR", help="scaling advice from what a run measured")
     add("--gpus", type=float, metavar="N", help="with --run: for N GPUs (default: as many as it had, and twice)")
-    add(
-        "--load",
-        action="store_true",
-        help="load every scorer of the config, instead of only looking at its files: slow, and much memory",
-    )
+    add("--load", action="store_true", help="load every scorer, not only look at its files: slow, and much memory")
 
 
 def command(options: argparse.Namespace) -> int:
@@ -88,19 +80,15 @@ def files(config: Config, load: bool = False) -> Iterator[Finding]:
 
     found = preflight_problems(config)
     for problem in found:
-        key, _, text = problem.text.partition(": ")
-        yield fail(
-            "config",
-            f"{key}: {text}" if text else key,
-            "get the file, or name where it is (the head of each recipe says how)" if problem.missing else "",
-        )
+        remedy = "get the file, or name where it is (the head of each recipe says how)" if problem.missing else ""
+        yield fail("config", problem.text, remedy)
     if not found:
         yield ok("config", f"{config.run.name}: stages {', '.join(config.run.stages)}; nothing is missing")
     for key in ("init", "encoders"):
         folder = getattr(config.model, key)
         if folder and Path(folder).is_dir():
             yield from _model(f"model.{key}", folder)
-    for reward in [*config.rewards.train, *config.rewards.heldout]:
+    for reward in config.rewards.all:
         yield from _reward(reward, load)
 
 
@@ -109,9 +97,7 @@ def _model(key: str, folder: str) -> Iterator[Finding]:
     from ..models.folders import ModelFolder
 
     try:
-        parts = [
-            p for p in sorted(ModelFolder.find(folder).path.iterdir()) if p.is_dir() and (p / "config.json").is_file()
-        ]
+        parts = sorted(file.parent for file in ModelFolder.find(folder).path.glob("*/config.json"))
     except FileNotFoundError:
         return  # preflight reports it
     for part in parts:
@@ -142,10 +128,8 @@ def _reward(reward: Reward, load: bool) -> Iterator[Finding]:
             return
     if not load:
         if all(path.exists() for path in named):
-            yield ok(
-                "reward",
-                f"{reward.name}: {', '.join(map(str, named)) or 'needs no file'}" + (" is there" if named else ""),
-            )
+            there = f"{', '.join(map(str, named))} is there" if named else "needs no file"
+            yield ok("reward", f"{reward.name}: {there}")
         return
     try:
         build(reward.kind, reward.params)

@@ -17,31 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "LABEL are runs of one method: the intervals are over them and over --seeds."
     )
     add = parser.add_argument
-    add(
-        "models",
-        nargs="+",
-        metavar="[LABEL=]MODEL[+LORA][@SAMPLER]",
-        help="run directories, model folders, or diffusers folders (drawn from by their own pipeline)",
-    )
-    add(
-        "--steps",
-        type=counts,
-        default=[1, 2, 4, 6, 8, 10, 16, 20, 50],
-        metavar="N,N,...",
-        help="(default 1,2,4,6,8,10,16,20,50)",
-    )
-    add(
-        "--samplers",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="NAME,...",
-        help=f"each model by each of: {', '.join(NAMES)} (default: the model's own)",
-    )
-    add(
-        "--config",
-        metavar="RUN_DIR|FILE",
-        help="prompts, rewards and data (default: the first model that is a run directory)",
-    )
+    models = "run directories, model folders, or diffusers folders (drawn from by their own pipeline)"
+    add("models", nargs="+", metavar="[LABEL=]MODEL[+LORA][@SAMPLER]", help=models)
+    steps = "1,2,4,6,8,10,16,20,50"
+    add("--steps", type=counts, default=counts(steps), metavar="N,N,...", help=f"(default {steps})")
+    samplers = f"each model by each of: {', '.join(NAMES)} (default: the model's own)"
+    add("--samplers", type=lambda text: text.split(","), default=[], metavar="NAME,...", help=samplers)
+    data = "prompts, rewards and data (default: the first model that is a run directory)"
+    add("--config", metavar="RUN_DIR|FILE", help=data)
     add("--seeds", type=at_least(1), default=1, metavar="K", help="draws of the noise (default 1)")
     add("--prompts", type=at_least(1), metavar="P", help="held-out prompts (default: the config's)")
     add("--samples", type=at_least(2), metavar="S", help="samples of each prompt (default: the config's)")
@@ -50,13 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="D", help="(default: a GPU where there is one)")
     add_precision(parser)
     add("--reach", metavar="LABEL@N", help="also print at how many steps each reaches this one's reward")
-    add(
-        "--out",
-        type=Path,
-        default=Path("frontier"),
-        metavar="DIR",
-        help="earlier measurements are kept there and not repeated (default frontier)",
-    )
+    out = "earlier measurements are kept there and not repeated (default frontier)"
+    add("--out", type=Path, default=Path("frontier"), metavar="DIR", help=out)
 
 
 def command(options: argparse.Namespace) -> int:

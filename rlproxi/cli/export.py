@@ -11,11 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run directory or a model folder")
     add("out", type=Path, metavar="OUT", help="the folder to write; it must not exist yet")
-    add(
-        "--merge",
-        action=argparse.BooleanOptionalAction,
-        help="add adapters to the base's weights (default: where the base is a published network)",
-    )
+    merge = "add adapters to the base's weights (default: where the base is a published network)"
+    add("--merge", action=argparse.BooleanOptionalAction, help=merge)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights as stored (default: as they are)")
     add("--adapter-only", action="store_true", help="the adapters alone, in diffusers' LoRA format")
 

@@ -16,21 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR", help="a run directory or a model folder")
     add("--steps", type=at_least(1), metavar="N", help="number of proximal steps (default: the model's)")
     add("--guidance", type=float, metavar="W", help="guidance scale; 1 is none (default: the model's)")
-    add(
-        "--seed",
-        type=at_least(0),
-        default=0,
-        metavar="S",
-        help="the first image's seed; the next ones count up, alike for every prompt (default 0)",
-    )
+    seed = "the first image's seed; the next ones count up, alike for every prompt (default 0)"
+    add("--seed", type=at_least(0), default=0, metavar="S", help=seed)
     add("--count", type=at_least(1), default=4, metavar="K", help="images of each prompt (default 4)")
-    add(
-        "--out",
-        type=Path,
-        default=Path("sample.png"),
-        metavar="FILE.png",
-        help="one row for each prompt (default sample.png)",
-    )
+    out = "one row for each prompt (default sample.png)"
+    add("--out", type=Path, default=Path("sample.png"), metavar="FILE.png", help=out)
     add("--scale", type=at_least(1), default=8, metavar="X", help="enlargement (default 8)")
 
 

@@ -40,10 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Prints a score for each image, and their mean; returns 0.
+    """Print a score for each image, and their mean; write the files asked for. Returns 0.
 
-    Everything that can be checked without the scorer is checked before it is loaded. Raises ValueError, or an OSError,
-    for what the user can correct.
+    The scorer is loaded last. Raises ValueError, or an OSError, for what the user can correct.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # the rlproxi script, unlike python -m, would not find the user's modules here
@@ -61,10 +60,18 @@ def command(arguments: argparse.Namespace) -> int:
     except RewardError as error:
         raise ValueError(str(error)) from None
     print_table(files, scores, groups)
+    rows = [(str(file), prompt, str(score)) for file, prompt, score in zip(files, prompts, scores, strict=True)]
     if arguments.json:
-        write_json(arguments.json, arguments.reward, provenance(scorer), files, prompts, scores, groups)
+        # The scorer's parameters are left out, because they may hold secrets.
+        value = {"reward": arguments.reward, "scorer": provenance(scorer), **summary(scores)}
+        if groups:
+            value["styles"] = by_group(scores, groups)
+        value["scores"] = [{"file": file, "prompt": prompt, "score": float(score)} for file, prompt, score in rows]
+        text = json.dumps(value, indent=1, ensure_ascii=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
     if arguments.csv:
-        write_csv(arguments.csv, files, prompts, scores)
+        with open(arguments.csv, "w", newline="", encoding="utf-8") as stream:
+            csv.writer(stream).writerows([("file", "prompt", "score"), *rows])
     return 0
 
 
@@ -158,35 +165,3 @@ def print_table(files: Sequence[Path], scores: np.ndarray, groups: Sequence[str]
         error = "" if found["standard_error"] is None else f", standard error {found['standard_error']:.4f}"
         label = "" if name == "all" else f"{name}: "
         print(f"{label}mean {found['mean']:.4f}{error}, {found['count']} image{'s' * (found['count'] != 1)}")
-
-
-def write_json(
-    out: Path,
-    reward: str,
-    made_by: dict[str, str],
-    files: Sequence[Path],
-    prompts: Sequence[str],
-    scores: np.ndarray,
-    groups: Sequence[str] | None,
-) -> None:
-    """Writes one object: the reward, ``made_by`` (the scorer's class and its files' SHA-256), the summary, each score.
-
-    The scorer's parameters are left out, because they may hold secrets.
-    """
-    rows = [
-        {"file": str(file), "prompt": prompt, "score": float(str(score))}
-        for file, prompt, score in zip(files, prompts, scores, strict=True)
-    ]
-    value = {"reward": reward, "scorer": made_by, **summary(scores)}
-    if groups:
-        value["styles"] = by_group(scores, groups)
-    out.write_text(json.dumps({**value, "scores": rows}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_csv(out: Path, files: Sequence[Path], prompts: Sequence[str], scores: np.ndarray) -> None:
-    """Writes the columns file, prompt, score."""
-    with open(out, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["file", "prompt", "score"])
-        rows = zip(files, prompts, scores, strict=True)
-        writer.writerows((str(file), prompt, str(score)) for file, prompt, score in rows)

@@ -17,27 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=share, default=0.0, metavar="F", help="GPUs for each, fractions too (default 0)")
     add("--cpus", type=share, default=1.0, metavar="F", help="CPUs for each (default 1)")
     add_precision(parser)
-    add(
-        "--exact",
-        action=argparse.BooleanOptionalAction,
-        help="draw the images of a batch one at a time, so that none depends on its neighbours in its last digit "
-        "(default: on a CPU)",
-    )
+    exact = "draw a batch's images one at a time: none then depends on the others in its last digit (default: on a CPU)"
+    add("--exact", action=argparse.BooleanOptionalAction, help=exact)
     add("--max-batch", type=at_least(1), default=8, metavar="N", help="images at once (default 8)")
-    add(
-        "--batch-wait-ms",
-        type=at_least(0),
-        default=20,
-        metavar="MS",
-        help="how long a batch waits for more requests (default 20)",
-    )
-    add(
-        "--max-queue",
-        type=at_least(1),
-        default=64,
-        metavar="N",
-        help="requests accepted and not yet answered; the next is answered 503 (default 64)",
-    )
+    wait = "how long a batch waits for more requests (default 20)"
+    add("--batch-wait-ms", type=at_least(0), default=20, metavar="MS", help=wait)
+    queue = "requests accepted and not yet answered; the next is answered 503 (default 64)"
+    add("--max-queue", type=at_least(1), default=64, metavar="N", help=queue)
     add("--max-steps", type=at_least(1), default=100, metavar="N", help="a request may ask for (default 100)")
     add("--max-prompt-chars", type=at_least(1), default=2000, metavar="N", help="(default 2000)")
 

@@ -30,20 +30,11 @@ def describe(config: Config) -> Iterator[str]:
 
 def _curation(config: Config) -> list[str]:
     c = config.curate
-    asked = [
-        name
-        for name, wanted in (
-            ("faces", c.faces),
-            ("duplicates", c.duplicates),
-            ("captions", c.caption),
-            ("hands", c.hands),
-        )
-        if wanted
-    ]
+    wanted = {"faces": c.faces, "duplicates": c.duplicates, "captions": c.caption, "hands": c.hands}
+    steps = ", ".join([*(f"filter {x.name}" for x in c.filters), *(name for name, asked in wanted.items() if asked)])
     return [
         f"curate     {', '.join(c.urls) or 'nothing yet'} -> {c.out or '<run directory>/curated'}",
-        f"steps      at least {c.min_size} px, aspect up to {c.max_aspect:g}; "
-        + ", ".join([*(f"filter {x.name}" for x in c.filters), *asked]),
+        f"steps      at least {c.min_size} px, aspect up to {c.max_aspect:g}; {steps}",
         f"workers    {c.workers}, {c.num_cpus:g} CPU and {c.num_gpus:g} GPU each",
     ]
 
@@ -52,20 +43,16 @@ def _plan(config: Config, memory: Estimate) -> list[str]:
     p, r, s, stages = config.pretrain, config.resources, config.sampler, config.run.stages
     algorithm = build_algorithm(config) if "rl" in stages else None
     sampled = algorithm is None or algorithm.needs_rollouts
-    whole = memory.trained == memory.parameters
+    trained = "all" if memory.trained == memory.parameters else f"{memory.trained / 1e6:.2f} M"
+    pretrain = (
+        f"pretrain   {p.steps} steps of {p.batch_size} images on {r.learner_workers} rank(s), candidates {p.candidates}"
+    )
     return [
-        f"model      {memory.parameters / 1e6:.2f} M parameters, {'all' if whole else f'{memory.trained / 1e6:.2f} M'} "
+        f"model      {memory.parameters / 1e6:.2f} M parameters, {trained} "
         f"trained, {config.data.size}x{config.data.size}, precision {config.model.precision}",
         f"sampler    {s.name}, {_several(s.num_inference_steps, 'step')} from T = {s.start_time} on the {s.grid} grid, "
         f"guidance {s.guidance_scale}",
-        *(
-            [
-                f"pretrain   {p.steps} steps of {p.batch_size} images on {r.learner_workers} rank(s), candidates "
-                f"{p.candidates}"
-            ]
-            if "pretrain" in stages
-            else []
-        ),
+        *([pretrain] if "pretrain" in stages else []),
         f"rollout    {r.rollout_actors} actor(s), {_unit(r.rollout_gpus)} each"
         + ("" if sampled else "; evaluations only"),
         _rewards(config.rewards),

@@ -76,10 +76,9 @@ def accelerators(config: Config, asked: float, elsewhere: bool) -> Iterator[Find
     if not count:
         driver = _driver()
         if driver:
+            text = f"the driver is there ({driver}), but torch {torch.__version__} sees no GPU"
             yield fail(
-                "gpu",
-                f"the driver is there ({driver}), but torch {torch.__version__} sees no GPU",
-                "install a CUDA build of torch that this driver takes (the table is on pytorch.org)",
+                "gpu", text, "install a CUDA build of torch that this driver takes (the table is on pytorch.org)"
             )
         else:
             yield ok("gpu", "none on this machine; everything runs on CPUs")
@@ -88,35 +87,29 @@ def accelerators(config: Config, asked: float, elsewhere: bool) -> Iterator[Find
         if elsewhere:
             yield ok("gpu", f"{text}; the cluster is looked at below")
         else:
-            yield fail(
-                "gpu",
-                text,
-                "name the cluster it is for (--cluster FILE or --address), or set "
-                "resources.*_gpus and rewards.num_gpus to 0",
-            )
+            local = "set resources.*_gpus and rewards.num_gpus to 0"
+            yield fail("gpu", text, f"name the cluster it is for (--cluster FILE or --address), or {local}")
     several = config.resources.learner_gpus > 0 and config.resources.learner_workers > 1
     if several and count:
         if torch.distributed.is_available() and torch.distributed.is_nccl_available():
             yield ok("nccl", ".".join(map(str, torch.cuda.nccl.version())))
         else:
-            yield fail(
-                "nccl",
-                "this build of torch has no NCCL, and the learner has several ranks on GPUs",
-                "install torch's CUDA build for Linux",
-            )
+            text = "this build of torch has no NCCL, and the learner has several ranks on GPUs"
+            yield fail("nccl", text, "install torch's CUDA build for Linux")
 
 
 def _driver() -> str | None:
+    """The first GPU's name and driver version; None where nvidia-smi finds none."""
+    return _answer("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition("\n")[0] or None
+
+
+def _answer(*command: str) -> str:
+    """What a command prints; '' where it cannot be run, fails or takes 20 s."""
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip().splitlines()[0] if answer.returncode == 0 and answer.stdout.strip() else None
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def token() -> Iterator[Finding]:
@@ -125,26 +118,17 @@ def token() -> Iterator[Finding]:
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     there = bool(spelt) or file.is_file()
     if mode == "token" and not there:
-        yield fail(
-            "token",
-            f"RAY_AUTH_MODE=token, and there is no token in RAY_AUTH_TOKEN or {file}",
-            "`ray get-auth-token --generate`, or copy the cluster's token there",
-        )
+        text = f"RAY_AUTH_MODE=token, and there is no token in RAY_AUTH_TOKEN or {file}"
+        yield fail("token", text, "`ray get-auth-token --generate`, or copy the cluster's token there")
     elif mode == "token":
         yield ok("token", "RAY_AUTH_MODE=token, and a token is there")
     elif mode is None and there:
-        yield warn(
-            "token",
-            f"a token is there ({'RAY_AUTH_TOKEN' if spelt else file}), but RAY_AUTH_MODE is not "
-            "set: `ray start --head` turns tokens on, and clients of this shell send none",
-            "export RAY_AUTH_MODE=token (docs/cluster.md, Tokens)",
-        )
+        text = f"a token is there ({'RAY_AUTH_TOKEN' if spelt else file}), but RAY_AUTH_MODE is not set: "
+        text += "`ray start --head` turns tokens on, and clients of this shell send none"
+        yield warn("token", text, "export RAY_AUTH_MODE=token (docs/cluster.md, Tokens)")
     else:
-        yield ok(
-            "token",
-            f"RAY_AUTH_MODE is {mode or 'not set, and there is no token'}: a cluster started here is "
-            "open to whoever reaches it",
-        )
+        text = f"RAY_AUTH_MODE is {mode or 'not set, and there is no token'}"
+        yield ok("token", f"{text}: a cluster started here is open to whoever reaches it")
     if file.is_file() and file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         yield warn("token", f"{file} can be read by others on this machine", f"chmod 600 {file}")
 
@@ -163,25 +147,14 @@ def space(config: Config) -> Iterator[Finding]:
         yield fail("disk", f"run.dir {config.run.dir}: {there} cannot be written", "give run.dir a folder of yours")
     else:
         level = "fail" if free < 1 else "warn" if free < 20 else "ok"
-        yield Finding(
-            level,
-            "disk",
-            f"run.dir {config.run.dir}: {free:.0f} GiB free",
-            "" if level == "ok" else "checkpoints of a model of 1 B parameters take about 16 GB each; two are kept",
-        )
+        need = "" if level == "ok" else "checkpoints of a model of 1 B parameters take about 16 GB each; two are kept"
+        yield Finding(level, "disk", f"run.dir {config.run.dir}: {free:.0f} GiB free", need)
     shm, memory = Path("/dev/shm"), _memory()
     if shm.is_dir() and memory:
         size = shutil.disk_usage(shm).total
         text = f"{memory / _GIB:.0f} GiB, /dev/shm {size / _GIB:.0f} GiB"
-        yield (
-            ok("memory", text)
-            if size >= 0.25 * memory
-            else warn(
-                "memory",
-                text,
-                "Ray keeps objects in /dev/shm: start the container with --shm-size of a third of its memory",
-            )
-        )
+        remedy = "Ray keeps objects in /dev/shm: start the container with --shm-size of a third of its memory"
+        yield ok("memory", text) if size >= 0.25 * memory else warn("memory", text, remedy)
 
 
 def _memory() -> int:
@@ -197,13 +170,7 @@ def clock() -> Iterator[Finding]:
     if time.gmtime().tm_year < 2025:
         yield fail("clock", f"it is {now} here, which cannot be", "set the clock: sudo timedatectl set-ntp true")
         return
-    try:
-        answer = subprocess.run(
-            ["timedatectl", "show", "-p", "NTPSynchronized", "--value"], capture_output=True, text=True, timeout=10
-        )
-        kept = answer.stdout.strip() if answer.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        kept = ""
+    kept = _answer("timedatectl", "show", "-p", "NTPSynchronized", "--value")
     if kept == "no":
         yield warn("clock", f"{now}, and no NTP client keeps it right", "sudo timedatectl set-ntp true")
     else:
@@ -213,11 +180,8 @@ def clock() -> Iterator[Finding]:
 def ports(config: Config) -> Iterator[Finding]:
     """Check the ports where a Ray head and the live page would listen."""
     for port, what in RAY_PORTS.items():
-        taken = _taken("127.0.0.1", port)
-        yield ok(
-            "ports",
-            f"{port} ({what}): " + ("in use; a run here joins the cluster, if it is Ray's" if taken else "free"),
-        )
+        state = "in use; a run here joins the cluster, if it is Ray's" if _taken("127.0.0.1", port) else "free"
+        yield ok("ports", f"{port} ({what}): {state}")
     t = config.telemetry
     if t.dashboard and t.dashboard_port and _taken(t.dashboard_host, t.dashboard_port):
         yield ok("ports", f"{t.dashboard_port} (the live page): in use; the next free one is taken")

@@ -119,8 +119,6 @@ class _Estimator:
         assert self.counts is not None
         return Estimate(*self.counts, roles, self.notes)
 
-    # -- roles ------------------------------------------------------------------------------
-
     def _learner(self, device: str) -> Role:
         c, g = self.config, self.config.rl
         whole = build_algorithm(c)
@@ -175,11 +173,8 @@ class _Estimator:
         gradients, unknown = empty_gradients(self.config, self.vae, algorithm.normalize_gradients, device)
         if self.vae is not None:
             parts["autoencoder"] = held(self.vae)
-        parts |= {
-            f"reward {name}": scorer_held(scorer)
-            for name, (scorer, _) in gradients.scorers.items()
-            if name not in unknown
-        }
+        known = {name: scorer for name, (scorer, _) in gradients.scorers.items() if name not in unknown}
+        parts |= {f"reward {name}": scorer_held(scorer) for name, scorer in known.items()}
         if unknown:
             self.notes.append(f"the network of {', '.join(unknown)} on the learner, not known before it is loaded")
         return gradients
@@ -216,8 +211,6 @@ class _Estimator:
             decoding = decoding_peak(self.vae, self.shape, rows, device)
         parts["sampling" if sampling >= decoding else "decoding"] = max(sampling, decoding)
         return Role("rollout actor", c.resources.rollout_gpus, parts)
-
-    # -- parts ------------------------------------------------------------------------------
 
     def _dtype(self, device: str) -> torch.dtype:
         precision = self.config.model.precision

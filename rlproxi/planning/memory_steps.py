@@ -64,19 +64,8 @@ def first_updates(
     device = next(next(iter(networks.values())).parameters()).device
     channels, side = latent_space(config)
     shape = (channels, side, side)
-    captions = Captions(config, device)
-    algorithm.connect(
-        Parts(
-            dict(networks),
-            dict(networks),
-            reference,
-            cast(TextEncoder, captions),
-            gradients,
-            shape,
-            device,
-            reference_scope,
-        )
-    )
+    text, ours = cast(TextEncoder, Captions(config, device)), dict(networks)
+    algorithm.connect(Parts({**ours}, ours, reference, text, gradients, shape, device, reference_scope))
     g, kept = config.rl, len(algorithm.kept_steps(0))
     prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups))
     request = SampleRequest("train", 0, prompts, tuple(range(len(prompts))), g.group_size)

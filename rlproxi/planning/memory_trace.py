@@ -25,18 +25,8 @@ CUDA_BLOCK = 512
 #: What autocast computes in float32 on CUDA and leaves alone on the CPU (PyTorch, "Autocast Op Reference"): inputs are
 #: cast, or only the result is made float32.
 _FLOAT32_ON_CUDA = (
-    "layer_norm",
-    "group_norm",
-    "rms_norm",
-    "exp",
-    "expm1",
-    "log",
-    "log1p",
-    "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor",
-    "reciprocal",
-    "rsqrt",
-    "softplus",
+    *("layer_norm", "group_norm", "rms_norm", "exp", "expm1", "log", "log1p"),
+    *("pow.Tensor_Scalar", "pow.Tensor_Tensor", "reciprocal", "rsqrt", "softplus"),
 )
 _FLOAT32_RESULT_ON_CUDA = ("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList", "cumsum")
 

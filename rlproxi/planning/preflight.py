@@ -40,12 +40,8 @@ def with_paths(config: Config, run_dir: Path) -> Config:
         path = str(RunDirectory(run_dir).scorer(made))
         return reward.model_copy(update={"params": {"path": path, **reward.params}})
 
-    rewards = config.rewards.model_copy(
-        update={
-            "train": [resolve(r) for r in config.rewards.train],
-            "heldout": [resolve(r) for r in config.rewards.heldout],
-        }
-    )
+    resolved = {key: [resolve(r) for r in getattr(config.rewards, key)] for key in ("train", "heldout")}
+    rewards = config.rewards.model_copy(update=resolved)
     cache, data = cache_folder(config, run_dir), config.data
     if cache is not None and data.prompts is None:
         data = data.model_copy(update={"prompts": str(prompts_path(config, cache))})
@@ -74,11 +70,8 @@ def problems(config: Config) -> list[Problem]:
         if algorithm is not None and not model:  # what a micro-batch weighs follows from the model
             found += _told("rl", lambda: _bytes_in_flight(algorithm))
     if "curate" in config.run.stages:
-        found += _told(
-            "curate",
-            lambda: job.check(config.curate, config.curate.out or INSIDE.curated),
-            missing=not config.curate.urls,
-        )
+        c = config.curate
+        found += _told("curate", lambda: job.check(c, c.out or INSIDE.curated), missing=not c.urls)
     return found
 
 
@@ -89,9 +82,8 @@ def _told(key: str, check: Callable[[], object], missing: bool = False) -> list[
         return []
     except (ValueError, OSError, ImportError) as error:
         text = " ".join(str(error).split())
-        return [
-            Problem(text if text.startswith(key) else f"{key}: {text}", missing or isinstance(error, FileNotFoundError))
-        ]
+        text = text if text.startswith(key) else f"{key}: {text}"
+        return [Problem(text, missing or isinstance(error, FileNotFoundError))]
 
 
 def _rewards(config: Config) -> Iterator[Problem]:
@@ -128,20 +120,16 @@ def _algorithm(config: Config) -> tuple[Algorithm | None, list[Problem]]:
     problems = _told("rl", lambda: _staleness(algorithm))
     if not algorithm.needs_gradients:
         return algorithm, problems
-    known = ", ".join(name for name in names() if is_differentiable(name))
-    return algorithm, [
-        *problems,
-        *(
-            Problem(
-                f"rewards.train.{i}: reward {reward.name!r} has no gradient, and {algorithm.why_gradients()} needs "
-                f"one from every training reward: use one of {known}, or a scorer of your own that is a "
-                "TorchScorer (docs/rewards/)",
-                False,
-            )
-            for i, reward in enumerate(config.rewards.train)
-            if find(reward.kind) and not is_differentiable(reward.kind)
-        ),
-    ]
+    known = ", ".join(filter(is_differentiable, names()))
+    remedy = (
+        f"needs one from every training reward: use one of {known}, or a scorer of your own that is a TorchScorer "
+        "(docs/rewards/)"
+    )
+    for i, reward in enumerate(config.rewards.train):
+        if find(reward.kind) and not is_differentiable(reward.kind):
+            fault = f"rewards.train.{i}: reward {reward.name!r} has no gradient, and {algorithm.why_gradients()}"
+            problems.append(Problem(f"{fault} {remedy}", False))
+    return algorithm, problems
 
 
 def _staleness(algorithm: Algorithm) -> None:

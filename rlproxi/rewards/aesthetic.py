@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..models.precision import autocast
 from .clip import VIT_L_14, ClipScorer, shortest_side
 from .clip_score import load_clip
-from .hub import weight_files
 from .registry import register
 from .weights import fill, read_tensors
 
@@ -71,14 +70,14 @@ class Aesthetic(ClipScorer):
         self, predictor: str, clip: str = "openai/clip-vit-large-patch14", eight_bit: bool = True, **options: Any
     ):
         head = aesthetic_head(predictor)
-        model, folder = load_clip(clip, "clip")
+        model, files = load_clip(clip)
         if model.config.projection_dim != WIDTHS[0]:
             raise ValueError(
                 f"clip {clip!r} has {model.config.projection_dim} features; the predictor takes the "
                 f"{WIDTHS[0]} of ViT-L/14, openai/clip-vit-large-patch14"
             )
         _drop_text(model)
-        super().__init__(model, [Path(predictor), *weight_files(folder)], **options)
+        super().__init__(model, [Path(predictor), *files], **options)
         self._ready(None)
         self.head = head.requires_grad_(False).to(self.device)  # stays float32: it makes the score
         self.eight_bit = eight_bit

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def score_images(
         raise ValueError(f"{len(prompts)} prompts for {len(items)} images; give one for each, or one text for all")
     plan = batches(
         items, batch
-    )  # reads every file's header, so that a file that is no image is found before the scorer loads
+    )  # before the scorer loads: it reads every file's header, and finds one that is no image
     if isinstance(scorer, str):
         return score_batches(build(scorer, params), scorer, items, prompts, plan, progress)
     if params:
@@ -226,25 +227,28 @@ def _size(item: Item) -> tuple[int, int]:
     """(width, height); a file's header is enough."""
     if isinstance(item, np.ndarray):
         return item.shape[1], item.shape[0]
-    if isinstance(item, Image.Image):
-        return item.size
-    if not item.is_file():
-        raise FileNotFoundError(f"image {item} does not exist")
-    try:
-        with Image.open(item) as image:
-            return image.size
-    except _UNREADABLE as error:
-        raise ValueError(f"image {item} cannot be read: {error}") from None
+    with _opened(item) as image:
+        return image.size
 
 
 def _pixels(item: Item) -> np.ndarray:
     """uint8 [H, W, 3]."""
     if isinstance(item, np.ndarray):
         return item
+    with _opened(item) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextlib.contextmanager
+def _opened(item: Path | Image.Image) -> Iterator[Image.Image]:
+    """The image of a file, or the image itself. Raises FileNotFoundError, or ValueError where it cannot be read."""
     if isinstance(item, Image.Image):
-        return np.asarray(item.convert("RGB"))
+        yield item
+        return
+    if not item.is_file():
+        raise FileNotFoundError(f"image {item} does not exist")
     try:
         with Image.open(item) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except _UNREADABLE as error:
         raise ValueError(f"image {item} cannot be read: {error}") from None

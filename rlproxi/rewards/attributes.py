@@ -36,20 +36,15 @@ class AttributeClassifier(nn.Module):
         super().__init__()
         self.sizes = {"sample_size": sample_size, "width": width}
         w = width
-        self.features = nn.Sequential(
-            nn.Conv2d(3, w, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(w, w, 3, padding=1),
-            nn.GroupNorm(8, w),
-            nn.SiLU(),
-            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(2 * w, 2 * w, 3, padding=1),
-            nn.GroupNorm(8, 2 * w),
-            nn.SiLU(),
-            nn.Conv2d(2 * w, 2 * w, 3, stride=2, padding=1),
-            nn.SiLU(),
-        )
+
+        def halved(before: int, after: int) -> list[nn.Module]:
+            return [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.SiLU()]
+
+        def mixed(channels: int) -> list[nn.Module]:
+            return [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.SiLU()]
+
+        stages = [halved(3, w), mixed(w), halved(w, 2 * w), mixed(2 * w), halved(2 * w, 2 * w)]
+        self.features = nn.Sequential(*(layer for stage in stages for layer in stage))
         self.head = nn.Sequential(
             nn.Flatten(), nn.Linear(2 * w * (sample_size // 8) ** 2, 128), nn.SiLU(), nn.Linear(128, sum(HEADS))
         )

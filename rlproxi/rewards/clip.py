@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+#: Arguments of transformers' CLIPConfig that say how large a tower is.
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
 #: Arguments of transformers' CLIPConfig where OpenAI's ViT-L/14 and LAION's ViT-H/14 differ.
 VIT_L_14: dict[str, Any] = {
-    "vision": dict(zip(_SIZES, (1024, 4096, 16, 24), strict=True)),
-    "text": dict(zip(_SIZES, (768, 3072, 12, 12), strict=True)),
+    "vision": dict(zip(SIZES, (1024, 4096, 16, 24), strict=True)),
+    "text": dict(zip(SIZES, (768, 3072, 12, 12), strict=True)),
     "shared": {"projection_dim": 768, "hidden_act": "quick_gelu"},
 }
 VIT_H_14: dict[str, Any] = {
-    "vision": dict(zip(_SIZES, (1280, 5120, 16, 32), strict=True)),
-    "text": dict(zip(_SIZES, (1024, 4096, 16, 24), strict=True)),
+    "vision": dict(zip(SIZES, (1280, 5120, 16, 32), strict=True)),
+    "text": dict(zip(SIZES, (1024, 4096, 16, 24), strict=True)),
     "shared": {"projection_dim": 1024, "hidden_act": "gelu"},
 }
 _Clip = TypeVar("_Clip", bound="ClipScorer")

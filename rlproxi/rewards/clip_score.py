@@ -17,22 +17,23 @@ if TYPE_CHECKING:
     from transformers import CLIPModel
 
 
-def load_clip(name: str, key: str = "model") -> tuple[CLIPModel, Path]:
-    """transformers' CLIPModel from a folder or hub id, and its folder. Raises FileNotFoundError or ValueError."""
+def load_clip(name: str) -> tuple[CLIPModel, list[Path]]:
+    """The CLIPModel of the parameter ``clip``, a folder or hub id, and its weight files.
+
+    Raises FileNotFoundError or ValueError.
+    """
     from transformers import CLIPModel
 
-    folder = model_folder(name, key)
+    folder = model_folder(name, "clip")
     try:
         found: Any = CLIPModel.from_pretrained(folder, dtype="float32", output_loading_info=True)
     except Exception as error:  # safetensors, pickle, json and transformers each raise their own
-        raise ValueError(
-            f"{key} {name!r}: {folder} holds no CLIP that transformers can load: {reason(error)}"
-        ) from None
+        raise ValueError(f"clip {name!r}: {folder} holds no CLIP that transformers can load: {reason(error)}") from None
     model, loaded = found
     if loaded["missing_keys"]:  # transformers would draw them at random and only warn
         missing = sorted(loaded["missing_keys"])
-        raise ValueError(f"{key} {name!r}: {folder} lacks {len(missing)} of CLIP's weights, first {missing[0]!r}")
-    return model, folder
+        raise ValueError(f"clip {name!r}: {folder} lacks {len(missing)} of CLIP's weights, first {missing[0]!r}")
+    return model, weight_files(folder)
 
 
 @register("clip")
@@ -66,8 +67,7 @@ class ClipScore(ClipScorer):
         **options: Any,
     ):
         tokens = load_tokens(tokenizer or clip)
-        model, folder = load_clip(clip, "clip")
-        super().__init__(model, weight_files(folder), **options)
+        super().__init__(*load_clip(clip), **options)
         self.scale, self.clamp, self.eight_bit = scale, clamp, eight_bit
         self._ready(tokens)
 

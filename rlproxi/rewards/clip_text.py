@@ -116,22 +116,13 @@ def _from_merges(file: Path, clean: Callable[[str], str]) -> ClipTokens:
     if fault:
         raise ValueError(f"tokenizer {str(file)!r} is not in the format of bpe_simple_vocab_16e6.txt.gz: {fault}")
     letters = _byte_letters()
-    words = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        *("".join(pair) for pair in pairs),
-        "<start_of_text>",
-        "<end_of_text>",
-    ]
+    words = [*letters, *(letter + "</w>" for letter in letters), *map("".join, pairs)]
+    words += ["<start_of_text>", "<end_of_text>"]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, pairs, end_of_word_suffix="</w>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"), "removed", invert=True
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    word = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    split = pre_tokenizers.Split(word, "removed", invert=True)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, in_bytes])
     core.add_special_tokens(words[-2:])
 
     def encode(prompts: list[str]) -> list[list[int]]:

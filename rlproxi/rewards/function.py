@@ -1,4 +1,4 @@
-"""A function of one's own as a reward."""
+"""A function of your own as a reward."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..registry import imported
 from .base import ScorerFacts
-from .registry import imported, register
+from .registry import register
 
 
 @register("python")

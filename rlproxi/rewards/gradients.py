@@ -98,14 +98,12 @@ class RewardGradients:
     def scaled(self, gradient: Tensor) -> Tensor:
         """A direction [B, ...] as it enters the sum: with ``normalize``, each sample's divided by its norm."""
         # A sample whose score is missing has no direction; one NaN must not reach the weights.
-        gradient = torch.where(
-            torch.isfinite(gradient).flatten(1).all(1).reshape(-1, *[1] * (gradient.dim() - 1)),
-            gradient,
-            torch.zeros_like(gradient),
-        )
+        one_each = (-1, *[1] * (gradient.dim() - 1))
+        finite = torch.isfinite(gradient).flatten(1).all(1).reshape(one_each)
+        gradient = torch.where(finite, gradient, torch.zeros_like(gradient))
         if not self.normalize:
             return gradient
-        return gradient / (gradient.flatten(1).norm(dim=1).reshape(-1, *[1] * (gradient.dim() - 1)) + 1e-12)
+        return gradient / (gradient.flatten(1).norm(dim=1).reshape(one_each) + 1e-12)
 
 
 def mean_scores(scores: dict[str, Tensor], weights: dict[str, float]) -> dict[str, float]:

@@ -18,8 +18,7 @@ from .open_clip import load_open_clip
 from .registry import register
 
 
-@register("hpsv2")
-@register("hpsv2.1")
+@register("hpsv2", "hpsv2.1")
 class HPSv21(ClipScorer):
     """Cosine of a ViT-H-14's image and text features, without logit scale: about 0.2 to 0.37, higher is better.
 

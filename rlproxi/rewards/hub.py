@@ -19,7 +19,8 @@ def model_folder(name: str, key: str, weights: bool = True) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    _refuse_path(name, key)
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")):  # a path: asking the hub would only hide the slip
+        raise FileNotFoundError(f"{key} {name!r} is no folder on this machine")
     from huggingface_hub import snapshot_download
 
     try:
@@ -52,12 +53,6 @@ def checkpoint_file(path: str | None, repository: str, name: str, key: str = "ch
 def weight_files(folder: Path) -> list[Path]:
     """The files of ``folder`` that hold weights, as from_pretrained would choose: safetensors before .bin."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
-def _refuse_path(name: str, key: str) -> None:
-    """A hub id is owner/name: anything else was meant to be a path, and asking the hub would only hide the slip."""
-    if name.count("/") > 1 or name.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"{key} {name!r} is no folder on this machine")
 
 
 def reason(error: Exception) -> str:

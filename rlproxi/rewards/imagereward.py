@@ -88,9 +88,7 @@ class ImageRewardScorer(TorchScorer):
             model = ImageRewardNetwork(PUBLISHED)
         scorer = cls.on_meta(model, params, device, model.vision, model.text)
         # In the place of the method: the tokenizer's files need not be here.
-        vars(scorer)["tokens"] = lambda prompts: (
-            torch.zeros(2, len(prompts), MAX_TOKENS, dtype=torch.long) + 1
-        ).unbind()
+        vars(scorer)["tokens"] = lambda prompts: torch.ones(2, len(prompts), MAX_TOKENS, dtype=torch.long).unbind()
         return scorer
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .clip import SIZES
 from .weights import fill, read_tensors
 
 if TYPE_CHECKING:
@@ -78,32 +79,23 @@ def open_clip_config(state_dict: dict[str, Tensor], config: dict[str, Any] | Non
     head = config.get("vision_cfg", {}).get("head_width") or _HEAD_WIDTHS.get(width, 64)
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     shared = {"projection_dim": embed, "hidden_act": activation}
-    return CLIPConfig(
-        projection_dim=embed,
-        vision_config=dict(
-            hidden_size=width,
-            intermediate_size=inner[0],
-            num_attention_heads=max(1, width // head),
-            num_hidden_layers=_layers(state_dict, "visual."),
-            patch_size=patches[-1],
-            image_size=math.isqrt(positions - 1) * patches[-1],
-            **shared,
+    towers = [
+        (width, inner[0], max(1, width // head), _layers(state_dict, "visual.")),
+        (
+            text_width,
+            inner[1],
+            config.get("text_cfg", {}).get("heads") or max(1, text_width // 64),
+            _layers(state_dict),
         ),
-        text_config=dict(
-            hidden_size=text_width,
-            intermediate_size=inner[1],
-            vocab_size=vocabulary,
-            num_attention_heads=config.get("text_cfg", {}).get("heads") or max(1, text_width // 64),
-            num_hidden_layers=_layers(state_dict, None),
-            max_position_embeddings=context,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            **shared,
-        ),
-    )
+    ]
+    vision, text = ({**dict(zip(SIZES, tower, strict=True)), **shared} for tower in towers)
+    vision |= {"patch_size": patches[-1], "image_size": math.isqrt(positions - 1) * patches[-1]}
+    text |= {"vocab_size": vocabulary, "max_position_embeddings": context}
+    text |= {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
+    return CLIPConfig(projection_dim=embed, vision_config=vision, text_config=text)
 
 
-def _layers(state_dict: dict[str, Tensor], tower: str | None) -> int:
+def _layers(state_dict: dict[str, Tensor], tower: str | None = None) -> int:
     found = (_BLOCK.fullmatch(key) for key in state_dict)
     return 1 + max(int(match[2]) for match in found if match and match[1] == tower)
 

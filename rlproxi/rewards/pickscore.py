@@ -10,7 +10,6 @@ from torch import Tensor
 from .clip import VIT_H_14, ClipScorer, shortest_side
 from .clip_score import load_clip
 from .clip_text import load_tokens
-from .hub import weight_files
 from .registry import register
 
 
@@ -40,8 +39,7 @@ class PickScore(ClipScorer):
         **options: Any,
     ):
         tokens = load_tokens(tokenizer)
-        model, folder = load_clip(clip, "clip")
-        super().__init__(model, weight_files(folder), **options)
+        super().__init__(*load_clip(clip), **options)
         self.eight_bit = eight_bit
         self._ready(tokens)
 

@@ -3,69 +3,27 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import pkgutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
+from ..registry import Registry
 from .base import Scorer, ScorerFacts, TorchScorer, parameter_schema
 
-Kind = TypeVar("Kind", bound=type)
-
-_REGISTERED: dict[str, type] = {}
-
-
-def register(name: str) -> Callable[[Kind], Kind]:
-    """Class decorator: makes a scorer known by ``name`` in the config."""
-
-    def add(kind: Kind) -> Kind:
-        _REGISTERED[name] = kind
-        return kind
-
-    return add
-
-
-def names() -> list[str]:
-    """The registered scorers, in alphabetical order; imports every module of this package first."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{module.name}")
-    return sorted(_REGISTERED)
+SCORERS: Registry[type] = Registry("reward", "rlproxi.rewards")
+register, names = SCORERS.register, SCORERS.names
 
 
 def get(name: str) -> type:
-    """The class of a scorer: a registered name, or a class of one's own as ``package.module:Class``.
+    """The class of a scorer: a registered name, or a class of your own as ``package.module:Class``.
 
     Raises ValueError for an unknown name, a class that cannot be imported, and one that is no scorer.
     """
-    if name not in _REGISTERED and ":" not in name and name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(
-            f"reward {name!r} is unknown; {hint}Known: {', '.join(names())}, or a class as package.module:Class"
-        )
-    if name in _REGISTERED:
-        return _REGISTERED[name]
-    kind = imported("reward", name)
+    kind = SCORERS.get(name)
     if not (isinstance(kind, type) and callable(getattr(kind, "score", None))):
         raise ValueError(f"reward {name!r} is not a class with a method score(images, prompts)")
     return kind
-
-
-def imported(what: str, name: str) -> Any:
-    """The object that ``package.module:object`` names. Raises ValueError, which begins with ``what`` and the name."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise ValueError(f"{what} {name!r} is not of the form package.module:name")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        message = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{what} {name!r} cannot be imported: {message}; it must be installed or on PYTHONPATH"
-        ) from None
 
 
 def find(name: str) -> type | None:

@@ -253,7 +253,7 @@ def test_score_builds_a_scorer_from_its_checkpoint_and_parameters(images, tmp_pa
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--reward", "jpgg"], "reward 'jpgg' is unknown; did you mean 'jpeg'?"),
+        (["--reward", "jpgg"], "reward 'jpgg' is unknown: did you mean jpeg?"),
         (["--reward", "jpeg", "--param", "qualty=3"], "it takes no 'qualty', did you mean 'quality'?"),
         (["--reward", "jpeg", "--param", "quality"], "is not of the form key=value"),
         (

@@ -85,7 +85,7 @@ def test_the_front_door_needs_neither_ray_nor_actors_to_refuse():
 def test_what_a_scorer_does_not_take_is_refused_before_ray_is_asked(capsys, tmp_path):
     start = [f"run.dir={tmp_path}", "--dry-run"]
     for reward, words in (
-        ("{name: atributes}", "rewards.train.0: reward 'atributes' is unknown; did you mean 'attributes'"),
+        ("{name: atributes}", "rewards.train.0: reward 'atributes' is unknown: did you mean attributes?"),
         ("{name: jpeg, params: {qualty: 3}}", "it takes no 'qualty', did you mean 'quality'"),
         ("{name: mine, scorer: python}", "'function' is missing"),
     ):

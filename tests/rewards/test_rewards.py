@@ -65,9 +65,9 @@ def by_hand(logits: np.ndarray, prompt: str) -> tuple[list[float], list[float]]:
 
 def test_unknown_rewards_are_refused_with_a_suggestion():
     assert {"attributes", "judge", "jpeg", "python"} <= set(names())
-    with pytest.raises(ValueError, match=r"'jpegg' is unknown; did you mean 'jpeg'\? Known: .*attributes, "):
+    with pytest.raises(ValueError, match=r"'jpegg' is unknown: did you mean jpeg\? choose one of .*attributes, "):
         build("jpegg")
-    with pytest.raises(ValueError, match="'zzzzz' is unknown; Known: "):
+    with pytest.raises(ValueError, match="'zzzzz' is unknown: choose one of "):
         build("zzzzz")
 
 
