@@ -22,6 +22,7 @@ from rlproxi.algorithms.rollout import flatten
 from rlproxi.models.lora import adapters_off, without_adapters
 from rlproxi.models.precision import autocast
 from rlproxi.rewards.gradients import RewardGradients
+from rlproxi.run_directory import RunDirectory
 
 from ..rl.messages import Answer, Ended, Leave, Lost, Ready, Stopped, Trained
 from ..rl.stops import RoleLost
@@ -215,7 +216,7 @@ class LearnerRank(Rank):
         with self.engine.gathered() as weights:
             if self.rank == 0:
                 trained = self.ema.values if self.ema is not None else weights
-                self.model.save(trained, self.run_dir / "models" / "final")
+                self.model.save(trained, RunDirectory(self.run_dir).final)
 
     def _publish(self, version: int) -> int:
         """Publishes the trained weights, averaged where there is an average; a collective.

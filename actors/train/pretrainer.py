@@ -15,6 +15,7 @@ from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, drop_captions
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.rewards.combine import mean_present
+from rlproxi.run_directory import RunDirectory
 
 from .datasets import batches
 from .engine import Engine
@@ -115,7 +116,7 @@ class Pretrainer(Rank):
     def finish(self) -> None:
         """Writes models/pretrained."""
         if self.rank == 0:
-            self.model.save(self.ema.values, self.run_dir / "models" / "pretrained")
+            self.model.save(self.ema.values, RunDirectory(self.run_dir).pretrained)
         dist.barrier()
 
     def _samples(self, batch: dict) -> torch.Tensor:
