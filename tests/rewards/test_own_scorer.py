@@ -15,6 +15,7 @@ from rlproxi.planning.memory import estimate
 from rlproxi.planning.preflight import problems
 from rlproxi.rewards import RewardError, build, checked_params, checked_scores, facts, is_differentiable, provenance
 from rlproxi.rewards.gradients import RewardGradients
+from rlproxi.telemetry.live import LiveRun
 from rlproxi.telemetry.runlog import RunLog
 
 NAME = "fixtures.made_up_scorer:Redness"
@@ -95,11 +96,15 @@ def test_the_command_scores_with_it(weights, tmp_path, monkeypatch):
     assert json.loads(out.read_text())["scores"][0]["score"] == 1.0
 
 
-def test_the_report_has_it_by_the_name_that_the_run_gave_it(tmp_path):
+def test_the_report_and_the_live_page_have_it_by_the_name_that_the_run_gave_it(tmp_path):
     with RunLog(tmp_path) as log:
         for step in range(1, 4):
-            log.append("metrics", stage="rl", step=step, **{"reward/mean": 0.1 * step, "reward/red": 0.1 * step})
-    assert "red" in write_report(tmp_path).read_text()
+            parts = {"reward/mean": 0.2 * step, "reward/crimson": 0.1 * step, "reward/jpeg": 0.3 * step}
+            log.append("metrics", stage="rl", step=step, **parts)
+    assert "crimson" in write_report(tmp_path).read_text()
+    live = LiveRun(tmp_path)
+    live.open()
+    assert "reward/crimson" in json.dumps(live.snapshot())
 
 
 def test_what_it_raises_is_a_missing_score(weights):
