@@ -9,7 +9,7 @@ from PIL import Image
 from fixtures import clip as fixtures
 from fixtures.clip_models import save_tokenizer, weights
 from rlproxi.models.precision import autocast
-from rlproxi.rewards import aesthetic, build, checked_params, clip_score, hpsv2, names, pickscore, provenance  # noqa: F401  (registration)
+from rlproxi.rewards import build, checked_params, hpsv2, names, provenance
 from rlproxi.rewards.base import to_pixels
 from rlproxi.rewards.clip import MEAN, STD, _pillow_resize, longest_side, shortest_side
 from rlproxi.rewards.clip_text import load_tokens, open_clip_clean
