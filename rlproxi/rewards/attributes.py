@@ -79,7 +79,8 @@ class AttributeClassifier(nn.Module):
         try:
             with safe_open(file, framework="pt") as stored:
                 model = cls(**{key: int(value) for key, value in stored.metadata().items()})
-                model.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+                names = stored.keys()  # safetensors has no iterator
+                model.load_state_dict({name: stored.get_tensor(name) for name in names})
         except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{file} is not a usable attribute classifier: {error}") from None
         return model.eval()

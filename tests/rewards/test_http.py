@@ -416,7 +416,7 @@ def test_the_command_serves_a_registered_reward():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--reward", "jpge"], "did you mean 'jpeg'?"),
+        (["--reward", "jpge"], "did you mean jpeg?"),
         (["--reward", "jpeg", "--params", "{"], "--params is not JSON"),
         (["--reward", "jpeg", "--params", "[]"], "--params [] is not a JSON object"),
         (["--reward", "jpeg", "--params", '{"qualty": 1}'], "did you mean 'quality'?"),
