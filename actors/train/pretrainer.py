@@ -27,6 +27,8 @@ from .start_model import StartModel
 class Pretrainer(Rank):
     """One rank of the stage pretrain. Reads its own dataset, and keeps an average of the weights."""
 
+    ema: EMA  # pre-training always averages
+
     def __init__(self, setup: PretrainSetup):
         config = setup.config
         every = config.pretrain.checkpoint_every
