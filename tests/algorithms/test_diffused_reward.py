@@ -179,7 +179,7 @@ LADDER = Ladder(TimeTable(SCHEDULE, [200]), SCHEDULE)
 
 
 def top_level(quantile=0.9):
-    index = int(quantile * len(LADDER))
+    index = int(quantile * len(LADDER.t))
     t, lam = (torch.tensor([c[index]]) for c in (LADDER.t, LADDER.lam))
     return Level.of(SCHEDULE, t, lam)
 
