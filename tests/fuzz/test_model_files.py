@@ -266,7 +266,7 @@ def readers(folder):
                 other.unlink()
             put(scorer / "pytorch_model.bin", file.read_bytes())
             with pytest.raises(ValueError, match="scorer holds no CLIP"):
-                load_clip(str(scorer), "clip")
+                load_clip(str(scorer))
         TextToImage.from_pretrained(place)
 
     both_errors, here = (ValueError, FileNotFoundError), str(folder)
