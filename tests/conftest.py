@@ -31,8 +31,8 @@ def pytest_xdist_make_scheduler(config, log):
     return OneRay(config, log)
 
 
-#: Files and folders whose tests are marked slow: each takes more than 15 CPU seconds. What is left, ``-m fast``, takes
-#: at most five minutes on two cores.
+#: Files and folders whose tests are marked slow: each takes more than 15 CPU seconds. What is left,
+#: ``-m fast``, may take five minutes on two cores.
 SLOW = (
     "actors/train/test_engine_state.py",
     "actors/train/test_saving.py",

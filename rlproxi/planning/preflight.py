@@ -59,7 +59,7 @@ class Problem:
 def problems(config: Config) -> list[Problem]:
     """Everything that would stop the run later; [] when it can start."""
     found = [*_rewards(with_paths(config, Path(config.run.dir)))]
-    found += _told("telemetry", lambda: check_packages(config.telemetry))
+    found += _check("telemetry", lambda: check_packages(config.telemetry))
     algorithm: Algorithm | None = None
     if "rl" in config.run.stages:
         algorithm, wrong = _algorithm(config)
@@ -68,14 +68,14 @@ def problems(config: Config) -> list[Problem]:
         model = [*_model(config)]
         found += [*model, *_data(config)]
         if algorithm is not None and not model:  # what a micro-batch weighs follows from the model
-            found += _told("rl", lambda: _bytes_in_flight(algorithm))
+            found += _check("rl", lambda: _bytes_in_flight(algorithm))
     if "curate" in config.run.stages:
         c = config.curate
-        found += _told("curate", lambda: job.check(c, c.out or INSIDE.curated), missing=not c.urls)
+        found += _check("curate", lambda: job.check(c, c.out or INSIDE.curated), missing=not c.urls)
     return found
 
 
-def _told(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
+def _check(key: str, check: Callable[[], object], missing: bool = False) -> list[Problem]:
     """[] where ``check`` passes, else its error as a problem of ``key``."""
     try:
         check()
@@ -90,7 +90,7 @@ def _rewards(config: Config) -> Iterator[Problem]:
     """A scorer that does not exist, parameters that it does not take, and files and functions that are not there."""
     for section, rewards in (("train", config.rewards.train), ("heldout", config.rewards.heldout)):
         for i, reward in enumerate(rewards):
-            yield from _told(f"rewards.{section}.{i}", partial(_reward, reward))
+            yield from _check(f"rewards.{section}.{i}", partial(_reward, reward))
 
 
 def _reward(reward: Reward) -> None:
@@ -109,7 +109,7 @@ def _reward(reward: Reward) -> None:
 
 def _algorithm(config: Config) -> tuple[Algorithm | None, list[Problem]]:
     """The algorithm, if it can be made, and its problems: rewards without the gradients it needs, bounds of no use."""
-    problems = _told("run.algorithm", lambda: algorithm_class(config.run.algorithm))
+    problems = _check("run.algorithm", lambda: algorithm_class(config.run.algorithm))
     if problems:
         return None, problems
     try:
@@ -117,7 +117,7 @@ def _algorithm(config: Config) -> tuple[Algorithm | None, list[Problem]]:
     except Exception as error:  # whatever the user's class raises
         words = f"run.algorithm {config.run.algorithm!r} cannot be set up: {type(error).__name__}: {error}"
         return None, [Problem(words, False)]
-    problems = _told("rl", lambda: _staleness(algorithm))
+    problems = _check("rl", lambda: _staleness(algorithm))
     if not algorithm.needs_gradients:
         return algorithm, problems
     known = ", ".join(filter(is_differentiable, names()))
@@ -175,12 +175,12 @@ def _model(config: Config) -> Iterator[Problem]:
             False,
         )
     if init := m.init:
-        found = _told("model.init", lambda: ModelFolder.find(init).check())
+        found = _check("model.init", lambda: ModelFolder.find(init).check())
     elif encoders := m.encoders:
-        found = _told("model.encoders", lambda: ModelFolder.at(encoders).check(network=False))
+        found = _check("model.encoders", lambda: ModelFolder.at(encoders).check(network=False))
     else:
         found = []
-    yield from found or _told("model", lambda: latent_space(config))
+    yield from found or _check("model", lambda: latent_space(config))
     if config.data.buckets and (m.init is None or (not found and ModelFolder.find(m.init).is_ours)):
         yield Problem(
             "data.buckets is true, but networks of our own have one size: set it false, or start from a "
@@ -188,7 +188,7 @@ def _model(config: Config) -> Iterator[Problem]:
             False,
         )
     if not found and not m.init:
-        yield from _told("model", lambda: _fits(config))
+        yield from _check("model", lambda: _fits(config))
 
 
 def _fits(config: Config) -> None:
@@ -201,11 +201,11 @@ def _fits(config: Config) -> None:
 def _data(config: Config) -> Iterator[Problem]:
     d = config.data
     if d.source == "shards" and set(config.run.stages) & {"encode", "pretrain"}:
-        yield from _told("data.urls", lambda: list_shards(d.urls), missing=True)
+        yield from _check("data.urls", lambda: list_shards(d.urls), missing=True)
     known = d.prompts is not None or d.source == "faces"  # else the captions of the data, after they are encoded
     found: list[Problem] = []
     if known and set(config.run.stages) & {"before", "rl", "after"}:
-        found = _told("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
+        found = _check("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
     if known and "rl" in config.run.stages and not found:
-        found = _told("data.prompts", lambda: training_prompts(config, 0))
+        found = _check("data.prompts", lambda: training_prompts(config, 0))
     yield from found
