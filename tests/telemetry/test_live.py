@@ -417,9 +417,9 @@ def test_pictures_of_an_evaluation_are_its_prompts_samples(run_dir):
     folder, images = run_dir
     (entry,) = live_files.evaluations(folder)
     assert entry["steps"] == [3] and entry["prompts"] == ["p", "q", "r"] and entry["samples"] == 4
-    data, scores = live_files.evaluation_picture(folder, "before", 3, 2)
+    data = live_files.evaluation_picture(folder, "before", 3, 2)
     assert (np.array(Image.open(io.BytesIO(data))) == np.concatenate(list(images[8:]), 1)).all()
-    assert scores == [8.0, 9.0, 10.0, 11.0]
+    assert live_files.evaluation_scores(folder, "before", 3, 2) == [8.0, 9.0, 10.0, 11.0]
     for tag, steps, prompt in (
         ("before", 3, 3),
         ("before", 5, 0),
@@ -429,6 +429,12 @@ def test_pictures_of_an_evaluation_are_its_prompts_samples(run_dir):
     ):
         with pytest.raises(NotThere):
             live_files.evaluation_picture(folder, tag, steps, prompt)
+        with pytest.raises(NotThere):
+            live_files.evaluation_scores(folder, tag, steps, prompt)
+
+
+def both(folder):
+    return live_files.evaluation_picture(folder, "before", 3, 0), live_files.evaluation_scores(folder, "before", 3, 0)
 
 
 def test_damaged_and_hostile_archives_are_refused(run_dir):
@@ -444,11 +450,11 @@ def test_damaged_and_hostile_archives_are_refused(run_dir):
     for arrays in hostile.values():
         np.savez(file, **arrays)
         with pytest.raises(NotThere):
-            live_files.evaluation_picture(folder, "before", 3, 0)
+            both(folder)
     for data in (b"", b"PK\x03\x04", whole[:200], whole[:-30], whole[:300] + b"\0" * 40 + whole[340:]):
         file.write_bytes(data)
         with pytest.raises(NotThere):
-            live_files.evaluation_picture(folder, "before", 3, 0)
+            both(folder)
 
 
 def test_nothing_outside_the_run_directory_is_read(run_dir, tmp_path):

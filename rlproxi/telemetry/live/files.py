@@ -16,11 +16,14 @@ import zipfile
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...run_directory import INSIDE, RunDirectory
 from ..values import number, whole
 from .lines import Lines
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Larger files are not read, in bytes.
 JSON_LIMIT, PICTURE_LIMIT, ARCHIVE_LIMIT = 8 << 20, 64 << 20, 4 << 30
@@ -150,33 +153,43 @@ def evaluation(run_dir: Path, tag: str) -> dict:
     }
 
 
-def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tuple[bytes, list[float | None]]:
-    """(PNG of one prompt's samples side by side, their held-out scores). Raises NotThere.
+def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> bytes:
+    """The PNG of one prompt's samples side by side, made in ``steps`` denoising steps. Raises NotThere.
 
     Only these samples are held in memory, however many the evaluation has.
-
-    Args:
-        steps: the number of denoising steps. prompt: its index.
     """
     import numpy as np
     from PIL import Image
 
-    count = evaluation(run_dir, tag)["samples"]
-    name = str(INSIDE.evaluation_samples(tag, int(steps)))
-    try:
-        with open_inside(run_dir, name, ARCHIVE_LIMIT) as file, zipfile.ZipFile(file) as archive:
-            images = _rows(archive, "images.npy", prompt * count, count)
-            scores = _rows(archive, "heldout.npy", prompt * count, count)
-    except Exception as error:  # zipfile, its decompressors and numpy raise errors without a common base
-        raise error if isinstance(error, NotThere) else NotThere(f"{name} is not readable ({error})") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or scores.dtype.kind != "f":
-        raise NotThere(f"{name} holds no images with scores")
+    images = _of_prompt(run_dir, tag, steps, prompt, "images.npy")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise NotThere(f"evaluation {tag} holds no images")
     stream = io.BytesIO()
     Image.fromarray(np.concatenate(list(images), axis=1)).save(stream, "PNG", compress_level=3)
-    return stream.getvalue(), _numbers(scores.astype(float).ravel().tolist())
+    return stream.getvalue()
 
 
-def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
+def evaluation_scores(run_dir: Path, tag: str, steps: int, prompt: int) -> list[float | None]:
+    """The held-out scores of one prompt's samples. Raises NotThere."""
+    scores = _of_prompt(run_dir, tag, steps, prompt, "heldout.npy")
+    if scores.dtype.kind != "f":
+        raise NotThere(f"evaluation {tag} holds no scores")
+    return _numbers(scores.astype(float).ravel().tolist())
+
+
+def _of_prompt(run_dir: Path, tag: str, steps: int, prompt: int, member: str) -> np.ndarray:
+    """The rows of a prompt's samples in an array of an evaluation's archive. Raises NotThere."""
+    count = evaluation(run_dir, tag)["samples"]
+    name = str(INSIDE.evaluation_samples(tag, steps))
+    with open_inside(run_dir, name, ARCHIVE_LIMIT) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _rows(archive, member, prompt * count, count)
+        except Exception as error:  # zipfile, its decompressors and numpy raise errors without a common base
+            raise NotThere(f"{name} is not readable ({error})") from None
+
+
+def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int) -> np.ndarray:
     """Rows [start, start + count) of an array in an npz. The rows before are read in pieces and dropped."""
     import numpy as np
     from numpy.lib import format as layout

@@ -152,6 +152,7 @@ class LiveRun:
     def snapshot(self) -> dict:
         """Curves, events and progress. "exact": all of the log is read; else "read" is the share that is."""
         return {
+            "headline_steps": whole(dig(self.config()[1], "sampler", "num_inference_steps")),
             **self.digest.snapshot(),
             "exact": self.complete and self.digest.sharp,
             "read": self.share_read(),
