@@ -89,17 +89,15 @@ class PageProcess:
         )
 
     def _start(self) -> subprocess.Popen[bytes]:
-        root, file = str(Path(__file__).parents[2]), str(self.listener.fileno())
+        root, file = str(Path(__file__).parents[2]), self.listener.fileno()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        command = [sys.executable, "-m", "rlproxi.dashboard.server", str(self.run_dir), "--host", self.host]
-        # A session of its own: Ctrl-C is for the run, whose last records should still be shown.
         return subprocess.Popen(
-            [*command, "--fd", file, "--until-stdin-ends", "--nice", "10"],
+            [sys.executable, "-m", "rlproxi.dashboard.server", str(self.run_dir), self.host, str(file)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            pass_fds=[self.listener.fileno()],
-            start_new_session=True,
+            pass_fds=[file],
+            start_new_session=True,  # Ctrl-C is for the run, whose last records should still be shown
         )
 
     def close(self) -> None:

@@ -5,14 +5,13 @@ Neither Ray nor torch is imported here: this process may run beside a run on the
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -235,19 +234,10 @@ def serve(hub: Hub, listener: socket.socket, host: str, until: Callable[[], obje
         hub.close()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server that ``rlproxi.dashboard.process`` starts, with a socket that listens already."""
-    parser = argparse.ArgumentParser("rlproxi.dashboard.server")
-    parser.add_argument("run_dirs", nargs="+", type=Path)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--fd", type=int, required=True)
-    parser.add_argument("--until-stdin-ends", action="store_true")
-    parser.add_argument("--nice", type=int, default=0)
-    options = parser.parse_args(argv)
-    os.nice(options.nice)
-    until = sys.stdin.buffer.read if options.until_stdin_ends else None
-    serve(Hub(options.run_dirs), socket.socket(fileno=options.fd), options.host, until)
-    return 0
+def main(run_dir: str, host: str, file: str) -> None:
+    """Run the server that ``process.PageProcess`` starts, with the descriptor of its socket, until stdin ends."""
+    os.nice(10)
+    serve(Hub([Path(run_dir)]), socket.socket(fileno=int(file)), host, sys.stdin.buffer.read)
 
 
 def command(run_dirs: list[Path], host: str, port: int | None) -> int:
@@ -268,4 +258,4 @@ def command(run_dirs: list[Path], host: str, port: int | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(*sys.argv[1:])

@@ -13,7 +13,6 @@ import yaml
 
 #: The rows of the generated dashboards, in their order.
 SECTIONS = ("Rewards", "Policy", "Optimisation", "Variety and distance to data", "Speed", "Faults", "Data")
-KINDS = ("gauge", "counter", "histogram")
 _PART = re.compile(r"<(\w+)>")
 
 

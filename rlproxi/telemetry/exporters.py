@@ -15,12 +15,6 @@ from .observations import observations
 if TYPE_CHECKING:  # the config imports torch, which no exporter needs
     from ..config.sections import Telemetry
 
-_REMEDY = {
-    "tensorboardX": "telemetry.tensorboard is true, but the package tensorboardX is missing: pip install "
-    "tensorboardX, or set telemetry.tensorboard=false",
-    "wandb": "telemetry.wandb is set, but the package wandb is missing: pip install wandb (and `wandb login`), "
-    "or set telemetry.wandb=null",
-}
 _FLUSH_SECONDS = 2
 
 
@@ -36,9 +30,14 @@ class Exporter(Protocol):
 
 def check_packages(telemetry: Telemetry) -> None:
     """Raise ImportError, with the remedy, where the settings need a missing package. No package is imported."""
-    for package, wanted in (("tensorboardX", telemetry.tensorboard), ("wandb", telemetry.wandb)):
+    needed = [
+        ("tensorboard", "tensorboardX", telemetry.tensorboard, "false"),
+        ("wandb", "wandb", telemetry.wandb, "null"),
+    ]
+    for key, package, wanted, without in needed:
         if wanted and importlib.util.find_spec(package) is None:
-            raise ImportError(_REMEDY[package])
+            problem = f"telemetry.{key} is set, but the package {package} is missing"
+            raise ImportError(f"{problem}: pip install {package}, or set telemetry.{key}={without}")
 
 
 class TensorBoard:
@@ -88,15 +87,9 @@ class WeightsAndBiases:
         run_dir = Path(run_dir)
         self.headline_steps = headline_steps
         self.stages: set[str] = set()
-        self.run = wandb.init(
-            project=project,
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-            dir=str(run_dir),
-            config=config,
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        named = {"name": run_dir.name, "id": run_dir.name, "dir": str(run_dir)}
+        settings = wandb.Settings(console="off", silent=True)
+        self.run = wandb.init(project=project, config=config, resume="allow", settings=settings, **named)
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
         """Export one record."""
@@ -109,12 +102,8 @@ class WeightsAndBiases:
                 self.stages.add(stage)
             self.run.log({axis: seen[0].step, **{f"{stage}/{o.name}": o.value for o in seen}})
         if event in ("alarm", "warning"):
-            self.run.alert(
-                title=f"{event} of {self.run.name}",
-                text=str(fields.get("message", ""))[:1000],
-                level="ERROR" if event == "alarm" else "WARN",
-                wait_duration=300,
-            )
+            title, text = f"{event} of {self.run.name}", str(fields.get("message", ""))[:1000]
+            self.run.alert(title, text, level="ERROR" if event == "alarm" else "WARN", wait_duration=300)
 
     def close(self) -> None:
         """Finish the W&B run."""

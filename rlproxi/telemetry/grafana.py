@@ -64,7 +64,7 @@ def dashboard() -> str:
         "graphTooltip": 1,
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_datasource(), _runs()]},
+        "templating": {"list": _variables()},
         "annotations": {"list": [_restarts()]},
         "panels": panels,
     }
@@ -79,6 +79,9 @@ def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
         {"refId": name, "expr": expr, "legendFormat": legend, "datasource": _SOURCE}
         for name, (expr, legend) in zip("ABC", queries(metric), strict=False)
     ]
+    unit = _UNITS.get(metric.unit, f"suffix: {metric.unit}")
+    custom = {"lineWidth": 2, "fillOpacity": 5, "spanNulls": True}
+    legend = {"displayMode": "list", "placement": "bottom", "showLegend": True}
     return {
         "type": "timeseries",
         "id": number,
@@ -86,55 +89,24 @@ def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
         "description": description,
         "datasource": _SOURCE,
         "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
-        "fieldConfig": {
-            "defaults": {
-                "unit": _UNITS.get(metric.unit, f"suffix: {metric.unit}"),
-                **bounds,
-                "custom": {"lineWidth": 2, "fillOpacity": 5, "spanNulls": True},
-            },
-            "overrides": [],
-        },
-        "options": {
-            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
-            "tooltip": {"mode": "multi", "sort": "desc"},
-        },
+        "fieldConfig": {"defaults": {"unit": unit, **bounds, "custom": custom}, "overrides": []},
+        "options": {"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}},
         "targets": targets,
     }
 
 
-def _datasource() -> dict[str, Any]:
-    return {
-        "name": "datasource",
-        "type": "datasource",
-        "query": "prometheus",
-        "label": "Prometheus",
-        "hide": 0,
-        "refresh": 1,
-        "regex": "",
-        "current": {},
-        "options": [],
-    }
-
-
-def _runs() -> dict[str, Any]:
+def _variables() -> list[dict[str, Any]]:
+    """Return what a person chooses above the panels: the Prometheus and the runs."""
     query = f"label_values({series('step')}, run)"
-    return {
-        "name": "run",
-        "type": "query",
-        "label": "Run",
-        "query": {"query": query, "refId": "run"},
-        "definition": query,
-        "datasource": _SOURCE,
-        "refresh": 2,
-        "sort": 2,
-        "multi": True,
-        "includeAll": True,
-        "allValue": ".*",
-        "current": {"text": "All", "value": "$__all"},
-        "hide": 0,
-        "regex": "",
-        "options": [],
-    }
+    plain: dict[str, Any] = {"hide": 0, "regex": "", "options": []}
+    source = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus", "refresh": 1}
+    run = {"name": "run", "type": "query", "label": "Run", "query": {"query": query, "refId": "run"}}
+    choice = {"sort": 2, "multi": True, "includeAll": True, "allValue": ".*"}
+    current = {"text": "All", "value": "$__all"}
+    return [
+        {**source, "current": {}, **plain},
+        {**run, "definition": query, "datasource": _SOURCE, "refresh": 2, **choice, "current": current, **plain},
+    ]
 
 
 def _restarts() -> dict[str, Any]:

@@ -30,9 +30,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..run_directory import RunDirectory
+from .values import number, whole
 
 EVENTS = ("metrics", "stage", "resume", "evaluation", "reward", "samples", "best", "alarm", "warning", "note")
-_REQUIRED = {"metrics": ("stage", "step"), "stage": ("name", "status"), "resume": ("stage", "step")}
+_PLACE = ("stage", "step")
+_REQUIRED = {"metrics": _PLACE, "resume": _PLACE, "samples": _PLACE, "stage": ("name", "status")}
 
 
 class RunLog:
@@ -106,10 +108,8 @@ def plain(value: Any, name: str = "value") -> Any:
 
     Raises TypeError, which names ``name``, for anything else.
     """
-    if value is None or isinstance(value, (str, bool)):
+    if value is None or isinstance(value, (str, int)):
         return value
-    if isinstance(value, int):
-        return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -124,40 +124,26 @@ def plain(value: Any, name: str = "value") -> Any:
 
 
 def read(run_dir: str | os.PathLike) -> list[dict]:
-    """Return all records in the order they were written; [] where there is no log yet.
-
-    A line that is no JSON object is skipped: a killed writer leaves one at the end, or before a resume. So is a record
-    that ``append`` would not have written.
-    """
+    """Return all records in the order they were written, see ``parse``; [] where there is no log yet."""
     path = RunDirectory(run_dir).log
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # a ValueError covers JSON and UTF-8 errors
-            continue
-        if isinstance(record, dict) and isinstance(record.get("event"), str) and _whole(record):
-            records.append(record)
-    return records
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [record for line in lines if (record := parse(line)) is not None]
 
 
-def _whole(record: dict) -> bool:
-    """Return whether a record has the fields that its event needs, of the right types."""
-    kinds = {"step": int, "stage": str, "name": str, "status": str}
-    needed = _REQUIRED.get(record["event"], ())
-    if any(type(record.get(name)) is not kinds[name] for name in needed):
-        return False
-    return "step" not in record or (type(record["step"]) is int and abs(record["step"]) <= 2**53)
-
-
-def _number(value: Any) -> float:
-    """Return a metric's value; NaN for null and for anything that is no number."""
+def parse(line: bytes) -> dict | None:
+    """Return a line's record; None for a line that ``append`` would not have written, or not to its end."""
     try:
-        return float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return math.nan
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # a ValueError covers JSON and UTF-8 errors
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        return None
+    if "step" in record and whole(record["step"]) is None:
+        return None
+    for name in _REQUIRED.get(record["event"], ()):
+        if not isinstance(record.get(name), int if name == "step" else str):
+            return None
+    return record
 
 
 def last_step(records: Iterable[dict], stage: str) -> int | None:
@@ -184,7 +170,8 @@ def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], li
         if record["event"] == "resume":
             values = {step: value for step, value in values.items() if step <= record["step"]}
         elif record["event"] == "metrics" and key in record:
-            values[record["step"]] = _number(record[key])
+            found = number(record[key])
+            values[record["step"]] = math.nan if found is None else found
     steps = sorted(values)
     return steps, [values[step] for step in steps]
 
@@ -202,6 +189,6 @@ def stage_seconds(records: Iterable[dict]) -> dict[str, float]:
     """Return the seconds of each stage that is done, summed over its runs."""
     seconds: dict[str, float] = {}
     for record in records:
-        if record["event"] == "stage" and record["status"] == "done" and math.isfinite(_number(record.get("seconds"))):
-            seconds[record["name"]] = seconds.get(record["name"], 0.0) + record["seconds"]
+        if record["event"] == "stage" and record["status"] == "done":
+            seconds[record["name"]] = seconds.get(record["name"], 0.0) + (number(record.get("seconds")) or 0.0)
     return seconds

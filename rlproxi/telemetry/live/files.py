@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...run_directory import INSIDE, RunDirectory
+from .. import timeline
 from ..values import number, whole
 from .lines import Lines
 
@@ -55,15 +56,10 @@ def open_inside(run_dir: Path, name: str, limit: int) -> BinaryIO:
     return open(handle, "rb")
 
 
-def read_inside(run_dir: Path, name: str, limit: int) -> bytes:
-    """The content of what ``open_inside`` opens."""
-    with open_inside(run_dir, name, limit) as file:
-        return file.read(limit)
-
-
 def _json(run_dir: Path, name: str) -> dict:
     try:
-        values = json.loads(read_inside(run_dir, name, JSON_LIMIT))
+        with open_inside(run_dir, name, JSON_LIMIT) as file:
+            values = json.loads(file.read(JSON_LIMIT))
     except (ValueError, RecursionError):
         raise NotThere(f"{name} is not readable") from None
     if not isinstance(values, dict):
@@ -74,48 +70,41 @@ def _json(run_dir: Path, name: str) -> dict:
 def gallery(run_dir: Path, step: int) -> dict:
     """The gallery in samples/<step>.json. Raises NotThere.
 
-    Returns {"step", "version", "groups": [{"prompt", "size", "rewards", "parts", "index", "best", "worst",
-    "picture" (whether it names one)}]}.
+    Returns {"step", "groups": [{"prompt", "rewards", "parts", "best", "worst", "picture" (whether it names one)}]}.
     """
-    values, groups = _gallery(run_dir, step)
-    return {"step": step, "version": whole(values.get("version")), "groups": [_group(group) for group in groups]}
+    return {"step": step, "groups": [_group(group) for group in _groups(run_dir, step)]}
 
 
-def _gallery(run_dir: Path, step: int) -> tuple[dict, list]:
-    """(all values, groups) of a gallery's file."""
+def _groups(run_dir: Path, step: int) -> list[dict]:
     if not 0 <= step < 10**12:
         raise NotThere(f"there is no step {step}")
-    values = _json(run_dir, str(INSIDE.gallery(step)))
-    groups = values.get("groups")
+    groups = _json(run_dir, str(INSIDE.gallery(step))).get("groups")
     if not isinstance(groups, list):
         raise NotThere(f"the gallery of step {step} has no groups")
-    return values, groups[:_MAX_GROUPS]
+    return [group if isinstance(group, dict) else {} for group in groups[:_MAX_GROUPS]]
 
 
-def _group(group: Any) -> dict:
-    group = group if isinstance(group, dict) else {}
-    rewards, parts = _numbers(group.get("rewards")), group.get("parts")
-    size = group.get("size")
-    known = isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 8192 for n in size)
+def _group(group: dict) -> dict:
+    parts = group["parts"] if isinstance(group.get("parts"), dict) else {}
     return {
         "prompt": _text(group.get("prompt")),
-        "rewards": rewards,
-        "size": size if known else None,
-        "parts": {str(k)[:100]: _numbers(v) for k, v in list(parts.items())[:16]} if isinstance(parts, dict) else {},
-        **{key: whole(group.get(key)) for key in ("index", "best", "worst")},
-        "picture": isinstance(group.get("image"), str) and bool(_PICTURE.fullmatch(group["image"])),
+        "rewards": _numbers(group.get("rewards")),
+        "parts": {str(name)[:100]: _numbers(scores) for name, scores in list(parts.items())[:16]},
+        **{key: whole(group.get(key)) for key in ("best", "worst")},
+        "picture": _PICTURE.fullmatch(_text(group.get("image"))) is not None,
     }
 
 
 def gallery_picture(run_dir: Path, step: int, index: int) -> bytes:
     """The PNG of group ``index`` of a gallery: its samples side by side. Raises NotThere."""
-    groups = _gallery(run_dir, step)[1]
+    groups = _groups(run_dir, step)
     if not 0 <= index < len(groups):
         raise NotThere(f"the gallery of step {step} has no group {index}")
-    name = groups[index].get("image") if isinstance(groups[index], dict) else None
-    if not isinstance(name, str) or not _PICTURE.fullmatch(name):
+    name = _text(groups[index].get("image"))
+    if not _PICTURE.fullmatch(name):
         raise NotThere(f"group {index} of step {step} names no picture in samples/")
-    data = read_inside(run_dir, name, PICTURE_LIMIT)
+    with open_inside(run_dir, name, PICTURE_LIMIT) as file:
+        data = file.read(PICTURE_LIMIT)
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise NotThere(f"{name} is no PNG")
     return data
@@ -224,7 +213,7 @@ class Timeline:
         self.kept: deque[dict] = deque(maxlen=iterations)
 
     def read(self) -> list[dict]:
-        """The iterations now: [{"stage", "step", "spans": [(role, who, phase, start, seconds), ..]}]."""
+        """The iterations now: [{"stage", "step", "spans": [``timeline.Span``, ..]}]."""
         if self.lines.offset == 0 and self.lines.size() > self.tail:
             self.lines.offset = self.lines.size() - self.tail  # the first line is cut, and no JSON
         again = self.lines.again
@@ -237,24 +226,15 @@ class Timeline:
         return list(self.kept)
 
     def _take(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-            spans = [_span(*row) for row in record["spans"][:SPANS]]
-            step, stage = record["step"], str(record["stage"])[:40]
-        except (ValueError, RecursionError, KeyError, TypeError, OverflowError):
+        found = timeline.parse(line)
+        if found is None:
             return
-        spans = [s for s in spans if math.isfinite(s[3]) and math.isfinite(s[4]) and s[4] >= 0]
-        if type(step) is not int:
-            return
+        stage, step = found["stage"][:40], found["step"]
         # A resumed run repeats iterations: what was later, or the same, is superseded.
         while self.kept and self.kept[-1]["stage"] == stage and self.kept[-1]["step"] >= step:
             self.kept.pop()
+        spans = [span for span in found["spans"][:SPANS] if span.seconds >= 0]
         self.kept.append({"stage": stage, "step": step, "spans": spans})
-
-
-def _span(role: Any, who: Any, phase: Any, start: Any, seconds: Any) -> tuple:
-    who = who if type(who) is int else str(who)[:60]
-    return str(role)[:40], who, str(phase)[:40], float(start), float(seconds)
 
 
 def _text(value: Any) -> str:
@@ -262,6 +242,4 @@ def _text(value: Any) -> str:
 
 
 def _numbers(values: Any) -> list[float | None]:
-    if not isinstance(values, list):
-        return []
-    return [number(v) for v in values[:4096]]
+    return [number(v) for v in values[:4096]] if isinstance(values, list) else []

@@ -18,8 +18,9 @@ import yaml
 
 from ...config.plain_yaml import read_yaml
 from ...run_directory import RunDirectory
+from ..runlog import parse
 from ..values import dig, whole
-from .digest import Digest, Malformed, parse
+from .digest import Digest
 from .files import Timeline
 from .lines import Lines, spread
 
@@ -71,8 +72,8 @@ class LiveRun:
         sample = Digest(sampled=True)
         with suppress(OSError):
             for line in spread(self.log, SAMPLES, size):
-                with suppress(Malformed):
-                    sample.apply(parse(line))
+                if (record := parse(line)) is not None:
+                    sample.apply(record)
             self._shown = sample
 
     def advance(self, seconds: float = 0.05) -> list | None:
@@ -110,9 +111,8 @@ class LiveRun:
 
     def _take(self, offset: int, line: bytes) -> list | None:
         """The change that the line at ``offset`` makes; None for one that no page needs."""
-        try:
-            record = parse(line)
-        except Malformed:
+        record = parse(line)
+        if record is None:
             self._digest.malformed += 1
             return None
         if record["event"] == "resume":
@@ -140,14 +140,10 @@ class LiveRun:
 
     def _new_evaluations(self) -> list:
         """[["evaluations"]] if the folder of evaluations has changed: a file follows its record in the log."""
-        try:
-            now = RunDirectory(self.path).evaluations.stat().st_mtime
-        except OSError:
-            return []
-        if now == self._evaluations:
-            return []
-        self._evaluations = now
-        return [["evaluations"]]
+        before = self._evaluations
+        with suppress(OSError):
+            self._evaluations = RunDirectory(self.path).evaluations.stat().st_mtime
+        return [] if self._evaluations == before else [["evaluations"]]
 
     def snapshot(self) -> dict:
         """Curves, events and progress. "exact": all of the log is read; else "read" is the share that is."""
