@@ -13,8 +13,7 @@ const MOST_TOGETHER = 8;
 let listing = [], chosen = [];
 
 function connection(state) {
-  const words = { live: 'live', lost: 'reconnecting', closed: 'the server has ended' };
-  byId('connection').textContent = words[state];
+  byId('connection').textContent = { live: 'live', lost: 'reconnecting', closed: 'the server has ended' }[state];
   byId('connection').className = `pill ${state === 'live' ? 'live' : 'lost'}`;
 }
 

@@ -5,30 +5,28 @@ import { el } from './dom.js';
 import { EVALUATION } from './store.js';
 
 const named = (stage, ...names) => names.map((name) => ({ stage, name }));
-const anyOf = (stage, pattern) => ({ stage, name: pattern });
 const together = (stage, pattern, title) => ({ stage, name: pattern, title });
 
 // Each row takes the curves whose stage and name match: one plot for each, or one `title`d plot of all.
 const LAYOUT = [
   ['rewards', 'Rewards', [
-    ...named('rl', 'reward/mean'), anyOf('headline', /^heldout\/[^/]+$/), ...named('rl', 'reward/std'),
-    anyOf('rl', /^reward\//), anyOf('headline', /^train\/[^/]+$/), { stage: EVALUATION, name: /./, frontier: true },
+    ...named('rl', 'reward/mean'), ...named('headline', /^heldout\/[^/]+$/), ...named('rl', 'reward/std', /^reward\//),
+    ...named('headline', /^train\/[^/]+$/), { stage: EVALUATION, name: /./, frontier: true },
     together('headline', /^details\//, 'Share judged right, by attribute')]],
   ['policy', 'Is the policy update sound?', named('rl', 'kl', 'clip_fraction', 'ratio/first_max_deviation',
     'ratio/max_deviation', 'ratio/mean', 'advantages/zero_variance_groups')],
   ['optimisation', 'Optimisation', named('rl', 'loss', 'lr', 'grad_norm')],
   ['looks', 'Diversity and distance to data', [
     ...named('headline', 'diversity', 'distance/total', 'distance/layout', 'distance/texture'),
-    anyOf('rl', /^(diversity|distance)/)]],
+    ...named('rl', /^(diversity|distance)/)]],
   ['speed', 'Where the time goes', [
     together('rl', /^seconds\//, 'Seconds by role'), together('rl', /^idle\//, 'Idle share by role'),
     ...named('rl', 'images_per_second', 'images_per_second/gpu', 'staleness/mean', 'bytes_in_flight',
       'bytes/weights')]],
   ['faults', 'Restarts and what was dropped', named('rl', 'restarts', 'groups/masked', 'samples/masked')],
-  ['pretraining', 'Pre-training', [...named('pretrain', 'loss', 'lr', 'grad_norm', 'images_per_second'),
-    anyOf('pretrain', /./)]],
-  ['preparation', 'Preparation', [anyOf(/^(prepare|encode|curate)/, /./)]],
-  ['others', 'Everything else', [anyOf(/./, /./)]],
+  ['pretraining', 'Pre-training', named('pretrain', 'loss', 'lr', 'grad_norm', 'images_per_second', /./)],
+  ['preparation', 'Preparation', named(/^(prepare|encode|curate)/, /./)],
+  ['others', 'Everything else', named(/./, /./)],
 ];
 
 const matches = (wanted, text) => (wanted instanceof RegExp ? wanted.test(text) : wanted === text);

@@ -1,7 +1,4 @@
-"""The live page's server: ``rlproxi dashboard`` and the page beside a run. It only reads.
-
-Neither Ray nor torch is imported here: this process may run beside a run on the same cores.
-"""
+"""The live page's server, which only reads. It imports neither Ray nor torch, for it may run beside a run."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,8 +46,7 @@ _HEADERS = {
 class Guard:
     """The ASGI wrapper that every request passes: GET and HEAD only, with bounded queries.
 
-    On loopback the Host header must name loopback too. Else a foreign page could reach this one by a name of its own
-    that resolves to this machine.
+    On loopback the Host header must name loopback: a foreign page's name for this machine is refused.
     """
 
     def __init__(self, app, loopback: bool):
@@ -93,10 +90,7 @@ def _error(status: int, words: str, headers: Mapping[str, str] | None = None) ->
 
 
 class Page:
-    """The endpoints. Reading of files runs in threads; the event loop only passes updates on.
-
-    ``stopping`` says whether the open streams have to end.
-    """
+    """The endpoints, which read files in threads. ``stopping`` says whether the open streams have to end."""
 
     def __init__(self, hub: Hub, stopping: Callable[[], bool]):
         self.hub, self.stopping, self.streams = hub, stopping, 0
@@ -110,10 +104,10 @@ class Page:
             Route("/", self.file),
             Route("/{name:str}", self.file),
             Route("/api/events", self.events),
-            Route("/api/catalogue", _answer(self.catalogue)),
+            Route("/api/catalogue", _answer(lambda: [asdict(metric) for metric in CATALOGUE])),
             Route("/api/runs", _answer(self.hub.listing)),
             Route(one, _answer(self.hub.snapshot)),
-            Route(f"{one}/config", _answer(self.config)),
+            Route(f"{one}/config", _answer(lambda name: {"text": self.hub.opened(name).config()[0]})),
             Route(f"{one}/timeline", _answer(self.timeline)),
             Route(gallery, _answer(self._reader(live_files.gallery))),
             Route(f"{gallery}/{{index:int}}.png", _answer(self._reader(live_files.gallery_picture))),
@@ -132,16 +126,6 @@ class Page:
         if name not in ASSETS:
             raise HTTPException(404, f"there is no {name[:100]!r} here")
         return Response(asset(name), media_type=ASSETS[name], headers={"Cache-Control": "no-cache"})
-
-    def catalogue(self) -> list[dict]:
-        """The unit and the explanation of every known metric."""
-        return [{"name": m.name, "unit": m.unit, "help": m.help, "reading": m.reading} for m in CATALOGUE]
-
-    def config(self, name: str) -> dict:
-        """A run's config.yaml."""
-        run = self.hub.opened(name)
-        with run.lock:
-            return {"text": run.config()[0]}
 
     def timeline(self, name: str) -> list[dict]:
         """The last iterations of a run's timeline."""
@@ -241,10 +225,7 @@ def main(run_dir: str, host: str, file: str) -> None:
 
 
 def command(run_dirs: list[Path], host: str, port: int | None) -> int:
-    """Serve ``run_dirs`` until Ctrl-C, for ``rlproxi dashboard``.
-
-    Raises FileNotFoundError for a path that is no run, ValueError if the port is taken.
-    """
+    """Serve ``run_dirs`` until Ctrl-C. Raises FileNotFoundError where no run is, ValueError for a taken port."""
     hub, wanted = Hub(run_dirs), DEFAULT_PORT if port is None else port
     try:
         listener = bind(host, wanted, MORE_PORTS if port is None else 0)

@@ -35,11 +35,9 @@ export function showCards(run) {
   const own = run.newest('rl', 'restarts');
   cards.push(card('Restarts', number(own ?? restarts), own === null ? 'of stages'
     : `of roles; stages went on ${restarts} times`, (own ?? restarts) > 0));
-  const dropped = run.newest('rl', 'groups/masked'), lost = run.newest('rl', 'samples/masked');
-  if (dropped !== null || lost !== null) {
-    cards.push(card('Dropped, last step', `${number(dropped ?? 0)} groups`,
-      `${number(lost ?? 0)} samples without a score`, (dropped ?? 0) + (lost ?? 0) > 0));
-  }
+  const [dropped, lost] = ['groups/masked', 'samples/masked'].map((name) => run.newest('rl', name));
+  if (dropped !== null || lost !== null) cards.push(card('Dropped, last step', `${number(dropped ?? 0)} groups`,
+    `${number(lost ?? 0)} samples without a score`, dropped > 0 || lost > 0));
   cards.push(card('Alarms', number(counts.alarm || 0), `${counts.warning || 0} warnings`, Boolean(counts.alarm)));
   cards.push(card('Last record', silent === null ? '–' : silent < 3 ? 'now' : `${duration(silent)} ago`,
     p.updated ? time(p.updated) : ''));
@@ -57,7 +55,7 @@ function showNotice(run) {
   const notice = byId('notice'), text = parts.join(' ');
   notice.hidden = !text;
   notice.classList.toggle('alarm', Boolean(alarm));
-  if (notice.textContent !== text) notice.textContent = text;
+  if (notice.textContent !== text) notice.textContent = text; // a screen reader reads it only when it changes
 }
 
 export function showEvents(run) {

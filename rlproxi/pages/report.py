@@ -1,8 +1,4 @@
-"""``report.html``: one page on a run, made from its directory alone.
-
-Images and figures are inside the file, and nothing is fetched. A part of the run that is missing is named and is no
-error.
-"""
+"""``report.html``: one page on a run, from its directory alone, which fetches nothing and names what is missing."""
 
 from __future__ import annotations
 
@@ -32,11 +28,7 @@ _TAGS = ("before", "after")
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
-    """Write the report of a run, whole or not at all, and return its path.
-
-    A run that is not finished is reported as far as it went. Raises FileNotFoundError for a folder that is no run
-    directory.
-    """
+    """Write a run's report as far as the run went; return its path. Raises FileNotFoundError for no run directory."""
     run = RunReader(run_dir)
     write_text(run.files.report, render(run))
     return run.files.report
@@ -89,8 +81,8 @@ def _headline(run: RunReader) -> str:
     if speed is not None:
         cards.append(card("Throughput", f"{_number(speed)} images/s", "sampled, scored and trained on"))
     seconds = dig(run.summary, "seconds") or runlog.stage_seconds(run.records)
-    total = seconds.get("total") or sum(seconds.values())
     if seconds:
+        total = seconds.get("total") or sum(seconds.values())
         cards.append(card("Wall clock", _duration(total), "all stages together"))
     out = f'<div class="cards">{"".join(cards)}</div>\n'
     stages = [[name, _duration(value)] for name, value in seconds.items() if name != "total"]

@@ -15,10 +15,7 @@ from ..telemetry.values import dig
 
 
 def summary(run_dir: Path, config: Config) -> dict:
-    """Return the content of summary.json: seconds, rewards, held-out figures, speed, seed and versions.
-
-    A figure that the run lacks is None.
-    """
+    """Return the content of summary.json; a figure that the run lacks is None."""
     records = read(run_dir)
     seconds = stage_seconds(records)
     rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]

@@ -1,7 +1,4 @@
-"""Exporters of a run's records beside its log: TensorBoard event files and Weights & Biases.
-
-The exporter to Ray's metrics needs Ray, so it is in ``actors/run/metric_exporters.py``.
-"""
+"""Exporters of a run's records to TensorBoard and Weights & Biases; the one to Ray's metrics is in ``actors/run``."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ from .observations import observations
 
 if TYPE_CHECKING:  # the config imports torch, which no exporter needs
     from ..config.sections import Telemetry
-
-_FLUSH_SECONDS = 2
 
 
 class Exporter(Protocol):
@@ -55,10 +50,9 @@ class TensorBoard:
         if event == "resume":
             self._begin(fields["stage"], fields["step"] + 1)
         for seen in observations(event, fields, self.headline_steps):
-            if seen.step is None or seen.name == "step":
-                continue
-            writer = self.writers.get(seen.stage) or self._begin(seen.stage, None)
-            writer.add_scalar(seen.name, seen.value, seen.step)
+            if seen.step is not None and seen.name != "step":
+                writer = self.writers.get(seen.stage) or self._begin(seen.stage, None)
+                writer.add_scalar(seen.name, seen.value, seen.step)
 
     def _begin(self, stage: str, purge: int | None) -> Any:
         from tensorboardX import SummaryWriter
@@ -66,7 +60,7 @@ class TensorBoard:
         if stage in self.writers:
             self.writers[stage].close()
         # The writer's thread flushes often, because a run may be killed and people look while it runs.
-        self.writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=purge, flush_secs=_FLUSH_SECONDS)
+        self.writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=purge, flush_secs=2)
         return self.writers[stage]
 
     def close(self) -> None:

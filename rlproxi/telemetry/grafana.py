@@ -17,10 +17,7 @@ _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 def queries(metric: Metric) -> list[tuple[str, str]]:
-    """Return (PromQL, legend) of each line in a metric's panel; ``$run`` is the dashboard's variable.
-
-    ``max`` and ``sum`` are over processes, for a resumed run has had more than one.
-    """
+    """Return (PromQL, legend) of each line in a metric's panel, over all processes of the dashboard's ``$run``."""
     name = series(metric.name)
     by = ", ".join(metric.labels)
     legend = " ".join(f"{{{{{label}}}}}" for label in metric.labels if label != "stage")
@@ -53,21 +50,14 @@ def dashboard() -> str:
         panels.append({**head, "panels": inside if closed else []})
         panels += [] if closed else inside
         top += 1 + (0 if closed else -(-len(metrics) // _COLUMNS) * _HEIGHT)
-    board = {
-        "uid": "rlproxi",
-        "title": "rlproxi runs",
-        "tags": ["rlproxi", "ray"],
-        "schemaVersion": 39,
-        "version": 1,
-        "description": "Generated from rlproxi/telemetry/catalogue.yaml. How to read it: docs/monitoring.md.",
-        "editable": True,
-        "graphTooltip": 1,
-        "refresh": "10s",
-        "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": _variables()},
-        "annotations": {"list": [_restarts()]},
-        "panels": panels,
-    }
+    growth = f"sum by (run) (increase({series('restarts')}{_RUN}[1m])) > 0"
+    restarts = {"name": "restarts", "enable": True, "iconColor": "orange", "titleFormat": "restart of {{run}}"}
+    restarts |= {"datasource": _SOURCE, "expr": growth}
+    about = "Generated from rlproxi/telemetry/catalogue.yaml. How to read it: docs/monitoring.md."
+    head = {"uid": "rlproxi", "title": "rlproxi runs", "tags": ["rlproxi", "ray"], "schemaVersion": 39, "version": 1}
+    view = {"editable": True, "graphTooltip": 1, "refresh": "10s", "time": {"from": "now-1h", "to": "now"}}
+    board = {**head, "description": about, **view, "templating": {"list": _variables()}}
+    board |= {"annotations": {"list": [restarts]}, "panels": panels}
     return json.dumps(board, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -107,15 +97,3 @@ def _variables() -> list[dict[str, Any]]:
         {**source, "current": {}, **plain},
         {**run, "definition": query, "datasource": _SOURCE, "refresh": 2, **choice, "current": current, **plain},
     ]
-
-
-def _restarts() -> dict[str, Any]:
-    """Return the annotation that marks restarts."""
-    return {
-        "name": "restarts",
-        "enable": True,
-        "iconColor": "orange",
-        "titleFormat": "restart of {{run}}",
-        "datasource": _SOURCE,
-        "expr": f"sum by (run) (increase({series('restarts')}{_RUN}[1m])) > 0",
-    }

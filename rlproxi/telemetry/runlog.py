@@ -21,6 +21,7 @@ Dashboards, reports and resumes read this file, so no process holds the only cop
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import json
 import math
@@ -37,14 +38,12 @@ _PLACE = ("stage", "step")
 _REQUIRED = {"metrics": _PLACE, "resume": _PLACE, "samples": _PLACE, "stage": ("name", "status")}
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager["RunLog"]):
     """The run log of ``run_dir``, open for appending. The folder is made if it is missing.
 
-    Each record is one write to a file that is opened for appending. So several processes of one machine may log into
-    the same file, and a killed one leaves at most one torn line, which ``read`` skips.
-
-    patient: a record that cannot be written, mostly for a full disk, is held and written before the next one. Of more
-    than 100,000 held records the oldest are lost. If it is False, ``append`` raises OSError.
+    Each record is one write, so several processes of one machine may log into the same file, and a killed one leaves at
+    most one torn line. If ``patient``, a record that cannot be written is held and written before the next one; of more
+    than 100,000 the oldest are lost. Else ``append`` raises OSError.
     """
 
     def __init__(self, run_dir: str | os.PathLike, patient: bool = False):
@@ -63,8 +62,7 @@ class RunLog:
     def append(self, event: str, /, **fields: Any) -> None:
         """Log one record. Numpy and torch scalars become numbers, NaN and Inf become null.
 
-        Raises ValueError for an unknown event or a missing field, and TypeError for a value that JSON cannot hold. Then
-        nothing is written.
+        Raises ValueError for an unknown event or a missing field, TypeError for what JSON cannot hold.
         """
         if event not in EVENTS:
             raise ValueError(f"event {event!r} is unknown; choose one of {', '.join(EVENTS)}")
@@ -96,18 +94,12 @@ class RunLog:
         """Close the file."""
         self.file.close()
 
-    def __enter__(self) -> RunLog:
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
 
 def plain(value: Any, name: str = "value") -> Any:
-    """Return ``value`` as JSON can hold it: numbers, strings, lists, dicts; NaN and Inf as None.
-
-    Raises TypeError, which names ``name``, for anything else.
-    """
+    """Return ``value`` as JSON can hold it, NaN and Inf as None. Raises TypeError, which names ``name``, for others."""
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, float):
@@ -158,10 +150,9 @@ def last_step(records: Iterable[dict], stage: str) -> int | None:
 
 
 def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], list[float]]:
-    """Return (steps, values) of one metric, ascending in step.
+    """Return (steps, values) of one metric, ascending in step; null becomes NaN, so that a plot shows a gap.
 
-    A "resume" record drops the stage's values of later steps. Of two records of one step the last counts. Null becomes
-    NaN, so that a plot shows a gap.
+    A "resume" record drops the stage's values of later steps. Of two records of one step the last counts.
     """
     values: dict[int, float] = {}
     for record in records:

@@ -39,10 +39,7 @@ class Span(NamedTuple):
 
 
 class Diary:
-    """The spans of one process: those still open, and those that ended and were not taken yet.
-
-    For one thread, or one asyncio loop. Of spans that are not taken it keeps at most the newest ``most``.
-    """
+    """The spans of one thread or asyncio loop: the open ones, and the newest ``most`` that ended and were not taken."""
 
     def __init__(self, most: int = 100_000):
         self.most = most

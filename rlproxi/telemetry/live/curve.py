@@ -17,12 +17,9 @@ TAIL = 300
 class Curve:
     """Points (step, value), ascending in step, in at most ``limit`` (even) buckets of ``stride`` points each.
 
-    A bucket has its first and last step, and the mean, minimum and maximum of its values. With stride 1 it is the point
-    itself and nothing is lost. A value of None is a gap: it counts as a point of its bucket, but not in the mean.
-    Memory does not grow with the number of points.
+    A bucket has its first and last step, and the mean, minimum and maximum of its values. With stride 1 nothing is
+    lost. A value of None is a gap: it counts as a point of its bucket, but not in the mean.
     """
-
-    __slots__ = ("count", "first", "high", "last", "limit", "low", "size", "stride", "tail", "total")
 
     def __init__(self, limit: int = BUCKETS, tail: int = TAIL):
         self.limit, self.stride = limit, 1
@@ -38,18 +35,15 @@ class Curve:
         if self.last and step <= self.last[-1]:
             return self._again(step, value)
         self.tail.append((step, value))
-        if not self.size or self.size[-1] >= self.stride:
-            if len(self.first) >= self.limit:
-                self._halve()
-            if not self.size or self.size[-1] >= self.stride:
-                return self._insert(len(self.first), step, value)
-        self._merge_in(-1, step, value)
+        if len(self.first) >= self.limit and self.size[-1] >= self.stride:
+            self._halve()
+        if self.size and self.size[-1] < self.stride:
+            self._merge_in(-1, step, value)
+        else:
+            self._insert(len(self.first), step, value)
 
     def cut(self, step: int) -> bool:
-        """Drop the points behind ``step``.
-
-        Returns False if a bucket holds points of both sides: it stays, and the curve is not exact any more.
-        """
+        """Drop the points behind ``step``; returns False if a bucket holds points of both sides, which then stays."""
         while self.first and self.first[-1] > step:
             for column in self._columns():
                 column.pop()

@@ -18,8 +18,7 @@ class Digest:
     """Takes the records of a log in their order.
 
     Attributes:
-        curves: stage -> name -> Curve over the stage's steps. The evaluations at N denoising steps are the stage
-            ``evaluation@N``.
+        curves: stage -> name -> Curve over the stage's steps; ``evaluation@N`` are evaluations at N denoising steps.
         sharp: False once a "resume" has cut through a bucket, which then still holds superseded points. Only reading
             the log again, with the cuts known, makes the curves exact.
         malformed: lines that are no records, which the reader counts here. refused: values without a curve.
@@ -79,13 +78,7 @@ class Digest:
         stage, step = record["stage"][:MAX_NAME], record["step"]
         if self.sampled and step < self.reached.get(stage, step):
             self.cut(stage, step - 1)
-        values = {}
-        for name, value in record.items():
-            kind = type(value)
-            if kind is float and value - value == 0.0:  # finite: by far the most
-                values[name] = value
-            elif kind in (int, float) or value is None:
-                values[name] = number(value)
+        values = {name: number(value) for name, value in record.items() if _is_metric(value)}
         del values["step"]
         values.pop("time", None)
         self._add(stage, step, values)
@@ -144,13 +137,9 @@ class Digest:
         }
 
     def progress(self, totals: dict[str, int]) -> dict:
-        """How far the run is: {"stage", "step", "total", "seconds_per_step", "eta", "updated", "done"}.
+        """How far the run is, given the steps of each stage; "done": the stage that began last is done.
 
-        "eta": seconds to the end of the stage at the pace of its last fifty records, None if no pace is known.
-        "updated": the newest record's time. "done": the stage that began last is done.
-
-        Args:
-            totals: stage -> its steps.
+        "eta" is in seconds, at the pace of the stage's last fifty records; None if no pace is known.
         """
         newest = self.listed["stage"][-1] if self.listed["stage"] else {}
         running, done = newest.get("name"), newest.get("status") == "done"
@@ -188,7 +177,11 @@ def _flat(name: str, value: Any, depth: int = 0) -> dict[str, float | None]:
             if key != "missing":
                 found.update(_flat(name if key == "mean" else f"{name}/{key}", part, depth + 1))
         return found
-    return {name: number(value)} if value is None or type(value) in (int, float) else {}
+    return {name: number(value)} if _is_metric(value) else {}
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def _short(record: dict) -> dict:

@@ -1,7 +1,7 @@
-"""The files of a run directory beside its log: galleries, pictures of evaluations, the timeline.
+"""The files of a run directory beside its log, read in bounded memory: galleries, evaluations' pictures, the timeline.
 
-They are only read, and in bounded memory. File names come from outside, so each must have the one form that is allowed.
-It must lead to a plain file inside the run directory, symbolic links followed.
+File names come from outside, so each must have the one form that is allowed. It must lead to a plain file inside the
+run directory, symbolic links followed.
 """
 
 from __future__ import annotations
@@ -57,13 +57,11 @@ def open_inside(run_dir: Path, name: str, limit: int) -> BinaryIO:
 
 
 def _json(run_dir: Path, name: str) -> dict:
-    try:
-        with open_inside(run_dir, name, JSON_LIMIT) as file:
-            values = json.loads(file.read(JSON_LIMIT))
-    except (ValueError, RecursionError):
-        raise NotThere(f"{name} is not readable") from None
+    values = None
+    with open_inside(run_dir, name, JSON_LIMIT) as file, suppress(ValueError, RecursionError):
+        values = json.loads(file.read(JSON_LIMIT))
     if not isinstance(values, dict):
-        raise NotThere(f"{name} holds no object")
+        raise NotThere(f"{name} holds no JSON object")
     return values
 
 
@@ -76,8 +74,6 @@ def gallery(run_dir: Path, step: int) -> dict:
 
 
 def _groups(run_dir: Path, step: int) -> list[dict]:
-    if not 0 <= step < 10**12:
-        raise NotThere(f"there is no step {step}")
     groups = _json(run_dir, str(INSIDE.gallery(step))).get("groups")
     if not isinstance(groups, list):
         raise NotThere(f"the gallery of step {step} has no groups")
@@ -143,10 +139,7 @@ def evaluation(run_dir: Path, tag: str) -> dict:
 
 
 def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> bytes:
-    """The PNG of one prompt's samples side by side, made in ``steps`` denoising steps. Raises NotThere.
-
-    Only these samples are held in memory, however many the evaluation has.
-    """
+    """The PNG of one prompt's samples side by side, which alone are held in memory. Raises NotThere."""
     import numpy as np
     from PIL import Image
 
@@ -179,16 +172,16 @@ def _of_prompt(run_dir: Path, tag: str, steps: int, prompt: int, member: str) ->
 
 
 def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int) -> np.ndarray:
-    """Rows [start, start + count) of an array in an npz. The rows before are read in pieces and dropped."""
+    """Rows [start, start + count) of an array in an npz, without the rows before in memory."""
     import numpy as np
     from numpy.lib import format as layout
 
     if archive.getinfo(member).file_size > ARCHIVE_LIMIT:
         raise ValueError(f"{member} is larger than {ARCHIVE_LIMIT} bytes")
     with archive.open(member) as file:
-        readers = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}
-        read_header = readers.get(layout.read_magic(file))
-        shape, by_column, dtype = read_header(file) if read_header else ((), True, np.dtype(object))
+        if layout.read_magic(file) != (1, 0):
+            raise ValueError(f"{member} is not of NumPy's version 1.0")
+        shape, by_column, dtype = layout.read_array_header_1_0(file)
         if by_column or dtype.hasobject or not shape or not 0 <= start <= start + count <= shape[0] or not count:
             raise ValueError(f"{member} has no rows {start} to {start + count}")
         if not all(type(side) is int and side > 0 for side in shape):  # a row of -1 bytes would be the whole member
@@ -196,12 +189,7 @@ def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int) -> np.n
         row = math.prod(shape[1:]) * dtype.itemsize
         if row * count > PICTURE_LIMIT * 4:
             raise ValueError(f"{member} has rows of {row} bytes")
-        left = row * start
-        while left:
-            piece = file.read(min(left, 1 << 20))
-            if not piece:
-                raise EOFError(f"{member} ends early")
-            left -= len(piece)
+        file.seek(row * start, os.SEEK_CUR)
         return np.frombuffer(file.read(row * count), dtype).reshape(count, *shape[1:])
 
 

@@ -32,10 +32,9 @@ def _is_run(path: Path) -> bool:
 
 
 class Hub:
-    """The runs of ``paths``, which are run directories or folders of them.
+    """The runs of ``paths``, run directories or folders of them; one is read until ten minutes after the last request.
 
-    A run is read from the first request for it until ten minutes after the last one. Raises FileNotFoundError for a
-    path that is no folder, or if the only path is a folder without runs.
+    Raises FileNotFoundError for a path that is no folder, or if the only path is a folder without runs.
     """
 
     def __init__(self, paths: list[Path]):
@@ -108,10 +107,7 @@ class Hub:
         return f"{self.boot}-{self._number}"
 
     def after(self, cursor: str, names: set[str]) -> tuple[str, list[tuple[str, str]] | None]:
-        """(new cursor, [(cursor, JSON)] of the updates of the runs ``names`` since ``cursor``).
-
-        None takes the place of the list if ``cursor`` is too old, or another server's.
-        """
+        """(new cursor, [(cursor, JSON)] of updates of ``names`` since ``cursor``, None if that is unknown)."""
         boot, _, number = cursor.partition("-")
         with self._lock:
             for name in names & set(self._opened):

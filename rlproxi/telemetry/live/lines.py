@@ -12,11 +12,10 @@ _BLOCK = 1 << 18
 
 
 class Lines:
-    """The complete lines of the file ``path``, with their offsets.
+    """The complete lines of the file ``path``, with their offsets; one of more than ``limit`` bytes comes empty.
 
     A file that has become shorter, or is another one, is read from the start again; ``again`` counts how often.
-    ``offset`` is how far the file has been read. ``rest`` is the last line, which has no line end yet: a writer may
-    still be writing it. A line of more than ``limit`` bytes comes as an empty one.
+    ``offset`` is how far the file has been read, ``rest`` the last line, which may still be written.
     """
 
     def __init__(self, path: Path, limit: int = LINE_LIMIT):
@@ -68,10 +67,7 @@ class Lines:
 def spread(path: Path, count: int, size: int, block: int = 1 << 13) -> Iterator[bytes]:
     """Lines from ``count`` places, spread evenly over the first ``size`` bytes of a file, in order.
 
-    Of each place it is the first whole line, of the file's beginning and end all lines.
-
-    Args:
-        block: bytes that are read at a place; 8 times as many at the beginning and at the end.
+    Of each place of ``block`` bytes it is the first whole line; of the file's beginning and end, 8 times as long, all.
     """
     with open(path, "rb", buffering=0) as file:
         reached = 0

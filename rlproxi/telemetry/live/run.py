@@ -1,8 +1,7 @@
 """One run directory while it grows, read on by byte offset in bounded memory, for pages that show it live.
 
-A log is read once, from its start and on as it grows. Until all of a large log is read, a page sees a sample: lines
-from a few thousand places, which give curves over the whole range at once. A resume that takes back a part of points
-that are merged already is the one reason to read a log again.
+Until all of a large log is read, a page sees a sample: lines from a few thousand places, which give curves over the
+whole range. Only a resume that takes back a part of points that are merged already makes it read a log again.
 """
 
 from __future__ import annotations
@@ -33,12 +32,10 @@ _CONFIG_LIMIT = 1 << 20
 
 
 class LiveRun:
-    """The reader of one run directory.
+    """The reader of one run directory, for threads that share it and take its ``lock``.
 
     ``open`` gives something to show at once, ``advance`` reads on and returns what is new, ``snapshot`` returns all
     that is known. None of them raises for a log that is missing, torn, malformed or replaced.
-
-    ``timeline`` reads timeline.jsonl. Threads that share a run take its ``lock``.
     """
 
     def __init__(self, path: Path):
@@ -77,9 +74,9 @@ class LiveRun:
             self._shown = sample
 
     def advance(self, seconds: float = 0.05) -> list | None:
-        """Read on for about ``seconds`` and return the changes since the last call, in order (see ``Digest.apply``).
+        """Read on for about ``seconds`` and return the changes since the last call (see ``Digest.apply``).
 
-        Returns None if a page must take a new snapshot, [] while a large log is still being read.
+        None: a page must take a new snapshot. []: nothing new, or a large log is still being read.
         """
         end, known, again = time.monotonic() + seconds, self.complete, self._lines.again
         changes: list = []
