@@ -92,7 +92,7 @@ export class Gallery {
     if (base === this.shown) return;
     this.shown = base;
     try {
-      const groups = (await get(base)).groups.map((group, g) => ({ ...group, url: `${base}/${g}.png` }));
+      const groups = (await get(base)).map((group, g) => ({ ...group, url: `${base}/${g}.png` }));
       // The pictures first: the old ones stay until the new ones are loaded.
       await Promise.allSettled(groups.filter((group) => group.picture).map((group) => picture(group.url)));
       if (this.shown !== base) return;

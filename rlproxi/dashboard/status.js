@@ -36,8 +36,10 @@ export function showCards(run) {
   cards.push(card('Restarts', number(own ?? restarts), own === null ? 'of stages'
     : `of roles; stages went on ${restarts} times`, (own ?? restarts) > 0));
   const [dropped, lost] = ['groups/masked', 'samples/masked'].map((name) => run.newest('rl', name));
-  if (dropped !== null || lost !== null) cards.push(card('Dropped, last step', `${number(dropped ?? 0)} groups`,
-    `${number(lost ?? 0)} samples without a score`, dropped > 0 || lost > 0));
+  if (dropped !== null || lost !== null) {
+    const missing = `${number(lost ?? 0)} samples without a score`;
+    cards.push(card('Dropped, last step', `${number(dropped ?? 0)} groups`, missing, dropped > 0 || lost > 0));
+  }
   cards.push(card('Alarms', number(counts.alarm || 0), `${counts.warning || 0} warnings`, Boolean(counts.alarm)));
   cards.push(card('Last record', silent === null ? '–' : silent < 3 ? 'now' : `${duration(silent)} ago`,
     p.updated ? time(p.updated) : ''));

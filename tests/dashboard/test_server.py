@@ -101,7 +101,7 @@ def test_what_a_run_directory_holds(port):
     assert found["headline_steps"] == 3
     assert "num_inference_steps: 3" in fetched(port, "/api/runs/one/config")["text"]
     assert fetched(port, "/api/runs/one/timeline")[0]["spans"] == [["rollout", 0, "sample", 1.0, 2.0]]
-    assert fetched(port, "/api/runs/one/galleries/5")["groups"][0]["best"] == 3
+    assert fetched(port, "/api/runs/one/galleries/5")[0]["best"] == 3
     assert fetched(port, "/api/runs/one/evaluations")[0]["steps"] == [3]
     assert fetched(port, "/api/runs/one/evaluations/before/3/1") == [2.0, 3.0]
     for picture, size in (("galleries/5/0.png", (32, 8)), ("evaluations/before/3/1.png", (16, 8))):

@@ -65,12 +65,9 @@ def _json(run_dir: Path, name: str) -> dict:
     return values
 
 
-def gallery(run_dir: Path, step: int) -> dict:
-    """The gallery in samples/<step>.json. Raises NotThere.
-
-    Returns {"step", "groups": [{"prompt", "rewards", "parts", "best", "worst", "picture" (whether it names one)}]}.
-    """
-    return {"step": step, "groups": [_group(group) for group in _groups(run_dir, step)]}
+def gallery(run_dir: Path, step: int) -> list[dict]:
+    """The groups of a gallery: [{"prompt", "rewards", "parts", "best", "worst", "picture"}]. Raises NotThere."""
+    return [_group(group) for group in _groups(run_dir, step)]
 
 
 def _groups(run_dir: Path, step: int) -> list[dict]:

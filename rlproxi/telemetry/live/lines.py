@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 #: A longer line is no record of ours, and is never held in memory.
@@ -28,10 +29,9 @@ class Lines:
 
     def size(self) -> int:
         """The file's size in bytes; 0 if there is no file."""
-        try:
+        with suppress(OSError):
             return os.stat(self.path).st_size
-        except OSError:
-            return 0
+        return 0
 
     def read(self) -> list[tuple[int, bytes]] | None:
         """The (offset, line) pairs that end in the next block; None at the end of the file."""
