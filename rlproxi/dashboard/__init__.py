@@ -2,20 +2,16 @@
 
 from pathlib import Path
 
-#: File name -> media type of every file that is served.
-ASSETS = {
-    "index.html": "text/html; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
-    "icon.svg": "image/svg+xml",
-    **{
-        f"{name}.js": "text/javascript; charset=utf-8"
-        for name in ("app", "chart", "config", "dom", "gallery", "sections", "status", "store", "timeline")
-    },
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
+#: File name -> media type of every file that is served.
+ASSETS = {file.name: _TYPES[file.suffix] for file in Path(__file__).parent.iterdir() if file.suffix in _TYPES}
 
 
 def asset(name: str) -> bytes:
-    """The bytes of a file of the page. Raises KeyError for a name outside ``ASSETS``."""
-    if name not in ASSETS:
-        raise KeyError(name)
+    """The bytes of one of ``ASSETS``."""
     return (Path(__file__).parent / name).read_bytes()

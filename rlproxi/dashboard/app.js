@@ -13,8 +13,7 @@ const MOST_TOGETHER = 8;
 let listing = [], chosen = [];
 
 function connection(state) {
-  const words = { live: 'live', lost: 'reconnecting', closed: 'the server has ended' };
-  byId('connection').textContent = words[state];
+  byId('connection').textContent = { live: 'live', lost: 'reconnecting', closed: 'the server has ended' }[state];
   byId('connection').className = `pill ${state === 'live' ? 'live' : 'lost'}`;
 }
 
@@ -25,46 +24,38 @@ function complain(error) {
 }
 
 const store = new Store((run, kinds) => update(run, kinds), connection);
-const selected = () => chosen.map((id) => store.runs.get(id)).filter(Boolean);
+const selected = () => chosen.flatMap((id, tint) => (store.runs.has(id)
+  ? [Object.assign(store.runs.get(id), { tint })] : []));
 const primary = () => selected()[0];
-let sections, gallery, evaluations, timeline, config;
+const gallery = new Gallery(), evaluations = new Evaluations(), timeline = new Timeline(), config = new Config();
+let sections;
 
 const curves = throttle(150, () => { sections.update(); status(); });
 const ofPrimary = (wait, show) => throttle(wait, () => { if (primary()) show(primary()); });
 const status = ofPrimary(300, showCards);
-const events = ofPrimary(300, showEvents);
-const newSamples = ofPrimary(300, (run) => gallery.update(run));
-const newEvaluations = ofPrimary(1000, (run) => evaluations.update(run));
-const newSpans = ofPrimary(2000, (run) => timeline.update(run));
+// [kinds of news, what shows them], for the first of the selected runs
+const PARTS = [
+  [['event', 'cut'], ofPrimary(300, showEvents)],
+  [['gallery', 'cut'], ofPrimary(300, (run) => gallery.update(run))],
+  [['evaluations'], ofPrimary(1000, (run) => evaluations.update(run))],
+  [['points'], ofPrimary(2000, (run) => timeline.update(run))],
+  [[], ofPrimary(0, (run) => config.update(run))],
+];
 
 function update(run, kinds) {
-  const all = kinds.has('all'), first = run === primary();
-  if (all || kinds.has('points') || kinds.has('cut')) curves();
-  if (all) newConfig();
-  if (!first) return;
+  const any = (wanted) => kinds.has('all') || wanted.some((kind) => kinds.has(kind));
+  if (any(['points', 'cut'])) curves();
+  if (run !== primary()) return;
   status();
-  if (all || kinds.has('event') || kinds.has('cut')) events();
-  if (all || kinds.has('gallery') || kinds.has('cut')) newSamples();
-  if (all || kinds.has('evaluations')) newEvaluations();
-  if (all || kinds.has('points')) newSpans();
+  for (const [wanted, show] of PARTS) if (any(wanted)) show();
 }
-
-async function newConfig() {
-  for (const run of selected()) if (run.headline_steps === undefined) await config.update(run, run === primary());
-  if (primary()) config.look(primary());
-  curves();
-}
-
-const setTints = () => chosen.forEach((id, i) => { const run = store.runs.get(id); if (run) run.tint = i; });
 
 async function choose(ids) {
   chosen = ids.slice(0, MOST_TOGETHER);
-  setTints();
   history.replaceState(null, '', `?${chosen.map((id) => `run=${encodeURIComponent(id)}`).join('&')}${location.hash}`);
   byId('title').textContent = chosen.length > 1 ? `${chosen[0]} and ${chosen.length - 1} more` : chosen[0];
   document.title = `${chosen[0]} – rlproxi`;
   await store.select(chosen);
-  setTints();
   showRuns();
   for (const run of selected()) update(run, new Set(['all']));
 }
@@ -81,14 +72,14 @@ function showRuns() {
       if (!next.length || next.length > MOST_TOGETHER) { box.checked = !box.checked; return; }
       choose(next).catch(complain);
     } });
-    return el('label', { class: 'run' }, box, swatch(at >= 0 ? `var(--c${at % 8})` : ''),
+    return el('label', { class: 'run' }, box, swatch(at >= 0 ? `var(--c${at})` : ''),
       `${run.id}${run.finished ? '' : ' (not finished)'}`);
   }));
   if (focused) byId('runs-list').querySelector(`input[value="${CSS.escape(focused)}"]`)?.focus();
 }
 
 async function list() {
-  listing = (await get('api/runs')).runs;
+  listing = await get('api/runs');
   showRuns();
 }
 
@@ -107,10 +98,6 @@ function controls() {
 async function begin() {
   const [catalogue] = await Promise.all([get('api/catalogue'), list()]);
   sections = new Sections(byId('charts'), byId('parts'), catalogue, selected);
-  gallery = new Gallery();
-  evaluations = new Evaluations();
-  timeline = new Timeline();
-  config = new Config();
   controls();
   const asked = new URLSearchParams(location.search).getAll('run').filter((id) => listing.some((run) => run.id === id));
   const start = asked.length ? asked : listing.slice(0, 1).map((run) => run.id);

@@ -1,13 +1,13 @@
 // A curve plot on a canvas: bands for the range or standard errors, log scale, values by pointer and keyboard.
 
-import { CanvasView, colour, el, ink, number, sharpen, swatch, whole, withUnit } from './dom.js';
+import { CanvasView, colour, el, ink, number, sharpen, swatch, trace, whole, withUnit } from './dom.js';
 
 const LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
 export const settings = { smoothing: 0, range: 'all' };
 
 // Exponential moving average, corrected for the bias of its start.
-export function smooth(values, weight) {
+function smooth(values, weight) {
   let sum = 0, norm = 0;
   return values.map((value) => {
     if (value === null || value === undefined) return null;
@@ -17,7 +17,7 @@ export function smooth(values, weight) {
   });
 }
 
-export function ticks(low, high, count) {
+function ticks(low, high, count) {
   const rough = (high - low) / Math.max(1, count), power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough) ?? rough;
   const found = [];
@@ -27,8 +27,27 @@ export function ticks(low, high, count) {
   return found;
 }
 
+// What the settings show of a curve: {x, y}, {low, high} of a band, and `ends`, the steps that a merged point spans.
+function shownPart(curve, sem) {
+  const { x, y, first, low, high, tail } = curve;
+  if (settings.range === 'tail') {
+    return tail ? { x: tail.map((point) => point[0]), y: tail.map((point) => point[1]) }
+      : { x: x.slice(-300), y: y.slice(-300), ...errorBand(x.slice(-300), y.slice(-300), sem) };
+  }
+  if (tail) return { x: x.map((step, i) => (step + first[i]) / 2), y, low, high, ends: [first, x] };
+  return { x, y, ...errorBand(x, y, sem) };
+}
+
+// {low, high}: one standard error below and above each value; {} without the errors of all steps.
+function errorBand(x, y, sem) {
+  if (!sem || sem.tail) return {};
+  const errors = new Map(sem.x.map((step, i) => [step, sem.y[i]]));
+  const moved = (sign) => x.map((step, i) => (y[i] === null ? null : y[i] + sign * (errors.get(step) ?? 0)));
+  return { low: moved(-1), high: moved(1) };
+}
+
 export class Chart extends CanvasView {
-  // spec: {title, unit, help, reading, axis, curves: () => [{label, tint, dash, curve, sem}]}
+  // spec: {key, title, unit, help, axis, curves: () => [{label, tint, dash, curve, sem}]}
   constructor(spec) {
     const unit = spec.unit && spec.unit !== '1' ? ` (${spec.unit})` : '';
     super(`${spec.title}${unit}, values by step`);
@@ -39,10 +58,9 @@ export class Chart extends CanvasView {
     this.legend = el('div', { class: 'legend' });
     this.root = el('figure', { class: 'chart' },
       el('div', { class: 'top' }, el('h3', {}, spec.title + unit), this.button), this.canvas, this.legend, this.readout,
-      spec.help ? el('details', {}, el('summary', {}, 'How to read it'),
-        el('p', {}, `${spec.help} ${spec.reading || ''}`)) : null);
-    this.root.dataset.metric = spec.key || spec.title;
-    new IntersectionObserver((entries) => { this.visible = entries[entries.length - 1].isIntersecting; this.draw(); },
+      spec.help ? el('details', {}, el('summary', {}, 'How to read it'), el('p', {}, spec.help)) : null);
+    this.root.dataset.metric = spec.key;
+    new IntersectionObserver((entries) => { this.visible = entries.at(-1).isIntersecting; this.draw(); },
       { rootMargin: '300px' }).observe(this.canvas);
   }
 
@@ -53,29 +71,13 @@ export class Chart extends CanvasView {
   }
 
   prepare() {
-    const newest = settings.range === 'tail';
     this.lines = this.spec.curves().map((given) => {
-      const { curve, sem } = given;
-      let { x, y } = curve, low = curve.low, high = curve.high, first = curve.first;
-      if (curve.stride > 1 && newest) {
-        x = curve.tail.map((p) => p[0]); y = curve.tail.map((p) => p[1]); low = high = first = undefined;
-      } else if (newest) {
-        const from = Math.max(0, x.length - 300);
-        x = x.slice(from); y = y.slice(from);
-      } else if (first) x = x.map((step, i) => (step + first[i]) / 2);
-      if (sem && curve.stride === 1 && sem.stride === 1) {
-        const errors = new Map(sem.x.map((step, i) => [step, sem.y[i]]));
-        low = x.map((step, i) => (y[i] === null || errors.get(step) == null ? y[i] : y[i] - errors.get(step)));
-        high = x.map((step, i) => (y[i] === null || errors.get(step) == null ? y[i] : y[i] + errors.get(step)));
-      }
-      const shown = settings.smoothing > 0 && x.length > 3 ? smooth(y, settings.smoothing) : y;
-      return { ...given, x, y, low, high, ends: !newest && first ? [first, curve.x] : null, shown,
-        hue: colour(given.tint) };
+      const line = { ...given, ...shownPart(given.curve, given.sem), hue: colour(given.tint) };
+      line.shown = settings.smoothing > 0 && line.x.length > 3 ? smooth(line.y, settings.smoothing) : line.y;
+      return line;
     }).filter((line) => line.x.length);
-    const steps = new Set();
-    for (const line of this.lines) for (const step of line.x) steps.add(step);
-    const kept = this.cursor !== null && this.steps[this.cursor];
-    this.steps = [...steps].sort((a, b) => a - b);
+    const kept = this.steps[this.cursor];
+    this.steps = [...new Set(this.lines.flatMap((line) => line.x))].sort((a, b) => a - b);
     if (this.cursor !== null) {
       this.cursor = this.steps.length ? Math.max(0, this.steps.findIndex((step) => step >= kept)) : null;
     }
@@ -92,18 +94,14 @@ export class Chart extends CanvasView {
   }
 
   scale(width, height) {
-    let low = Infinity, high = -Infinity;
-    const usable = (v) => v !== null && v !== undefined && Number.isFinite(v) && (!this.log || v > 0);
-    for (const line of this.lines) {
-      for (const column of [line.y, line.low, line.high]) {
-        for (const v of column || []) if (usable(v)) { if (v < low) low = v; if (v > high) high = v; }
-      }
-    }
-    if (low > high) return null;
+    const usable = (v) => Number.isFinite(v) && (!this.log || v > 0);
+    const values = this.lines.flatMap((line) => [line.y, line.low ?? [], line.high ?? []]).flat().filter(usable);
+    if (!values.length) return null;
+    let low = values.reduce((a, b) => Math.min(a, b)), high = values.reduce((a, b) => Math.max(a, b));
     if (this.log) { low = Math.log10(low); high = Math.log10(high); }
     const pad = high > low ? (high - low) * 0.06 : Math.abs(high) * 0.1 || 0.5;
     low -= pad; high += pad;
-    const from = this.steps[0], to = this.steps[this.steps.length - 1];
+    const from = this.steps[0], to = this.steps.at(-1);
     const across = width - LEFT - RIGHT, down = height - TOP - BOTTOM;
     return { low, high, from, to,
       x: (step) => LEFT + (to > from ? (step - from) / (to - from) : 0.5) * across,
@@ -136,7 +134,7 @@ export class Chart extends CanvasView {
     context.textAlign = 'right';
     for (const tick of ticks(scale.low, scale.high, 4)) {
       const v = this.log ? 10 ** tick : tick, at = Math.round(scale.y(v)) + 0.5;
-      context.beginPath(); context.moveTo(LEFT, at); context.lineTo(width - RIGHT, at); context.stroke();
+      trace(context, [[LEFT, at], [width - RIGHT, at]]).stroke();
       context.fillText(short(v, this.spec.unit), LEFT - 4, at);
     }
     context.textBaseline = 'alphabetic';
@@ -147,60 +145,39 @@ export class Chart extends CanvasView {
   }
 
   line(context, scale, line) {
+    const at = (column) => (i) => [scale.x(line.x[i]), scale.y(column[i])];
     context.strokeStyle = context.fillStyle = line.hue;
     context.lineJoin = 'round';
-    if (line.low) {
-      context.globalAlpha = 0.18;
-      this.runs(line, line.low, scale, (from, to) => {
-        context.beginPath();
-        for (let i = from; i <= to; i++) context.lineTo(scale.x(line.x[i]), scale.y(line.high[i]));
-        for (let i = to; i >= from; i--) context.lineTo(scale.x(line.x[i]), scale.y(line.low[i]));
-        context.closePath(); context.fill();
-        if (line.sem) for (let i = from; i <= to; i++) {
-          context.fillRect(scale.x(line.x[i]) - 1, scale.y(line.high[i]), 2,
-            scale.y(line.low[i]) - scale.y(line.high[i]));
-        }
-      });
+    context.globalAlpha = 0.18;
+    for (const stretch of stretches(line.low ?? [], scale)) {
+      const lower = stretch.map(at(line.low)), upper = stretch.map(at(line.high));
+      trace(context, [...upper, ...[...lower].reverse()]).fill();
+      if (line.sem) upper.forEach(([x, y], i) => context.fillRect(x - 1, y, 2, lower[i][1] - y));
     }
     const draw = (values, alpha, weight) => {
-      context.globalAlpha = alpha; context.lineWidth = weight;
-      this.runs(line, values, scale, (from, to) => {
-        context.setLineDash(DASHES[(line.dash || 0) % 4]);
-        context.beginPath();
-        for (let i = from; i <= to; i++) context.lineTo(scale.x(line.x[i]), scale.y(values[i]));
-        context.stroke();
-        context.setLineDash([]);
-        if (line.x.length <= 30 || from === to) {
-          for (let i = from; i <= to; i++) {
-            context.beginPath(); context.arc(scale.x(line.x[i]), scale.y(values[i]), 2.2, 0, 7); context.fill();
-          }
-        }
-      });
+      context.globalAlpha = alpha;
+      context.lineWidth = weight;
+      context.setLineDash(DASHES[(line.dash || 0) % 4]);
+      for (const stretch of stretches(values, scale)) {
+        const points = stretch.map(at(values));
+        trace(context, points).stroke();
+        if (line.x.length <= 30 || points.length === 1) for (const point of points) dot(context, point, 2.2);
+      }
+      context.setLineDash([]);
     };
     if (line.shown !== line.y) draw(line.y, 0.25, 1);
     draw(line.shown, 1, 1.6);
     context.globalAlpha = 1;
   }
 
-  // Calls `each(from, to)` for the stretches without a gap.
-  runs(line, values, scale, each) {
-    let from = -1;
-    for (let i = 0; i <= values.length; i++) {
-      const fine = i < values.length && scale.usable(values[i]);
-      if (fine && from < 0) from = i;
-      if (!fine && from >= 0) { each(from, i - 1); from = -1; }
-    }
-  }
-
   mark(context, scale, height) {
     const step = this.steps[this.cursor], at = Math.round(scale.x(step)) + 0.5;
     context.strokeStyle = ink('faint');
-    context.beginPath(); context.moveTo(at, TOP); context.lineTo(at, height - BOTTOM); context.stroke();
+    trace(context, [[at, TOP], [at, height - BOTTOM]]).stroke();
     for (const line of this.lines) {
       const i = nearest(line.x, step), value = line.shown[i];
-      if (!scale.usable(value)) continue;
       context.fillStyle = line.hue;
-      context.beginPath(); context.arc(scale.x(line.x[i]), scale.y(value), 3.5, 0, 7); context.fill();
+      if (scale.usable(value)) dot(context, [scale.x(line.x[i]), scale.y(value)], 3.5);
     }
   }
 
@@ -208,9 +185,7 @@ export class Chart extends CanvasView {
     const last = this.steps.length - 1, index = this.cursor ?? last;
     this.announce(last < 0 ? 'no data yet' : this.describe(index),
       [0, last, index].map((i) => this.steps[i] ?? 0));
-    this.canvas.dataset.points = String(this.lines.reduce((sum, line) => sum + line.x.length, 0));
-    this.canvas.dataset.last = String(Math.max(...this.lines.map((line) =>
-      (line.ends ? line.ends[1] : line.x).at(-1))));
+    this.canvas.dataset.last = String(Math.max(...this.lines.map((line) => (line.ends?.[1] ?? line.x).at(-1))));
   }
 
   describe(index) {
@@ -241,14 +216,21 @@ export class Chart extends CanvasView {
   }
 }
 
-function nearest(sorted, value) {
-  let low = 0, high = sorted.length - 1;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (sorted[middle] < value) low = middle + 1; else high = middle;
-  }
-  return low > 0 && value - sorted[low - 1] <= sorted[low] - value ? low - 1 : low;
+// The indices of usable values, in stretches without a gap.
+function stretches(values, scale) {
+  const found = [[]];
+  values.forEach((value, i) => (scale.usable(value) ? found.at(-1).push(i) : found.push([])));
+  return found.filter((stretch) => stretch.length);
 }
+
+function dot(context, [x, y], radius) {
+  context.beginPath();
+  context.arc(x, y, radius, 0, 7);
+  context.fill();
+}
+
+const nearest = (steps, wanted) => steps.reduce((best, step, i) =>
+  (Math.abs(step - wanted) < Math.abs(steps[best] - wanted) ? i : best), 0);
 
 function short(value, unit) {
   if (unit === 'bytes') return withUnit(value, unit).replace(/ |iB|B$/g, '');

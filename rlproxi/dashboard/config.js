@@ -9,22 +9,13 @@ export class Config {
     this.count = el('span', { class: 'faint', role: 'status' });
     byId('config-body').append(field('Find a key or a value', this.search), this.count, this.text);
     this.lines = [];
-    this.texts = new Map();
   }
 
-  // Sets the run's number of denoising steps, and shows its config if `shown`.
-  async update(run, shown) {
-    this.texts.set(run.id, await get(runPath(run.id, '/config')).then(({ text, headline_steps: steps }) => {
-      run.headline_steps = steps;
-      return text;
-    }).catch((error) => { run.headline_steps = null; return `# ${error.message}`; }));
-    if (shown) this.look(run);
-  }
-
-  look(run) {
-    const text = this.texts.get(run.id);
-    if (text === undefined || this.text.dataset.run === run.id) return;
-    this.text.dataset.run = run.id;
+  async update(run) {
+    if (this.run === run.id) return;
+    this.run = run.id;
+    const text = await get(runPath(run.id, '/config')).then((answer) => answer.text, (error) => `# ${error.message}`);
+    if (this.run !== run.id) return;
     this.lines = text.split('\n').filter((line) => line.trim());
     this.show();
   }
@@ -34,7 +25,7 @@ export class Config {
     const path = [];
     return this.lines.map((line) => {
       const indent = line.search(/\S/), found = /^\s*(?:- )?([\w.-]+):/.exec(line);
-      while (path.length && path[path.length - 1].indent >= indent) path.pop();
+      while (path.length && path.at(-1).indent >= indent) path.pop();
       if (found) path.push({ indent, name: found[1] });
       return { key: path.map((part) => part.name).join('.'), text: line };
     });
@@ -42,11 +33,9 @@ export class Config {
 
   show() {
     const wanted = this.search.value.trim().toLowerCase();
-    const found = this.keyed().filter(({ key, text }) => !wanted || key.toLowerCase().includes(wanted)
-      || text.toLowerCase().includes(wanted));
-    this.text.textContent = (wanted ? found.map(({ key, text }) =>
-      `${key}: ${text.replace(/^\s*(- )?[\w.-]+:\s*/, '').trim()}`) : this.lines).join('\n')
-      || 'There is no config.yaml.';
+    const found = this.keyed().filter(({ key, text }) => `${key}\n${text}`.toLowerCase().includes(wanted))
+      .map(({ key, text }) => `${key}: ${text.replace(/^\s*(- )?[\w.-]+:\s*/, '').trim()}`);
+    this.text.textContent = (wanted ? found : this.lines).join('\n') || 'There is no config.yaml.';
     this.count.textContent = wanted ? `${found.length} of ${this.lines.length} lines` : '';
   }
 }

@@ -13,9 +13,9 @@ export function el(tag, properties = {}, ...children) {
   return node;
 }
 
-// The options of a select; entries: [[value, text]].
-export const options = (entries, chosen) => entries.map(([value, text]) =>
-  el('option', { value: String(value), selected: String(value) === String(chosen) }, String(text)));
+// Fills a select; entries: [[value, text]].
+export const options = (select, entries, chosen) => select.replaceChildren(...entries.map(([value, text]) =>
+  el('option', { value: String(value), selected: String(value) === String(chosen) }, String(text))));
 
 export const field = (text, ...controls) => el('label', { class: 'field' }, text, ...controls);
 
@@ -36,6 +36,35 @@ export async function get(path) {
 }
 
 export const runPath = (id, rest = '') => `api/runs/${encodeURIComponent(id)}${rest}`;
+
+// A part of the page about one run: its content, or the sentence `none` where the run has none.
+export class Part {
+  constructor(id, none, ...content) {
+    this.none = el('p', { class: 'faint' }, none);
+    this.content = el('div', {}, ...content);
+    byId(id).append(this.none, this.content);
+  }
+
+  // Takes the run; returns whether another one was shown before.
+  begins(run) {
+    const other = this.run !== run.id;
+    this.run = run.id;
+    return other;
+  }
+
+  // Shows the content if `list` has entries; returns whether it has.
+  holds(list) {
+    this.none.hidden = list.length > 0;
+    this.content.hidden = !list.length;
+    return list.length > 0;
+  }
+
+  // What the server answers about the run; null if it fails, or if another run is shown by then.
+  async fetch(path) {
+    const run = this.run, answer = await get(runPath(run, path)).catch(() => null);
+    return run === this.run ? answer : null;
+  }
+}
 
 export function number(value, digits = 4) {
   if (value === null || value === undefined || !Number.isFinite(value)) return '–';
@@ -73,14 +102,18 @@ export const colour = (index) => ink(`c${index % 8}`);
 export function sharpen(canvas) {
   const scale = window.devicePixelRatio || 1;
   const width = canvas.clientWidth, height = canvas.clientHeight;
-  if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
-    canvas.width = Math.round(width * scale);
-    canvas.height = Math.round(height * scale);
-  }
+  canvas.width = Math.round(width * scale); // which also clears it and resets its context
+  canvas.height = Math.round(height * scale);
   const context = canvas.getContext('2d');
-  context.setTransform(scale, 0, 0, scale, 0, 0);
-  context.clearRect(0, 0, width, height);
+  context.scale(scale, scale);
   return { context, width, height };
+}
+
+// Begins a path through the points [x, y].
+export function trace(context, points) {
+  context.beginPath();
+  for (const [x, y] of points) context.lineTo(x, y);
+  return context;
 }
 
 // At most one call in `wait` milliseconds, and always one after the last request.

@@ -1,7 +1,4 @@
-"""The live page of a running run. Its server process starts when somebody opens the page.
-
-A page that nobody opens costs the run one listening socket and one sleeping thread.
-"""
+"""The live page of a running run. Its server process starts when somebody opens the page."""
 
 from __future__ import annotations
 
@@ -20,16 +17,12 @@ MORE_PORTS, STARTS = 50, 3
 
 def bind(host: str, port: int, more: int = MORE_PORTS) -> socket.socket:
     """A socket that listens at host:port, or at one of the ``more`` ports after it. Raises OSError if none is free."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    six = ":" in host
     for candidate in range(port, min(port + more, 65535) + 1):
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((host, candidate))
-            listener.listen(64)
-            return listener
+            family = socket.AF_INET6 if six else socket.AF_INET
+            return socket.create_server((host, candidate), family=family, backlog=64, dualstack_ipv6=six)
         except OSError as error:
-            listener.close()
             failed = error
     raise OSError(failed.errno, f"cannot listen at {host}:{port}: {failed.strerror}")
 
@@ -48,14 +41,9 @@ def is_loopback(host: str) -> bool:
 class PageProcess:
     """The live page of a running run: a socket that listens at once, and a server that starts with the first visitor.
 
-    The server is ``python -m rlproxi.dashboard.server`` at nice 10, which takes the socket over. It ends with ``close``
-    and with this process, however that ends, because it watches a pipe. Raises OSError if no port is free.
-
-    Attributes:
-        url: the page's address. server: the newest server process, None before the first visitor.
-
-    Args:
-        warn: called once with a message if the server cannot be started or keeps ending.
+    The server runs at nice 10, and takes the socket over. It ends with ``close`` and with this process, because it
+    watches a pipe. ``server`` is the newest one, None before the first visitor. ``warn`` is called once with a message
+    if it cannot be started or keeps ending. Raises OSError if no port is free.
     """
 
     def __init__(self, run_dir: Path, host: str, port: int, warn: Callable[[str], None]):
@@ -84,22 +72,18 @@ class PageProcess:
 
     def _give_up(self, reason: str) -> None:
         self.listener.close()
-        self.warn(
-            f"no live page at {self.url}: {reason}; the run goes on, and rlproxi dashboard {self.run_dir} shows it"
-        )
+        self.warn(f"no live page at {self.url}: {reason}; the run goes on: rlproxi dashboard {self.run_dir} shows it")
 
     def _start(self) -> subprocess.Popen[bytes]:
-        root, file = str(Path(__file__).parents[2]), str(self.listener.fileno())
+        root, file = str(Path(__file__).parents[2]), self.listener.fileno()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-        command = [sys.executable, "-m", "rlproxi.dashboard.server", str(self.run_dir), "--host", self.host]
-        # A session of its own: Ctrl-C is for the run, whose last records should still be shown.
         return subprocess.Popen(
-            [*command, "--fd", file, "--until-stdin-ends", "--nice", "10"],
+            [sys.executable, "-m", "rlproxi.dashboard.server", str(self.run_dir), self.host, str(file)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            pass_fds=[self.listener.fileno()],
-            start_new_session=True,
+            pass_fds=[file],
+            start_new_session=True,  # Ctrl-C is for the run, whose last records should still be shown
         )
 
     def close(self) -> None:

@@ -4,36 +4,36 @@ import { Chart } from './chart.js';
 import { el } from './dom.js';
 import { EVALUATION } from './store.js';
 
-const one = (stage, ...names) => names.map((name) => ({ key: name, pick: (s, n) => s === stage && n === name }));
-const family = (stage, pattern, title) => ({ title, pattern, stage });
+const named = (stage, ...names) => names.map((name) => ({ stage, name }));
+const together = (stage, pattern, title) => ({ stage, name: pattern, title });
 
-// A row is {key, pick} for a plot of its own, or {title, stage, pattern} for one plot of all that match.
+// Each row takes the curves whose stage and name match: one plot for each, or one `title`d plot of all.
 const LAYOUT = [
   ['rewards', 'Rewards', [
-    ...one('rl', 'reward/mean'), { each: 'headline', pattern: /^heldout\/[^/]+$/ }, ...one('rl', 'reward/std'),
-    { each: 'rl', pattern: /^reward\// }, { each: 'headline', pattern: /^train\/[^/]+$/ },
-    { frontier: true }, family('headline', /^details\//, 'Share judged right, by attribute')]],
-  ['policy', 'Is the policy update sound?', [
-    ...one('rl', 'kl', 'clip_fraction', 'ratio/first_max_deviation', 'ratio/max_deviation', 'ratio/mean',
-      'advantages/zero_variance_groups')]],
-  ['optimisation', 'Optimisation', one('rl', 'loss', 'lr', 'grad_norm')],
+    ...named('rl', 'reward/mean'), ...named('headline', /^heldout\/[^/]+$/), ...named('rl', 'reward/std', /^reward\//),
+    ...named('headline', /^train\/[^/]+$/), { stage: EVALUATION, name: /./, frontier: true },
+    together('headline', /^details\//, 'Share judged right, by attribute')]],
+  ['policy', 'Is the policy update sound?', named('rl', 'kl', 'clip_fraction', 'ratio/first_max_deviation',
+    'ratio/max_deviation', 'ratio/mean', 'advantages/zero_variance_groups')],
+  ['optimisation', 'Optimisation', named('rl', 'loss', 'lr', 'grad_norm')],
   ['looks', 'Diversity and distance to data', [
-    ...['diversity', 'distance/total', 'distance/layout', 'distance/texture'].map((name) =>
-      ({ each: 'headline', pattern: new RegExp(`^${name}$`) })),
-    { each: 'rl', pattern: /^(diversity|distance)/ }]],
+    ...named('headline', 'diversity', 'distance/total', 'distance/layout', 'distance/texture'),
+    ...named('rl', /^(diversity|distance)/)]],
   ['speed', 'Where the time goes', [
-    family('rl', /^seconds\//, 'Seconds by role'), family('rl', /^idle\//, 'Idle share by role'),
-    ...one('rl', 'images_per_second', 'images_per_second/gpu', 'staleness/mean', 'bytes_in_flight', 'bytes/weights')]],
-  ['faults', 'Restarts and what was dropped', one('rl', 'restarts', 'groups/masked', 'samples/masked')],
-  ['pretraining', 'Pre-training', [...one('pretrain', 'loss', 'lr', 'grad_norm', 'images_per_second'),
-    { each: 'pretrain', pattern: /./ }]],
-  ['preparation', 'Preparation', [{ each: /^(prepare|encode|curate)/, pattern: /./ }]],
-  ['others', 'Everything else', [{ each: /./, pattern: /./ }]],
+    together('rl', /^seconds\//, 'Seconds by role'), together('rl', /^idle\//, 'Idle share by role'),
+    ...named('rl', 'images_per_second', 'images_per_second/gpu', 'staleness/mean', 'bytes_in_flight',
+      'bytes/weights')]],
+  ['faults', 'Restarts and what was dropped', named('rl', 'restarts', 'groups/masked', 'samples/masked')],
+  ['pretraining', 'Pre-training', named('pretrain', 'loss', 'lr', 'grad_norm', 'images_per_second', /./)],
+  ['preparation', 'Preparation', named(/^(prepare|encode|curate)/, /./)],
+  ['others', 'Everything else', named(/./, /./)],
 ];
+
+const matches = (wanted, text) => (wanted instanceof RegExp ? wanted.test(text) : wanted === text);
 
 export class Sections {
   constructor(root, nav, catalogue, selected) {
-    Object.assign(this, { root, nav, catalogue, selected, charts: new Map(), signature: '' });
+    Object.assign(this, { root, nav, selected, charts: new Map(), signature: '' });
     this.known = catalogue.map((metric) => ({ ...metric,
       test: new RegExp(`^${metric.name.replace(/[.*+?^${}()|[\]\\]/g, '\\$&').replace(/<\w+>/g, '[^/]+')}$`) }));
   }
@@ -52,53 +52,45 @@ export class Sections {
   update() {
     const found = new Map();
     for (const run of this.selected()) {
-      run.headline = headlineSteps(run);
+      const headline = `evaluation@${run.headline}`;
       for (const [stage, curves] of Object.entries(run.curves)) {
-        const known = stage === `evaluation@${run.headline}` ? 'headline' : stage;
+        const known = stage === headline ? 'headline' : stage;
         for (const name of Object.keys(curves)) {
-          if (!name.endsWith('/sem')) found.set(`${known}\n${name}`, [known, name]);
+          if (!name.endsWith('/sem')) found.set(`${known} ${name}`, { stage: known, name });
         }
       }
     }
-    const signature = [...found.keys()].sort().join('\n\n');
+    const signature = [...found.keys()].sort().join('\n');
     if (signature !== this.signature) {
       this.signature = signature;
-      this.build(found);
+      this.build([...found.values()]);
     }
     for (const chart of this.charts.values()) chart.draw();
   }
 
-  build(found) {
-    const left = new Map(found), kept = new Map(), parts = [];
-    const take = (test) => {
-      const taken = [...left].filter(([, [stage, name]]) => test(stage, name));
-      for (const [key] of taken) left.delete(key);
-      return taken.map(([, pair]) => pair);
-    };
-    const chart = (key, spec) => {
-      const made = this.charts.get(key) || new Chart({ ...spec, key });
-      kept.set(key, made);
-      return made;
-    };
+  build(left) {
+    const before = this.charts, parts = [];
+    this.charts = new Map();
     for (const [id, title, rows] of LAYOUT) {
-      const made = [];
+      const charts = [];
       for (const row of rows) {
-        if (row.frontier) {
-          const pairs = take((stage) => EVALUATION.test(stage));
-          if (pairs.length) made.push(...this.frontiers(chart));
-        } else if (row.title) {
-          const pairs = take((stage, name) => stage === row.stage && row.pattern.test(name));
-          if (pairs.length) made.push(chart(row.title, this.together(row.title, pairs)));
-        } else {
-          const test = row.pick || ((stage, name) => (row.each instanceof RegExp ? row.each.test(stage)
-            : stage === row.each) && row.pattern.test(name));
-          for (const pair of take(test)) made.push(chart(pair.join(' '), this.single(...pair, id)));
+        const taken = left.filter(({ stage, name }) => matches(row.stage, stage) && matches(row.name, name));
+        left = left.filter((curve) => !taken.includes(curve));
+        for (const spec of this.plots(row, taken, id)) {
+          charts.push(before.get(spec.key) ?? new Chart(spec));
+          this.charts.set(spec.key, charts.at(-1));
         }
       }
-      if (made.length) parts.push([id, title, made]);
+      if (charts.length) parts.push([id, title, charts]);
     }
-    this.charts = kept;
     this.arrange(parts);
+  }
+
+  // The plots of a row for the curves that it takes.
+  plots(row, taken, section) {
+    if (!taken.length) return [];
+    if (row.frontier) return this.frontiers();
+    return row.title ? [this.together(row.title, taken)] : taken.map((curve) => this.single(curve, section));
   }
 
   arrange(parts) {
@@ -109,70 +101,55 @@ export class Sections {
     if (this.root.contains(focused)) focused.focus({ preventScroll: true });
     const fixed = [['gallery', 'Samples'], ['evaluations', 'Same prompts'], ['timeline', 'Timeline'],
       ['events', 'Events'], ['config', 'Config']];
-    this.nav.replaceChildren(...[...parts.map(([id, title]) => [id, title]), ...fixed]
-      .map(([id, title]) => el('a', { href: `#${id}` }, title)));
+    this.nav.replaceChildren(...[...parts, ...fixed].map(([id, title]) => el('a', { href: `#${id}` }, title)));
   }
 
-  single(stage, name, section) {
-    const metric = this.lookup(name);
-    const evaluated = stage === 'headline';
+  single({ stage, name }, section) {
+    const metric = this.lookup(name), evaluated = stage === 'headline';
     const where = evaluated ? (name.startsWith('heldout/') ? '' : ', in evaluations')
       : section === 'others' || section === 'preparation' ? `, ${stage}` : '';
-    const title = name.replace(/^heldout\//, 'held-out ').replace(/^train\//, 'reward ').replace(/^details\//, '')
-      + where;
-    return { title, unit: metric?.unit, help: metric?.help
-      || 'Not in the catalogue of metrics: logged by an algorithm of one\'s own.',
-      reading: metric?.reading, axis: evaluated ? 'iteration' : 'step', curves: () => this.curves([[stage, name]]) };
+    const title = name.replace(/^heldout\//, 'held-out ').replace(/^train\//, 'reward ').replace(/^details\//, '');
+    return { key: `${stage} ${name}`, title: title + where, unit: metric?.unit,
+      help: metric ? `${metric.help} ${metric.reading}`
+        : 'Not in the catalogue of metrics: logged by an algorithm of one\'s own.',
+      axis: evaluated ? 'iteration' : 'step', curves: () => this.curves([{ stage, name }]) };
   }
 
-  together(title, pairs) {
-    const metrics = pairs.map(([, name]) => [name.split('/').pop(), this.lookup(name)]).filter(([, metric]) => metric);
-    return { title, unit: metrics[0]?.[1].unit, help: metrics.map(([word, m]) =>
-      `${word}: ${m.help} ${m.reading}`).join(' '),
-      curves: () => this.curves(pairs) };
+  together(title, taken) {
+    const metrics = taken.map(({ name }) => ({ word: name.split('/').pop(), ...this.lookup(name) }));
+    const known = metrics.filter((metric) => metric.help);
+    return { key: title, title, unit: known[0]?.unit,
+      help: known.map(({ word, help, reading }) => `${word}: ${help} ${reading}`).join(' '),
+      curves: () => this.curves(taken) };
   }
 
-  curves(pairs) {
-    const runs = this.selected(), several = runs.length > 1, found = [];
-    pairs.forEach(([stage, name], p) => runs.forEach((run, r) => {
-      const curve = this.curveOf(run, stage, name);
-      if (!curve) return;
-      const word = name.split('/').slice(-1)[0];
-      const label = several ? (pairs.length > 1 ? `${run.id} ${word}` : run.id) : word;
-      found.push({ label, tint: several ? run.tint ?? r : p, dash: several ? p : Math.floor(p / 8), curve,
-        sem: this.curveOf(run, stage, `${name}/sem`) });
-    }));
-    return found;
+  curves(taken) {
+    const runs = this.selected(), several = runs.length > 1;
+    return taken.flatMap(({ stage, name }, at) => runs.map((run) => {
+      const word = name.split('/').pop(), own = taken.length > 1 ? `${run.id} ${word}` : run.id;
+      return { label: several ? own : word, tint: several ? run.tint : at, dash: several ? at : Math.floor(at / 8),
+        curve: this.curveOf(run, stage, name), sem: this.curveOf(run, stage, `${name}/sem`) };
+    })).filter(({ curve }) => curve);
   }
 
-  // Reward against the number of denoising steps: the first and the last evaluation of each judge.
-  frontiers(chart) {
-    const counts = (run) => run.evaluated().sort((a, b) => a - b);
-    const names = new Set(this.selected().flatMap((run) => counts(run).flatMap((n) => run.judges(n))));
-    return [...names].map((name) => chart(`frontier ${name}`, {
-      title: `held-out ${name.slice(8)} against denoising steps`, axis: 'denoising steps', unit: 'reward',
-      help: 'The first and the newest evaluation at each number of denoising steps.',
-      reading: 'Higher and further left is better: more reward for less computation.',
-      curves: () => this.selected().flatMap((run, r) => ['first', 'newest'].map((which, w) => {
-        const x = [], y = [], error = [];
-        for (const n of counts(run)) {
-          const curve = run.curve(`evaluation@${n}`, name), sem = run.curve(`evaluation@${n}`, `${name}/sem`);
-          if (!curve?.x.length || (w === 1 && curve.x.length < 2)) continue;
-          const at = w === 0 ? 0 : curve.x.length - 1;
-          x.push(n); y.push(curve.y[at]); error.push(sem?.y[at] ?? null);
-        }
-        const several = this.selected().length > 1;
-        return { label: several ? `${run.id} ${which}` : which, dash: several ? 1 - w : 0,
-          tint: several ? run.tint ?? r : w, curve: { stride: 1, x, y }, sem: { stride: 1, x, y: error } };
-      })),
+  // Reward against the number of denoising steps: the first and the newest evaluation of each judge.
+  frontiers() {
+    const names = new Set(this.selected().flatMap((run) => run.evaluated().flatMap((n) => run.judges(n))));
+    return [...names].map((name) => ({
+      key: `frontier ${name}`, title: `held-out ${name.slice(8)} against denoising steps`, axis: 'denoising steps',
+      unit: 'reward', help: 'The first and the newest evaluation at each number of denoising steps. '
+        + 'Higher and further left is better: more reward for less computation.',
+      curves: () => this.selected().flatMap((run) => [this.frontier(run, name, 'first'),
+        this.frontier(run, name, 'newest')]),
     }));
   }
-}
 
-// A run's main number of denoising steps: its config's, else the one with the most evaluations; null without any.
-function headlineSteps(run) {
-  const counts = run.evaluated();
-  if (counts.includes(run.headline_steps)) return run.headline_steps;
-  const size = (n) => Math.max(0, ...Object.values(run.curves[`evaluation@${n}`]).map((curve) => curve.x.length));
-  return counts.sort((a, b) => size(b) - size(a))[0] ?? null;
+  frontier(run, name, which) {
+    const several = this.selected().length > 1, newest = which === 'newest';
+    const found = run.evaluated().sort((a, b) => a - b).map((n) => ({ n, y: run.curve(`evaluation@${n}`, name)?.y ?? [],
+      sem: run.curve(`evaluation@${n}`, `${name}/sem`)?.y ?? [] })).filter(({ y }) => y.length > (newest ? 1 : 0));
+    const x = found.map(({ n }) => n), column = (key) => found.map((one) => one[key].at(newest ? -1 : 0) ?? null);
+    return { label: several ? `${run.id} ${which}` : which, dash: several && !newest ? 1 : 0,
+      tint: several ? run.tint : Number(newest), curve: { x, y: column('y') }, sem: { x, y: column('sem') } };
+  }
 }

@@ -17,21 +17,17 @@ export function showCards(run) {
   const cards = [
     card('Stage', p.stage || 'not begun', p.done ? 'done' : p.step === null ? 'no step logged yet'
       : `step ${whole(p.step)}${share}`),
-    card('Time left', p.eta === null ? '–' : duration(p.eta), p.eta === null
-      ? (p.done ? 'the stage is done' : 'no pace known') : 'to the end of this stage'),
-    card('A step', p.seconds_per_step === null ? '–' : duration(p.seconds_per_step), 'over the last steps'),
+    card('Time left', duration(p.eta), p.eta !== null ? 'to the end of this stage'
+      : p.done ? 'the stage is done' : 'no pace known'),
+    card('A step', duration(p.seconds_per_step), 'over the last steps'),
   ];
   const rate = run.newest('rl', 'images_per_second') ?? run.newest('pretrain', 'images_per_second');
   const perGpu = run.newest('rl', 'images_per_second/gpu');
   cards.push(card('Images a second', number(rate, 3), perGpu === null ? '' : `${number(perGpu, 3)} for each GPU`));
-  const trained = run.curve('rl', 'reward/mean');
-  if (trained) cards.push(card('Training reward', number(run.newest('rl', 'reward/mean')),
-    `began at ${number(trained.y[0])}`));
-  const stage = `evaluation@${headline}`;
-  for (const name of run.judges(headline)) {
-    cards.push(card(`Held-out ${name.slice(8)}`, number(run.newest(stage, name)),
-      `began at ${number(run.curve(stage, name).y[0])}`));
-  }
+  const reward = (label, stage, name) => cards.push(card(label, number(run.newest(stage, name)),
+    `began at ${number(run.curve(stage, name).y[0])}`));
+  if (run.curve('rl', 'reward/mean')) reward('Training reward', 'rl', 'reward/mean');
+  for (const name of run.judges(headline)) reward(`Held-out ${name.slice(8)}`, `evaluation@${headline}`, name);
   for (const role of ['rollout', 'reward', 'learner']) {
     const idle = run.newest('rl', `idle/${role}`);
     if (idle !== null) cards.push(card(`Idle, ${role}`, withUnit(idle, 'share'), 'of the last step'));
@@ -39,20 +35,20 @@ export function showCards(run) {
   const own = run.newest('rl', 'restarts');
   cards.push(card('Restarts', number(own ?? restarts), own === null ? 'of stages'
     : `of roles; stages went on ${restarts} times`, (own ?? restarts) > 0));
-  const dropped = run.newest('rl', 'groups/masked'), lost = run.newest('rl', 'samples/masked');
+  const [dropped, lost] = ['groups/masked', 'samples/masked'].map((name) => run.newest('rl', name));
   if (dropped !== null || lost !== null) {
-    cards.push(card('Dropped, last step', `${number(dropped ?? 0)} groups`,
-      `${number(lost ?? 0)} samples without a score`, (dropped ?? 0) + (lost ?? 0) > 0));
+    const missing = `${number(lost ?? 0)} samples without a score`;
+    cards.push(card('Dropped, last step', `${number(dropped ?? 0)} groups`, missing, dropped > 0 || lost > 0));
   }
   cards.push(card('Alarms', number(counts.alarm || 0), `${counts.warning || 0} warnings`, Boolean(counts.alarm)));
-  cards.push(card('Last record', silent === null ? '–' : silent < 3 ? 'now' : `${duration(silent)} ago`, 
+  cards.push(card('Last record', silent === null ? '–' : silent < 3 ? 'now' : `${duration(silent)} ago`,
     p.updated ? time(p.updated) : ''));
   byId('cards').replaceChildren(...cards);
   showNotice(run);
 }
 
 function showNotice(run) {
-  const parts = [], alarm = run.events.alarm[run.events.alarm.length - 1];
+  const parts = [], alarm = run.events.alarm.at(-1);
   if (alarm) parts.push(`Alarm at iteration ${alarm.step}: ${alarm.message}`);
   const read = Math.floor(run.read * 100);
   if (!run.exact) parts.push(`The log is large: what you see is a sample of it, ${read} % is read.`);
@@ -61,7 +57,7 @@ function showNotice(run) {
   const notice = byId('notice'), text = parts.join(' ');
   notice.hidden = !text;
   notice.classList.toggle('alarm', Boolean(alarm));
-  if (notice.textContent !== text) notice.textContent = text;
+  if (notice.textContent !== text) notice.textContent = text; // a screen reader reads it only when it changes
 }
 
 export function showEvents(run) {

@@ -7,10 +7,7 @@ const MOST_POINTS = 3000; // with more, the server's merged curves are fetched a
 export const EVALUATION = /^evaluation@/;
 
 export class Run {
-  constructor(id, values) {
-    this.id = id;
-    this.take(values);
-  }
+  constructor(id) { this.id = id; }
 
   take(values) {
     Object.assign(this, values);
@@ -23,14 +20,20 @@ export class Run {
 
   newest(stage, name) {
     const curve = this.curve(stage, name);
-    if (!curve || !curve.x.length) return null;
-    if (curve.stride > 1 && curve.tail.length) return curve.tail[curve.tail.length - 1][1];
-    return curve.y[curve.y.length - 1];
+    return curve?.tail?.length ? curve.tail.at(-1)[1] : curve?.y.at(-1) ?? null;
   }
 
   // The numbers of denoising steps that have evaluations.
   evaluated() {
     return Object.keys(this.curves).filter((stage) => EVALUATION.test(stage)).map((s) => Number(s.split('@')[1]));
+  }
+
+  // The main number of denoising steps: the config's, else the one with the most evaluations; null without any.
+  get headline() {
+    const counts = this.evaluated();
+    if (counts.includes(this.headline_steps)) return this.headline_steps;
+    const size = (n) => Math.max(0, ...Object.values(this.curves[`evaluation@${n}`]).map((curve) => curve.x.length));
+    return counts.sort((a, b) => size(b) - size(a))[0] ?? null;
   }
 
   // The names of the held-out judges in the evaluations at a number of denoising steps.
@@ -55,21 +58,17 @@ export class Run {
     const curves = (this.curves[stage] ??= {});
     for (const [name, value] of Object.entries(values)) {
       const curve = (curves[name] ??= { stride: 1, x: [], y: [] });
-      const last = curve.x.length - 1;
-      if (last >= 0 && curve.x[last] >= step) {
-        const at = curve.stride === 1 ? curve.x.lastIndexOf(step) : -1;
+      if (curve.x.at(-1) >= step) {
+        const at = curve.tail ? -1 : curve.x.lastIndexOf(step);
         if (at >= 0) curve.y[at] = value;
         else fits = false;
         continue;
       }
-      curve.x.push(step);
-      curve.y.push(value);
-      if (curve.stride > 1) {
-        curve.first.push(step); curve.low.push(value); curve.high.push(value);
-        curve.tail.push([step, value]);
-        if (curve.tail.length > 300) curve.tail.shift();
-      }
-      if (curve.x.length > MOST_POINTS) fits = false;
+      for (const column of ['x', 'first']) curve[column]?.push(step);
+      for (const column of ['y', 'low', 'high']) curve[column]?.push(value);
+      curve.tail?.push([step, value]);
+      if (curve.tail?.length > 300) curve.tail.shift();
+      fits &&= curve.x.length <= MOST_POINTS;
     }
     return fits;
   }
@@ -78,10 +77,10 @@ export class Run {
     for (const [name, curves] of Object.entries(this.curves)) {
       if (name !== stage && !(stage === 'rl' && EVALUATION.test(name))) continue;
       for (const curve of Object.values(curves)) {
-        while (curve.x.length && curve.x[curve.x.length - 1] > step) {
+        while (curve.x.at(-1) > step) {
           for (const column of ['x', 'y', 'first', 'low', 'high']) curve[column]?.pop();
         }
-        while (curve.tail?.length && curve.tail[curve.tail.length - 1][0] > step) curve.tail.pop();
+        while (curve.tail?.at(-1)?.[0] > step) curve.tail.pop();
       }
     }
     if (stage === 'rl') this.galleries = this.galleries.filter((known) => known <= step);
@@ -99,11 +98,7 @@ export class Run {
 // Keeps the selected runs up to date, and calls `changed(run, kinds)` with kinds such as 'points' or 'gallery'.
 export class Store {
   constructor(changed, connection) {
-    this.changed = changed;
-    this.connection = connection;
-    this.runs = new Map();
-    this.source = null;
-    this.loading = new Map();
+    Object.assign(this, { changed, connection, runs: new Map(), loading: new Map(), source: null });
   }
 
   async select(ids) {
@@ -113,19 +108,20 @@ export class Store {
   }
 
   load(id) {
-    if (this.loading.has(id)) return this.loading.get(id);
-    const work = (async () => {
-      try {
-        const values = await get(runPath(id));
-        if (this.runs.has(id)) this.runs.get(id).take(values);
-        else this.runs.set(id, new Run(id, values));
-        this.changed(this.runs.get(id), new Set(['all']));
-      } finally {
-        this.loading.delete(id);
-      }
-    })();
-    this.loading.set(id, work);
-    return work;
+    if (!this.loading.has(id)) this.loading.set(id, this.fetch(id).finally(() => this.loading.delete(id)));
+    return this.loading.get(id);
+  }
+
+  async fetch(id) {
+    const values = await get(runPath(id)), run = this.runs.get(id) ?? new Run(id);
+    run.take(values);
+    this.runs.set(id, run);
+    this.changed(run, new Set(['all']));
+  }
+
+  // Fetches runs again; one that fails keeps its values.
+  reload(...ids) {
+    for (const id of ids) this.load(id).catch(() => {});
   }
 
   listen() {
@@ -138,7 +134,7 @@ export class Store {
     this.source.onopen = () => this.connection('live');
     this.source.onerror = () => this.connection(this.source.readyState === EventSource.CLOSED ? 'closed' : 'lost');
     this.source.onmessage = (message) => this.take(JSON.parse(message.data), message.lastEventId);
-    this.source.addEventListener('lost', () => { for (const id of this.runs.keys()) this.load(id).catch(() => {}); });
+    this.source.addEventListener('lost', () => this.reload(...this.runs.keys()));
   }
 
   take(news, at) {
@@ -150,12 +146,10 @@ export class Store {
       return;
     }
     run.number = number;
-    if (news.reset) return void this.load(run.id).catch(() => {});
+    if (news.reset) { this.reload(run.id); return; }
     if (news.progress) run.progress = news.progress;
     if (news.read !== undefined) run.read = news.read;
-    const fits = run.change(news.changes);
-    const kinds = new Set(news.changes.map((change) => change[0]));
-    if (!fits) this.load(run.id).catch(() => {});
-    this.changed(run, kinds);
+    if (!run.change(news.changes)) this.reload(run.id);
+    this.changed(run, new Set(news.changes.map((change) => change[0])));
   }
 }

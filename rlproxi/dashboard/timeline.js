@@ -1,6 +1,6 @@
 // The timeline of the roles: a lane for each actor, rank and scorer, over the last iterations.
 
-import { byId, CanvasView, colour, el, field, get, ink, number, options, runPath, sharpen, swatch } from './dom.js';
+import { CanvasView, colour, el, field, ink, number, options, Part, sharpen, swatch, trace, withUnit } from './dom.js';
 
 const PHASES = ['sample', 'score', 'train', 'sync', 'evaluate', 'checkpoint', 'wait'];
 const ROLES = ['rollout', 'reward', 'learner', 'weights', 'evaluation'];
@@ -12,33 +12,30 @@ export class Timeline extends CanvasView {
     super('Timeline of the roles; arrow keys move through time');
     this.lanes = [];
     this.label = 100;
-    this.many = el('select', { onchange: () => this.lay() }, ...options([3, 5, 10, 20, 60].map((n) => [n, n]), 5));
+    this.many = el('select', { onchange: () => this.lay() });
+    options(this.many, [3, 5, 10, 20, 60].map((n) => [n, n]), 5);
     this.table = el('div', { class: 'scroll', tabindex: '0', 'aria-label': 'Busy and idle shares' });
-    this.none = el('p', { class: 'faint' }, 'No timeline yet: telemetry.timeline keeps one.');
     const legend = el('div', { class: 'legend' }, ...PHASES.map((phase, i) =>
       el('span', { class: 'key' }, swatch(`var(--${phase === 'wait' ? 'grid' : `c${i}`})`), phase)),
     el('span', { class: 'key' }, 'empty: idle'));
-    this.all = el('div', {}, field('Last iterations', this.many), this.canvas, legend, this.readout, this.table);
-    byId('timeline-body').append(this.none, this.all);
+    this.part = new Part('timeline-body', 'No timeline yet: telemetry.timeline keeps one.',
+      field('Last iterations', this.many), this.canvas, legend, this.readout, this.table);
   }
 
   async update(run) {
-    if (this.run !== run.id) { this.run = run.id; this.iterations = []; }
-    let found;
-    try { found = (await get(runPath(run.id, '/timeline'))).iterations; } catch { return; }
-    if (this.run !== run.id) return;
+    this.part.begins(run);
+    const found = await this.part.fetch('/timeline');
+    if (!found) return;
     this.iterations = found.filter((iteration) => iteration.spans.length);
-    this.none.hidden = this.iterations.length > 0;
-    this.all.hidden = !this.iterations.length;
-    this.lay();
+    if (this.part.holds(this.iterations)) this.lay();
   }
 
   // One window over the last iterations, with its spans by lane.
   lay() {
-    const shown = this.iterations.slice(-Number(this.many.value)), lanes = new Map();
-    this.shown = shown;
+    this.shown = this.iterations.slice(-Number(this.many.value));
     this.from = Infinity; this.to = -Infinity;
-    for (const iteration of shown) {
+    const lanes = new Map();
+    for (const iteration of this.shown) {
       for (const [role, who, phase, start, seconds] of iteration.spans) {
         const name = `${role} ${who}`;
         if (!lanes.has(name)) lanes.set(name, { name, role, who, spans: [] });
@@ -46,31 +43,30 @@ export class Timeline extends CanvasView {
         this.from = Math.min(this.from, start); this.to = Math.max(this.to, start + seconds);
       }
     }
-    const rank = (lane) => (ROLES.indexOf(lane.role) + ROLES.length + 1) % (ROLES.length + 1);
+    const rank = (lane) => [...ROLES, lane.role].indexOf(lane.role);
+    const layer = (span) => (span.phase === 'wait' ? 0 : 1); // waits are drawn first
     this.lanes = [...lanes.values()].sort((a, b) => rank(a) - rank(b)
       || String(a.who).localeCompare(String(b.who), undefined, { numeric: true })).slice(0, 64);
     for (const lane of this.lanes) {
-      lane.spans.sort((a, b) => a.start - b.start);
+      lane.spans.sort((a, b) => layer(a) - layer(b) || a.start - b.start);
       lane.idle = this.to > this.from ? 1 - covered(lane.spans) / (this.to - this.from) : 0;
     }
     this.canvas.style.height = `${this.lanes.length * ROW + FOOT}px`;
     this.canvas.dataset.lanes = String(this.lanes.length);
-    this.canvas.dataset.step = String(shown.at(-1)?.step ?? '');
     this.list();
     this.draw();
   }
 
   list() {
-    const phases = PHASES.filter((phase) => phase !== 'wait'
-      && this.lanes.some((lane) => lane.spans.some((span) => span.phase === phase)));
     const spent = (lane, phase) => lane.spans.filter((span) => span.phase === phase).reduce((sum, span) =>
       sum + span.end - span.start, 0);
-    this.table.replaceChildren(el('table', {}, el('thead', {},
-      el('tr', {}, ...['lane', 'idle', ...phases.map((phase) => `${phase}, s`)].map((text) =>
-      el('th', { scope: 'col' }, text)))),
+    const phases = PHASES.filter((phase) => phase !== 'wait' && this.lanes.some((lane) => spent(lane, phase)));
+    const head = ['lane', 'idle', ...phases.map((phase) => `${phase}, s`)];
+    const cells = (lane) => [withUnit(lane.idle, 'share'), ...phases.map((phase) => number(spent(lane, phase), 3))];
+    this.table.replaceChildren(el('table', {},
+      el('thead', {}, el('tr', {}, ...head.map((text) => el('th', { scope: 'col' }, text)))),
       el('tbody', {}, ...this.lanes.map((lane) => el('tr', {}, el('th', { scope: 'row' }, lane.name),
-        el('td', { class: 'number' }, `${number(lane.idle * 100, 3)} %`),
-        ...phases.map((phase) => el('td', { class: 'number' }, number(spent(lane, phase), 3))))))));
+        ...cells(lane).map((text) => el('td', { class: 'number' }, text)))))));
   }
 
   paint() {
@@ -84,13 +80,13 @@ export class Timeline extends CanvasView {
       const top = row * ROW;
       context.fillStyle = ink('card');
       context.fillRect(LABEL, top + 2, across, ROW - 4);
-      for (const span of [...lane.spans].sort((a, b) => (a.phase === 'wait' ? 0 : 1) - (b.phase === 'wait' ? 0 : 1))) {
+      for (const span of lane.spans) {
         context.fillStyle = tint(span.phase);
         context.fillRect(x(span.start), top + 3, Math.max(1, x(span.end) - x(span.start)), ROW - 6);
       }
       context.fillStyle = ink('ink');
       context.textAlign = 'left';
-      context.fillText(fitting(context, lane.name, LABEL - (narrow ? 4 : 64)), 0, top + ROW / 2);
+      context.fillText(lane.name, 0, top + ROW / 2, LABEL - (narrow ? 4 : 64));
       context.fillStyle = ink('faint');
       context.textAlign = 'right';
       if (!narrow) context.fillText(`${Math.round(lane.idle * 100)}% idle`, LABEL - 4, top + ROW / 2);
@@ -102,7 +98,7 @@ export class Timeline extends CanvasView {
     if (this.cursor !== null) {
       const at = Math.round(LABEL + this.cursor * across) + 0.5;
       context.strokeStyle = ink('ink');
-      context.beginPath(); context.moveTo(at, 0); context.lineTo(at, this.lanes.length * ROW); context.stroke();
+      trace(context, [[at, 0], [at, this.lanes.length * ROW]]).stroke();
     }
     this.show();
   }
@@ -117,28 +113,19 @@ export class Timeline extends CanvasView {
 
   show() {
     const first = this.shown[0].step, last = this.shown.at(-1).step;
-    let text = `Iterations ${first} to ${last}, ${number(this.to - this.from, 3)} s.`;
-    if (this.cursor !== null) {
-      const now = this.from + this.cursor * (this.to - this.from);
-      const doing = (lane) => {
-        const span = lane.spans.find((s) => s.start <= now && now <= s.end && s.phase !== 'wait');
-        return span ? `${span.phase} (iteration ${span.step})` : 'idle';
-      };
-      text = `${number(now - this.from, 3)} s: ${this.lanes.map((lane) => `${lane.name} ${doing(lane)}`).join(', ')}`;
-    }
-    this.announce(text, [0, 100, Math.round((this.cursor ?? 1) * 100)]);
+    const length = this.to - this.from, now = this.from + this.cursor * length;
+    const doing = (lane) => {
+      const span = lane.spans.find((s) => s.start <= now && now <= s.end && s.phase !== 'wait');
+      return `${lane.name} ${span ? `${span.phase} (iteration ${span.step})` : 'idle'}`;
+    };
+    this.announce(this.cursor === null ? `Iterations ${first} to ${last}, ${number(length, 3)} s.`
+      : `${number(now - this.from, 3)} s: ${this.lanes.map(doing).join(', ')}`,
+    [0, 100, Math.round((this.cursor ?? 1) * 100)]);
   }
 }
 
-function fitting(context, text, width) {
-  if (context.measureText(text).width <= width) return text;
-  let length = text.length;
-  while (length > 1 && context.measureText(`${text.slice(0, length)}…`).width > width) length -= 1;
-  return `${text.slice(0, length)}…`;
-}
-
 // Seconds that at least one span covers. Waiting counts as idle.
-export function covered(spans) {
+function covered(spans) {
   let total = 0, reached = -Infinity;
   for (const { phase, start, end } of spans) {
     if (phase === 'wait') continue;

@@ -106,11 +106,7 @@ def _funnel(statistics: Statistics) -> str:
 def _histograms(statistics: Statistics) -> str:
     if not statistics.series:
         return missing("No sample could be read.")
-    note = "The last bar holds the 0.5 % beyond it as well."
-    return "".join(
-        figure(_histogram(name, series), note if len(series.values) > _CLIPPED else "")
-        for name, series in statistics.series.items()
-    )
+    return "".join(_histogram(name, series) for name, series in statistics.series.items())
 
 
 def _histogram(name: str, series: Series) -> str:
@@ -128,20 +124,19 @@ def _histogram(name: str, series: Series) -> str:
         axes.set_ylabel("samples")
         axes.legend()
 
-    return figures.svg(draw, name, f"Histogram of {name}", (7.2, 2.3))
+    note = "The last bar holds the 0.5 % beyond it as well." if len(values) > _CLIPPED else ""
+    return figure(figures.svg(draw, name, f"Histogram of {name}", (7.2, 2.3)), note)
 
 
 def _pictures(statistics: Statistics, found: dict[str, dict[int, str]]) -> str:
     out = '<p class="faint">Chosen by a hash of their names. Frames are the faces that were found.</p>\n'
     for group in shown(statistics):
-        shots = [
-            (picture, example.words)
-            for example in statistics.examples(group)
-            if (picture := found.get(example.shard, {}).get(example.index))
-        ]
+        cells = ""
+        for example in statistics.examples(group):
+            if picture := found.get(example.shard, {}).get(example.index):
+                cells += f'<div><img alt="" src="{picture}">{escape(example.words)}</div>'
         title = group if group in (KEPT, HANDS) else f"dropped: {group}"
-        if shots:
-            cells = "".join(f'<div><img alt="" src="{picture}">{escape(words)}</div>' for picture, words in shots)
+        if cells:
             out += f'<h3>{escape(title)}</h3><p class="faint">{_MEANING.get(group, "score out of bounds")}</p>\n'
             out += f'<div class="shots">{cells}</div>\n'
     return out

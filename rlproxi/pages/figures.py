@@ -31,7 +31,7 @@ Curves = dict[str, tuple]
 
 
 def svg(draw: Callable[[Figure], None], name: str, label: str, size: tuple[float, float] = (6.4, 3.2)) -> str:
-    """Run ``draw`` on an empty figure and return one <svg>, scalable and without ids that clash on the page.
+    """Return what ``draw`` draws on an empty figure as one scalable <svg>, without ids that clash on the page.
 
     ``name`` seeds the ids, and ``label`` is the text for a screen reader. ``size`` is in inches.
     """
@@ -68,12 +68,12 @@ def reward_curve(train: Curves, heldout: Curves) -> str:
     """Draw the training reward and the held-out evaluations over RL steps, each on an axis of its own."""
 
     def draw(figure: Figure) -> None:
-        panels = iter(figure.subplots(1, bool(train) + bool(heldout), squeeze=False)[0])
+        axes = figure.subplots(1, bool(train) + bool(heldout), squeeze=False)[0]
         if train:
-            lines(next(panels), train, (TRAIN, *_ROLES[2:], BEFORE), "RL step", "training reward")
+            lines(axes[0], train, (TRAIN, *_ROLES[2:], BEFORE), "RL step", "training reward")
         if heldout:
             colours = (HELDOUT, *_ROLES[2:], BEFORE)
-            lines(next(panels), heldout, colours, "RL step", "held-out, never optimised", markers=True)
+            lines(axes[-1], heldout, colours, "RL step", "held-out, never optimised", markers=True)
 
     return svg(draw, "reward", "Reward over RL steps", (8.0, 3.2))
 
@@ -90,10 +90,7 @@ def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: s
 
 
 def against_steps(curves: Curves, ylabel: str, far: Curves, level: float | None) -> str:
-    """Draw reward against the number of sampling steps, before and after, and beside it the distance to data.
-
-    ``far``: the distances. ``level`` is the distance of as many real images, a dashed line.
-    """
+    """Draw reward against sampling steps, beside it the distances ``far`` and, dashed, real images' ``level``."""
 
     def draw(figure: Figure) -> None:
         left, *right = figure.subplots(1, 2 if far else 1, squeeze=False)[0]
@@ -142,17 +139,16 @@ def paired_bars(before: dict[str, float], after: dict[str, float], xlabel: str, 
 
 def loss_curve(steps: list[int], values: list[float]) -> str:
     """Draw a loss over optimizer steps, with its moving average where it has 40 records or more."""
+    curves: Curves = {"each record": (steps, values)}
+    width = len(values) // 20
+    if width > 1:
+        smooth = np.convolve(values, np.ones(width) / width, "valid")
+        curves[f"mean of {width} records"] = (steps[width - 1 :], smooth)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        width = len(values) // 20
-        axes.plot(steps, values, color=BEFORE if width > 1 else AFTER, linewidth=1.0, label="each record")
-        if width > 1:
-            smooth = np.convolve(values, np.ones(width) / width, "valid")
-            axes.plot(steps[width - 1 :], smooth, color=AFTER, label=f"mean of {width} records")
-            axes.legend()
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        lines(axes, curves, (BEFORE, AFTER) if width > 1 else (AFTER,), "step", "loss")
+        axes.lines[0].set_linewidth(1.0)
 
     return svg(draw, "loss", "Pre-training loss")
 

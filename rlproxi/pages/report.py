@@ -1,14 +1,11 @@
-"""``report.html``: one page on a run, made from its directory alone.
-
-Images and figures are inside the file, and nothing is fetched. A part of the run that is missing is named and is no
-error.
-"""
+"""``report.html``: one page on a run, from its directory alone, which fetches nothing and names what is missing."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -21,20 +18,17 @@ from ..files import write_text
 from ..telemetry import runlog
 from ..telemetry.catalogue import lookup
 from ..telemetry.run_reader import RunReader, Samples
-from ..telemetry.values import dig
+from ..telemetry.values import dig, number
 from . import figures
 from .html import card, figure, missing, page, table
 
 #: The gallery shows the first prompts of the held-out list, unselected.
 GALLERY_PROMPTS, GALLERY_SAMPLES = 12, 4
+_TAGS = ("before", "after")
 
 
 def write_report(run_dir: str | os.PathLike) -> Path:
-    """Write the report of a run, whole or not at all, and return its path.
-
-    A run that is not finished is reported as far as it went. Raises FileNotFoundError for a folder that is no run
-    directory.
-    """
+    """Write a run's report as far as the run went; return its path. Raises FileNotFoundError for no run directory."""
     run = RunReader(run_dir)
     write_text(run.files.report, render(run))
     return run.files.report
@@ -68,14 +62,14 @@ def _duration(seconds: float) -> str:
 
 
 def _headline(run: RunReader) -> str:
-    judge, values = run.judge, {}
-    for tag in ("before", "after"):
-        score = run.score(tag, judge) if judge else None
-        recorded = dig(run.summary, "heldout", tag)
-        values[tag] = score or ((float(recorded), 0.0) if isinstance(recorded, (int, float)) else None)
-    shown = [f"{v[0]:.3f}" + (f" ± {v[1]:.3f}" if v[1] else "") if v else "missing" for v in values.values()]
+    def heldout(tag: str) -> str:
+        recorded = number(dig(run.summary, "heldout", tag))
+        mean, error = run.score(tag, run.judge) or (recorded, 0.0)
+        return "missing" if mean is None else f"{mean:.3f}" + (f" ± {error:.3f}" if error else "")
+
     note = "before → after (± standard error over prompts); never optimised, fixed prompts and seeds"
-    cards = [card(f"Held-out {judge or 'reward'}, {run.headline_steps or '?'} steps", " → ".join(shown), note)]
+    title = f"Held-out {run.judge or 'reward'}, {run.headline_steps or '?'} steps"
+    cards = [card(title, " → ".join(map(heldout, _TAGS)), note)]
     _, rewards = runlog.series(run.records, "rl", "reward/mean")
     first, last = (dig(run.summary, "reward", key) for key in ("first", "last"))
     if first is None and rewards:
@@ -87,8 +81,8 @@ def _headline(run: RunReader) -> str:
     if speed is not None:
         cards.append(card("Throughput", f"{_number(speed)} images/s", "sampled, scored and trained on"))
     seconds = dig(run.summary, "seconds") or runlog.stage_seconds(run.records)
-    total = seconds.get("total") or sum(seconds.values())
     if seconds:
+        total = seconds.get("total") or sum(seconds.values())
         cards.append(card("Wall clock", _duration(total), "all stages together"))
     out = f'<div class="cards">{"".join(cards)}</div>\n'
     stages = [[name, _duration(value)] for name, value in seconds.items() if name != "total"]
@@ -111,7 +105,7 @@ def _looks(run: RunReader) -> list[str]:
     """Return cards of distance and diversity, before and after; none where neither evaluation has them."""
 
     def change(*key: str) -> str:
-        return " → ".join(_number(dig(run.entry(tag), *key)) for tag in ("before", "after"))
+        return " → ".join(_number(dig(run.entry(tag), *key)) for tag in _TAGS)
 
     cards = []
     for title, (key, note) in _LOOKS.items():
@@ -127,29 +121,27 @@ def _looks(run: RunReader) -> list[str]:
 
 def _real(run: RunReader, *key: str) -> float | None:
     """Return a figure of as many real images as were evaluated."""
-    return next((v for tag in ("before", "after") if (v := dig(run.evaluations, tag, "data", *key)) is not None), None)
+    return next((v for tag in _TAGS if (v := dig(run.evaluations, tag, "data", *key)) is not None), None)
 
 
 def _gallery(run: RunReader) -> str:
-    tags = [tag for tag in ("before", "after") if tag in run.evaluations]
+    tags = [tag for tag in _TAGS if tag in run.evaluations]
     samples = {tag: found for tag in tags if (found := run.samples(tag)) is not None}
     if not samples:
         return missing("No sample images: the evaluations 'before' and 'after' have not stored any.")
     evaluation = run.evaluations[next(iter(samples))]
     prompts, count = evaluation.get("prompts") or [], int(evaluation.get("samples") or 1)
-    out = (
-        f'<p class="faint">The first {min(len(prompts), GALLERY_PROMPTS)} of {len(prompts)} held-out prompts, not '
-        f"chosen; {run.headline_steps} proximal steps. The number is the held-out score"
-        + (", ✗ what the judge found wrong" if any(s.correct is not None for s in samples.values()) else "")
-        + ".</p>\n"
-    )
+    wrong = ", ✗ what the judge found wrong" if any(s.correct is not None for s in samples.values()) else ""
+    shown = f"The first {min(len(prompts), GALLERY_PROMPTS)} of {len(prompts)} held-out prompts, not chosen"
+    how = f"{run.headline_steps} proximal steps. The number is the held-out score{wrong}"
+    out = f'<p class="faint">{shown}; {how}.</p>\n'
     for p, prompt in enumerate(prompts[:GALLERY_PROMPTS]):
         sides = "".join(
             f'<div class="side"><div class="faint">{tag}</div>{_strip(found, prompt, p, count)}</div>'
             for tag, found in samples.items()
         )
         out += f'<div class="prompt"><p>{escape(prompt) or "(no caption)"}</p><div class="pair">{sides}</div></div>\n'
-    lost = [tag for tag in ("before", "after") if tag not in samples]
+    lost = [tag for tag in _TAGS if tag not in samples]
     return out + (missing(f"No images of evaluation '{lost[0]}'.") if lost else "")
 
 
@@ -181,27 +173,21 @@ def _wrong(samples: Samples, index: int, prompt: str) -> list[str]:
 
 
 def _reward(run: RunReader) -> str:
-    steps, values = runlog.series(run.records, "rl", "reward/mean")
-    train = {"mean": (steps, values)} if steps else {}
     parts = [k for k in runlog.keys(run.records, "rl", "reward/") if k not in ("reward/mean", "reward/std")]
-    if train and len(parts) > 1:
-        train.update({k.removeprefix("reward/"): runlog.series(run.records, "rl", k) for k in parts})
+    names = ["reward/mean", *(parts if len(parts) > 1 else [])]
+    train = {name.removeprefix("reward/"): found for name, found in _curves(run, names).items()}
     heldout = {run.judge: points} if run.judge and (points := run.heldout_curve(run.judge))[0] else {}
     if not train and not heldout:
         return missing("No RL step and no evaluation has been logged yet.")
-    out = figure(
-        figures.reward_curve(train, heldout),
-        "If the training reward and the held-out reward both rise, the policy is improving. "
-        "A training reward that rises while the held-out one falls is reward hacking.",
-    )
-    if not train:
-        out += missing("No RL step has been logged yet.")
-    return out
+    reading = "If the training reward and the held-out reward both rise, the policy is improving. "
+    reading += "A training reward that rises while the held-out one falls is reward hacking."
+    out = figure(figures.reward_curve(train, heldout), reading)
+    return out if train else out + missing("No RL step has been logged yet.")
 
 
 def _policy(run: RunReader) -> str:
     names, section, tolerance = _of_algorithm(run)
-    curves = {k: s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
+    curves = _curves(run, names)
     if curves:
         reading = " ".join(f"{k}: {metric.reading}" for k in curves if (metric := lookup(k)))
         out = figure(figures.panels(curves, "policy", ", ".join(curves)), reading)
@@ -211,17 +197,18 @@ def _policy(run: RunReader) -> str:
         return out
     _, deviations = runlog.series(run.records, "rl", "ratio/first_max_deviation")
     finite = [d for d in deviations if math.isfinite(d)]
-    if finite:
-        bound = dig(run.config, section, tolerance)
-        limit = f" (tolerance {_number(bound)})" if bound is not None else ""
-        checks = "one check" if len(finite) == 1 else f"{len(finite)} checks"
-        out += (
-            f"<p>Ratio check: on fresh samples, before any update, the ratio was off 1 by at most "
-            f"<b>{_number(max(finite))}</b> in {checks}{limit}.</p>\n"
-        )
-    else:
-        out += missing("No ratio check (ratio/first_max_deviation) has been logged.")
-    return out
+    if not finite:
+        return out + missing("No ratio check (ratio/first_max_deviation) has been logged.")
+    bound = dig(run.config, section, tolerance)
+    limit = f" (tolerance {_number(bound)})" if bound is not None else ""
+    checks = "one check" if len(finite) == 1 else f"{len(finite)} checks"
+    most = f"the ratio was off 1 by at most <b>{_number(max(finite))}</b> in {checks}{limit}"
+    return out + f"<p>Ratio check: on fresh samples, before any update, {most}.</p>\n"
+
+
+def _curves(run: RunReader, names: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
+    """Return the RL metrics of ``names`` that were logged: name -> (steps, values)."""
+    return {name: found for name in names if (found := runlog.series(run.records, "rl", name))[0]}
 
 
 def _of_algorithm(run: RunReader) -> tuple[tuple[str, ...], str, str | None]:
@@ -237,50 +224,42 @@ def _of_algorithm(run: RunReader) -> tuple[tuple[str, ...], str, str | None]:
 def _frontier(run: RunReader) -> str:
     judge = run.judge
     curves: figures.Curves = {}
-    for tag in ("before", "after") if judge else ():
+    distances: figures.Curves = {}
+    for tag in _TAGS if judge else ():
         counts = sorted(int(n) for n in dig(run.evaluations, tag, "by_steps") or {})
         points = [(n, *score) for n in counts if (score := run.score(tag, judge, n)) is not None]
         if points:
-            curves[tag] = tuple(list(column) for column in zip(*points, strict=True))
+            curves[tag] = tuple(zip(*points, strict=True))
+        far = [(n, dig(run.entry(tag, n), "distance", "total")) for n, *_ in points]
+        if known := [pair for pair in far if pair[1] is not None]:
+            distances[tag] = tuple(zip(*known, strict=True))
     if not curves:
         return missing("No evaluation at any number of steps yet.")
-    distances = {
-        tag: tuple(map(list, zip(*pairs, strict=True)))
-        for tag in curves
-        if (pairs := [(n, d) for n in curves[tag][0] if (d := dig(run.entry(tag, n), "distance", "total")) is not None])
-    }
     level = _real(run, "distance", "total")
-    out = figure(
-        figures.against_steps(curves, f"held-out {judge}", distances, level),
-        "Bars are standard errors over prompts." + (" Dashed: as many real images." if level else ""),
-    )
+    caption = "Bars are standard errors over prompts." + (" Dashed: as many real images." if level else "")
+    out = figure(figures.against_steps(curves, f"held-out {judge}", distances, level), caption)
     counts = sorted({n for curve in curves.values() for n in curve[0]})
     entries = [run.entry(tag, n) for tag in curves for n in counts]
     looks = [key for key, _ in _LOOKS.values() if any(dig(found, *key) is not None for found in entries)]
     rows = []
     for n in counts:
-        scores = [run.score(tag, judge, n) for tag in ("before", "after")]
+        scores = [run.score(tag, judge, n) for tag in _TAGS]
         cells = [f"{s[0]:.3f} ± {s[1]:.3f}" if s else "-" for s in scores]
-        cells += [_number(dig(run.entry(tag, n), *key)) for key in looks for tag in ("before", "after")]
+        cells += [_number(dig(run.entry(tag, n), *key)) for key in looks for tag in _TAGS]
         rows.append([str(n), *cells])
     if level is not None:
         rows.append(["real images", "-", "-", *(_number(_real(run, *key)) for key in looks for _ in range(2))])
-    head = [f"{name} {tag}" for name in ("held-out", *(key[0] for key in looks)) for tag in ("before", "after")]
+    head = [f"{name} {tag}" for name in ("held-out", *(key[0] for key in looks)) for tag in _TAGS]
     return out + table(["steps", *head], rows)
 
 
 def _attributes(run: RunReader) -> str:
-    judge = run.judge
-    found = {
-        tag: {k: v for k, v in (dig(run.entry(tag), "details", judge) or {}).items() if v is not None}
-        for tag in ("before", "after")
-    }
-    if not any(found.values()):
+    shares = [dig(run.entry(tag), "details", run.judge) or {} for tag in _TAGS]
+    before, after = ({key: share for key, share in found.items() if share is not None} for found in shares)
+    if not before and not after:
         return missing("No judge has scored single attributes yet.")
-    return figure(
-        figures.paired_bars(found["before"], found["after"], f"share judged right by {judge}", "attributes"),
-        "Only images whose caption claims the attribute count.",
-    )
+    bars = figures.paired_bars(before, after, f"share judged right by {run.judge}", "attributes")
+    return figure(bars, "Only images whose caption claims the attribute count.")
 
 
 def _pretraining(run: RunReader) -> str:
@@ -292,7 +271,7 @@ def _pretraining(run: RunReader) -> str:
 
 def _roles(run: RunReader) -> str:
     names = [f"seconds/{role}" for role in ("rollout", "reward", "train", "sync", "step")]
-    curves = {k.removeprefix("seconds/"): s for k in names if (s := runlog.series(run.records, "rl", k))[0]}
+    curves = {name.removeprefix("seconds/"): found for name, found in _curves(run, names).items()}
     if not curves:
         return missing("No times of roles have been logged yet.")
     rows = []

@@ -11,13 +11,11 @@ from pathlib import Path
 from ..config.loading import Config
 from ..run_directory import RunDirectory
 from ..telemetry.runlog import read, series, stage_seconds
+from ..telemetry.values import dig
 
 
 def summary(run_dir: Path, config: Config) -> dict:
-    """Return the content of summary.json: seconds, rewards, held-out figures, speed, seed and versions.
-
-    A figure that the run lacks is None.
-    """
+    """Return the content of summary.json; a figure that the run lacks is None."""
     records = read(run_dir)
     seconds = stage_seconds(records)
     rewards = [r for r in series(records, "rl", "reward/mean")[1] if not math.isnan(r)]
@@ -28,26 +26,22 @@ def summary(run_dir: Path, config: Config) -> dict:
         found = json.loads(file.read_text())["by_steps"] if file.is_file() else {}
         return found.get(str(config.sampler.num_inference_steps), {})
 
-    def heldout(tag: str) -> float | None:
-        seen = entry(tag).get("heldout", {})
-        return seen[config.rewards.heldout[0].name]["mean"] if seen and config.rewards.heldout else None
+    def both(*key: str | None) -> dict[str, float | None]:
+        return {tag: dig(entry(tag), *key) for tag in ("before", "after")}
 
+    judge = config.rewards.heldout[0].name if config.rewards.heldout else None
+    best = max((r["step"] for r in records if r["event"] == "best"), default=None)
+    packages = ("ray", "torch", "deepspeed", "transformers", "diffusers", "numpy")
     return {
         "seconds": {**seconds, "total": sum(seconds.values())},
         "reward": {"first": rewards[0] if rewards else None, "last": rewards[-1] if rewards else None},
-        "heldout": {
-            "before": heldout("before"),
-            "after": heldout("after"),
-            "best_iteration": max((r["step"] for r in records if r["event"] == "best"), default=None),
-        },
-        "distance": {tag: entry(tag).get("distance", {}).get("total") for tag in ("before", "after")},
-        "diversity": {tag: entry(tag).get("diversity") for tag in ("before", "after")},
+        "heldout": {**both("heldout", judge, "mean"), "best_iteration": best},
+        "distance": both("distance", "total"),
+        "diversity": both("diversity"),
         "images_per_second": sum(rates) / len(rates) if rates else None,
         "seed": config.run.seed,
         "git": _git(),
-        "versions": {
-            name: metadata.version(name) for name in ("ray", "torch", "deepspeed", "transformers", "diffusers", "numpy")
-        },
+        "versions": {name: metadata.version(name) for name in packages},
     }
 
 

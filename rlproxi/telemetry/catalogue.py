@@ -1,7 +1,4 @@
-"""The catalogue of metrics: what each is, its unit and how to read it, for dashboards, exporters and reports.
-
-The entries are in catalogue.yaml.
-"""
+"""The catalogue of metrics in catalogue.yaml: what each is, its unit and how to read it."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import yaml
 
 #: The rows of the generated dashboards, in their order.
 SECTIONS = ("Rewards", "Policy", "Optimisation", "Variety and distance to data", "Speed", "Faults", "Data")
-KINDS = ("gauge", "counter", "histogram")
 _PART = re.compile(r"<(\w+)>")
 
 
@@ -68,13 +64,10 @@ def series(name: str) -> str:
     return f"ray_{prometheus_name(entry(name))}"
 
 
-def _read() -> tuple[Metric, ...]:
-    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # each process that exports reads it
-    return tuple(Metric(name, **fields) for name, fields in values.items())
-
-
-CATALOGUE = _read()
+_TEXT = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+#: Each process that exports reads it, so it is read by C where PyYAML has that.
+_VALUES = yaml.load(_TEXT, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+CATALOGUE = tuple(Metric(name, **fields) for name, fields in _VALUES.items())
 _ENTRIES = {metric.name: metric for metric in CATALOGUE}
 
 

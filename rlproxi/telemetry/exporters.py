@@ -1,7 +1,4 @@
-"""Exporters of a run's records beside its log: TensorBoard event files and Weights & Biases.
-
-The exporter to Ray's metrics needs Ray, so it is in ``actors/run/metric_exporters.py``.
-"""
+"""Exporters of a run's records to TensorBoard and Weights & Biases; the one to Ray's metrics is in ``actors/run``."""
 
 from __future__ import annotations
 
@@ -14,14 +11,6 @@ from .observations import observations
 
 if TYPE_CHECKING:  # the config imports torch, which no exporter needs
     from ..config.sections import Telemetry
-
-_REMEDY = {
-    "tensorboardX": "telemetry.tensorboard is true, but the package tensorboardX is missing: pip install "
-    "tensorboardX, or set telemetry.tensorboard=false",
-    "wandb": "telemetry.wandb is set, but the package wandb is missing: pip install wandb (and `wandb login`), "
-    "or set telemetry.wandb=null",
-}
-_FLUSH_SECONDS = 2
 
 
 class Exporter(Protocol):
@@ -36,9 +25,14 @@ class Exporter(Protocol):
 
 def check_packages(telemetry: Telemetry) -> None:
     """Raise ImportError, with the remedy, where the settings need a missing package. No package is imported."""
-    for package, wanted in (("tensorboardX", telemetry.tensorboard), ("wandb", telemetry.wandb)):
+    needed = [
+        ("tensorboard", "tensorboardX", telemetry.tensorboard, "false"),
+        ("wandb", "wandb", telemetry.wandb, "null"),
+    ]
+    for key, package, wanted, without in needed:
         if wanted and importlib.util.find_spec(package) is None:
-            raise ImportError(_REMEDY[package])
+            problem = f"telemetry.{key} is set, but the package {package} is missing"
+            raise ImportError(f"{problem}: pip install {package}, or set telemetry.{key}={without}")
 
 
 class TensorBoard:
@@ -56,10 +50,9 @@ class TensorBoard:
         if event == "resume":
             self._begin(fields["stage"], fields["step"] + 1)
         for seen in observations(event, fields, self.headline_steps):
-            if seen.step is None or seen.name == "step":
-                continue
-            writer = self.writers.get(seen.stage) or self._begin(seen.stage, None)
-            writer.add_scalar(seen.name, seen.value, seen.step)
+            if seen.step is not None and seen.name != "step":
+                writer = self.writers.get(seen.stage) or self._begin(seen.stage, None)
+                writer.add_scalar(seen.name, seen.value, seen.step)
 
     def _begin(self, stage: str, purge: int | None) -> Any:
         from tensorboardX import SummaryWriter
@@ -67,7 +60,7 @@ class TensorBoard:
         if stage in self.writers:
             self.writers[stage].close()
         # The writer's thread flushes often, because a run may be killed and people look while it runs.
-        self.writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=purge, flush_secs=_FLUSH_SECONDS)
+        self.writers[stage] = SummaryWriter(str(self.folder / stage), purge_step=purge, flush_secs=2)
         return self.writers[stage]
 
     def close(self) -> None:
@@ -88,15 +81,9 @@ class WeightsAndBiases:
         run_dir = Path(run_dir)
         self.headline_steps = headline_steps
         self.stages: set[str] = set()
-        self.run = wandb.init(
-            project=project,
-            name=run_dir.name,
-            id=run_dir.name,
-            resume="allow",
-            dir=str(run_dir),
-            config=config,
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        named = {"name": run_dir.name, "id": run_dir.name, "dir": str(run_dir)}
+        settings = wandb.Settings(console="off", silent=True)
+        self.run = wandb.init(project=project, config=config, resume="allow", settings=settings, **named)
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
         """Export one record."""
@@ -109,12 +96,8 @@ class WeightsAndBiases:
                 self.stages.add(stage)
             self.run.log({axis: seen[0].step, **{f"{stage}/{o.name}": o.value for o in seen}})
         if event in ("alarm", "warning"):
-            self.run.alert(
-                title=f"{event} of {self.run.name}",
-                text=str(fields.get("message", ""))[:1000],
-                level="ERROR" if event == "alarm" else "WARN",
-                wait_duration=300,
-            )
+            title, text = f"{event} of {self.run.name}", str(fields.get("message", ""))[:1000]
+            self.run.alert(title, text, level="ERROR" if event == "alarm" else "WARN", wait_duration=300)
 
     def close(self) -> None:
         """Finish the W&B run."""

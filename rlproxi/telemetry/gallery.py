@@ -14,10 +14,7 @@ from ..run_directory import INSIDE, RunDirectory
 
 @dataclass
 class GalleryGroup:
-    """One prompt's samples: images uint8 [G, H, W, 3], and the weighted sum of their rewards [G] with its parts.
-
-    NaN is a missing reward.
-    """
+    """One prompt's samples: images uint8 [G, H, W, 3], their weighted rewards [G] and the parts; NaN: no reward."""
 
     prompt: str
     index: int
@@ -32,10 +29,7 @@ def due(iteration: int, every: int) -> bool:
 
 
 def write(run_dir: Path, step: int, version: int, groups: list[GalleryGroup]) -> str:
-    """Write the gallery of ``step`` and return the path of its JSON file within the run directory. Raises OSError.
-
-    The pictures are written first, so that a gallery whose JSON file exists is complete.
-    """
+    """Write a gallery, pictures first, and return its JSON file's path within the run directory. Raises OSError."""
     from PIL import Image
 
     run = RunDirectory(run_dir)
@@ -46,17 +40,9 @@ def write(run_dir: Path, step: int, version: int, groups: list[GalleryGroup]) ->
         row = group.images.transpose(1, 0, 2, 3).reshape(height, count * width, 3)
         with draft(run.gallery_picture(step, number)) as scratch:
             Image.fromarray(np.ascontiguousarray(row)).save(scratch, format="PNG")
-        entries.append(
-            {
-                "prompt": group.prompt,
-                "index": int(group.index),
-                "rewards": _scores(group.rewards),
-                "parts": {name: _scores(part) for name, part in group.parts.items()},
-                **_extremes(group.rewards),
-                "size": [height, width],
-                "image": str(INSIDE.gallery_picture(step, number)),
-            }
-        )
+        entry = {"prompt": group.prompt, "index": int(group.index), "rewards": _scores(group.rewards)}
+        entry |= {"parts": {name: _scores(part) for name, part in group.parts.items()}, **_extremes(group.rewards)}
+        entries.append({**entry, "size": [height, width], "image": str(INSIDE.gallery_picture(step, number))})
     write_text(run.gallery(step), json.dumps({"step": step, "version": version, "groups": entries}, ensure_ascii=False))
     return str(INSIDE.gallery(step))
 

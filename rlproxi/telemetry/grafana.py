@@ -17,10 +17,7 @@ _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
 def queries(metric: Metric) -> list[tuple[str, str]]:
-    """Return (PromQL, legend) of each line in a metric's panel; ``$run`` is the dashboard's variable.
-
-    ``max`` and ``sum`` are over processes, for a resumed run has had more than one.
-    """
+    """Return (PromQL, legend) of each line in a metric's panel, over all processes of the dashboard's ``$run``."""
     name = series(metric.name)
     by = ", ".join(metric.labels)
     legend = " ".join(f"{{{{{label}}}}}" for label in metric.labels if label != "stage")
@@ -53,21 +50,14 @@ def dashboard() -> str:
         panels.append({**head, "panels": inside if closed else []})
         panels += [] if closed else inside
         top += 1 + (0 if closed else -(-len(metrics) // _COLUMNS) * _HEIGHT)
-    board = {
-        "uid": "rlproxi",
-        "title": "rlproxi runs",
-        "tags": ["rlproxi", "ray"],
-        "schemaVersion": 39,
-        "version": 1,
-        "description": "Generated from rlproxi/telemetry/catalogue.yaml. How to read it: docs/monitoring.md.",
-        "editable": True,
-        "graphTooltip": 1,
-        "refresh": "10s",
-        "time": {"from": "now-1h", "to": "now"},
-        "templating": {"list": [_datasource(), _runs()]},
-        "annotations": {"list": [_restarts()]},
-        "panels": panels,
-    }
+    growth = f"sum by (run) (increase({series('restarts')}{_RUN}[1m])) > 0"
+    restarts = {"name": "restarts", "enable": True, "iconColor": "orange", "titleFormat": "restart of {{run}}"}
+    restarts |= {"datasource": _SOURCE, "expr": growth}
+    about = "Generated from rlproxi/telemetry/catalogue.yaml. How to read it: docs/monitoring.md."
+    head = {"uid": "rlproxi", "title": "rlproxi runs", "tags": ["rlproxi", "ray"], "schemaVersion": 39, "version": 1}
+    view = {"editable": True, "graphTooltip": 1, "refresh": "10s", "time": {"from": "now-1h", "to": "now"}}
+    board = {**head, "description": about, **view, "templating": {"list": _variables()}}
+    board |= {"annotations": {"list": [restarts]}, "panels": panels}
     return json.dumps(board, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -79,6 +69,9 @@ def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
         {"refId": name, "expr": expr, "legendFormat": legend, "datasource": _SOURCE}
         for name, (expr, legend) in zip("ABC", queries(metric), strict=False)
     ]
+    unit = _UNITS.get(metric.unit, f"suffix: {metric.unit}")
+    custom = {"lineWidth": 2, "fillOpacity": 5, "spanNulls": True}
+    legend = {"displayMode": "list", "placement": "bottom", "showLegend": True}
     return {
         "type": "timeseries",
         "id": number,
@@ -86,64 +79,21 @@ def _panel(metric: Metric, number: int, x: int, y: int) -> dict[str, Any]:
         "description": description,
         "datasource": _SOURCE,
         "gridPos": {"x": x, "y": y, "w": _WIDTH, "h": _HEIGHT},
-        "fieldConfig": {
-            "defaults": {
-                "unit": _UNITS.get(metric.unit, f"suffix: {metric.unit}"),
-                **bounds,
-                "custom": {"lineWidth": 2, "fillOpacity": 5, "spanNulls": True},
-            },
-            "overrides": [],
-        },
-        "options": {
-            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True},
-            "tooltip": {"mode": "multi", "sort": "desc"},
-        },
+        "fieldConfig": {"defaults": {"unit": unit, **bounds, "custom": custom}, "overrides": []},
+        "options": {"legend": legend, "tooltip": {"mode": "multi", "sort": "desc"}},
         "targets": targets,
     }
 
 
-def _datasource() -> dict[str, Any]:
-    return {
-        "name": "datasource",
-        "type": "datasource",
-        "query": "prometheus",
-        "label": "Prometheus",
-        "hide": 0,
-        "refresh": 1,
-        "regex": "",
-        "current": {},
-        "options": [],
-    }
-
-
-def _runs() -> dict[str, Any]:
+def _variables() -> list[dict[str, Any]]:
+    """Return what a person chooses above the panels: the Prometheus and the runs."""
     query = f"label_values({series('step')}, run)"
-    return {
-        "name": "run",
-        "type": "query",
-        "label": "Run",
-        "query": {"query": query, "refId": "run"},
-        "definition": query,
-        "datasource": _SOURCE,
-        "refresh": 2,
-        "sort": 2,
-        "multi": True,
-        "includeAll": True,
-        "allValue": ".*",
-        "current": {"text": "All", "value": "$__all"},
-        "hide": 0,
-        "regex": "",
-        "options": [],
-    }
-
-
-def _restarts() -> dict[str, Any]:
-    """Return the annotation that marks restarts."""
-    return {
-        "name": "restarts",
-        "enable": True,
-        "iconColor": "orange",
-        "titleFormat": "restart of {{run}}",
-        "datasource": _SOURCE,
-        "expr": f"sum by (run) (increase({series('restarts')}{_RUN}[1m])) > 0",
-    }
+    plain: dict[str, Any] = {"hide": 0, "regex": "", "options": []}
+    source = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Prometheus", "refresh": 1}
+    run = {"name": "run", "type": "query", "label": "Run", "query": {"query": query, "refId": "run"}}
+    choice = {"sort": 2, "multi": True, "includeAll": True, "allValue": ".*"}
+    current = {"text": "All", "value": "$__all"}
+    return [
+        {**source, "current": {}, **plain},
+        {**run, "definition": query, "datasource": _SOURCE, "refresh": 2, **choice, "current": current, **plain},
+    ]

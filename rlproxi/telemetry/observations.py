@@ -16,12 +16,9 @@ _EVENTS = {"warning": "warnings", "alarm": "alarms"}
 
 @dataclass(frozen=True)
 class Observation:
-    """One value of a metric.
+    """One value of a metric, which was logged as ``name``; ``step`` is None for a value without one.
 
-    Attributes:
-        name: as logged, for example "heldout/judge".
-        part: the word in place of the metric's <part>, here "judge"; "" for a metric without one.
-        step: None for a value without a step.
+    ``part`` is the word in place of the metric's <part>, as "judge" in "heldout/judge"; "" for a metric without one.
     """
 
     metric: Metric
@@ -37,13 +34,10 @@ class Observation:
 
 
 def observations(event: str, fields: dict[str, Any], headline_steps: int | None = None) -> list[Observation]:
-    """Return a record's values in the order of its keys; [] for an event without numbers. NaN and null are left out.
-
-    ``headline_steps``: only evaluations at this number of denoising steps have values; None: all have.
-    """
+    """Return a record's finite values; of evaluations only those at ``headline_steps`` denoising steps, if not None."""
     if event == "metrics":
-        values = {"step": fields["step"], **fields}
-        return [*_observed({name: value for name, value in values.items() if name != "stage"}, fields)]
+        values = {"step": fields["step"], **fields, "stage": None}
+        return [*_observed(values, fields)]
     if event == "evaluation":
         wanted = headline_steps is None or fields.get("steps") == headline_steps
         return [*_observed(_evaluated(fields), fields)] if wanted else []

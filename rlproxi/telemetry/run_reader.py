@@ -1,7 +1,4 @@
-"""Read what a run directory holds, and name what is missing.
-
-Every part may be missing or half written, as in a run in progress or a killed one. That is no error here.
-"""
+"""Read what a run directory holds, and name what is missing or half written, which is no error here."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..config.plain_yaml import read_yaml
-from ..run_directory import INSIDE, RunDirectory
+from ..run_directory import INSIDE, PARTS, RunDirectory
 from . import runlog
 from .values import dig, number
 
@@ -36,20 +33,18 @@ class Samples:
 
 
 class RunReader:
-    """Config, summary, log records and evaluations of the run directory ``path``, as plain values.
+    """Config, summary, log records and evaluations of a run directory; ``missing`` says what could not be read.
 
-    ``missing`` holds sentences about what could not be read. Raises FileNotFoundError for a folder that holds no part
-    of a run.
+    Raises FileNotFoundError for a folder that holds no part of a run.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.files = files = RunDirectory(path)
         self.path = files.path
         self.missing: list[str] = []
+        parts = (*PARTS, INSIDE.evaluations)
         if not self.path.is_dir():
-            expected = f"{INSIDE.config}, {INSIDE.log}, ..."
-            raise FileNotFoundError(f"{path} is not a folder: expected a run directory ({expected})")
-        parts = (INSIDE.config, INSIDE.log, INSIDE.summary, INSIDE.evaluations)
+            raise FileNotFoundError(f"{path} is not a folder: expected a run directory ({INSIDE.config}, ...)")
         if not any((self.path / part).exists() for part in parts):
             raise FileNotFoundError(f"{path} is not a run directory: it holds none of {', '.join(map(str, parts))}")
         self.config: dict[str, Any] = self._mapping_in(files.config, read_yaml)
@@ -75,8 +70,8 @@ class RunReader:
     def judge(self) -> str | None:
         """The name of the first held-out reward."""
         for evaluation in self.evaluations.values():
-            for steps in _mapping(evaluation.get("by_steps")):
-                for name in _mapping(dig(evaluation, "by_steps", steps, "heldout")):
+            for entry in _mapping(evaluation.get("by_steps")).values():
+                for name in _mapping(dig(entry, "heldout")):
                     return name
         return None
 
@@ -128,19 +123,17 @@ class RunReader:
 
     def _mapping_in(self, file: Path, parse: Callable[[str], Any]) -> dict:
         """The mapping that a file holds, or {} and a note."""
-        name = file.relative_to(self.path)
         try:
             values = parse(file.read_text(encoding="utf-8"))
+            if isinstance(values, dict):
+                return values
+            problem = "holds no mapping"
         except FileNotFoundError:
-            self._note(f"{name} is missing")
-            return {}
+            problem = "is missing"
         except (OSError, ValueError, RecursionError) as error:
-            self._note(f"{name} is not readable ({' '.join(str(error).split())[:120]})")
-            return {}
-        if not isinstance(values, dict):
-            self._note(f"{name} holds no mapping")
-            return {}
-        return values
+            problem = f"is not readable ({' '.join(str(error).split())[:120]})"
+        self._note(f"{file.relative_to(self.path)} {problem}")
+        return {}
 
     def _note(self, sentence: str) -> None:
         if sentence not in self.missing:

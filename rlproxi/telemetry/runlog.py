@@ -21,6 +21,7 @@ Dashboards, reports and resumes read this file, so no process holds the only cop
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import json
 import math
@@ -30,19 +31,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..run_directory import RunDirectory
+from .values import number, whole
 
 EVENTS = ("metrics", "stage", "resume", "evaluation", "reward", "samples", "best", "alarm", "warning", "note")
-_REQUIRED = {"metrics": ("stage", "step"), "stage": ("name", "status"), "resume": ("stage", "step")}
+_PLACE = ("stage", "step")
+_REQUIRED = {"metrics": _PLACE, "resume": _PLACE, "samples": _PLACE, "stage": ("name", "status")}
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager["RunLog"]):
     """The run log of ``run_dir``, open for appending. The folder is made if it is missing.
 
-    Each record is one write to a file that is opened for appending. So several processes of one machine may log into
-    the same file, and a killed one leaves at most one torn line, which ``read`` skips.
-
-    patient: a record that cannot be written, mostly for a full disk, is held and written before the next one. Of more
-    than 100,000 held records the oldest are lost. If it is False, ``append`` raises OSError.
+    Each record is one write, so several processes of one machine may log into the same file, and a killed one leaves at
+    most one torn line. If ``patient``, a record that cannot be written is held and written before the next one; of more
+    than 100,000 the oldest are lost. Else ``append`` raises OSError.
     """
 
     def __init__(self, run_dir: str | os.PathLike, patient: bool = False):
@@ -61,8 +62,7 @@ class RunLog:
     def append(self, event: str, /, **fields: Any) -> None:
         """Log one record. Numpy and torch scalars become numbers, NaN and Inf become null.
 
-        Raises ValueError for an unknown event or a missing field, and TypeError for a value that JSON cannot hold. Then
-        nothing is written.
+        Raises ValueError for an unknown event or a missing field, TypeError for what JSON cannot hold.
         """
         if event not in EVENTS:
             raise ValueError(f"event {event!r} is unknown; choose one of {', '.join(EVENTS)}")
@@ -94,22 +94,14 @@ class RunLog:
         """Close the file."""
         self.file.close()
 
-    def __enter__(self) -> RunLog:
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
 
 def plain(value: Any, name: str = "value") -> Any:
-    """Return ``value`` as JSON can hold it: numbers, strings, lists, dicts; NaN and Inf as None.
-
-    Raises TypeError, which names ``name``, for anything else.
-    """
-    if value is None or isinstance(value, (str, bool)):
+    """Return ``value`` as JSON can hold it, NaN and Inf as None. Raises TypeError, which names ``name``, for others."""
+    if value is None or isinstance(value, (str, int)):
         return value
-    if isinstance(value, int):
-        return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -124,40 +116,26 @@ def plain(value: Any, name: str = "value") -> Any:
 
 
 def read(run_dir: str | os.PathLike) -> list[dict]:
-    """Return all records in the order they were written; [] where there is no log yet.
-
-    A line that is no JSON object is skipped: a killed writer leaves one at the end, or before a resume. So is a record
-    that ``append`` would not have written.
-    """
+    """Return all records in the order they were written, see ``parse``; [] where there is no log yet."""
     path = RunDirectory(run_dir).log
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # a ValueError covers JSON and UTF-8 errors
-            continue
-        if isinstance(record, dict) and isinstance(record.get("event"), str) and _whole(record):
-            records.append(record)
-    return records
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [record for line in lines if (record := parse(line)) is not None]
 
 
-def _whole(record: dict) -> bool:
-    """Return whether a record has the fields that its event needs, of the right types."""
-    kinds = {"step": int, "stage": str, "name": str, "status": str}
-    needed = _REQUIRED.get(record["event"], ())
-    if any(type(record.get(name)) is not kinds[name] for name in needed):
-        return False
-    return "step" not in record or (type(record["step"]) is int and abs(record["step"]) <= 2**53)
-
-
-def _number(value: Any) -> float:
-    """Return a metric's value; NaN for null and for anything that is no number."""
+def parse(line: bytes) -> dict | None:
+    """Return a line's record; None for a line that ``append`` would not have written, or not to its end."""
     try:
-        return float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return math.nan
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # a ValueError covers JSON and UTF-8 errors
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        return None
+    if "step" in record and whole(record["step"]) is None:
+        return None
+    for name in _REQUIRED.get(record["event"], ()):
+        if not isinstance(record.get(name), int if name == "step" else str):
+            return None
+    return record
 
 
 def last_step(records: Iterable[dict], stage: str) -> int | None:
@@ -172,10 +150,9 @@ def last_step(records: Iterable[dict], stage: str) -> int | None:
 
 
 def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], list[float]]:
-    """Return (steps, values) of one metric, ascending in step.
+    """Return (steps, values) of one metric, ascending in step; null becomes NaN, so that a plot shows a gap.
 
-    A "resume" record drops the stage's values of later steps. Of two records of one step the last counts. Null becomes
-    NaN, so that a plot shows a gap.
+    A "resume" record drops the stage's values of later steps. Of two records of one step the last counts.
     """
     values: dict[int, float] = {}
     for record in records:
@@ -184,7 +161,8 @@ def series(records: Iterable[dict], stage: str, key: str) -> tuple[list[int], li
         if record["event"] == "resume":
             values = {step: value for step, value in values.items() if step <= record["step"]}
         elif record["event"] == "metrics" and key in record:
-            values[record["step"]] = _number(record[key])
+            found = number(record[key])
+            values[record["step"]] = math.nan if found is None else found
     steps = sorted(values)
     return steps, [values[step] for step in steps]
 
@@ -202,6 +180,6 @@ def stage_seconds(records: Iterable[dict]) -> dict[str, float]:
     """Return the seconds of each stage that is done, summed over its runs."""
     seconds: dict[str, float] = {}
     for record in records:
-        if record["event"] == "stage" and record["status"] == "done" and math.isfinite(_number(record.get("seconds"))):
-            seconds[record["name"]] = seconds.get(record["name"], 0.0) + record["seconds"]
+        if record["event"] == "stage" and record["status"] == "done":
+            seconds[record["name"]] = seconds.get(record["name"], 0.0) + (number(record.get("seconds")) or 0.0)
     return seconds

@@ -39,10 +39,7 @@ class Span(NamedTuple):
 
 
 class Diary:
-    """The spans of one process: those still open, and those that ended and were not taken yet.
-
-    For one thread, or one asyncio loop. Of spans that are not taken it keeps at most the newest ``most``.
-    """
+    """The spans of one thread or asyncio loop: the open ones, and the newest ``most`` that ended and were not taken."""
 
     def __init__(self, most: int = 100_000):
         self.most = most
@@ -140,15 +137,19 @@ def append(run_dir: str | os.PathLike, stage: str, step: int, spans: Iterable[Sp
 
 
 def read(run_dir: str | os.PathLike) -> list[dict]:
-    """Return all lines, spans as ``Span``; [] where there is no file. An unreadable line is skipped."""
+    """Return all lines, see ``parse``; [] where there is no file."""
     path = RunDirectory(run_dir).timeline
-    lines = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            found = json.loads(line)
-            if type(found["stage"]) is str and type(found["step"]) is int:
-                lines.append({**found, "spans": [_span(*row) for row in found["spans"]]})
-    return lines
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [found for line in lines if (found := parse(line)) is not None]
+
+
+def parse(line: bytes) -> dict | None:
+    """Return a line's values, spans as ``Span``; None for a line that ``append`` would not have written."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        found = json.loads(line)
+        if type(found["stage"]) is str and type(found["step"]) is int:
+            return {**found, "spans": [_span(*row) for row in found["spans"]]}
+    return None
 
 
 def _span(role: str, who: int | str, phase: str, start: float, seconds: float) -> Span:

@@ -94,15 +94,16 @@ def test_the_page_and_all_it_loads_come_from_here(port):
 
 
 def test_what_a_run_directory_holds(port):
-    assert {run["id"] for run in fetched(port, "/api/runs")["runs"]} == {"one", "two"}
+    assert {run["id"] for run in fetched(port, "/api/runs")} == {"one", "two"}
     found = fetched(port, "/api/runs/one")
     assert found["curves"]["rl"]["loss"] == {"stride": 1, "x": [1, 2, 3, 4, 5], "y": [0.1, 0.2, 0.3, 0.4, 0.5]}
     assert found["exact"] and found["galleries"] == [5] and found["progress"]["total"] == 9
-    assert fetched(port, "/api/runs/one/config")["headline_steps"] == 3
-    assert fetched(port, "/api/runs/one/timeline")["iterations"][0]["spans"] == [["rollout", 0, "sample", 1.0, 2.0]]
-    assert fetched(port, "/api/runs/one/galleries/5")["groups"][0]["best"] == 3
-    assert fetched(port, "/api/runs/one/evaluations")["evaluations"][0]["steps"] == [3]
-    assert fetched(port, "/api/runs/one/evaluations/before/3/1") == {"heldout": [2.0, 3.0]}
+    assert found["headline_steps"] == 3
+    assert "num_inference_steps: 3" in fetched(port, "/api/runs/one/config")["text"]
+    assert fetched(port, "/api/runs/one/timeline")[0]["spans"] == [["rollout", 0, "sample", 1.0, 2.0]]
+    assert fetched(port, "/api/runs/one/galleries/5")[0]["best"] == 3
+    assert fetched(port, "/api/runs/one/evaluations")[0]["steps"] == [3]
+    assert fetched(port, "/api/runs/one/evaluations/before/3/1") == [2.0, 3.0]
     for picture, size in (("galleries/5/0.png", (32, 8)), ("evaluations/before/3/1.png", (16, 8))):
         status, headers, body = ask(port, f"/api/runs/one/{picture}")
         assert (status, headers["content-type"]) == (200, "image/png") and Image.open(io.BytesIO(body)).size == size
@@ -268,7 +269,7 @@ def test_beside_a_run_it_costs_nothing_until_somebody_looks(runs):
         port = urllib.parse.urlsplit(page.url).port
         assert taken.getsockname()[1] < port <= taken.getsockname()[1] + 50
         assert page.server is None
-        assert fetched(port, "/api/runs")["runs"][0]["id"] == "one"
+        assert fetched(port, "/api/runs")[0]["id"] == "one"
         server = page.server
         assert os.getpriority(os.PRIO_PROCESS, server.pid) >= 10
         loaded = Path(f"/proc/{server.pid}/maps").read_text()

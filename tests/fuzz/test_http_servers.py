@@ -284,7 +284,7 @@ def readers(folder):
     runs = folder / "runs"
     make_run(runs / "one")
     hub = Hub([runs])
-    app, _page = dashboard.application(hub)
+    app = dashboard.application(hub)
     one = "/api/runs/one"
     targets = [
         "/",

@@ -152,6 +152,7 @@ def readers(folder):
     def judged():
         json.dumps(live_files.evaluations(run), allow_nan=False)
         live_files.evaluation_picture(run, "before", 3, 1)
+        json.dumps(live_files.evaluation_scores(run, "before", 3, 1), allow_nan=False)
 
     def report():
         found = RunReader(run)

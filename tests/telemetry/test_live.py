@@ -250,14 +250,16 @@ def test_what_is_no_record_is_survived_and_counted(tmp_path):
         b'{"event":"metrics","stage":"rl","step":1e3}',
         b'{"event": "metrics", "stage": "rl", "step": ' + b"9" * 5000 + b"}",
         b"x" * 2_000_000,
+        b'{"event": "evaluation", "steps": {}, "step": []}',
+        b'{"event": "stage", "name": ["rl"], "status": 1, "time": 1e999}',
     ]
     good = [
         b'{"event": "metrics", "stage": "rl", "step": 3, "reward/mean": NaN, "time": "now"}',
         b'{"event": "unheard of"}',
-        b'{"event": "evaluation", "steps": {}, "step": []}',
+        b'{"event": "evaluation", "steps": {}, "step": 1}',
         b'{"event": "evaluation", "stage": [], "steps": 3, "step": 1, "heldout": [1], '
         b'"train": {"a": {"b": {"c": {"d": 1}}}}}',
-        b'{"event": "stage", "name": ["rl"], "status": 1, "time": 1e999}',
+        b'{"event": "stage", "name": "rl", "status": "start", "time": 1e999}',
         b'{"event": "warning", "message": null}',
     ]
     with open(tmp_path / "metrics.jsonl", "ab") as file:
@@ -402,10 +404,9 @@ def run_dir(tmp_path):
 
 def test_a_gallery_as_the_run_writes_it(run_dir):
     folder, images = run_dir
-    found = live_files.gallery(folder, 10)
-    (group,) = found["groups"]
-    assert found["step"] == 10 and group["prompt"] == "a <b>hat</b>" and group["rewards"] == [0.1, None, 0.9, 0.5]
-    assert (group["best"], group["worst"], group["size"], group["picture"]) == (2, 0, [8, 6], True)
+    (group,) = live_files.gallery(folder, 10)
+    assert group["prompt"] == "a <b>hat</b>" and group["rewards"] == [0.1, None, 0.9, 0.5]
+    assert (group["best"], group["worst"], group["picture"]) == (2, 0, True)
     picture = np.array(Image.open(io.BytesIO(live_files.gallery_picture(folder, 10, 0))))
     assert (picture == np.concatenate(list(images[:4]), 1)).all()
     for step, number in ((11, 0), (10, 1), (10, -1), (-1, 0)):
@@ -417,9 +418,9 @@ def test_pictures_of_an_evaluation_are_its_prompts_samples(run_dir):
     folder, images = run_dir
     (entry,) = live_files.evaluations(folder)
     assert entry["steps"] == [3] and entry["prompts"] == ["p", "q", "r"] and entry["samples"] == 4
-    data, scores = live_files.evaluation_picture(folder, "before", 3, 2)
+    data = live_files.evaluation_picture(folder, "before", 3, 2)
     assert (np.array(Image.open(io.BytesIO(data))) == np.concatenate(list(images[8:]), 1)).all()
-    assert scores == [8.0, 9.0, 10.0, 11.0]
+    assert live_files.evaluation_scores(folder, "before", 3, 2) == [8.0, 9.0, 10.0, 11.0]
     for tag, steps, prompt in (
         ("before", 3, 3),
         ("before", 5, 0),
@@ -429,6 +430,12 @@ def test_pictures_of_an_evaluation_are_its_prompts_samples(run_dir):
     ):
         with pytest.raises(NotThere):
             live_files.evaluation_picture(folder, tag, steps, prompt)
+        with pytest.raises(NotThere):
+            live_files.evaluation_scores(folder, tag, steps, prompt)
+
+
+def both(folder):
+    return live_files.evaluation_picture(folder, "before", 3, 0), live_files.evaluation_scores(folder, "before", 3, 0)
 
 
 def test_damaged_and_hostile_archives_are_refused(run_dir):
@@ -444,11 +451,11 @@ def test_damaged_and_hostile_archives_are_refused(run_dir):
     for arrays in hostile.values():
         np.savez(file, **arrays)
         with pytest.raises(NotThere):
-            live_files.evaluation_picture(folder, "before", 3, 0)
+            both(folder)
     for data in (b"", b"PK\x03\x04", whole[:200], whole[:-30], whole[:300] + b"\0" * 40 + whole[340:]):
         file.write_bytes(data)
         with pytest.raises(NotThere):
-            live_files.evaluation_picture(folder, "before", 3, 0)
+            both(folder)
 
 
 def test_nothing_outside_the_run_directory_is_read(run_dir, tmp_path):

@@ -15,18 +15,13 @@ TAIL = 300
 
 
 class Curve:
-    """Points (step, value), ascending in step, in at most ``limit`` buckets of ``stride`` points each.
+    """Points (step, value), ascending in step, in at most ``limit`` (even) buckets of ``stride`` points each.
 
-    A bucket has its first and last step, and the mean, minimum and maximum of its values. With stride 1 it is the point
-    itself and nothing is lost. A value of None is a gap: it counts as a point of its bucket, but not in the mean.
-    Memory does not grow with the number of points.
+    A bucket has its first and last step, and the mean, minimum and maximum of its values. With stride 1 nothing is
+    lost. A value of None is a gap: it counts as a point of its bucket, but not in the mean.
     """
 
-    __slots__ = ("count", "first", "high", "last", "limit", "low", "size", "stride", "tail", "total")
-
     def __init__(self, limit: int = BUCKETS, tail: int = TAIL):
-        if limit < 2 or limit % 2:
-            raise ValueError(f"limit is {limit}; it must be even and at least 2")
         self.limit, self.stride = limit, 1
         self.first, self.last, self.size, self.count = (array("q") for _ in range(4))
         self.total, self.low, self.high = (array("d") for _ in range(3))
@@ -40,18 +35,15 @@ class Curve:
         if self.last and step <= self.last[-1]:
             return self._again(step, value)
         self.tail.append((step, value))
-        if not self.size or self.size[-1] >= self.stride:
-            if len(self.first) >= self.limit:
-                self._halve()
-            if not self.size or self.size[-1] >= self.stride:
-                return self._insert(len(self.first), step, value)
-        self._merge_in(-1, step, value)
+        if len(self.first) >= self.limit and self.size[-1] >= self.stride:
+            self._halve()
+        if self.size and self.size[-1] < self.stride:
+            self._merge_in(-1, step, value)
+        else:
+            self._insert(len(self.first), step, value)
 
     def cut(self, step: int) -> bool:
-        """Drop the points behind ``step``.
-
-        Returns False if a bucket holds points of both sides: it stays, and the curve is not exact any more.
-        """
+        """Drop the points behind ``step``; returns False if a bucket holds points of both sides, which then stays."""
         while self.first and self.first[-1] > step:
             for column in self._columns():
                 column.pop()
@@ -62,14 +54,14 @@ class Curve:
         self.last[-1] = step
         return False
 
-    def buckets(self, digits: int = 6) -> dict[str, int | list]:
+    def buckets(self) -> dict[str, int | list]:
         """The columns for a page: "stride", "x", the last step of each bucket, and "y", its mean (None in a gap).
 
         With a stride above 1 also "first", "low", "high", and "tail", the newest points as they are.
         """
 
-        def short(value: float) -> float | None:
-            return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+        def short(value: float | None) -> float | None:
+            return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
         mean = [short(t / n) if n else None for t, n in zip(self.total, self.count, strict=True)]
         found: dict[str, int | list] = {"stride": self.stride, "x": self.last.tolist(), "y": mean}
@@ -80,7 +72,7 @@ class Curve:
             "first": self.first.tolist(),
             "low": [short(v) for v in self.low],
             "high": [short(v) for v in self.high],
-            "tail": [[step, None if value is None else short(value)] for step, value in self.tail],
+            "tail": [[step, short(value)] for step, value in self.tail],
         }
 
     def _columns(self) -> tuple[array, ...]:
@@ -94,17 +86,13 @@ class Curve:
 
     def _merge_in(self, at: int, step: int, value: float | None) -> None:
         self.size[at] += 1
-        if step > self.last[at]:
-            self.last[at] = step
-        elif step < self.first[at]:
-            self.first[at] = step
+        self.first[at] = min(self.first[at], step)
+        self.last[at] = max(self.last[at], step)
         if value is not None:
             self.count[at] += 1
             self.total[at] += value
-            if value < self.low[at]:
-                self.low[at] = value
-            if value > self.high[at]:
-                self.high[at] = value
+            self.low[at] = min(self.low[at], value)
+            self.high[at] = max(self.high[at], value)
 
     def _again(self, step: int, value: float | None) -> None:
         for i, (known, _) in enumerate(self.tail):

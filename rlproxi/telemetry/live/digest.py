@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from typing import Any
 
-from ..values import number, whole
+from ..values import number
 from .curve import Curve
 
 #: Bounds against a damaged or hostile log; a run has some sixty curves.
@@ -15,33 +14,14 @@ KEPT_EVENTS, KEPT_GALLERIES = 200, 400
 _LISTED = ("stage", "resume", "reward", "best", "alarm", "warning", "note")
 
 
-class Malformed(ValueError):
-    """A line is not a record of a run log."""
-
-
-def parse(line: bytes) -> dict:
-    """The record of a line. Raises Malformed if it is none."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(str(error)) from None
-    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
-        raise Malformed("no object with an event")
-    placed = isinstance(record.get("stage"), str) and whole(record.get("step")) is not None
-    if not placed and record["event"] in ("metrics", "resume", "samples"):
-        raise Malformed("no stage or no step")
-    return record
-
-
 class Digest:
     """Takes the records of a log in their order.
 
     Attributes:
-        curves: stage -> name -> Curve over the stage's steps. The evaluations at N denoising steps are the stage
-            ``evaluation@N``.
+        curves: stage -> name -> Curve over the stage's steps; ``evaluation@N`` are evaluations at N denoising steps.
         sharp: False once a "resume" has cut through a bucket, which then still holds superseded points. Only reading
             the log again, with the cuts known, makes the curves exact.
-        malformed: lines that are no records, which the reader counts here.
+        malformed: lines that are no records, which the reader counts here. refused: values without a curve.
 
     Args:
         sampled: the records are a sample of the log: a step that goes backwards stands for a resume that is not in it.
@@ -50,14 +30,12 @@ class Digest:
     def __init__(self, sampled: bool = False):
         self.sampled, self.sharp = sampled, True
         self.curves: dict[str, dict[str, Curve]] = {}
-        self.refused = self.records = self.malformed = 0
-        self._count = 0
+        self.refused = self.malformed = self._count = 0
         self.counts: Counter[str] = Counter()
         self.listed: dict[str, deque] = {event: deque(maxlen=KEPT_EVENTS) for event in _LISTED}
         self.galleries: list[int] = []
         self.reached: dict[str, int] = {}
         self.times: dict[str, deque[tuple[int, float]]] = {}
-        self.first_time: float | None = None
         self.last_time: float | None = None
         self.newest_stage: str | None = None
 
@@ -67,11 +45,8 @@ class Digest:
         A change is ["points", stage, step, {name: value}], ["cut", stage, step, record], ["gallery", "rl", step] or
         ["event", record]; None if there is nothing to show.
         """
-        self.records += 1
         event, time = record["event"], _time(record.get("time"))
-        if time is not None:
-            self.first_time = time if self.first_time is None else self.first_time
-            self.last_time = time
+        self.last_time = self.last_time if time is None else time
         if event == "metrics":
             return self._metrics(record, time)
         if event == "evaluation":
@@ -79,16 +54,14 @@ class Digest:
         if event == "samples":
             return self._samples(record["step"])
         self.counts[event] += 1
-        if event == "resume":
-            restart = record["stage"] in self.reached
-            self.cut(record["stage"], record["step"])
-            self.listed["resume"].append({**_short(record), "restart": restart})
-            return ["cut", record["stage"], record["step"], self.listed["resume"][-1]]
+        short = _short(record)
         if event in self.listed:
-            short = _short(record)
             self.listed[event].append(short)
-            return ["event", short]
-        return None
+        if event == "resume":
+            short["restart"] = record["stage"] in self.reached
+            self.cut(record["stage"], record["step"])
+            return ["cut", record["stage"], record["step"], short]
+        return ["event", short] if event in self.listed else None
 
     def cut(self, stage: str, step: int) -> None:
         """Drop a stage's points behind ``step``; for the stage rl also those of its evaluations."""
@@ -105,15 +78,9 @@ class Digest:
         stage, step = record["stage"][:MAX_NAME], record["step"]
         if self.sampled and step < self.reached.get(stage, step):
             self.cut(stage, step - 1)
-        values = {}
-        for name, value in record.items():
-            kind = type(value)
-            if kind is float and value - value == 0.0:  # finite: by far the most
-                values[name] = value
-            elif kind in (int, float) or value is None:
-                values[name] = number(value)
-        for name in ("time", "step"):
-            values.pop(name, None)
+        values = {name: number(value) for name, value in record.items() if _is_metric(value)}
+        del values["step"]
+        values.pop("time", None)
         self._add(stage, step, values)
         self.reached[stage], self.newest_stage = step, stage
         if time is not None:
@@ -121,16 +88,14 @@ class Digest:
         return ["points", stage, step, values]
 
     def _evaluation(self, record: dict) -> list | None:
-        step, steps = whole(record.get("step")), record.get("steps")
-        if step is None or type(steps) is not int:
+        step, steps = record.get("step"), record.get("steps")
+        if type(step) is not int or type(steps) is not int:
             return None
         self.counts["evaluation"] += 1
-        values = {
-            key: value
-            for part in ("heldout", "train", "details", "diversity", "distance")
-            if part in record
-            for key, value in _flat(part, record[part]).items()
-        }
+        values: dict[str, float | None] = {}
+        for part in ("heldout", "train", "details", "diversity", "distance"):
+            if part in record:
+                values.update(_flat(part, record[part]))
         stage = f"evaluation@{steps}"
         self._add(stage, step, values)
         return ["points", stage, step, values]
@@ -167,43 +132,32 @@ class Digest:
             "events": {name: list(found) for name, found in self.listed.items()},
             "counts": dict(self.counts),
             "galleries": self.galleries,
-            "records": self.records,
             "refused": self.refused,
             "malformed": self.malformed,
         }
 
     def progress(self, totals: dict[str, int]) -> dict:
-        """How far the run is.
+        """How far the run is, given the steps of each stage; "done": the stage that began last is done.
 
-        Returns {"stage", "metrics" (the stage whose steps are counted), "step", "total", "seconds_per_step", "eta",
-        "started", "updated", "done"}. "eta": seconds to the end of the stage at the pace of its last fifty records,
-        None if no pace is known. "done": the stage that began last is done.
-
-        Args:
-            totals: stage -> its steps.
+        "eta" is in seconds, at the pace of the stage's last fifty records; None if no pace is known.
         """
-        running, done = None, False
-        for record in self.listed["stage"]:
-            done = record.get("status") == "done"
-            running = str(record.get("name"))
-        seen = next((s for s in (running, self.newest_stage) if s in self.reached), None)
-        if seen is not None and seen != running and running and not str(self.newest_stage).startswith(f"{running}/"):
-            seen = None
-        pace, times = None, self.times.get(seen or "", deque())
+        newest = self.listed["stage"][-1] if self.listed["stage"] else {}
+        running, done = newest.get("name"), newest.get("status") == "done"
+        counted = running if running in self.reached else self.newest_stage or ""
+        if running and counted != running and not counted.startswith(f"{running}/"):
+            counted = ""
+        step, total, times = self.reached.get(counted), totals.get(counted), self.times.get(counted, deque())
+        pace = eta = None
         if len(times) > 1 and times[-1][0] > times[0][0]:
             pace = max(0.0, (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0]))
-        step, total = self.reached.get(seen or ""), totals.get(seen or "")
-        eta = None
         if pace is not None and total is not None and step is not None and not done:
             eta = max(0, total - step) * pace
         return {
-            "stage": running or seen,
-            "metrics": seen,
+            "stage": running or counted or None,
             "step": step,
             "total": total,
             "seconds_per_step": pace,
             "eta": eta,
-            "started": self.first_time,
             "updated": self.last_time,
             "done": done,
         }
@@ -223,7 +177,11 @@ def _flat(name: str, value: Any, depth: int = 0) -> dict[str, float | None]:
             if key != "missing":
                 found.update(_flat(name if key == "mean" else f"{name}/{key}", part, depth + 1))
         return found
-    return {name: number(value)} if value is None or type(value) in (int, float) else {}
+    return {name: number(value)} if _is_metric(value) else {}
+
+
+def _is_metric(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
 
 
 def _short(record: dict) -> dict:

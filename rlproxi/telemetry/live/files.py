@@ -1,7 +1,7 @@
-"""The files of a run directory beside its log: galleries, pictures of evaluations, the timeline.
+"""The files of a run directory beside its log, read in bounded memory: galleries, evaluations' pictures, the timeline.
 
-They are only read, and in bounded memory. File names come from outside, so each must have the one form that is allowed.
-It must lead to a plain file inside the run directory, symbolic links followed.
+File names come from outside, so each must have the one form that is allowed. It must lead to a plain file inside the
+run directory, symbolic links followed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import zipfile
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ...run_directory import INSIDE, RunDirectory
+from .. import timeline
 from ..values import number, whole
 from .lines import Lines
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Larger files are not read, in bytes.
 JSON_LIMIT, PICTURE_LIMIT, ARCHIVE_LIMIT = 8 << 20, 64 << 20, 4 << 30
@@ -52,67 +56,48 @@ def open_inside(run_dir: Path, name: str, limit: int) -> BinaryIO:
     return open(handle, "rb")
 
 
-def read_inside(run_dir: Path, name: str, limit: int) -> bytes:
-    """The content of what ``open_inside`` opens."""
-    with open_inside(run_dir, name, limit) as file:
-        return file.read(limit)
-
-
 def _json(run_dir: Path, name: str) -> dict:
-    try:
-        values = json.loads(read_inside(run_dir, name, JSON_LIMIT))
-    except (ValueError, RecursionError):
-        raise NotThere(f"{name} is not readable") from None
+    values = None
+    with open_inside(run_dir, name, JSON_LIMIT) as file, suppress(ValueError, RecursionError):
+        values = json.loads(file.read(JSON_LIMIT))
     if not isinstance(values, dict):
-        raise NotThere(f"{name} holds no object")
+        raise NotThere(f"{name} holds no JSON object")
     return values
 
 
-def gallery(run_dir: Path, step: int) -> dict:
-    """The gallery in samples/<step>.json. Raises NotThere.
-
-    Returns {"step", "version", "groups": [{"prompt", "size", "rewards", "parts", "index", "best", "worst",
-    "picture" (whether it names one)}]}.
-    """
-    values, groups = _gallery(run_dir, step)
-    return {"step": step, "version": whole(values.get("version")), "groups": [_group(group) for group in groups]}
+def gallery(run_dir: Path, step: int) -> list[dict]:
+    """The groups of a gallery: [{"prompt", "rewards", "parts", "best", "worst", "picture"}]. Raises NotThere."""
+    return [_group(group) for group in _groups(run_dir, step)]
 
 
-def _gallery(run_dir: Path, step: int) -> tuple[dict, list]:
-    """(all values, groups) of a gallery's file."""
-    if not 0 <= step < 10**12:
-        raise NotThere(f"there is no step {step}")
-    values = _json(run_dir, str(INSIDE.gallery(step)))
-    groups = values.get("groups")
+def _groups(run_dir: Path, step: int) -> list[dict]:
+    groups = _json(run_dir, str(INSIDE.gallery(step))).get("groups")
     if not isinstance(groups, list):
         raise NotThere(f"the gallery of step {step} has no groups")
-    return values, groups[:_MAX_GROUPS]
+    return [group if isinstance(group, dict) else {} for group in groups[:_MAX_GROUPS]]
 
 
-def _group(group: Any) -> dict:
-    group = group if isinstance(group, dict) else {}
-    rewards, parts = _numbers(group.get("rewards")), group.get("parts")
-    size = group.get("size")
-    known = isinstance(size, list) and len(size) == 2 and all(type(n) is int and 0 < n <= 8192 for n in size)
+def _group(group: dict) -> dict:
+    parts = group["parts"] if isinstance(group.get("parts"), dict) else {}
     return {
         "prompt": _text(group.get("prompt")),
-        "rewards": rewards,
-        "size": size if known else None,
-        "parts": {str(k)[:100]: _numbers(v) for k, v in list(parts.items())[:16]} if isinstance(parts, dict) else {},
-        **{key: whole(group.get(key)) for key in ("index", "best", "worst")},
-        "picture": isinstance(group.get("image"), str) and bool(_PICTURE.fullmatch(group["image"])),
+        "rewards": _numbers(group.get("rewards")),
+        "parts": {str(name)[:100]: _numbers(scores) for name, scores in list(parts.items())[:16]},
+        **{key: whole(group.get(key)) for key in ("best", "worst")},
+        "picture": _PICTURE.fullmatch(_text(group.get("image"))) is not None,
     }
 
 
 def gallery_picture(run_dir: Path, step: int, index: int) -> bytes:
     """The PNG of group ``index`` of a gallery: its samples side by side. Raises NotThere."""
-    groups = _gallery(run_dir, step)[1]
+    groups = _groups(run_dir, step)
     if not 0 <= index < len(groups):
         raise NotThere(f"the gallery of step {step} has no group {index}")
-    name = groups[index].get("image") if isinstance(groups[index], dict) else None
-    if not isinstance(name, str) or not _PICTURE.fullmatch(name):
+    name = _text(groups[index].get("image"))
+    if not _PICTURE.fullmatch(name):
         raise NotThere(f"group {index} of step {step} names no picture in samples/")
-    data = read_inside(run_dir, name, PICTURE_LIMIT)
+    with open_inside(run_dir, name, PICTURE_LIMIT) as file:
+        data = file.read(PICTURE_LIMIT)
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise NotThere(f"{name} is no PNG")
     return data
@@ -150,43 +135,50 @@ def evaluation(run_dir: Path, tag: str) -> dict:
     }
 
 
-def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> tuple[bytes, list[float | None]]:
-    """(PNG of one prompt's samples side by side, their held-out scores). Raises NotThere.
-
-    Only these samples are held in memory, however many the evaluation has.
-
-    Args:
-        steps: the number of denoising steps. prompt: its index.
-    """
+def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> bytes:
+    """The PNG of one prompt's samples side by side, which alone are held in memory. Raises NotThere."""
     import numpy as np
     from PIL import Image
 
-    count = evaluation(run_dir, tag)["samples"]
-    name = str(INSIDE.evaluation_samples(tag, int(steps)))
-    try:
-        with open_inside(run_dir, name, ARCHIVE_LIMIT) as file, zipfile.ZipFile(file) as archive:
-            images = _rows(archive, "images.npy", prompt * count, count)
-            scores = _rows(archive, "heldout.npy", prompt * count, count)
-    except Exception as error:  # zipfile, its decompressors and numpy raise errors without a common base
-        raise error if isinstance(error, NotThere) else NotThere(f"{name} is not readable ({error})") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or scores.dtype.kind != "f":
-        raise NotThere(f"{name} holds no images with scores")
+    images = _of_prompt(run_dir, tag, steps, prompt, "images.npy")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise NotThere(f"evaluation {tag} holds no images")
     stream = io.BytesIO()
     Image.fromarray(np.concatenate(list(images), axis=1)).save(stream, "PNG", compress_level=3)
-    return stream.getvalue(), _numbers(scores.astype(float).ravel().tolist())
+    return stream.getvalue()
 
 
-def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
-    """Rows [start, start + count) of an array in an npz. The rows before are read in pieces and dropped."""
+def evaluation_scores(run_dir: Path, tag: str, steps: int, prompt: int) -> list[float | None]:
+    """The held-out scores of one prompt's samples. Raises NotThere."""
+    scores = _of_prompt(run_dir, tag, steps, prompt, "heldout.npy")
+    if scores.dtype.kind != "f":
+        raise NotThere(f"evaluation {tag} holds no scores")
+    return _numbers(scores.astype(float).ravel().tolist())
+
+
+def _of_prompt(run_dir: Path, tag: str, steps: int, prompt: int, member: str) -> np.ndarray:
+    """The rows of a prompt's samples in an array of an evaluation's archive. Raises NotThere."""
+    count = evaluation(run_dir, tag)["samples"]
+    name = str(INSIDE.evaluation_samples(tag, steps))
+    with open_inside(run_dir, name, ARCHIVE_LIMIT) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return _rows(archive, member, prompt * count, count)
+        except Exception as error:  # zipfile, its decompressors and numpy raise errors without a common base
+            raise NotThere(f"{name} is not readable ({error})") from None
+
+
+def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int) -> np.ndarray:
+    """Rows [start, start + count) of an array in an npz, without the rows before in memory."""
     import numpy as np
     from numpy.lib import format as layout
 
     if archive.getinfo(member).file_size > ARCHIVE_LIMIT:
         raise ValueError(f"{member} is larger than {ARCHIVE_LIMIT} bytes")
     with archive.open(member) as file:
-        readers = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}
-        read_header = readers.get(layout.read_magic(file))
-        shape, by_column, dtype = read_header(file) if read_header else ((), True, np.dtype(object))
+        if layout.read_magic(file) != (1, 0):
+            raise ValueError(f"{member} is not of NumPy's version 1.0")
+        shape, by_column, dtype = layout.read_array_header_1_0(file)
         if by_column or dtype.hasobject or not shape or not 0 <= start <= start + count <= shape[0] or not count:
             raise ValueError(f"{member} has no rows {start} to {start + count}")
         if not all(type(side) is int and side > 0 for side in shape):  # a row of -1 bytes would be the whole member
@@ -194,12 +186,7 @@ def _rows(archive: zipfile.ZipFile, member: str, start: int, count: int):
         row = math.prod(shape[1:]) * dtype.itemsize
         if row * count > PICTURE_LIMIT * 4:
             raise ValueError(f"{member} has rows of {row} bytes")
-        left = row * start
-        while left:
-            piece = file.read(min(left, 1 << 20))
-            if not piece:
-                raise EOFError(f"{member} ends early")
-            left -= len(piece)
+        file.seek(row * start, os.SEEK_CUR)
         return np.frombuffer(file.read(row * count), dtype).reshape(count, *shape[1:])
 
 
@@ -211,7 +198,7 @@ class Timeline:
         self.kept: deque[dict] = deque(maxlen=iterations)
 
     def read(self) -> list[dict]:
-        """The iterations now: [{"stage", "step", "spans": [(role, who, phase, start, seconds), ..]}]."""
+        """The iterations now: [{"stage", "step", "spans": [``timeline.Span``, ..]}]."""
         if self.lines.offset == 0 and self.lines.size() > self.tail:
             self.lines.offset = self.lines.size() - self.tail  # the first line is cut, and no JSON
         again = self.lines.again
@@ -224,24 +211,15 @@ class Timeline:
         return list(self.kept)
 
     def _take(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-            spans = [_span(*row) for row in record["spans"][:SPANS]]
-            step, stage = record["step"], str(record["stage"])[:40]
-        except (ValueError, RecursionError, KeyError, TypeError, OverflowError):
+        found = timeline.parse(line)
+        if found is None:
             return
-        spans = [s for s in spans if math.isfinite(s[3]) and math.isfinite(s[4]) and s[4] >= 0]
-        if type(step) is not int:
-            return
+        stage, step = found["stage"][:40], found["step"]
         # A resumed run repeats iterations: what was later, or the same, is superseded.
         while self.kept and self.kept[-1]["stage"] == stage and self.kept[-1]["step"] >= step:
             self.kept.pop()
+        spans = [span for span in found["spans"][:SPANS] if span.seconds >= 0]
         self.kept.append({"stage": stage, "step": step, "spans": spans})
-
-
-def _span(role: Any, who: Any, phase: Any, start: Any, seconds: Any) -> tuple:
-    who = who if type(who) is int else str(who)[:60]
-    return str(role)[:40], who, str(phase)[:40], float(start), float(seconds)
 
 
 def _text(value: Any) -> str:
@@ -249,6 +227,4 @@ def _text(value: Any) -> str:
 
 
 def _numbers(values: Any) -> list[float | None]:
-    if not isinstance(values, list):
-        return []
-    return [number(v) for v in values[:4096]]
+    return [number(v) for v in values[:4096]] if isinstance(values, list) else []

@@ -11,7 +11,6 @@ from collections import deque
 from pathlib import Path
 
 from ...run_directory import INSIDE, PARTS
-from .lines import Lines
 from .run import LiveRun
 
 #: How many runs are read at a time, and how many updates, in all and in bytes, are kept for a page that reconnects.
@@ -21,23 +20,28 @@ MAX_RUNS = 500
 _LOOK_EVERY, _FORGET_AFTER = 0.4, 600.0
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder holds any of the files of a run."""
+def runs_in(path: Path) -> list[Path]:
+    """``path``, if it is a run directory; else the run directories in it, the newest first."""
+    if _is_run(path):
+        return [path]
+    return sorted((p for p in path.iterdir() if p.is_dir() and _is_run(p)), key=_changed, reverse=True)
+
+
+def _is_run(path: Path) -> bool:
     return any((path / part).is_file() for part in PARTS)
 
 
 class Hub:
-    """The runs of ``paths``, which are run directories or folders of them.
+    """The runs of ``paths``, run directories or folders of them; one is read until ten minutes after the last request.
 
-    A run is read from the first request for it until ten minutes after the last one. Raises FileNotFoundError for a
-    path that is no folder, or if the only path is a folder without runs.
+    Raises FileNotFoundError for a path that is no folder, or if the only path is a folder without runs.
     """
 
     def __init__(self, paths: list[Path]):
         for path in paths:
             if not path.is_dir():
                 raise FileNotFoundError(f"{path} is not a folder: expected a run directory, or a folder of them")
-            if not is_run(path) and len(paths) == 1 and not any(is_run(p) for p in path.iterdir() if p.is_dir()):
+            if len(paths) == 1 and not runs_in(path):
                 absent = ", no ".join(map(str, PARTS))
                 raise FileNotFoundError(f"{path} is not a run directory and holds none: no {absent}")
         self.paths = [path.resolve() for path in paths]
@@ -58,30 +62,18 @@ class Hub:
         """id -> run directory, the newest first within a folder. An id is a folder's name, made unique by a number."""
         with self._lock:
             if time.monotonic() - self._looked > 2.0 or not self._folders:
-                found = []
-                for path in self.paths:
-                    inside = [] if is_run(path) else [p for p in path.iterdir() if p.is_dir() and is_run(p)]
-                    found += [path] if is_run(path) else sorted(inside, key=_changed, reverse=True)
-                known = {path: name for name, path in self._folders.items()}
-                for path in found[:MAX_RUNS]:
+                found = [run for path in self.paths for run in runs_in(path)]
+                for path in [run for run in found[:MAX_RUNS] if run not in self._folders.values()]:
                     name, n = path.name or "run", 2
-                    while path not in known and name in self._folders:
+                    while name in self._folders:
                         name, n = f"{path.name}-{n}", n + 1
-                    self._folders.setdefault(known.get(path, name), path)
+                    self._folders[name] = path
                 self._looked = time.monotonic()
             return dict(self._folders)
 
     def listing(self) -> list[dict]:
-        """[{"id", "changed" (unix seconds), "bytes", "finished"}]; nothing of the log is read."""
-        return [
-            {
-                "id": name,
-                "changed": _changed(path),
-                "bytes": Lines(path / INSIDE.log).size(),
-                "finished": (path / INSIDE.summary).is_file(),
-            }
-            for name, path in self.folders().items()
-        ]
+        """[{"id", "finished"}]; nothing of the log is read."""
+        return [{"id": name, "finished": (path / INSIDE.summary).is_file()} for name, path in self.folders().items()]
 
     def opened(self, name: str) -> LiveRun:
         """A run, which is read from now on. Raises KeyError for an unknown id."""
@@ -115,10 +107,7 @@ class Hub:
         return f"{self.boot}-{self._number}"
 
     def after(self, cursor: str, names: set[str]) -> tuple[str, list[tuple[str, str]] | None]:
-        """(new cursor, [(cursor, JSON)] of the updates of the runs ``names`` since ``cursor``).
-
-        None takes the place of the list if ``cursor`` is too old, or another server's.
-        """
+        """(new cursor, [(cursor, JSON)] of updates of ``names`` since ``cursor``, None if that is unknown)."""
         boot, _, number = cursor.partition("-")
         with self._lock:
             for name in names & set(self._opened):

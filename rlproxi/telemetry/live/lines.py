@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 #: A longer line is no record of ours, and is never held in memory.
@@ -12,11 +13,10 @@ _BLOCK = 1 << 18
 
 
 class Lines:
-    """The complete lines of the file ``path``, with their offsets.
+    """The complete lines of the file ``path``, with their offsets; one of more than ``limit`` bytes comes empty.
 
     A file that has become shorter, or is another one, is read from the start again; ``again`` counts how often.
-    ``offset`` is how far the file has been read. ``rest`` is the last line, which has no line end yet: a writer may
-    still be writing it. A line of more than ``limit`` bytes comes as an empty one.
+    ``offset`` is how far the file has been read, ``rest`` the last line, which may still be written.
     """
 
     def __init__(self, path: Path, limit: int = LINE_LIMIT):
@@ -29,10 +29,9 @@ class Lines:
 
     def size(self) -> int:
         """The file's size in bytes; 0 if there is no file."""
-        try:
+        with suppress(OSError):
             return os.stat(self.path).st_size
-        except OSError:
-            return 0
+        return 0
 
     def read(self) -> list[tuple[int, bytes]] | None:
         """The (offset, line) pairs that end in the next block; None at the end of the file."""
@@ -68,10 +67,7 @@ class Lines:
 def spread(path: Path, count: int, size: int, block: int = 1 << 13) -> Iterator[bytes]:
     """Lines from ``count`` places, spread evenly over the first ``size`` bytes of a file, in order.
 
-    Of each place it is the first whole line, of the file's beginning and end all lines.
-
-    Args:
-        block: bytes that are read at a place; 8 times as many at the beginning and at the end.
+    Of each place of ``block`` bytes it is the first whole line; of the file's beginning and end, 8 times as long, all.
     """
     with open(path, "rb", buffering=0) as file:
         reached = 0

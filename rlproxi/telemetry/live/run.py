@@ -1,8 +1,7 @@
 """One run directory while it grows, read on by byte offset in bounded memory, for pages that show it live.
 
-A log is read once, from its start and on as it grows. Until all of a large log is read, a page sees a sample: lines
-from a few thousand places, which give curves over the whole range at once. A resume that takes back a part of points
-that are merged already is the one reason to read a log again.
+Until all of a large log is read, a page sees a sample: lines from a few thousand places, which give curves over the
+whole range. Only a resume that takes back a part of points that are merged already makes it read a log again.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import yaml
 
 from ...config.plain_yaml import read_yaml
 from ...run_directory import RunDirectory
+from ..runlog import parse
 from ..values import dig, whole
-from .digest import Digest, Malformed, parse
+from .digest import Digest
 from .files import Timeline
 from .lines import Lines, spread
 
@@ -32,12 +32,10 @@ _CONFIG_LIMIT = 1 << 20
 
 
 class LiveRun:
-    """The reader of one run directory.
+    """The reader of one run directory, for threads that share it and take its ``lock``.
 
     ``open`` gives something to show at once, ``advance`` reads on and returns what is new, ``snapshot`` returns all
     that is known. None of them raises for a log that is missing, torn, malformed or replaced.
-
-    ``timeline`` reads timeline.jsonl. Threads that share a run take its ``lock``.
     """
 
     def __init__(self, path: Path):
@@ -71,14 +69,14 @@ class LiveRun:
         sample = Digest(sampled=True)
         with suppress(OSError):
             for line in spread(self.log, SAMPLES, size):
-                with suppress(Malformed):
-                    sample.apply(parse(line))
+                if (record := parse(line)) is not None:
+                    sample.apply(record)
             self._shown = sample
 
     def advance(self, seconds: float = 0.05) -> list | None:
-        """Read on for about ``seconds`` and return the changes since the last call, in order (see ``Digest.apply``).
+        """Read on for about ``seconds`` and return the changes since the last call (see ``Digest.apply``).
 
-        Returns None if a page must take a new snapshot, [] while a large log is still being read.
+        None: a page must take a new snapshot. []: nothing new, or a large log is still being read.
         """
         end, known, again = time.monotonic() + seconds, self.complete, self._lines.again
         changes: list = []
@@ -110,9 +108,8 @@ class LiveRun:
 
     def _take(self, offset: int, line: bytes) -> list | None:
         """The change that the line at ``offset`` makes; None for one that no page needs."""
-        try:
-            record = parse(line)
-        except Malformed:
+        record = parse(line)
+        if record is None:
             self._digest.malformed += 1
             return None
         if record["event"] == "resume":
@@ -140,18 +137,15 @@ class LiveRun:
 
     def _new_evaluations(self) -> list:
         """[["evaluations"]] if the folder of evaluations has changed: a file follows its record in the log."""
-        try:
-            now = RunDirectory(self.path).evaluations.stat().st_mtime
-        except OSError:
-            return []
-        if now == self._evaluations:
-            return []
-        self._evaluations = now
-        return [["evaluations"]]
+        before = self._evaluations
+        with suppress(OSError):
+            self._evaluations = RunDirectory(self.path).evaluations.stat().st_mtime
+        return [] if self._evaluations == before else [["evaluations"]]
 
     def snapshot(self) -> dict:
         """Curves, events and progress. "exact": all of the log is read; else "read" is the share that is."""
         return {
+            "headline_steps": whole(dig(self.config()[1], "sampler", "num_inference_steps")),
             **self.digest.snapshot(),
             "exact": self.complete and self.digest.sharp,
             "read": self.share_read(),
