@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
+from typing import NamedTuple
 
 from rlproxi.config.loading import Config, load_config
 from rlproxi.run_directory import RunDirectory
@@ -30,16 +30,12 @@ from rlproxi.telemetry.runlog import last_step, read, series
 LIMIT = 64
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """The number of rollout actors, of replicas of each scorer, and of learner ranks."""
 
     rollout: int
     reward: int
     learner: int
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((self.rollout, self.reward, self.learner))
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ def best(what: IterationCosts, places: float, overlapped: bool | None = None) ->
     fitting = [split for split in splits if what.used(split) <= places + 1e-9]
     return min(
         fitting,
-        key=lambda split: (round(what.seconds(split, overlapped), 9), what.used(split), tuple(split)),
+        key=lambda split: (round(what.seconds(split, overlapped), 9), what.used(split), split),
         default=None,
     )
 
@@ -159,21 +155,14 @@ def describe(what: IterationCosts, places: float | None = None) -> list[str]:
             now = what.seconds(what.split, what.overlapped)
             then = what.seconds(split, overlapped)
             how = "max_staleness 1 or more" if overlapped else "max_staleness 0"
-            lines.append(
-                f"scaling    {number:g} {unit}, {how}: {_describe(split)}, {then:.2f} s an iteration "
-                f"({now / then:.2f} x as fast as this split's {now:.2f} s)"
-                if then
-                else f"scaling    {number:g} {unit}, {how}: {_describe(split)}"
-            )
+            gain = f"{now / then:.2f} x as fast as this split's {now:.2f} s" if then else "nothing to gain"
+            lines.append(f"scaling    {number:g} {unit}, {how}: {_describe(split)}, {then:.2f} s an iteration ({gain})")
     return lines
 
 
 def _describe(split: Split) -> str:
-    def several(count: int, word: str) -> str:
-        return f"{count} {word}{'s' * (count != 1)}"
-
-    words = ("rollout actor", "reward replica", "learner rank")
-    return ", ".join(several(count, word) for count, word in zip(split, words, strict=True))
+    named = zip(split, ("rollout actor", "reward replica", "learner rank"), strict=True)
+    return ", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in named)
 
 
 def advise(run_dir: str | os.PathLike, places: float | None = None) -> list[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
+import subprocess
 import time
 import uuid
 from pathlib import Path
@@ -14,36 +17,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlproxi.errors import ConfigError
 
 from .join import connect, current_cluster, largest_cluster
-from .plan import ClusterReport, NodeReport, describe_resources
+from .plan import COMPARED, Cluster, NodeReport
+from .resources import describe_resources
 
 
 @ray.remote(num_cpus=0)
 def _facts_of_this_node(mark: str) -> dict[str, Any]:
     """Runs on one node. ``mark`` is a file that the driver wrote into the shared folder."""
-    import importlib.metadata
-
-    versions: dict[str, str | None] = {}
-    for name in ("torch", "rlproxi", "deepspeed"):
-        try:
+    versions: dict[str, str] = {}
+    for name in COMPARED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     gpus = []
-    if ray.cluster_resources().get("GPU"):
-        import subprocess
-
-        try:  # torch would see none here: this task has no GPU of its own
-            answer = subprocess.run(
-                ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
-            )
-            gpus = answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []
-        except (OSError, subprocess.TimeoutExpired):
-            pass
+    if ray.cluster_resources().get("GPU"):  # torch would see none here: this task has no GPU of its own
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            gpus = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
     return {"versions": versions, "gpus": tuple(gpus), "sees_folder": Path(mark).is_file(), "time": time.time()}
 
 
-def inspect_cluster(address: str, folder: str, timeout_s: float = 60.0) -> ClusterReport:
+def inspect_cluster(
+    address: str, folder: str, timeout_s: float = 60.0
+) -> tuple[list[NodeReport], Cluster, Cluster | None]:
     """Join the cluster, let every node report, and leave it.
+
+    Returns the reports, the cluster as it is, and as large as its autoscaler may make it, or None.
 
     Args:
         address: HOST:PORT, or auto for the cluster on this machine.
@@ -65,8 +63,8 @@ def inspect_cluster(address: str, folder: str, timeout_s: float = 60.0) -> Clust
     except OSError as error:
         raise ConfigError(f"run.dir {folder}: {error}: give run.dir a folder that can be written") from None
     try:
-        nodes = tuple(_report(node, str(mark), timeout_s) for node in ray.nodes() if node["Alive"])
-        return ClusterReport(nodes, current_cluster(), largest_cluster())
+        nodes = [_report(node, str(mark), timeout_s) for node in ray.nodes() if node["Alive"]]
+        return nodes, current_cluster(), largest_cluster()
     finally:
         mark.unlink(missing_ok=True)
         if made:
