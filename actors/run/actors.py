@@ -14,7 +14,7 @@ from rlproxi.config.loading import Config
 from rlproxi.errors import ConfigError
 
 from ..cluster.join import beside_driver
-from ..rewards.service import deploy, withdraw
+from ..rewards.service import deploy
 from ..rl.conductor import Conductor
 from ..rl.weights import WeightStore
 
@@ -43,8 +43,8 @@ class RunActors:
         self.store = _named(WeightStore, self.names[1], keep=config.rl.max_staleness + 2)
         self.conductor = _named(Conductor, self.names[0], config, str(self.run_dir), str(model), self.log, self.store)
         try:
-            hang_s = config.faults.hang_timeout_s
-            self.apps = self.apps or deploy(config.rewards, self.run_dir.name, config.resources.placement, hang_s)
+            placement, hang_s = config.resources.placement, config.faults.hang_timeout_s
+            self.apps = self.apps or deploy(config.rewards, self.run_dir.name, placement, hang_s)
         except (ValueError, FileNotFoundError, RuntimeError) as error:
             raise ConfigError(f"rewards: {error}") from None
         ray.get(self.conductor.connect.remote(self.apps))
@@ -69,10 +69,6 @@ class RunActors:
             ray.kill(self.conductor)
             ray.kill(self.store)
             self.conductor = self.store = None
-
-    def withdraw_rewards(self) -> None:
-        """Takes the rewards' Serve applications down."""
-        withdraw(self.apps)
 
 
 def _named(kind: Any, name: str, *arguments: Any, **more: Any) -> Any:
