@@ -130,17 +130,14 @@ def best(what: IterationCosts, places: float, overlapped: bool | None = None) ->
     tried = product(counts(0, what.split.rollout, m), counts(1, what.split.reward, m), learner)
     splits = (Split(*each) for each in tried)
     fitting = [split for split in splits if what.used(split) <= places + 1e-9]
-    return min(
-        fitting,
-        key=lambda split: (round(what.seconds(split, overlapped), 9), what.used(split), split),
-        default=None,
-    )
+    ordered = sorted((round(what.seconds(split, overlapped), 9), what.used(split), split) for split in fitting)
+    return ordered[0][-1] if ordered else None
 
 
 def describe(what: IterationCosts, places: float | None = None) -> list[str]:
     """Return lines for the user: what was measured, and the best splits of the run's GPUs and of twice as many."""
     unit = "GPUs" if any(what.gpus) else "processes"
-    had = what.used(what.split)
+    had, now = what.used(what.split), what.seconds(what.split)
     lines = [
         f"scaling    an iteration took {what.step:.2f} s on {_describe(what.split)} ({had:g} {unit}): rollouts "
         f"{what.micro_batches} x {what.rollout:.2f} s, rewards {what.micro_batches} x {what.reward:.2f} s, learner "
@@ -152,7 +149,6 @@ def describe(what: IterationCosts, places: float | None = None) -> list[str]:
             if split is None:
                 lines.append(f"scaling    {number:g} {unit}: too few for one of each role")
                 break
-            now = what.seconds(what.split, what.overlapped)
             then = what.seconds(split, overlapped)
             how = "max_staleness 1 or more" if overlapped else "max_staleness 0"
             gain = f"{now / then:.2f} x as fast as this split's {now:.2f} s" if then else "nothing to gain"

@@ -108,7 +108,5 @@ def check_fit(config: Config, cluster: Cluster) -> Iterator[Finding]:
         for text in problems(largest, cluster):
             yield warn("cluster", f"with every scorer at its max_replicas: {text}")
     if any(not g.head and g.least < used[g.name] for g in cluster.groups) and not config.resources.autoscaling:
-        text = (
-            "nodes come on demand, and resources.autoscaling is false: a run larger than the cluster is now is refused"
-        )
+        text = "nodes come on demand, but resources.autoscaling=false refuses a run larger than the cluster is now"
         yield warn("cluster", text, "add resources.autoscaling=true")

@@ -57,17 +57,13 @@ def _unreachable(error: Exception) -> str:
     """The message for a cluster that cannot be joined. Ray's own does not mention a missing token."""
     address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE")
     named = f"RAY_ADDRESS={address}" if address else "the cluster that Ray found"
-    remedy = (
-        "RAY_AUTH_MODE is not set: if the cluster was started with a token (Ray 2.60's `ray start` does so where "
-        "~/.ray/auth_token exists), set RAY_AUTH_MODE=token"
-        if mode is None
-        else f"RAY_AUTH_MODE is {mode!r} here: it has to be what the cluster was started with, and the token the same"
-    )
+    remedy = f"RAY_AUTH_MODE is {mode!r} here: it and the token have to be those that the cluster was started with"
+    if mode is None:
+        remedy = "if the cluster was started with a token, as `ray start` does by itself, set RAY_AUTH_MODE=token"
     message = " ".join(str(error).split())[:200]
     return (
         f"cannot join {named} ({type(error).__name__}: {message}): is its head running and reachable? {remedy} "
-        "(docs/cluster.md, Tokens). To start Ray on this machine instead, unset RAY_ADDRESS and end what `ray start` "
-        "began with `ray stop`"
+        "(docs/cluster.md, Tokens). To start Ray here instead, unset RAY_ADDRESS and run `ray stop`"
     )
 
 
@@ -100,12 +96,9 @@ def largest_cluster() -> Cluster | None:
         from ray._private.state import state
 
         reported = state.get_cluster_config()
-        groups = [] if reported is None else list(reported.node_group_configs)
-        found = [
-            NodeGroup(g.name, dict(g.resources), g.min_count, 10**6 if g.max_count < 0 else g.max_count)
-            for g in groups
-            if g.max_count
-        ]
+        groups = [] if reported is None else [group for group in reported.node_group_configs if group.max_count]
+        most = [10**6 if group.max_count < 0 else group.max_count for group in groups]
+        found = [NodeGroup(g.name, dict(g.resources), g.min_count, m) for g, m in zip(groups, most, strict=True)]
     except Exception:  # half private, and only gives a better message: without it the run waits until its timeout
         return None
     now = [node for node in current_cluster().groups if not _of_a_group(node, found)]
@@ -142,9 +135,8 @@ def _beyond(wanted: list[RoleDemand]) -> list[str]:
     for kind, amount in total_resources(wanted).items():
         if amount > have.get(kind, 0) + 1e-9 and kind in ("CPU", "GPU"):
             return [
-                f"this run asks for {amount:g} {kind}s (rollout actors, learner ranks and reward replicas together) "
-                f"and the cluster has {have.get(kind, 0):g}: lower resources.* or rewards.num_{kind.lower()}s, "
-                f"{remedy}"
+                f"this run asks for {amount:g} {kind}s (all roles together) and the cluster has {have.get(kind, 0):g}: "
+                f"lower resources.* or rewards.num_{kind.lower()}s, {remedy}"
             ]
         if amount and not have.get(kind):
             return [

@@ -84,10 +84,7 @@ def read_cluster(path: str | Path) -> Cluster:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; a cluster file is one that `ray up` takes, or a KubeRay "
-            "RayCluster or RayJob (cluster/ has one of each)"
-        )
+        raise FileNotFoundError(f"{path}: no such file; a cluster file is one for `ray up` or KubeRay, as in cluster/")
     try:
         documents = [d for d in yaml.safe_load_all(path.read_text()) if isinstance(d, dict)]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -99,9 +96,8 @@ def read_cluster(path: str | Path) -> Cluster:
             if "available_node_types" in document or "provider" in document:
                 return _ray_up(document)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{path}: {type(error).__name__} {error} while reading its groups; compare it with the files in cluster/"
-        ) from None
+        problem = f"{path}: {type(error).__name__} {error} while reading its groups"
+        raise ValueError(f"{problem}; compare it with the files in cluster/") from None
     raise ValueError(
         f"{path} is neither a `ray up` file (provider, available_node_types) nor a KubeRay RayCluster or RayJob"
     )
@@ -119,10 +115,8 @@ def _ray_up(document: dict) -> Cluster:
     known = PROVIDER_KEYS.get(provider.get("type") or "", set())
     unknown = sorted(set(provider) - known - _ANY_PROVIDER) if known else []
     if unknown:
-        warnings.append(
-            f"provider of type {provider['type']} has no key {', '.join(unknown)}: Ray ignores it; known "
-            f"are {', '.join(sorted(known - {'type'}))}"
-        )
+        listed = ", ".join(sorted(known - {"type"}))
+        warnings.append(f"Ray ignores {', '.join(unknown)} of a provider {provider['type']}, which has: {listed}")
     if provider.get("type") == "local":
         # Each machine counts what it offers when it starts, or has it in its start command.
         counted = "what its machines offer is known once they run: see `rlproxi doctor CONFIG --address auto`"

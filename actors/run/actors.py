@@ -20,10 +20,7 @@ from ..rl.weights import WeightStore
 
 
 class RunActors:
-    """Starts, checks and ends the actors of a run. The rewards outlive a restart of the others.
-
-    ``names``: those by which the learner's ranks find conductor and weight store, old and new.
-    """
+    """Starts, checks and ends the actors of a run. ``names``: by which the ranks find conductor and weight store."""
 
     def __init__(self, run_dir: Path, log: Any):
         self.run_dir, self.log = run_dir, log
@@ -33,10 +30,7 @@ class RunActors:
         self.apps: dict[str, str] = {}  # scorer -> its Serve application
 
     def start(self, config: Config, model: Path) -> None:
-        """Makes all that is not there yet, and waits until it is ready.
-
-        Raises ConfigError where a reward cannot start.
-        """
+        """Makes all that is not there yet, and waits for it. Raises ConfigError where a reward cannot start."""
         if self.conductor is not None:
             return
         # Rollout actors load the model while the rewards are deployed.

@@ -246,11 +246,11 @@ class Stages:
             conductor = self.actors.conductor
             return self._supervisor().watch(lambda: ray.get(conductor.evaluate.remote(tag, steps, version)))
 
+        def shown(name: str, x: dict[str, Any]) -> str:
+            return f"{name} no score" if x["mean"] is None else f"{name} {x['mean']:.3f} ± {x['sem']:.3f}"
+
         for count, entry in self.until_done(tag, work)["by_steps"].items():
-            scores = ", ".join(
-                f"{name} {x['mean']:.3f} ± {x['sem']:.3f}" if x["mean"] is not None else f"{name} no score"
-                for name, x in [*entry["heldout"].items(), *entry["train"].items()]
-            )
+            scores = ", ".join(shown(*x) for x in [*entry["heldout"].items(), *entry["train"].items()])
             far = f", distance {entry['distance']['total']:.3f}" if "distance" in entry else ""
             print(f"               {tag} RL, {count:>3} steps: {scores}, diversity {entry['diversity']:.3f}{far}")
 
@@ -318,18 +318,15 @@ class Stages:
 
     def _reached(self, stage: str) -> int:
         """The largest step that the stage has ever logged, whether a restart went behind it or not."""
-        return max(
-            (r["step"] for r in read(self.run_dir) if r["event"] == "metrics" and r["stage"] == stage), default=0
-        )
+        metrics = (r for r in read(self.run_dir) if r["event"] == "metrics")
+        return max((r["step"] for r in metrics if r["stage"] == stage), default=0)
 
     def _halve_micro_batch(self, stage: str, reason: str) -> str:
         """Takes half the micro-batch and says so; raises RunStopped where there is none."""
         smaller = smaller_micro_batch(self.given, stage)
         if smaller is None:
-            words = (
-                f"{reason}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
-                "model.lora, a higher learner.zero_stage, or a smaller group_size"
-            )
+            remedies = "model.gradient_checkpointing=true, model.lora, a higher learner.zero_stage or smaller groups"
+            words = f"{reason}: micro-batches cannot be smaller; set {remedies}"
             self.lifecycle.handle(Stop(words))
             raise RunStopped(words)
         words = f"going on with {_micro_batch(smaller, stage)} (was {_micro_batch(self.given, stage)})"

@@ -77,7 +77,7 @@ def pretrain_start(config: Config, run_dir: Path, cache: str | None) -> Path:
     ``cache``: the folder of the encoded shards, None for the embedded portraits. Blocks while it makes the network.
     """
     if config.model.init:
-        return _without_adapters(_model_folder(config.model.init), config, run_dir)
+        return _without_adapters(config.model.init, config, run_dir)
     folder = RunDirectory(run_dir).start
     if not folder.is_dir():
         text = config.model.encoders or str(RunDirectory(run_dir).text)
@@ -91,30 +91,28 @@ def rl_start(config: Config, run_dir: Path) -> Path:
     Raises ConfigError where there is neither.
     """
     own = RunDirectory(run_dir).pretrained
-    if own.is_dir():
-        return _without_adapters(own, config, run_dir)
-    if config.model.init:
-        return _without_adapters(_model_folder(config.model.init), config, run_dir)
+    start = own if own.is_dir() else config.model.init
+    if start:
+        return _without_adapters(start, config, run_dir)
     raise ConfigError(
-        f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to "
-        "run.stages or name a model folder with model.init"
+        f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to run.stages or set it"
     )
 
 
-def _without_adapters(folder: Path, config: Config, run_dir: Path) -> Path:
-    """``folder``; where it holds adapters and new ones are to be trained, a merged copy that is their base."""
-    if config.model.lora is None or not ModelFolder.at(folder).has_adapters:
-        return folder
-    merged = RunDirectory(run_dir).merged(folder.name)
+def _without_adapters(path: Path | str, config: Config, run_dir: Path) -> Path:
+    """The model folder at ``path``; where it has adapters and new ones are to be trained, a merged copy as their base.
+
+    Raises ConfigError where there is none.
+    """
+    try:
+        folder = ModelFolder.find(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"no starting model: {error}") from None
+    if config.model.lora is None or not folder.has_adapters:
+        return folder.path
+    merged = RunDirectory(run_dir).merged(folder.path.name)
     if not merged.is_dir():
         from rlproxi.models.pipeline import TextToImage
 
-        TextToImage.from_pretrained(folder).merged().save_pretrained(merged)
+        TextToImage.from_pretrained(folder.path).merged().save_pretrained(merged)
     return merged
-
-
-def _model_folder(path: str) -> Path:
-    try:
-        return ModelFolder.find(path).path
-    except FileNotFoundError as error:
-        raise ConfigError(f"model.init: {error}") from None
