@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlproxi", "actors")
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Dotted name -> file of every module of ours."""
     found = {}
@@ -38,6 +40,7 @@ def imports(name: str, file: Path, known: Mapping[str, Path]) -> Iterator[str]:
                     yield inner if inner in known else source
 
 
+@cache
 def graph() -> dict[str, set[str]]:
     """Module -> modules that it imports."""
     known = modules()
