@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
+from typing import NamedTuple
 
 from rlproxi.config.loading import Config, load_config
 from rlproxi.run_directory import RunDirectory
@@ -30,16 +30,12 @@ from rlproxi.telemetry.runlog import last_step, read, series
 LIMIT = 64
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """The number of rollout actors, of replicas of each scorer, and of learner ranks."""
 
     rollout: int
     reward: int
     learner: int
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((self.rollout, self.reward, self.learner))
 
 
 @dataclass(frozen=True)
@@ -134,17 +130,14 @@ def best(what: IterationCosts, places: float, overlapped: bool | None = None) ->
     tried = product(counts(0, what.split.rollout, m), counts(1, what.split.reward, m), learner)
     splits = (Split(*each) for each in tried)
     fitting = [split for split in splits if what.used(split) <= places + 1e-9]
-    return min(
-        fitting,
-        key=lambda split: (round(what.seconds(split, overlapped), 9), what.used(split), tuple(split)),
-        default=None,
-    )
+    ordered = sorted((round(what.seconds(split, overlapped), 9), what.used(split), split) for split in fitting)
+    return ordered[0][-1] if ordered else None
 
 
 def describe(what: IterationCosts, places: float | None = None) -> list[str]:
     """Return lines for the user: what was measured, and the best splits of the run's GPUs and of twice as many."""
     unit = "GPUs" if any(what.gpus) else "processes"
-    had = what.used(what.split)
+    had, now = what.used(what.split), what.seconds(what.split)
     lines = [
         f"scaling    an iteration took {what.step:.2f} s on {_describe(what.split)} ({had:g} {unit}): rollouts "
         f"{what.micro_batches} x {what.rollout:.2f} s, rewards {what.micro_batches} x {what.reward:.2f} s, learner "
@@ -156,24 +149,16 @@ def describe(what: IterationCosts, places: float | None = None) -> list[str]:
             if split is None:
                 lines.append(f"scaling    {number:g} {unit}: too few for one of each role")
                 break
-            now = what.seconds(what.split, what.overlapped)
             then = what.seconds(split, overlapped)
             how = "max_staleness 1 or more" if overlapped else "max_staleness 0"
-            lines.append(
-                f"scaling    {number:g} {unit}, {how}: {_describe(split)}, {then:.2f} s an iteration "
-                f"({now / then:.2f} x as fast as this split's {now:.2f} s)"
-                if then
-                else f"scaling    {number:g} {unit}, {how}: {_describe(split)}"
-            )
+            gain = f"{now / then:.2f} x as fast as this split's {now:.2f} s" if then else "nothing to gain"
+            lines.append(f"scaling    {number:g} {unit}, {how}: {_describe(split)}, {then:.2f} s an iteration ({gain})")
     return lines
 
 
 def _describe(split: Split) -> str:
-    def several(count: int, word: str) -> str:
-        return f"{count} {word}{'s' * (count != 1)}"
-
-    words = ("rollout actor", "reward replica", "learner rank")
-    return ", ".join(several(count, word) for count, word in zip(split, words, strict=True))
+    named = zip(split, ("rollout actor", "reward replica", "learner rank"), strict=True)
+    return ", ".join(f"{count} {word}{'s' * (count != 1)}" for count, word in named)
 
 
 def advise(run_dir: str | os.PathLike, places: float | None = None) -> list[str]:

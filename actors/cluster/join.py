@@ -14,8 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlproxi.config.loading import Config
 from rlproxi.errors import ConfigError
 
-from .plan import Cluster, NodeGroup, Shortfall, describe_resources, place, problems
-from .resources import RoleDemand, bundles, role_resources, stage_demand, total_resources
+from .plan import Cluster, NodeGroup, place, problems
+from .resources import RoleDemand, bundles, stage_demand, total_resources
 
 
 def connect() -> str:
@@ -33,65 +33,45 @@ def connect() -> str:
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
     if ray.is_initialized():
         return "joined"
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # Roles ask for fractions of a CPU, so a laptop's two cores are enough for all of them. Ray starts one process for
+    # each core at a time, and warns where a run has many more.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 2)))
     try:
-        return _join_or_start(quiet)
+        try:
+            ray.init(num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False, **quiet)
+        except ValueError:
+            # Ray found a cluster (not one that another run started for itself) and takes no CPU count then.
+            ray.init(**quiet)
+            return "joined"
     except (ConnectionError, AuthenticationError) as error:
         raise ConfigError(_unreachable(error)) from None
-
-
-def _join_or_start(quiet: dict[str, Any]) -> str:
-    try:
-        # Roles ask for fractions of a CPU, so a laptop's two cores are enough for all of them. Ray starts one process
-        # for each core at a time, and warns where a run has many more.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(max(8, os.cpu_count() or 2)))
-        ray.init(num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False, **quiet)
-        # Ray Train's watcher for nodes about to be preempted. This node ends with the driver, and the watcher costs 3
-        # CPU seconds.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        return "started"
-    except ValueError:
-        # Ray found a cluster (not one that another run started for itself) and takes no CPU count then.
-        ray.init(**quiet)
-        return "joined"
+    # Ray Train's watcher for nodes about to be preempted. This node ends with the driver, and the watcher costs 3 CPU
+    # seconds.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    return "started"
 
 
 def _unreachable(error: Exception) -> str:
     """The message for a cluster that cannot be joined. Ray's own does not mention a missing token."""
     address, mode = os.environ.get("RAY_ADDRESS"), os.environ.get("RAY_AUTH_MODE")
     named = f"RAY_ADDRESS={address}" if address else "the cluster that Ray found"
-    remedy = (
-        "RAY_AUTH_MODE is not set: if the cluster was started with a token (Ray 2.60's `ray start` does so where "
-        "~/.ray/auth_token exists), set RAY_AUTH_MODE=token"
-        if mode is None
-        else f"RAY_AUTH_MODE is {mode!r} here: it has to be what the cluster was started with, and the token the same"
-    )
+    remedy = f"RAY_AUTH_MODE is {mode!r} here: it and the token have to be those that the cluster was started with"
+    if mode is None:
+        remedy = "if the cluster was started with a token, as `ray start` does by itself, set RAY_AUTH_MODE=token"
     message = " ".join(str(error).split())[:200]
     return (
         f"cannot join {named} ({type(error).__name__}: {message}): is its head running and reachable? {remedy} "
-        "(docs/cluster.md, Tokens). To start Ray on this machine instead, unset RAY_ADDRESS and end what `ray start` "
-        "began with `ray stop`"
+        "(docs/cluster.md, Tokens). To start Ray here instead, unset RAY_ADDRESS and run `ray stop`"
     )
 
 
 # -- placement ----------------------------------------------------------------------------
 
 
-def actor_options(config: Config, role: str) -> dict[str, Any]:
-    """Return what a role's ``.options()`` takes: CPUs, GPUs, and the custom resources that place it."""
-    r = config.resources
-    cpus, gpus = {"rollout": (r.rollout_cpus, r.rollout_gpus), "learner": (r.learner_cpus, r.learner_gpus)}[role]
-    custom = role_resources(config, role)
-    return {"num_cpus": cpus, "num_gpus": gpus, **({"resources": custom} if custom else {})}
-
-
 def beside_driver() -> dict[str, Any]:
-    """Return options that place an actor on the driver's node.
-
-    Log, weights and conductor go there: a run cannot continue without them, and a preempted rollout node must not end
-    it.
-    """
+    """Return options that place an actor on the driver's node, so that no other node's preemption ends the run."""
     own = ray.get_runtime_context().get_node_id()
     address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own)
     # Ray places an actor that needs no resources on any node, whatever its strategy. So it takes a little of this node.
@@ -106,12 +86,8 @@ def beside_driver() -> dict[str, Any]:
 
 def current_cluster() -> Cluster:
     """Return the cluster as it is now: every live node is a group of one."""
-    groups = tuple(
-        NodeGroup(node["NodeID"][:8], dict(node["Resources"]), 1, 1, dict(node.get("Labels") or {}), head=True)
-        for node in ray.nodes()
-        if node["Alive"]
-    )
-    return Cluster("the cluster", groups, 0)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return Cluster(tuple(NodeGroup(node["NodeID"][:8], dict(node["Resources"]), 1, 1, head=True) for node in alive), 0)
 
 
 def largest_cluster() -> Cluster | None:
@@ -120,20 +96,13 @@ def largest_cluster() -> Cluster | None:
         from ray._private.state import state
 
         reported = state.get_cluster_config()
-        groups = [] if reported is None else list(reported.node_group_configs)
-        found = [
-            NodeGroup(g.name, dict(g.resources), g.min_count, 10**6 if g.max_count < 0 else g.max_count)
-            for g in groups
-            if g.max_count
-        ]
+        groups = [] if reported is None else [group for group in reported.node_group_configs if group.max_count]
+        most = [10**6 if group.max_count < 0 else group.max_count for group in groups]
+        found = [NodeGroup(g.name, dict(g.resources), g.min_count, m) for g, m in zip(groups, most, strict=True)]
     except Exception:  # half private, and only gives a better message: without it the run waits until its timeout
         return None
-    now = tuple(
-        NodeGroup(g.name, g.resources, 1, 1, g.labels, True)
-        for g in current_cluster().groups
-        if not _of_a_group(g, found)
-    )
-    return Cluster("the cluster", (*now, *found), sum(g.most for g in found)) if found else None
+    now = [node for node in current_cluster().groups if not _of_a_group(node, found)]
+    return Cluster((*now, *found), sum(g.most for g in found)) if found else None
 
 
 def _of_a_group(node: NodeGroup, groups: list[NodeGroup]) -> bool:
@@ -166,9 +135,8 @@ def _beyond(wanted: list[RoleDemand]) -> list[str]:
     for kind, amount in total_resources(wanted).items():
         if amount > have.get(kind, 0) + 1e-9 and kind in ("CPU", "GPU"):
             return [
-                f"this run asks for {amount:g} {kind}s (rollout actors, learner ranks and reward replicas together) "
-                f"and the cluster has {have.get(kind, 0):g}: lower resources.* or rewards.num_{kind.lower()}s, "
-                f"{remedy}"
+                f"this run asks for {amount:g} {kind}s (all roles together) and the cluster has {have.get(kind, 0):g}: "
+                f"lower resources.* or rewards.num_{kind.lower()}s, {remedy}"
             ]
         if amount and not have.get(kind):
             return [
@@ -188,16 +156,14 @@ class Capacity:
         self.config, self.on = config, config.resources.autoscaling
         self.asked = False
 
-    def hold(self, stage: str) -> float:
-        """Request what ``stage`` needs, wait until it fits, and return the seconds waited. Prints what it waits for.
+    def hold(self, stage: str) -> None:
+        """Request what ``stage`` needs and wait until it fits; print what it waits for.
 
         Raises ConfigError after resources.autoscaling_timeout_s.
         """
         wanted = stage_demand(self.config, stage) if self.on else []
-        if not wanted:
-            return 0.0
         begun, last_printed, timeout = time.monotonic(), -1e9, self.config.resources.autoscaling_timeout_s
-        while True:
+        while wanted:
             # Repeated: Ray Train and Ray Data request their own nodes every 20 s, which replaces this request.
             request(bundles(wanted))
             self.asked = True
@@ -206,16 +172,17 @@ class Capacity:
             if not short:
                 if last_printed > 0:
                     print(f"cluster        ready for {stage} after {waited:.0f} s", flush=True)
-                return waited
+                return
+            missing = "; ".join(map(str, short))
             if waited > timeout:
                 raise ConfigError(
                     f"after {timeout:g} s (resources.autoscaling_timeout_s) the cluster still has no place for "
-                    f"{_missing(short)}: look at `ray status` on the head (quota, spot capacity, a group's maximum), "
+                    f"{missing}: look at `ray status` on the head (quota, spot capacity, a group's maximum), "
                     "or check the cluster file with `rlproxi doctor CONFIG --cluster FILE`"
                 )
             if time.monotonic() - last_printed > 60:
                 last_printed = time.monotonic()
-                print(f"cluster        waiting for {_missing(short)} ({waited:.0f} s of {timeout:g})", flush=True)
+                print(f"cluster        waiting for {missing} ({waited:.0f} s of {timeout:g})", flush=True)
             time.sleep(1.0)
 
     def give_back(self) -> None:
@@ -234,7 +201,3 @@ def request(resources: list[dict[str, float]]) -> None:
     from ray.autoscaler import sdk
 
     sdk.request_resources(bundles=resources)
-
-
-def _missing(short: list[Shortfall]) -> str:
-    return "; ".join(f"{s.missing} {s.demand.name} ({describe_resources(s.demand.resources)} each)" for s in short)

@@ -9,31 +9,24 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .resources import RoleDemand
+from .resources import RoleDemand, describe_resources
 
-
-def _keys(text: str) -> set[str]:
-    return set(text.split())
-
-
-_CLOUD = "type region availability_zone cache_stopped_nodes use_internal_ips"
+_CLOUD = ("type", "region", "availability_zone", "cache_stopped_nodes", "use_internal_ips")
 #: Provider keys that Ray 2.60 reads. Ray's own validation lets every other key pass, and then ignores it.
 PROVIDER_KEYS = {
-    "aws": _keys(f"{_CLOUD} key_pair security_group aws_credentials cloudwatch"),
-    "gcp": _keys(f"{_CLOUD} project_id gcp_credentials"),
-    "local": _keys("type head_ip worker_ips coordinator_address use_external_head_ip external_head_ip"),
-    "fake_multinode": _keys("type gcs_address head_node_id launch_multiple use_node_id_as_ip"),
+    "aws": {*_CLOUD, "key_pair", "security_group", "aws_credentials", "cloudwatch"},
+    "gcp": {*_CLOUD, "project_id", "gcp_credentials"},
+    "local": {"type", "head_ip", "worker_ips", "coordinator_address", "use_external_head_ip", "external_head_ip"},
+    "fake_multinode": {"type", "gcs_address", "head_node_id", "launch_multiple", "use_node_id_as_ip"},
 }
-_ANY_PROVIDER = _keys(
-    "module disable_node_updaters disable_launch_config_check foreground_node_launch worker_liveness_check "
-    "worker_rpc_drain"
-)
+_ANY_PROVIDER = {"module", "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch"}
+_ANY_PROVIDER |= {"worker_liveness_check", "worker_rpc_drain"}
 #: Suffix of a Kubernetes quantity -> its factor.
 _UNITS = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _TINY = 1e-9
@@ -47,7 +40,6 @@ class NodeGroup:
     resources: dict[str, float]
     least: int
     most: int
-    labels: dict[str, str] = field(default_factory=dict)
     head: bool = False
 
 
@@ -55,18 +47,13 @@ class NodeGroup:
 class Cluster:
     """groups: the head's among them. max_workers: all groups together, the head not counted. warnings: for the user."""
 
-    source: str
     groups: tuple[NodeGroup, ...]
     max_workers: int
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Shortfall:
-    """``missing`` of a demand's actors fit on no node."""
-
-    demand: RoleDemand
-    missing: int
+#: Packages that have to have one version on all nodes.
+COMPARED = ("torch", "rlproxi", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -81,19 +68,10 @@ class NodeReport:
     head: bool
     offers: str
     error: str = ""
-    versions: dict[str, str | None] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     gpus: tuple[str, ...] = ()
     sees_folder: bool = False
     skew: float = 0.0
-
-
-@dataclass(frozen=True)
-class ClusterReport:
-    """A running cluster: its nodes, the cluster as it is, and as large as its autoscaler may make it, or None."""
-
-    nodes: tuple[NodeReport, ...]
-    now: Cluster
-    largest: Cluster | None
 
 
 # -- reading ------------------------------------------------------------------------------
@@ -106,10 +84,7 @@ def read_cluster(path: str | Path) -> Cluster:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; a cluster file is one that `ray up` takes, or a KubeRay "
-            "RayCluster or RayJob (cluster/ has one of each)"
-        )
+        raise FileNotFoundError(f"{path}: no such file; a cluster file is one for `ray up` or KubeRay, as in cluster/")
     try:
         documents = [d for d in yaml.safe_load_all(path.read_text()) if isinstance(d, dict)]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -117,13 +92,12 @@ def read_cluster(path: str | Path) -> Cluster:
     try:
         for document in documents:
             if document.get("kind") in ("RayCluster", "RayJob"):
-                return _kuberay(path, document)
+                return _kuberay(document)
             if "available_node_types" in document or "provider" in document:
-                return _ray_up(path, document)
+                return _ray_up(document)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{path}: {type(error).__name__} {error} while reading its groups; compare it with the files in cluster/"
-        ) from None
+        problem = f"{path}: {type(error).__name__} {error} while reading its groups"
+        raise ValueError(f"{problem}; compare it with the files in cluster/") from None
     raise ValueError(
         f"{path} is neither a `ray up` file (provider, available_node_types) nor a KubeRay RayCluster or RayJob"
     )
@@ -135,58 +109,48 @@ def placeholders(path: str | Path) -> list[int]:
     return [i for i, line in enumerate(lines, 1) if "REPLACE_ME" in line.split("#")[0]]
 
 
-def _ray_up(path: Path, document: dict) -> Cluster:
+def _ray_up(document: dict) -> Cluster:
     provider = document.get("provider") or {}
     warnings = []
     known = PROVIDER_KEYS.get(provider.get("type") or "", set())
     unknown = sorted(set(provider) - known - _ANY_PROVIDER) if known else []
     if unknown:
-        warnings.append(
-            f"provider of type {provider['type']} has no key {', '.join(unknown)}: Ray ignores it; known "
-            f"are {', '.join(sorted(known - {'type'}))}"
-        )
-    most = document.get("max_workers")
+        listed = ", ".join(sorted(known - {"type"}))
+        warnings.append(f"Ray ignores {', '.join(unknown)} of a provider {provider['type']}, which has: {listed}")
     if provider.get("type") == "local":
-        return _by_address(path, document, warnings)
+        # Each machine counts what it offers when it starts, or has it in its start command.
+        counted = "what its machines offer is known once they run: see `rlproxi doctor CONFIG --address auto`"
+        workers = len(provider.get("worker_ips") or [])
+        machines = (NodeGroup("head", {}, 1, 1, head=True), NodeGroup("workers", {}, workers, workers))
+        return Cluster(machines, workers, (*warnings, counted))
+    most = document.get("max_workers")
     most = 2 if most is None else int(most)  # Ray's default
     head, groups = document.get("head_node_type"), []
     for name, node in (document.get("available_node_types") or {}).items():
         resources = {kind: float(amount) for kind, amount in (node.get("resources") or {}).items()}
-        labels = node.get("labels") or {}
         if name == head:
-            groups.append(NodeGroup(name, resources, 1, 1, labels, True))
+            groups.append(NodeGroup(name, resources, 1, 1, head=True))
             continue
         own_most = int(node.get("max_workers", most))
-        groups.append(NodeGroup(name, resources, int(node.get("min_workers", 0)), min(own_most, most), labels))
+        groups.append(NodeGroup(name, resources, int(node.get("min_workers", 0)), min(own_most, most)))
         if not resources:
             warnings.append(f"group {name} names no resources, so what it offers is not known before it is started")
-    return Cluster(str(path), tuple(groups), most, tuple(warnings))
+    return Cluster(tuple(groups), most, tuple(warnings))
 
 
-def _by_address(path: Path, document: dict, warnings: list[str]) -> Cluster:
-    """A cluster of machines given by address. Each counts what it offers when it starts, or has it in its command."""
-    workers = document["provider"].get("worker_ips") or []
-    counted = (
-        "what its machines offer is known once they run: `rlproxi doctor CONFIG --address auto` checks the "
-        "cluster itself"
-    )
-    groups = (NodeGroup("head", {}, 1, 1, head=True), NodeGroup("workers", {}, len(workers), len(workers)))
-    return Cluster(str(path), groups, len(workers), (*warnings, counted))
-
-
-def _kuberay(path: Path, document: dict) -> Cluster:
+def _kuberay(document: dict) -> Cluster:
     spec = document["spec"]["rayClusterSpec"] if document["kind"] == "RayJob" else document["spec"]
     grows = bool(spec.get("enableInTreeAutoscaling"))
     head = spec["headGroupSpec"]
-    groups = [NodeGroup("head", _pod_resources(head), 1, 1, head.get("labels") or {}, True)]
+    groups = [NodeGroup("head", _pod_resources(head), 1, 1, head=True)]
     for group in spec.get("workerGroupSpecs") or []:
         hosts = int(group.get("numOfHosts", 1))
         least, most = int(group["minReplicas"]) * hosts, int(group["maxReplicas"]) * hosts
         if not grows:
             least = most = int(group.get("replicas", group["minReplicas"])) * hosts
-        groups.append(NodeGroup(group["groupName"], _pod_resources(group), least, most, group.get("labels") or {}))
+        groups.append(NodeGroup(group["groupName"], _pod_resources(group), least, most))
     warnings = () if grows else ("enableInTreeAutoscaling is off, so each group stays at its `replicas`",)
-    return Cluster(str(path), tuple(groups), sum(g.most for g in groups if not g.head), warnings)
+    return Cluster(tuple(groups), sum(g.most for g in groups if not g.head), warnings)
 
 
 def _pod_resources(group: dict) -> dict[str, float]:
@@ -203,11 +167,8 @@ def _pod_resources(group: dict) -> dict[str, float]:
     if not own and start.get("resources"):
         # A shell quotes the value once more: '"{\"rollout\": 1}"'.
         custom = json.loads(str(start["resources"]).strip("'\"").replace("\\", ""))
-    return {
-        kind: math.ceil(_quantity(amount) - _TINY) * 1.0
-        for kind, amount in {**found, **custom}.items()
-        if amount is not None
-    }
+    offered = {kind: amount for kind, amount in {**found, **custom}.items() if amount is not None}
+    return {kind: float(math.ceil(_quantity(amount) - _TINY)) for kind, amount in offered.items()}
 
 
 def _quantity(value: Any) -> float:
@@ -221,14 +182,14 @@ def _quantity(value: Any) -> float:
 # -- placing ------------------------------------------------------------------------------
 
 
-def place(demands: list[RoleDemand], cluster: Cluster) -> tuple[dict[str, int], list[Shortfall]]:
+def place(demands: list[RoleDemand], cluster: Cluster) -> tuple[dict[str, int], list[RoleDemand]]:
     """Assign all actors to nodes, with every group as large as it may become.
 
     Greedy, as Ray's autoscaler is. The largest actors come first. Each goes on a node in use where it fits, else on a
     new node that offers as little as possible that the actor does not use.
 
     Returns:
-        ({worker group: nodes in use}, the actors that fit nowhere).
+        ({worker group: nodes in use}, the demands whose actors fit nowhere, with the number of these).
     """
     nodes: list[tuple[NodeGroup, dict[str, float]]] = [(g, dict(g.resources)) for g in cluster.groups if g.head]
     used = {group.name: 0 for group in cluster.groups if not group.head}
@@ -238,14 +199,22 @@ def place(demands: list[RoleDemand], cluster: Cluster) -> tuple[dict[str, int], 
     ):
         missing = 0
         for _ in range(demand.count):
-            free = _node_for(demand, nodes) or _new_node(demand, cluster, used, nodes)
-            if free is None:
+            fitting = [(group, free) for group, free in nodes if _fits(demand, free)]
+            starts = not fitting and sum(used.values()) < cluster.max_workers
+            if starts:
+                startable = [g for g in cluster.groups if not g.head and used[g.name] < g.most]
+                fitting = [(g, dict(g.resources)) for g in startable if _fits(demand, g.resources)]
+            if not fitting:
                 missing += 1
-            else:
-                for kind, amount in demand.resources.items():
-                    free[kind] -= amount
+                continue
+            group, free = min(fitting, key=lambda node: _waste(demand, node[0].resources))
+            if starts:
+                used[group.name] += 1
+                nodes.append((group, free))
+            for kind, amount in demand.resources.items():
+                free[kind] -= amount
         if missing:
-            short.append(Shortfall(demand, missing))
+            short.append(replace(demand, count=missing))
     return used, short
 
 
@@ -263,36 +232,20 @@ def _waste(demand: RoleDemand, resources: dict[str, float]) -> tuple[bool, int, 
     )
 
 
-def _node_for(demand: RoleDemand, nodes: list[tuple[NodeGroup, dict[str, float]]]) -> dict[str, float] | None:
-    """What is free on the best node in use, or None."""
-    fitting = [(group, free) for group, free in nodes if _fits(demand, free)]
-    return min(fitting, key=lambda node: _waste(demand, node[0].resources))[1] if fitting else None
-
-
-def _new_node(
-    demand: RoleDemand, cluster: Cluster, used: dict[str, int], nodes: list[tuple[NodeGroup, dict[str, float]]]
-) -> dict[str, float] | None:
-    """What is free on a node that is added to ``nodes``, or None where the cluster may not grow."""
-    if sum(used.values()) >= cluster.max_workers:
-        return None
-    open_groups = [g for g in cluster.groups if not g.head and used[g.name] < g.most and _fits(demand, g.resources)]
-    if not open_groups:
-        return None
-    group = min(open_groups, key=lambda g: _waste(demand, g.resources))
-    used[group.name] += 1
-    nodes.append((group, dict(group.resources)))
-    return nodes[-1][1]
-
-
 def problems(demands: list[RoleDemand], cluster: Cluster) -> list[str]:
     """Return a sentence for each role that does not fit: what it asks for, what the cluster has, what to do."""
-    roles = dict.fromkeys(short.demand.role for short in place(demands, cluster)[1])
+    roles = dict.fromkeys(short.role for short in place(demands, cluster)[1])
     return [_explain(role, [demand for demand in demands if demand.role == role], cluster) for role in roles]
+
+
+def _total(demands: list[RoleDemand], kind: str | None) -> float:
+    """The amount of a resource that the actors take together; without one, their number."""
+    return sum(demand.total(kind) if kind else demand.count for demand in demands)
 
 
 def _explain(role: str, mine: list[RoleDemand], cluster: Cluster) -> str:
     kind = next((k for k in ("GPU", "CPU") if any(k in demand.resources for demand in mine)), None)
-    asked = sum(demand.total(kind) if kind else demand.count for demand in mine)
+    asked = _total(mine, kind)
     wanted = f"this run asks for {asked:g} {role} {kind or 'actor'}{'s' * (asked != 1)}"
     too_large = [demand for demand in mine if not any(_fits(demand, g.resources) for g in cluster.groups)]
     if too_large:
@@ -307,18 +260,12 @@ def _explain(role: str, mine: list[RoleDemand], cluster: Cluster) -> str:
             f"{wanted}: they fit alone, but not beside the other roles: raise max_workers (now "
             f"{cluster.max_workers} for all groups together) or the maximum of a group"
         )
-    top = asked - sum(short.missing * (short.demand.resources.get(kind, 0.0) if kind else 1) for short in alone)
+    top = asked - _total(alone, kind)
     groups = ", ".join(g.name for g in cluster.groups if not g.head and any(_fits(d, g.resources) for d in mine))
     return (
         f"{wanted}, the cluster tops out at {top:g}: raise the maximum of {groups or 'a group'} "
         f"(max_workers is {cluster.max_workers}), or lower {_KEYS[role]}"
     )
-
-
-def describe_resources(resources: dict[str, float]) -> str:
-    """Return for example '1 GPU, 0.001 rollout', without what every node has: its address and its memory."""
-    own = [f"{amount:g} {kind}" for kind, amount in resources.items() if ":" not in kind and "memory" not in kind]
-    return ", ".join(own) or "nothing"
 
 
 _KEYS = {

@@ -25,12 +25,8 @@ _ROLES_OF_STAGE = {
     "rl": ROLES,
     "after": ("rollout", "reward"),
 }
-_OWN_KEYS = {
-    "CPU": "num_cpus, rollout_cpus or learner_cpus",
-    "GPU": "num_gpus, rollout_gpus or learner_gpus",
-    "memory": "the node",
-    "object_store_memory": "the node",
-}
+#: Ray's own resources, which other keys of the config set.
+_OWN = {"CPU", "GPU", "memory", "object_store_memory"}
 
 
 @dataclass(frozen=True)
@@ -46,44 +42,52 @@ class RoleDemand:
         """Return the amount of one resource that all of them take together."""
         return self.count * self.resources.get(kind, 0.0)
 
+    def __str__(self) -> str:
+        return f"{self.count} {self.name} ({describe_resources(self.resources)} each)"
 
-def role_resources(config: Config, role: str) -> dict[str, float]:
-    """Return the custom resources of a rollout actor or a learner rank, {} where Ray may place it anywhere.
+
+def describe_resources(resources: dict[str, float]) -> str:
+    """Return for example '1 GPU, 0.001 rollout', without what every node has: its address and its memory."""
+    own = [f"{amount:g} {kind}" for kind, amount in resources.items() if ":" not in kind and "memory" not in kind]
+    return ", ".join(own) or "nothing"
+
+
+def actor_options(config: Config, role: str) -> dict[str, Any]:
+    """Return num_cpus, num_gpus and resources of a rollout actor or a learner rank, as ``.options()`` takes them.
 
     Raises ConfigError where the config names one of Ray's own resources.
     """
     r = config.resources
-    own = {"rollout": r.rollout_resources, "learner": r.learner_resources}[role]
-    return _custom(f"resources.{role}_resources", own, role, r.placement)
+    cpus, gpus, own = {
+        "rollout": (r.rollout_cpus, r.rollout_gpus, r.rollout_resources),
+        "learner": (r.learner_cpus, r.learner_gpus, r.learner_resources),
+    }[role]
+    custom = _custom(f"resources.{role}_resources", own, role, r.placement)
+    return {"num_cpus": cpus, "num_gpus": gpus, "resources": custom}
 
 
 def replica_options(rewards: Rewards, reward: Reward, placement: str = "any") -> dict[str, Any]:
-    """Return num_cpus, num_gpus and resources of one replica of a scorer, as Serve's ``ray_actor_options`` takes them.
-
-    Args:
-        placement: ``resources.placement`` of the run.
-    """
+    """Return the same of one replica of a scorer, as Serve's ``ray_actor_options``, on ``resources.placement``."""
     key = "rewards.resources" if reward.resources is None else f"resources of reward {reward.name!r}"
     replicas = rewards.replicas_of(reward)
     custom = _custom(key, replicas.resources, "reward", placement)
-    options: dict[str, Any] = {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus}
-    return {**options, **({"resources": custom} if custom else {})}
+    return {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus, "resources": custom}
 
 
 def _custom(key: str, own: dict[str, float] | None, role: str, placement: str) -> dict[str, float]:
     if own is None:
         return {role: SHARE} if placement == "roles" else {}
-    for name in own:
-        if name in _OWN_KEYS:
-            raise ConfigError(
-                f"{key} names {name!r}, which is set by {_OWN_KEYS[name]}: list custom resources only, "
-                f"such as {{{role}: {SHARE}}}"
-            )
+    for name in sorted(_OWN & set(own)):
+        raise ConfigError(
+            f"{key} names {name!r}: list custom resources only, such as {{{role}: {SHARE}}}; CPUs and GPUs have keys "
+            "of their own, such as rollout_gpus, learner_gpus and num_gpus"
+        )
     return dict(own)
 
 
-def _resources(cpus: float, gpus: float, custom: dict[str, float]) -> dict[str, float]:
-    return {name: float(amount) for name, amount in {"CPU": cpus, "GPU": gpus, **custom}.items() if amount}
+def _amounts(num_cpus: float, num_gpus: float, resources: dict[str, float]) -> dict[str, float]:
+    found = {"CPU": num_cpus, "GPU": num_gpus, **resources}
+    return {name: float(amount) for name, amount in found.items() if amount}
 
 
 def stage_demand(config: Config, stage: str = "rl", largest: bool = False) -> list[RoleDemand]:
@@ -92,27 +96,26 @@ def stage_demand(config: Config, stage: str = "rl", largest: bool = False) -> li
     Args:
         largest: count as many replicas of each scorer as ``max_replicas`` allows, instead of those it starts with.
     """
-    r, w = config.resources, config.rewards
+    r, c = config.resources, config.curate
     if stage == "prepare":
         return [RoleDemand("prepare", "classifiers", {"CPU": 1.0}, 1)]
     if stage == "curate":
-        c = config.curate
-        return [RoleDemand("curate", "curation workers", _resources(c.num_cpus, c.num_gpus, {}), c.workers)]
+        return [RoleDemand("curate", "curation workers", _amounts(c.num_cpus, c.num_gpus, {}), c.workers)]
     learns = stage != "before" or "rl" in config.run.stages
     busy = [role for role in _ROLES_OF_STAGE.get(stage, ()) if role != "learner" or learns]
-    found = []
-    if "rollout" in busy:
-        each = _resources(r.rollout_cpus, r.rollout_gpus, role_resources(config, "rollout"))
-        found.append(RoleDemand("rollout", "rollout actors", each, r.rollout_actors))
-    if "learner" in busy:
-        each = _resources(r.learner_cpus, r.learner_gpus, role_resources(config, "learner"))
-        found.append(RoleDemand("learner", "learner ranks", each, r.learner_workers))
-    if "reward" in busy:
-        for x in w.all:
-            o, replicas = replica_options(w, x, r.placement), w.replicas_of(x)
-            each = _resources(o["num_cpus"], o["num_gpus"], o.get("resources", {}))
-            count = replicas.most if largest else replicas.least
-            found.append(RoleDemand("reward", f"replicas of {x.name}", each, count))
+    found = [
+        RoleDemand(role, name, _amounts(**actor_options(config, role)), count)
+        for role, name, count in (
+            ("rollout", "rollout actors", r.rollout_actors),
+            ("learner", "learner ranks", r.learner_workers),
+        )
+        if role in busy
+    ]
+    for reward in config.rewards.all if "reward" in busy else []:
+        replicas = config.rewards.replicas_of(reward)
+        each = _amounts(**replica_options(config.rewards, reward, r.placement))
+        count = replicas.most if largest else replicas.least
+        found.append(RoleDemand("reward", f"replicas of {reward.name}", each, count))
     return found
 
 

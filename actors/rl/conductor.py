@@ -11,7 +11,7 @@ from rlproxi.algorithms.base import build_algorithm
 from rlproxi.config.loading import Config
 from rlproxi.telemetry.timeline import Diary
 
-from ..cluster.join import actor_options
+from ..cluster.resources import actor_options
 from ..rewards.service import RewardClient
 from .evaluator import Evaluator
 from .loop import Loop, log_provenance

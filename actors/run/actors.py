@@ -14,16 +14,13 @@ from rlproxi.config.loading import Config
 from rlproxi.errors import ConfigError
 
 from ..cluster.join import beside_driver
-from ..rewards.service import deploy, withdraw
+from ..rewards.service import deploy
 from ..rl.conductor import Conductor
 from ..rl.weights import WeightStore
 
 
 class RunActors:
-    """Starts, checks and ends the actors of a run. The rewards outlive a restart of the others.
-
-    ``names``: those by which the learner's ranks find conductor and weight store, old and new.
-    """
+    """Starts, checks and ends the actors of a run. ``names``: by which the ranks find conductor and weight store."""
 
     def __init__(self, run_dir: Path, log: Any):
         self.run_dir, self.log = run_dir, log
@@ -33,18 +30,15 @@ class RunActors:
         self.apps: dict[str, str] = {}  # scorer -> its Serve application
 
     def start(self, config: Config, model: Path) -> None:
-        """Makes all that is not there yet, and waits until it is ready.
-
-        Raises ConfigError where a reward cannot start.
-        """
+        """Makes all that is not there yet, and waits for it. Raises ConfigError where a reward cannot start."""
         if self.conductor is not None:
             return
         # Rollout actors load the model while the rewards are deployed.
         self.store = _named(WeightStore, self.names[1], keep=config.rl.max_staleness + 2)
         self.conductor = _named(Conductor, self.names[0], config, str(self.run_dir), str(model), self.log, self.store)
         try:
-            hang_s = config.faults.hang_timeout_s
-            self.apps = self.apps or deploy(config.rewards, self.run_dir.name, config.resources.placement, hang_s)
+            placement, hang_s = config.resources.placement, config.faults.hang_timeout_s
+            self.apps = self.apps or deploy(config.rewards, self.run_dir.name, placement, hang_s)
         except (ValueError, FileNotFoundError, RuntimeError) as error:
             raise ConfigError(f"rewards: {error}") from None
         ray.get(self.conductor.connect.remote(self.apps))
@@ -69,10 +63,6 @@ class RunActors:
             ray.kill(self.conductor)
             ray.kill(self.store)
             self.conductor = self.store = None
-
-    def withdraw_rewards(self) -> None:
-        """Takes the rewards' Serve applications down."""
-        withdraw(self.apps)
 
 
 def _named(kind: Any, name: str, *arguments: Any, **more: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
 from ..cluster.join import beside_driver
 
@@ -21,21 +23,17 @@ class Cleanup:
 
     async def watch(self, log: Any, apps: Sequence[str], asked: bool) -> None:
         """Waits for the end of the run; see ``start``."""
-        from ray.exceptions import RayActorError
-
-        while True:
-            try:
+        with contextlib.suppress(RayActorError):
+            while True:
                 await log.stop_state.remote()
-            except RayActorError:
-                break
-            await asyncio.sleep(1.0)
+                await asyncio.sleep(1.0)
         await asyncio.to_thread(self._clear, apps, asked)
         ray.actor.exit_actor()
 
     def _clear(self, apps: Sequence[str], asked: bool) -> None:
         from ray import serve
 
-        from ..cluster.join import request
+        from ..cluster.join import request  # late: it brings torch into the process
 
         if asked:
             request([])

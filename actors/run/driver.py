@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.runlog import RunLog, last_step, read
 
 from ..cluster import join as cluster
-from ..rewards.service import app_names
+from ..rewards.service import app_names, withdraw
 from ..rl.stops import Cause, Stop
 from ..train.jobs import RanksFailed, pretrain, train
 from ..train.setups import LearnerSetup, PretrainSetup
 from . import cleanup
-from . import lifecycle as life
 from .actors import RunActors
+from .lifecycle import Action, AttemptBegan, AttemptFailed, End, Event, GoOn, Lifecycle, RolesLost, StepReached
 from .log_writer import RunLogWriter
 from .prepare import needs, prepare, pretrain_start, rl_start
 from .supervisor import Roles, Signals, Supervisor
@@ -70,9 +70,8 @@ class Driver:
 
     def _open(self, opened: contextlib.ExitStack, joined: bool) -> Stages:
         """Starts what surrounds the stages: live page, log, and a cleanup actor where Ray lives on after the run."""
-        page = self._show_page()
-        if page is not None:
-            opened.callback(page.close)  # last: what has just been logged is still shown
+        if self.config.telemetry.dashboard:
+            self._show_page(opened)  # first, and so closed last: what has just been logged is still shown
         actor: Any = RunLogWriter
         log = actor.options(**cluster.beside_driver()).remote(str(self.run_dir))
         opened.callback(_close_log, log)
@@ -83,19 +82,18 @@ class Driver:
         opened.callback(stages.close)
         return stages
 
-    def _show_page(self) -> Any:
-        """The live page beside the run; None where it is turned off or cannot be had, which ends no run."""
+    def _show_page(self, opened: contextlib.ExitStack) -> None:
+        """Starts the live page beside the run; a page that cannot start ends no run."""
         from rlproxi.dashboard.process import PageProcess
 
         t = self.config.telemetry
-        if not t.dashboard:
-            return None
         try:
             page = PageProcess(self.run_dir, t.dashboard_host, t.dashboard_port, self._warn)
         except (OSError, RuntimeError) as error:
-            return self._warn(f"no live page: {error}")
-        print(f"dashboard      {page.url}", flush=True)
-        return page
+            self._warn(f"no live page: {error}")
+        else:
+            opened.callback(page.close)
+            print(f"dashboard      {page.url}", flush=True)
 
     def _warn(self, message: str) -> None:
         print(f"warning: {message}", file=sys.stderr)
@@ -105,21 +103,22 @@ class Driver:
     def _print_result(self, config: Config) -> None:
         from ..cluster.advice import describe, measured
 
-        if self.files.report.is_file():
-            print(f"\nreport         {self.files.report}")
-        file = self.files.summary
+        report, file = self.files.report, self.files.summary
+        if report.is_file():
+            print(f"\nreport         {report}")
         heldout = json.loads(file.read_text()).get("heldout", {}) if file.is_file() else {}
         before, after = heldout.get("before"), heldout.get("after")
         if after is not None:
             print(f"held-out judge {'not evaluated' if before is None else f'{before:.3f}'} -> {after:.3f}")
         alarms = [r for r in read(self.run_dir) if r["event"] == "alarm"]
         if alarms:
-            best = alarms[-1]["best"]
+            message, best = alarms[-1]["message"], alarms[-1]["best"]
             where = self.files.best if best else self.files.pretrained
-            print(f"ALARM          {alarms[-1]['message']}")
-            print(f"               the best model, of iteration {best}: {where}")
-        advice = measured(self.run_dir, config)
-        print("\n".join([*(describe(advice) if advice else []), f"total          {time.time() - self.start:.0f} s"]))
+            print(f"ALARM          {message}\n               the best model, of iteration {best}: {where}")
+        costs = measured(self.run_dir, config)
+        for line in describe(costs) if costs else []:
+            print(line)
+        print(f"total          {time.time() - self.start:.0f} s")
 
 
 def _close_log(log: Any) -> None:
@@ -143,7 +142,7 @@ class Stages:
         self.capacity = cluster.Capacity(self.config)
         self.actors = RunActors(run_dir, log)
         self.signals = Signals(config.faults.grace_s)
-        self.lifecycle = life.Lifecycle(config.faults, config.learner.max_failures)
+        self.lifecycle = Lifecycle(config.faults, config.learner.max_failures)
 
     def run(self, stage: str) -> None:
         """Runs one stage, once the cluster has a place for it, and logs its begin and end."""
@@ -157,7 +156,7 @@ class Stages:
 
     def close(self) -> None:
         """Ends the run's actors, takes its rewards down and asks the autoscaler for nothing any more."""
-        self.actors.withdraw_rewards()
+        withdraw(self.actors.apps)
         self.actors.close()
         self.capacity.give_back()
 
@@ -173,9 +172,8 @@ class Stages:
         """Filters and rewrites raw shards."""
         from ..data.curator import curate
 
-        counts = self._watch(
-            lambda: curate(self.config, self.run_dir, self.log), [("curate/examine", 100), ("curate/write", 100)]
-        )
+        bars = [("curate/examine", 100), ("curate/write", 100)]
+        counts = self._supervisor().watch(lambda: curate(self.config, self.run_dir, self.log), bars)
         print(f"               {counts['kept']} of {counts['samples']} samples kept")
 
     def encode(self) -> None:
@@ -186,19 +184,14 @@ class Stages:
 
         parts, cache = ModelFolder.of(self.config), Path(self.cache or "")
         vae_folder = str(parts.path) if parts is not None and parts.has_vae else None
-        counts = self._watch(
-            lambda: encode(self.config, cache, vae_folder, self.log),
-            [("encode", len(list_shards(self.config.data.urls)))],
-        )
+        bars = [("encode", len(list_shards(self.config.data.urls)))]
+        counts = self._supervisor().watch(lambda: encode(self.config, cache, vae_folder, self.log), bars)
         print(f"               {counts['samples']} samples, {counts['skipped']} skipped {counts['reasons'] or ''}")
 
     def prepare(self) -> None:
         """Trains the text encoder and the classifiers that the run needs."""
-        p = self.config.prepare
-        bars = [
-            (f"prepare/{name}", p.text_steps if name == "text" else p.classifier_steps) for name in needs(self.config)
-        ]
-        accuracies = self._watch(lambda: prepare(self.config, self.run_dir, self.log), bars)
+        bars = [(f"prepare/{name}", steps) for name, steps in needs(self.config).items()]
+        accuracies = self._supervisor().watch(lambda: prepare(self.config, self.run_dir, self.log), bars)
         for name, accuracy in accuracies.items():
             print(f"               {name} classifier: {accuracy:.3f} of attributes right on fresh portraits")
 
@@ -208,7 +201,7 @@ class Stages:
 
         def work() -> None:
             setup = PretrainSetup(self.config, str(self.run_dir), start, self.log, self.cache)
-            self._watch(lambda: pretrain(setup), [("pretrain", self.config.pretrain.steps)], "loss")
+            self._supervisor().watch(lambda: pretrain(setup), [("pretrain", self.config.pretrain.steps)], "loss")
 
         self.until_done("pretrain", work)
 
@@ -223,12 +216,8 @@ class Stages:
         def learn() -> None:
             self.actors.start(self.config, model)
             setup = LearnerSetup(self.config, str(self.run_dir), str(model), self.actors.names, self.log)
-            self._watch(
-                lambda: train(setup),
-                [("rl", self.config.rl.steps)],
-                "reward/mean",
-                replace=lambda reason: self._replace_roles(model, reason),
-            )
+            supervisor = self._supervisor(replace=lambda reason: self._replace_roles(model, reason))
+            supervisor.watch(lambda: train(setup), [("rl", self.config.rl.steps)], "reward/mean")
             if not self.files.final.is_dir():
                 raise RunStopped("rl ended without models/final; go on with --resume")
 
@@ -255,27 +244,20 @@ class Stages:
             ray.get(self.actors.store.publish.remote(version, weights))
             steps = sorted({*self.config.evaluate.steps, self.config.sampler.num_inference_steps})
             conductor = self.actors.conductor
-            return self._watch(lambda: ray.get(conductor.evaluate.remote(tag, steps, version)))
+            return self._supervisor().watch(lambda: ray.get(conductor.evaluate.remote(tag, steps, version)))
+
+        def shown(name: str, x: dict[str, Any]) -> str:
+            return f"{name} no score" if x["mean"] is None else f"{name} {x['mean']:.3f} ± {x['sem']:.3f}"
 
         for count, entry in self.until_done(tag, work)["by_steps"].items():
-            scores = ", ".join(
-                f"{name} {x['mean']:.3f} ± {x['sem']:.3f}" if x["mean"] is not None else f"{name} no score"
-                for name, x in [*entry["heldout"].items(), *entry["train"].items()]
-            )
+            scores = ", ".join(shown(*x) for x in [*entry["heldout"].items(), *entry["train"].items()])
             far = f", distance {entry['distance']['total']:.3f}" if "distance" in entry else ""
             print(f"               {tag} RL, {count:>3} steps: {scores}, diversity {entry['diversity']:.3f}{far}")
 
     # -- attempts ---------------------------------------------------------------------------
 
-    def _watch(
-        self,
-        work: Callable[[], Any],
-        bars: Sequence[tuple[str, int]] = (),
-        shown: str | None = None,
-        replace: Callable[[str], Roles] | None = None,
-    ) -> Any:
-        supervisor = Supervisor(self.log, self.actors.handles(), self.lifecycle, self.signals, replace)
-        return supervisor.watch(work, bars, shown)
+    def _supervisor(self, replace: Callable[[str], Roles] | None = None) -> Supervisor:
+        return Supervisor(self.log, self.actors.handles(), self.lifecycle, self.signals, replace)
 
     def until_done(self, stage: str, work: Callable[[], Any]) -> Any:
         """Runs ``work``, again after each failure that the lifecycle has a remedy for; returns what it returns.
@@ -283,8 +265,8 @@ class Stages:
         Raises RunStopped where there is none.
         """
         while True:
-            self._decide(stage, life.AttemptBegan(stage, self._reached(stage)))
-            event: Stop | life.AttemptFailed
+            self._decide(stage, AttemptBegan(stage, self._reached(stage)))
+            event: Stop | AttemptFailed
             traceback = ""
             try:
                 return work()
@@ -294,25 +276,21 @@ class Stages:
             except RayActorError as error:
                 event = _lost(error)
             except RanksFailed as error:
-                event, traceback = life.AttemptFailed(error.words), str(error)
-            self._remedy(stage, event, traceback)
-
-    def _remedy(self, stage: str, event: Stop | life.AttemptFailed, traceback: str) -> None:
-        """Prepares the next attempt. Raises RunStopped where there is none."""
-        try:
-            action = self._decide(stage, event)
-        except RunStopped:
-            if traceback:
-                print(traceback, file=sys.stderr)
-            raise
-        if (isinstance(action, life.GoOn) and action.smaller) or not self.actors.well():
-            self.actors.close()  # first: a stop that is still on its way must not meet the stage started again
-        ray.get(self.log.clear_stop.remote())
+                event, traceback = AttemptFailed(error.words), str(error)
+            try:
+                action = self._decide(stage, event)
+            except RunStopped:
+                if traceback:
+                    print(traceback, file=sys.stderr)
+                raise
+            if (isinstance(action, GoOn) and action.smaller) or not self.actors.well():
+                self.actors.close()  # first: a stop that is still on its way must not meet the stage started again
+            ray.get(self.log.clear_stop.remote())
 
     def _replace_roles(self, model: Path, reason: str) -> Roles:
         """New roles while Ray Train starts the ranks again, which wait for them."""
         while True:
-            self._decide("rl", life.RolesLost(reason))
+            self._decide("rl", RolesLost(reason))
             self.actors.close()
             try:
                 self.actors.start(self.config, model)
@@ -323,13 +301,13 @@ class Stages:
         ray.get(self.log.clear_stop.remote())
         return self.actors.handles()
 
-    def _decide(self, stage: str, event: life.Event) -> life.Action:
+    def _decide(self, stage: str, event: Event) -> Action:
         """What the lifecycle answers to an event, after its warning. Raises RunStopped where it ends the run."""
-        self.lifecycle.handle(life.StepReached(self._reached(stage)))
+        self.lifecycle.handle(StepReached(self._reached(stage)))
         action = self.lifecycle.handle(event)
-        if isinstance(action, life.End):
+        if isinstance(action, End):
             raise RunStopped(action.reason)
-        if isinstance(action, life.GoOn):
+        if isinstance(action, GoOn):
             smaller = f": {self._halve_micro_batch(stage, action.warning)}" if action.smaller else ""
             self._warn(f"{action.warning}{smaller}")
         return action
@@ -340,18 +318,15 @@ class Stages:
 
     def _reached(self, stage: str) -> int:
         """The largest step that the stage has ever logged, whether a restart went behind it or not."""
-        return max(
-            (r["step"] for r in read(self.run_dir) if r["event"] == "metrics" and r["stage"] == stage), default=0
-        )
+        metrics = (r for r in read(self.run_dir) if r["event"] == "metrics")
+        return max((r["step"] for r in metrics if r["stage"] == stage), default=0)
 
     def _halve_micro_batch(self, stage: str, reason: str) -> str:
         """Takes half the micro-batch and says so; raises RunStopped where there is none."""
         smaller = smaller_micro_batch(self.given, stage)
         if smaller is None:
-            words = (
-                f"{reason}: micro-batches cannot be smaller; set model.gradient_checkpointing=true, "
-                "model.lora, a higher learner.zero_stage, or a smaller group_size"
-            )
+            remedies = "model.gradient_checkpointing=true, model.lora, a higher learner.zero_stage or smaller groups"
+            words = f"{reason}: micro-batches cannot be smaller; set {remedies}"
             self.lifecycle.handle(Stop(words))
             raise RunStopped(words)
         words = f"going on with {_micro_batch(smaller, stage)} (was {_micro_batch(self.given, stage)})"

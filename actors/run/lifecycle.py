@@ -1,4 +1,4 @@
-"""The life of a run as a state machine: what follows from each loss, stop and signal. Pure: no Ray, no files.
+"""A run's lifecycle as a state machine: what follows from each loss, stop and signal. Pure: no Ray, no files.
 
 The driver and its supervisor report events with ``Lifecycle.handle`` and carry out the action that it returns. Ranks
 and roles report through the run-log actor, which keeps the first ``Stop``; the driver reads it there.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rlproxi.config.sections import Faults
 
@@ -28,37 +28,34 @@ from ..rl.stops import Cause, Overdue, Stop
 #: Seconds that a role's reason for its stop may take to reach the log.
 SILENT_S = 3.0
 
+
+@dataclass(frozen=True)
+class _Reason:
+    reason: str
+
+
 # -- states ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Between:
-    """No attempt at a stage is under way; ``stage`` is the last one that was tried."""
-
-    stage: str = ""
+    """No attempt at a stage is under way."""
 
 
 @dataclass(frozen=True)
 class Running:
     """An attempt at a stage. first_step: the largest step logged before it. replaced: roles were replaced during it."""
 
-    stage: str
     first_step: int
     replaced: bool = False
 
 
-@dataclass(frozen=True)
-class Leaving:
-    """A signal asked the run to end, and a checkpoint is being saved."""
-
-    reason: str
+class Leaving(_Reason):
+    """A signal asked the run to end. A state, and the action: ask the conductor to end the stage with a checkpoint."""
 
 
-@dataclass(frozen=True)
-class End:
+class End(_Reason):
     """The run is over, with a reason for the user. A state, and the action that leads to it."""
-
-    reason: str
 
 
 State = Between | Running | Leaving | End
@@ -81,18 +78,12 @@ class StepReached:
     step: int
 
 
-@dataclass(frozen=True)
-class RolesLost:
+class RolesLost(_Reason):
     """The conductor or the weight store is lost, while the attempt's ranks wait for new ones."""
 
-    reason: str
 
-
-@dataclass(frozen=True)
-class AttemptFailed:
-    """The attempt is over, because Ray Train gave up its ranks. ``error``: the last one's."""
-
-    error: str
+class AttemptFailed(_Reason):
+    """The attempt is over, because Ray Train gave up its ranks. ``reason``: the last one's error."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +127,14 @@ class GoOn:
 
 @dataclass(frozen=True)
 class DeclareLost:
-    """Tell everybody of ``stop``. kill: the role hangs, so kill it."""
+    """Report ``stop`` to all. kill: the role hangs, so kill it."""
 
     role: str
     stop: Stop
     kill: bool
 
 
-@dataclass(frozen=True)
-class AskToSave:
-    """Ask the conductor to end the stage with a checkpoint."""
-
-    reason: str
-
-
-Action = Proceed | GoOn | DeclareLost | AskToSave | End
+Action = Proceed | GoOn | DeclareLost | Leaving | End
 
 
 def leave_reason(signal: str) -> str:
@@ -175,6 +159,7 @@ class Lifecycle:
     max_failures: int
     clock: Callable[[], float] = time.monotonic
     state: State = Between()
+    stage: str = ""  #: the last one that was tried
     step: int = 0  #: the largest step that the stage has logged
     losses: int = 0  #: since that step
     pending: dict[str, Overdue] = field(default_factory=dict)  #: role -> whether its answer is overdue
@@ -190,7 +175,6 @@ class Lifecycle:
         return action
 
     def _decide(self, event: Event) -> Action:
-        state = self.state
         if isinstance(event, LeaveAsked):
             return self._leave(event)
         if isinstance(event, RoleAsked):
@@ -199,42 +183,42 @@ class Lifecycle:
             if event.step > self.step:
                 self.step, self.losses = event.step, 0
             return Proceed()
-        if isinstance(state, Leaving):
-            ended = isinstance(event, Stop) and event.cause is Cause.ENDED
-            return End(event.reason if isinstance(event, Stop) and ended else state.reason)
+        if isinstance(self.state, Leaving):
+            if isinstance(event, Stop) and event.cause is Cause.ENDED:
+                return End(event.reason)
+            return End(self.state.reason)
         if isinstance(event, AttemptBegan):
-            if event.stage != getattr(state, "stage", ""):
-                self.step, self.losses = event.step, 0
-            self.state = Running(event.stage, event.step)
+            if event.stage != self.stage:
+                self.stage, self.step, self.losses = event.stage, event.step, 0
+            self.state = Running(event.step)
             return Proceed()
         if isinstance(event, AttemptFailed):
-            return self._after_failure(event.error)
-        if isinstance(event, Stop) and event.cause is not Cause.LOST:
-            self.state = Between(getattr(state, "stage", ""))
-            return End(event.reason) if event.cause is Cause.ENDED else GoOn(event.reason, smaller=True)
-        return self._after_loss(event)
-
-    def _after_loss(self, event: RolesLost | Stop) -> Action:
-        state = self.state
-        self.losses += 1
-        if self.losses > self.faults.max_restarts or isinstance(state, (Leaving, End)):
-            return End(event.reason)
+            return self._after_failure(event.reason)
         if isinstance(event, Stop):
-            self.state = Between(state.stage)
-        elif isinstance(state, Running):
-            self.state = Running(state.stage, state.first_step, replaced=True)
+            self.state = Between()
+            if event.cause is Cause.ENDED:
+                return End(event.reason)
+            if event.cause is Cause.OUT_OF_MEMORY:
+                return GoOn(event.reason, smaller=True)
+        return self._after_loss(event.reason)
+
+    def _after_loss(self, reason: str) -> Action:
+        self.losses += 1
+        if self.losses > self.faults.max_restarts:
+            return End(reason)
+        if isinstance(self.state, Running):
+            self.state = replace(self.state, replaced=True)
         self.pending.clear()
         self.silent.clear()
         count = f"{self.losses} of faults.max_restarts"
-        return GoOn(f"{event.reason}: going on with new ones, from the last checkpoint ({count})")
+        return GoOn(f"{reason}: going on with new ones, from the last checkpoint ({count})")
 
     def _after_failure(self, error: str) -> Action:
-        attempt, words = self.state, f"the learner failed ({error})"
+        attempt, words = self.state, f"{self.stage}: the learner failed ({error})"
         if not isinstance(attempt, Running):
             return End(words)
-        words = f"{attempt.stage}: {words}"
         if self.step > attempt.first_step or attempt.replaced:
-            self.state = Between(attempt.stage)
+            self.state = Between()
             return GoOn(f"{words}: going on from the last checkpoint, since step {self.step} was reached meanwhile")
         return End(
             f"{words} in {self.max_failures + 1} attempts without a new step after {attempt.first_step} "
@@ -258,4 +242,4 @@ class Lifecycle:
         if isinstance(self.state, Leaving):
             return Proceed()
         self.state = Leaving(reason)
-        return AskToSave(reason)
+        return self.state

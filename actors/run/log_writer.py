@@ -16,12 +16,10 @@ from .metric_exporters import Exporters
 class RunLogWriter:
     """Appends records to ``metrics.jsonl`` in the order they arrive and remembers the newest of each stage.
 
-    Hands each on to the exporters that the run directory's config names. Ray restarts it when its process dies: the log
-    is a file, and calls that were under way are made again.
+    Ray restarts it when its process dies: the log is a file, and calls that were under way are made again.
 
-    It holds the run's first stop, because every role and rank has its handle and it answers at once. It does not hold
-    the state machine (``lifecycle``): the remedies are the driver's acts, and a restart of this process would lose the
-    state. The supervisor notices a stop that such a restart loses: the role that stopped is silent.
+    It holds the run's first stop, because every role and rank has its handle and it answers at once. The supervisor
+    notices a stop that a restart loses, because the role that stopped is silent.
     """
 
     def __init__(self, run_dir: str):
@@ -36,10 +34,7 @@ class RunLogWriter:
         waited = bool(self.log.held)
         self.log.append(event, **fields)
         if self.log.held and not waited:
-            message = (
-                f"{self.log.path} cannot be written, for lack of space on the disk as a rule: its records "
-                "are held back until it can"
-            )
+            message = f"{self.log.path} cannot be written (is the disk full?): its records are held back until it can"
             self.announced.append(("warning", message))
         if event == "metrics":
             self.newest[fields["stage"]] = fields

@@ -46,9 +46,9 @@ class RayMetrics:
             if o.metric.kind == "histogram":
                 self._made(o.metric).observe(o.value, labels)
             else:
-                self._made(o.metric).set(self._sum(o) if o.metric.kind == "counter" else o.value, labels)
+                self._made(o.metric).set(self.summed(o) if o.metric.kind == "counter" else o.value, labels)
 
-    def _sum(self, o: Observation) -> float:
+    def summed(self, o: Observation) -> float:
         """The sum of a counter. The total of an actor that was restarted begins at 0 again, and is added to the sum."""
         key = (o.metric.name, o.stage, o.part)
         before = self.totals.get(key, 0.0) if o.metric.total else 0.0
@@ -61,9 +61,9 @@ class RayMetrics:
 
         name = prometheus_name(metric)
         if name not in self.made:
-            kind = Gauge if metric.kind != "histogram" else Histogram
-            more = {"boundaries": BOUNDARIES} if metric.kind == "histogram" else {}
-            self.made[name] = kind(name, f"{metric.help} {metric.reading}", tag_keys=metric.labels, **more)
+            text, labels = f"{metric.help} {metric.reading}", metric.labels
+            histogram = metric.kind == "histogram"
+            self.made[name] = Histogram(name, text, BOUNDARIES, labels) if histogram else Gauge(name, text, labels)
         return self.made[name]
 
 
@@ -83,18 +83,15 @@ class Exporters:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         telemetry = config.get("telemetry") or {}
         steps = (config.get("sampler") or {}).get("num_inference_steps")
-        wanted: dict[str, Callable[[], exporters.Exporter]] = {}
         if telemetry.get("prometheus"):
-            wanted["Ray's metrics"] = lambda: RayMetrics(run_dir.name, steps)
+            self._start("Ray's metrics", lambda: RayMetrics(run_dir.name, steps))
         if telemetry.get("tensorboard"):
-            wanted["TensorBoard"] = lambda: exporters.TensorBoard(run_dir, steps)
+            self._start("TensorBoard", lambda: exporters.TensorBoard(run_dir, steps))
         if telemetry.get("wandb"):
-            wanted["W&B"] = lambda: exporters.WeightsAndBiases(run_dir, telemetry["wandb"], config, steps)
-        for name, make in wanted.items():
-            self._guard(name, partial(self._start, name, make))
+            self._start("W&B", lambda: exporters.WeightsAndBiases(run_dir, telemetry["wandb"], config, steps))
 
     def _start(self, name: str, make: Callable[[], exporters.Exporter]) -> None:
-        self.active[name] = make()
+        self._guard(name, lambda: self.active.update({name: make()}))
 
     def tell(self, event: str, fields: dict[str, Any]) -> None:
         """Hands a record on to every exporter."""
@@ -111,4 +108,4 @@ class Exporters:
             work()
         except Exception as error:
             self.active.pop(name, None)
-            self.warn(f"telemetry: {name} is not told any more: {type(error).__name__}: {error}")
+            self.warn(f"telemetry: {name} gets no more records: {type(error).__name__}: {error}")

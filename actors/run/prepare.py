@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +16,29 @@ from rlproxi.run_directory import RunDirectory
 from rlproxi.seeds import Collection
 
 
-def _report(log: Any, name: str, total: int) -> Callable[[int, float], None]:
+@ray.remote(num_cpus=1)
+def _train(config: Config, name: str, steps: int, path: str, log: Any) -> float | None:
+    """Trains the text encoder or a classifier, and saves it at ``path``; returns the accuracy of a classifier."""
+    import torch
+
     def progress(step: int, loss: float) -> None:
-        if step % 10 == 0 or step == total:
+        if step % 10 == 0 or step == steps:
             log.append.remote("metrics", {"stage": f"prepare/{name}", "step": step, "loss": loss})
 
-    return progress
-
-
-@ray.remote(num_cpus=1)
-def _text(config: Config, folder: str, log: Any) -> None:
-    import torch
-
     torch.set_num_threads(1)
-    train_text_encoder(config, _report(log, "text", config.prepare.text_steps)).save_pretrained(folder)
+    if name != "text":
+        return train_classifier(config, name, Path(path), progress)
+    train_text_encoder(config, progress).save_pretrained(path)
+    return None
 
 
-@ray.remote(num_cpus=1)
-def _classifier(config: Config, purpose: str, file: str, log: Any) -> float:
-    import torch
-
-    torch.set_num_threads(1)
-    return train_classifier(config, purpose, Path(file), _report(log, purpose, config.prepare.classifier_steps))
-
-
-def needs(config: Config) -> list[str]:
-    """Which of text, reward and judge the stage trains: what the config's network and scorers lack."""
+def needs(config: Config) -> dict[str, int]:
+    """Which of text, reward and judge the stage trains -> steps: what the config's network and scorers lack."""
     used = {facts(r.kind).prepared_as for r in config.rewards.all}
-    wanted = [member.name.lower() for member in Collection if member.name.lower() in used]
-    return wanted if config.model.init or config.model.encoders else ["text", *wanted]
+    names = [member.name.lower() for member in Collection]
+    classifiers = {name: config.prepare.classifier_steps for name in names if name in used}
+    own_text = not (config.model.init or config.model.encoders)
+    return {**({"text": config.prepare.text_steps} if own_text else {}), **classifiers}
 
 
 def prepare(config: Config, run_dir: Path, log: Any) -> dict[str, float]:
@@ -54,15 +47,12 @@ def prepare(config: Config, run_dir: Path, log: Any) -> dict[str, float]:
     Writes models/text, models/reward.safetensors and models/judge.safetensors.
     """
     files = RunDirectory(run_dir)
-    wanted = needs(config)
-    text = [_text.remote(config, str(files.text), log)] if "text" in wanted else []
-    classifiers = {
-        purpose: _classifier.remote(config, purpose, str(files.scorer(purpose)), log)
-        for purpose in wanted
-        if purpose != "text"
-    }
-    ray.get(text)
-    return {purpose: ray.get(ref) for purpose, ref in classifiers.items()}
+    tasks = {}
+    for name, steps in needs(config).items():
+        path = files.text if name == "text" else files.scorer(name)
+        tasks[name] = _train.remote(config, name, steps, str(path), log)
+    accuracies = {name: ray.get(task) for name, task in tasks.items()}
+    return {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
 
 
 @ray.remote(num_cpus=1)
@@ -77,9 +67,8 @@ def _start_model(config: Config, folder: str, text_folder: str, cache: str | Non
     parts = Path(text_folder)
     vae = load_autoencoder(parts)
     denoiser = start_denoiser(config, first_samples(config, vae, cache))
-    TextToImage(denoiser, load_encoder(parts), config.schedule, config.sampler, vae=vae, origin=parts).save_pretrained(
-        folder
-    )
+    model = TextToImage(denoiser, load_encoder(parts), config.schedule, config.sampler, vae=vae, origin=parts)
+    model.save_pretrained(folder)
 
 
 def pretrain_start(config: Config, run_dir: Path, cache: str | None) -> Path:
@@ -88,7 +77,7 @@ def pretrain_start(config: Config, run_dir: Path, cache: str | None) -> Path:
     ``cache``: the folder of the encoded shards, None for the embedded portraits. Blocks while it makes the network.
     """
     if config.model.init:
-        return _without_adapters(_model_folder(config.model.init), config, run_dir)
+        return _without_adapters(config.model.init, config, run_dir)
     folder = RunDirectory(run_dir).start
     if not folder.is_dir():
         text = config.model.encoders or str(RunDirectory(run_dir).text)
@@ -102,30 +91,28 @@ def rl_start(config: Config, run_dir: Path) -> Path:
     Raises ConfigError where there is neither.
     """
     own = RunDirectory(run_dir).pretrained
-    if own.is_dir():
-        return _without_adapters(own, config, run_dir)
-    if config.model.init:
-        return _without_adapters(_model_folder(config.model.init), config, run_dir)
+    start = own if own.is_dir() else config.model.init
+    if start:
+        return _without_adapters(start, config, run_dir)
     raise ConfigError(
-        f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to "
-        "run.stages or name a model folder with model.init"
+        f"no starting policy: {own} does not exist and model.init is not set; add 'pretrain' to run.stages or set it"
     )
 
 
-def _without_adapters(folder: Path, config: Config, run_dir: Path) -> Path:
-    """``folder``; where it holds adapters and new ones are to be trained, a merged copy that is their base."""
-    if config.model.lora is None or not ModelFolder.at(folder).has_adapters:
-        return folder
-    merged = RunDirectory(run_dir).merged(folder.name)
+def _without_adapters(path: Path | str, config: Config, run_dir: Path) -> Path:
+    """The model folder at ``path``; where it has adapters and new ones are to be trained, a merged copy as their base.
+
+    Raises ConfigError where there is none.
+    """
+    try:
+        folder = ModelFolder.find(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"no starting model: {error}") from None
+    if config.model.lora is None or not folder.has_adapters:
+        return folder.path
+    merged = RunDirectory(run_dir).merged(folder.path.name)
     if not merged.is_dir():
         from rlproxi.models.pipeline import TextToImage
 
-        TextToImage.from_pretrained(folder).merged().save_pretrained(merged)
+        TextToImage.from_pretrained(folder.path).merged().save_pretrained(merged)
     return merged
-
-
-def _model_folder(path: str) -> Path:
-    try:
-        return ModelFolder.find(path).path
-    except FileNotFoundError as error:
-        raise ConfigError(f"model.init: {error}") from None

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -16,7 +17,7 @@ from ray.exceptions import RayError
 from rlproxi.errors import RunStopped
 
 from ..rl.stops import Cause, Stop
-from . import lifecycle as life
+from .lifecycle import DeclareLost, End, Event, LeaveAsked, Leaving, Lifecycle, RoleAsked, leave_reason
 
 #: Seconds between two looks at a stage.
 _EVERY = 0.5
@@ -55,7 +56,7 @@ class Signals:
             raise KeyboardInterrupt
         self.name, self.since = signal.Signals(number).name, time.monotonic()
         if not self.watched:
-            raise RunStopped(life.leave_reason(self.name))
+            raise RunStopped(leave_reason(self.name))
         words = f"saving a checkpoint, for at most {self.grace_s:g} s (faults.grace_s); once more ends at once"
         print(f"\n{self.name}: {words}", flush=True)
 
@@ -74,7 +75,7 @@ class Supervisor:
         self,
         log: Any,
         roles: Roles,
-        lifecycle: life.Lifecycle,
+        lifecycle: Lifecycle,
         signals: Signals,
         replace: Callable[[str], Roles] | None = None,
     ):
@@ -91,36 +92,31 @@ class Supervisor:
 
         Raises what ``work`` raised, and RunStopped where the run was stopped or asked to end.
         """
-        outcome: dict[str, Any] = {}
+        outcome: Future[Any] = Future()
 
         def target() -> None:
             try:
-                outcome["value"] = work()
+                outcome.set_result(work())
             except BaseException as error:
-                outcome["error"] = error
+                outcome.set_exception(error)
 
-        thread = threading.Thread(target=target, daemon=True)
         self.signals.watched = True
         try:
-            thread.start()
-            self._until_done(thread, outcome, bars, shown)
+            threading.Thread(target=target, daemon=True).start()
+            self._until_done(outcome, bars, shown)
         finally:
             self.signals.watched = False
         stop = self._stop_state()
         if stop is not None:
             raise RunStopped(stop.reason)
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome.get("value")
+        return outcome.result()
 
-    def _until_done(
-        self, thread: threading.Thread, outcome: dict[str, Any], bars: Sequence[tuple[str, int]], shown: str | None
-    ) -> None:
+    def _until_done(self, outcome: Future[Any], bars: Sequence[tuple[str, int]], shown: str | None) -> None:
         from tqdm import tqdm
 
         drawn = [(name, tqdm(total=total, desc=name, unit="step", mininterval=1.0)) for name, total in bars]
-        while thread.is_alive():
-            thread.join(_EVERY)
+        while not outcome.done():
+            wait([outcome], _EVERY)
             for name, bar in drawn:
                 newest = ray.get(self.log.progress.remote(name))
                 if newest and newest["step"] > bar.n:
@@ -130,11 +126,14 @@ class Supervisor:
             self._print_announcements()
             for name in list(self.roles):
                 self._look_at(name)
-            self._replace_lost_roles()
-            self._leave_if_asked()
+            if self.replace is not None:
+                self._replace_lost_roles(self.replace)
+            if self.signals.name is not None:
+                can_save = self.replace is not None and "conductor" in self.roles
+                self._report(LeaveAsked(self.signals.name, self.signals.since, can_save))
         self._print_announcements()
         for _, bar in drawn:
-            if "error" not in outcome:
+            if outcome.exception() is None:
                 bar.update((bar.total or 0) - bar.n)
             bar.close()
 
@@ -157,19 +156,21 @@ class Supervisor:
             self.asked[name] = self.roles[name].alive.remote()
         answer = self.asked[name]
         if not ray.wait([answer], timeout=0)[0]:
-            return self._carry_out(self.lifecycle.handle(life.RoleAsked(name, answered=False)))
+            return self._report(RoleAsked(name, answered=False))
         del self.asked[name]
         silent = False
         with contextlib.suppress(RayError):  # that a role is dead is noticed by those who call it
             silent = not ray.get(answer) and self._stop_state() is None
-        self._carry_out(self.lifecycle.handle(life.RoleAsked(name, True, silent)))
+        self._report(RoleAsked(name, True, silent))
 
-    def _carry_out(self, action: life.Action) -> None:
-        if isinstance(action, life.End):
+    def _report(self, event: Event) -> None:
+        """Reports an event to the lifecycle, and carries out what it decides."""
+        action = self.lifecycle.handle(event)
+        if isinstance(action, End):
             raise RunStopped(action.reason)
-        if isinstance(action, life.AskToSave):
+        if isinstance(action, Leaving):
             self.roles["conductor"].leave.remote(action.reason)
-        elif isinstance(action, life.DeclareLost):
+        elif isinstance(action, DeclareLost):
             # A hang is looked at once more, because it may be this process that stood still.
             if action.kill and ray.wait([self.asked[action.role]], timeout=1)[0]:
                 return
@@ -179,13 +180,8 @@ class Supervisor:
                 if "conductor" in self.roles:  # ends the wait of the learner, which would not notice
                     self.roles["conductor"].stop.remote(action.stop.reason, action.stop.cause)
 
-    def _replace_lost_roles(self) -> None:
-        stop = self._stop_state() if self.replace is not None else None
-        if self.replace is not None and stop is not None and stop.cause is Cause.LOST:
-            self.roles = dict(self.replace(stop.reason))
+    def _replace_lost_roles(self, replace: Callable[[str], Roles]) -> None:
+        stop = self._stop_state()
+        if stop is not None and stop.cause is Cause.LOST:
+            self.roles = dict(replace(stop.reason))
             self.asked.clear()
-
-    def _leave_if_asked(self) -> None:
-        if self.signals.name is not None:
-            can_save = self.replace is not None and "conductor" in self.roles
-            self._carry_out(self.lifecycle.handle(life.LeaveAsked(self.signals.name, self.signals.since, can_save)))

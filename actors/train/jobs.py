@@ -18,7 +18,7 @@ from rlproxi.config.loading import Config
 from rlproxi.errors import first_line, is_out_of_memory
 from rlproxi.run_directory import RunDirectory
 
-from ..cluster.resources import role_resources
+from ..cluster.resources import actor_options
 from ..rl.stops import Cause, Overdue, Stop
 from . import checkpoints
 from .setups import LearnerSetup, PretrainSetup
@@ -162,7 +162,8 @@ def train_on_ray(
     datasets = datasets or {}
     r = config.resources
     gpu = r.learner_gpus > 0
-    resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {}), **role_resources(config, "learner")}
+    custom = actor_options(config, "learner")["resources"]
+    resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {}), **custom}
     trainer = TorchTrainer(
         loop,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from actors.cluster import doctor as cluster_doctor
-from actors.cluster.plan import Cluster, ClusterReport, NodeGroup, NodeReport
+from actors.cluster.plan import Cluster, NodeGroup, NodeReport
 from fixtures import tiny_checkpoints
 from rlproxi.cli import doctor
 from rlproxi.cli.main import run_command
@@ -217,7 +217,7 @@ def test_models_are_opened(tmp_path):
 
 
 def cluster(*groups: NodeGroup) -> Cluster:
-    return Cluster("test", (NodeGroup("head", {"CPU": 0.0}, 1, 1, head=True), *groups), 10)
+    return Cluster((NodeGroup("head", {"CPU": 0.0}, 1, 1, head=True), *groups), 10)
 
 
 def test_roles_that_are_not_told_apart_and_nodes_nobody_uses():
@@ -274,17 +274,19 @@ def test_nodes_that_differ_are_silent_blind_or_late():
     assert levels(found).count("fail") == 4
 
 
-def test_a_cluster_that_cannot_be_joined():
+def test_a_cluster_that_cannot_be_joined(monkeypatch):
     def refuse(address, folder):
         raise ConfigError("cannot join")
 
-    assert levels(cluster_doctor.check_running(config(), "1.2.3.4:6379", refuse)) == ["fail"]
+    monkeypatch.setattr("actors.cluster.inspection.inspect_cluster", refuse)
+    assert levels(cluster_doctor.check_running(config(), "1.2.3.4:6379")) == ["fail"]
 
 
-def test_a_cluster_that_answers():
+def test_a_cluster_that_answers(monkeypatch):
     def inspect(address, folder):
         assert address == "auto" and os.path.isabs(folder)
-        return ClusterReport((node(head=True),), cluster(NodeGroup("a", {"CPU": 4.0}, 1, 1)), None)
+        return [node(head=True)], cluster(NodeGroup("a", {"CPU": 4.0}, 1, 1)), None
 
-    found = list(cluster_doctor.check_running(config(), "auto", inspect))
+    monkeypatch.setattr("actors.cluster.inspection.inspect_cluster", inspect)
+    found = list(cluster_doctor.check_running(config(), "auto"))
     assert "fail" not in levels(found) and any("stays as it is" in f.text for f in found)

@@ -71,7 +71,7 @@ def test_what_counters_come_to():
     def total(name, **record):
         for seen in observations("metrics", {"stage": "rl", "step": 1, **record}):
             if seen.name == name:
-                return metrics._sum(seen)
+                return metrics.summed(seen)
 
     assert [total("groups/masked", **{"groups/masked": n}) for n in (0, 2, 0, 1)] == [0, 2, 2, 3]
     assert [total("restarts", restarts=n) for n in (0, 1, 1, 3)] == [0, 1, 1, 3], "it holds totals"
@@ -133,7 +133,7 @@ def test_a_fault_is_told_once_and_the_log_goes_on(tmp_path):
     records = read(tmp_path)
     assert [r["step"] for r in records if r["event"] == "metrics"] == [1, 2, 3]
     (told,) = [r["message"] for r in records if r["event"] == "warning"]
-    assert told == "telemetry: TensorBoard is not told any more: OSError: disk full"
+    assert told == "telemetry: TensorBoard gets no more records: OSError: disk full"
 
 
 def test_a_config_that_cannot_be_read_is_told(tmp_path):

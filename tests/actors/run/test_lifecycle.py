@@ -1,4 +1,4 @@
-"""The life of a run: its invariants under random schedules, and the sequences that driver and supervisor rely on."""
+"""A run's lifecycle: its invariants under random schedules, and the sequences that driver and supervisor rely on."""
 
 import random
 
@@ -42,7 +42,7 @@ class Driver:
     def __init__(self, dice: random.Random):
         self.dice, self.clock = dice, Clock()
         self.run = machine(self.clock)
-        self.stage, self.step = "rl", 0
+        self.stage, self.step, self.tried = "rl", 0, ""  # tried: the stage of the last attempt
         self.first_step, self.replaced = 0, False  # of the attempt
         self.retries = self.losses = 0  # since the last new step
         self.asked_to_leave: float | None = None
@@ -87,8 +87,8 @@ class Driver:
             self.step, self.retries, self.losses = event.step, 0, 0
         elif isinstance(event, life.AttemptBegan):
             self.first_step, self.replaced = self.step, False
-            if event.stage != getattr(before, "stage", ""):
-                self.retries = self.losses = 0
+            if event.stage != self.tried:
+                self.tried, self.retries, self.losses = event.stage, 0, 0
         elif isinstance(event, life.LeaveAsked):
             self.asked_to_leave = event.since
         elif isinstance(event, life.RoleAsked):
@@ -125,7 +125,7 @@ class Driver:
             self.replaced |= isinstance(event, life.RolesLost)
             self.since.clear()
         assert not isinstance(action, life.GoOn) or self.retries <= 2 * MAX_RESTARTS + 1, "it comes to an end"
-        self.saves_asked += isinstance(action, life.AskToSave)
+        self.saves_asked += isinstance(action, life.Leaving)
         assert self.saves_asked <= 1
         if isinstance(action, life.DeclareLost):
             kind, limit = ("pending", HANG_S) if action.kill else ("silent", life.SILENT_S)
@@ -286,7 +286,7 @@ def test_a_run_that_is_asked_to_leave_saves_within_its_grace():
     run = machine(clock)
     run.handle(life.AttemptBegan("rl"))
     asked, reason = life.LeaveAsked("SIGTERM", clock(), can_save=True), life.leave_reason("SIGTERM")
-    assert run.handle(asked) == life.AskToSave(reason)
+    assert run.handle(asked) == life.Leaving(reason)
     clock.now += GRACE_S
     assert run.handle(asked) == Proceed()
     clock.now += 0.1
