@@ -61,7 +61,7 @@ def test_from_photographs_to_shards(ray_session, tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> tuple[Path, list[str]]:
-    """Twelve raw shards of four real faces, some of them copies of others, and overrides that make the job slow."""
+    """Twelve raw shards of four real faces, some of them copies of others, and overrides that make many steps."""
     base = tmp_path_factory.mktemp("many")
     for number in range(12):
         faces = [fixtures.real_face((number * 3 + i) % 40, 256 + 8 * number) for i in range(4)]
@@ -69,8 +69,6 @@ def many(tmp_path_factory) -> tuple[Path, list[str]]:
         fixtures.write_tar(base / "raw" / f"{number:05d}.tar", samples)
     blip = curation_models.save_blip(base / "blip")
     return base / "raw", [
-        "curate.filters=[{name: bright, scorer: python, min: 80, "
-        "params: {function: 'fixtures.curation_functions:slow'}}]",
         f"curate.caption={{model: {blip}, max_tokens: 6, precision: float32}}",
         "curate.samples_per_shard=1",
         "curate.workers=1",
@@ -80,6 +78,10 @@ def many(tmp_path_factory) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize("stages", [("written",), pytest.param(("examined", "written"), marks=pytest.mark.exhaustive)])
 def test_killed_and_resumed(stages, ray_session, many, tmp_path, monkeypatch):
     raw, overrides = many
+    # Examining lasts long enough to be killed only where that is asked for.
+    function = "fixtures.curation_functions:" + ("slow_brightness" if "examined" in stages else "brightness")
+    bright = f"{{name: bright, scorer: python, min: 80, params: {{function: '{function}'}}}}"
+    overrides = [*overrides, f"curate.filters=[{bright}]"]
     whole = _run(tmp_path / "whole", raw, *overrides)
 
     out, runs = tmp_path / "out", tmp_path / "runs"
