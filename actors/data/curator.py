@@ -6,6 +6,7 @@ is missing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,14 +33,14 @@ _Tools = TypeVar("_Tools", Tools, WriteTools)
 class CurateWorker:
     """An actor with one device, or one CPU core, and the models of the current phase."""
 
-    def __init__(self, settings: Curate, out: str):
+    def __init__(self, settings: Curate, place: records.Place):
         import torch
 
         threads = max(1, int(settings.num_cpus))
         torch.set_num_threads(threads)
         if settings.faces:
             load_opencv().setNumThreads(threads)
-        self.settings, self.place = settings, records.Place(out)
+        self.settings, self.place = settings, place
         self.device = "cuda" if settings.num_gpus else "cpu"
         self.tools: Tools | WriteTools | None = None
 
@@ -50,7 +51,7 @@ class CurateWorker:
             found = examine(shard, self.settings, tools)
         except ShardUnreadable:
             return -1, 0
-        records.save_records(self.place.records(shard), records.examine_fingerprint(self.settings, shard), found)
+        records.save_records(self.place, shard, records.examine_fingerprint(self.settings, shard), found)
         return len(found), sum(record.stage is None for record in found)
 
     def write(self, output: plan.Output) -> tuple[int, int]:
@@ -83,10 +84,9 @@ def curate(config: Config, run_dir: Path, log: Any) -> dict:
     place = records.Place(settings.out or RunDirectory(run_dir).curated)
     shards = job.check(settings, place.out)
     _check_size(config)
-    place.examined.mkdir(parents=True, exist_ok=True)
     options = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
-    arguments = settings, str(place.out.resolve())
-    with WorkerPool(CurateWorker, [(options, arguments)] * min(settings.workers, len(shards))) as pool, _user_errors():
+    workers = WorkerPool(CurateWorker, [(options, (settings, place))] * min(settings.workers, len(shards)))
+    with place.attempt(), workers as pool, _user_errors():
         examined = {
             s: (s,) for s in shards if not records.is_done(place.records(s), records.examine_fingerprint(settings, s))
         }
@@ -106,9 +106,9 @@ def curate(config: Config, run_dir: Path, log: Any) -> dict:
         statistics = merge.merge(place, shards, found, outputs, settings)
         wanted = pictures.wanted(statistics, page.shown(statistics))
         shown = dict(pool.run("peek", {shard: (shard, chosen) for shard, chosen in wanted.items()}))
-    summary = {**statistics.summary(), "unreadable_shards": lost}
-    page.write_page(place, statistics, shown)
-    merge.write_summary(place, summary)
+        summary = {**statistics.summary(), "unreadable_shards": lost}
+        place.write_text("curation.html", page.render(statistics, shown, place.out.name))
+        place.write_text("curation.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     return summary
 
 

@@ -229,15 +229,16 @@ def _row(url: str, number: int, row: dict, image: str, caption: str, key: str | 
         return Skip(url, name, str(error))
 
 
-def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
+def write_shard(path: str | os.PathLike, samples: Iterable[Sample], drafts: Path | None = None) -> int:
     """Write samples as a tar in img2dataset's layout and return their number.
 
-    A reader sees no file, the old one or the new one. The same samples give the same bytes. ``path`` is local. Raises
-    ValueError for a key that the layout cannot hold, or that comes twice.
+    A reader sees no file, the old one or the new one. The same samples give the same bytes. ``path`` is local;
+    ``drafts``: the ``folder`` of ``draft``. Raises ValueError for a key that the layout cannot hold or that comes
+    twice.
     """
     path = Path(path)
     keys: set[str] = set()
-    with draft(path) as scratch, tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
+    with draft(path, drafts) as scratch, tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
         for sample in samples:
             same = _split(f"{sample.key}.txt")[::2] == (sample.key, "txt")
             if not sample.key or sample.key.startswith("/") or not same:

@@ -78,10 +78,11 @@ def steps(count: int) -> None:
             passed = sum(record.stage is None for record in found)
             print(f"examine: {name:<35} {count / seconds:8.0f} images/s, {passed} of {count} pass")
         place, settings = records.Place(Path(folder) / "out"), Curate(faces=None, duplicates=None)
-        records.save_records(place.records(shard), "", examine(shard, settings, Tools()))
-        outputs = plan.outputs(plan.survivors(place, [shard], settings), [shard], settings)
-        begun = time.process_time()
-        write.write(outputs[0], place, settings, write.WriteTools())
+        with place.attempt():
+            records.save_records(place, shard, "", examine(shard, settings, Tools()))
+            outputs = plan.outputs(plan.survivors(place, [shard], settings), [shard], settings)
+            begun = time.process_time()
+            write.write(outputs[0], place, settings, write.WriteTools())
         print(f"{'write without models (captions stay)':<44} {count / (time.process_time() - begun):8.0f} images/s")
 
 

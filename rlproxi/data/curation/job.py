@@ -52,16 +52,9 @@ def _check_out(out: Path, shards: Sequence[str]) -> None:
 
 
 def clear_stale(place: Place, plans: Sequence[Output]) -> None:
-    """Remove what earlier jobs in this folder left. No other process may be writing there.
-
-    These are curated shards beyond ``plans``, from other settings or raw shards, and drafts of killed processes.
-    """
+    """Remove curated shards beyond ``plans``, which earlier jobs with other settings or raw shards wrote."""
     names = {place.shard(plan.number).name for plan in plans}
     for path in place.out.iterdir():
         if re.fullmatch(r"\d{5}\.tar", path.name) and path.name not in names:
             place.part(int(path.stem)).unlink(missing_ok=True)
             path.unlink()
-    for folder in (place.out, place.examined, place.written):
-        for draft in folder.glob(".*.[0-9]*"):
-            if re.fullmatch(r"\..+\.(tar|jsonl|json|html)\.\d+", draft.name):
-                draft.unlink()

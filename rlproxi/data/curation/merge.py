@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...config.curation import Curate
-from ...files import draft, write_text
+from ...files import draft
 from . import faces
 from .phash import distance
 from .plan import Output, Survivors
@@ -132,7 +132,7 @@ def merge(
 ) -> Statistics:
     """Write manifest.jsonl, one line for each raw sample in the order (shard, index), and return the statistics."""
     statistics = Statistics(settings, shards=len(shards), kept_per_shard=[len(plan) for plan in plans])
-    with draft(place.out / "manifest.jsonl") as scratch, open(scratch, "w", encoding="utf-8") as file:
+    with draft(place.out / "manifest.jsonl", place.drafts) as scratch, open(scratch, "w", encoding="utf-8") as file:
         for line in _lines(place, shards, found, plans, statistics):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return statistics
@@ -189,8 +189,3 @@ def _copy_of(original: tuple[str, Record], record: Record) -> str:
         f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
         f"this one is {record.width} x {record.height}"
     )
-
-
-def write_summary(place: Place, summary: dict) -> None:
-    """Write curation.json atomically."""
-    write_text(place.out / "curation.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

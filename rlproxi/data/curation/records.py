@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +73,34 @@ class Record:
 
 
 class Place:
-    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ in between."""
+    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ in between.
+
+    A new object stands for a new attempt. Its copies in other processes belong to the same attempt.
+    """
 
     def __init__(self, out: str | os.PathLike):
-        self.out = Path(out)
+        self.out = Path(out).resolve()
         self.examined, self.written = self.out / "steps" / "examined", self.out / "steps" / "written"
+        self.drafts = self.out / "steps" / f"drafts-{uuid.uuid4().hex}"
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Files can be written inside the block only, and not after another attempt in this folder has begun.
+
+        A worker may outlive its killed driver. It cannot finish a file once the drafts of its attempt are gone.
+        """
+        for folder in self.drafts.parent.glob("drafts-*"):
+            _remove(folder)
+        self.drafts.mkdir(parents=True)
+        try:
+            yield
+        finally:
+            _remove(self.drafts)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the result, whole or not at all."""
+        with draft(self.out / name, self.drafts) as scratch:
+            scratch.write_text(text, encoding="utf-8")
 
     def records(self, shard: str) -> Path:
         """The file of a raw shard's records. A hash of the address keeps shards with one name apart."""
@@ -90,6 +116,11 @@ class Place:
         return self.written / f"{number:05d}.jsonl"
 
 
+def _remove(folder: Path) -> None:
+    """Remove a folder of drafts. It is renamed first, so that no process can add a draft meanwhile."""
+    shutil.rmtree(folder.rename(folder.with_name(f"drafts-{uuid.uuid4().hex}")), ignore_errors=True)
+
+
 def fingerprint(*facts: Any) -> str:
     """A short hash of all that a file's content depends on."""
     return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()[:16]
@@ -102,9 +133,9 @@ def examine_fingerprint(settings: Curate, shard: str) -> str:
     return fingerprint(settings.model_dump(mode="json", include=keys), shard, size)
 
 
-def write_lines(path: Path, mark: str, rows: Iterable[dict]) -> None:
+def write_lines(path: Path, mark: str, rows: Iterable[dict], drafts: Path) -> None:
     """Write a header with the fingerprint ``mark`` and the ``rows``, and replace an older file atomically."""
-    with draft(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
+    with draft(path, drafts) as scratch, open(scratch, "w", encoding="utf-8") as file:
         for row in ({"fingerprint": mark}, *rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -125,9 +156,9 @@ def read_lines(path: Path) -> Iterator[dict]:
             yield json.loads(line)
 
 
-def save_records(path: Path, mark: str, records: Iterable[Record]) -> None:
+def save_records(place: Place, shard: str, mark: str, records: Iterable[Record]) -> None:
     """Write a raw shard's records."""
-    write_lines(path, mark, (asdict(record) for record in records))
+    write_lines(place.records(shard), mark, (asdict(record) for record in records), place.drafts)
 
 
 def load_records(path: Path) -> Iterator[Record]:

@@ -40,8 +40,8 @@ def write(plan: Output, place: Place, settings: Curate, tools: WriteTools) -> in
     Raises ShardUnreadable if a raw shard no longer matches its records.
     """
     rows: list[dict] = []
-    count = write_shard(place.shard(plan.number), _samples(plan, place, settings, tools, rows))
-    write_lines(place.part(plan.number), plan.fingerprint, rows)
+    count = write_shard(place.shard(plan.number), _samples(plan, place, settings, tools, rows), place.drafts)
+    write_lines(place.part(plan.number), plan.fingerprint, rows, place.drafts)
     return count
 
 
