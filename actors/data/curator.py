@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,9 @@ import ray
 from rlproxi.config.curation import Curate
 from rlproxi.config.loading import Config
 from rlproxi.data.curation import job, merge, pictures, plan, records
-from rlproxi.data.curation.examine import ShardUnreadable, Tools, examine
+from rlproxi.data.curation.examine import Examiner, ShardUnreadable
 from rlproxi.data.curation.faces import load_opencv
-from rlproxi.data.curation.write import WriteTools, write
+from rlproxi.data.curation.write import Writer
 from rlproxi.errors import ConfigError
 from rlproxi.pages import curation as page
 from rlproxi.rewards import RewardError
@@ -27,7 +28,7 @@ from rlproxi.run_directory import RunDirectory
 
 from .workers import Progress, WorkerPool
 
-_Tools = TypeVar("_Tools", Tools, WriteTools)
+_Step = TypeVar("_Step", Examiner, Writer)
 
 
 class CurateWorker:
@@ -42,36 +43,37 @@ class CurateWorker:
             load_opencv().setNumThreads(threads)
         self.settings, self.place = settings, place
         self.device = "cuda" if settings.num_gpus else "cpu"
-        self.tools: Tools | WriteTools | None = None
+        self.step: Examiner | Writer | None = None
 
     def examine(self, shard: str) -> tuple[int, int]:
         """Write the shard's records and return (samples, those that passed); (-1, 0) for a shard that is unreadable."""
-        tools = self._load(Tools)
+        examiner = self._load(Examiner)
         try:
-            found = examine(shard, self.settings, tools)
+            found = examiner.examine(shard)
         except ShardUnreadable:
             return -1, 0
-        records.save_records(self.place, shard, records.examine_fingerprint(self.settings, shard), found)
+        mark = records.examine_fingerprint(self.settings, shard)
+        self.place.write_lines(self.place.records(shard), map(asdict, found), mark)
         return len(found), sum(record.stage is None for record in found)
 
     def write(self, output: plan.Output) -> tuple[int, int]:
         """Write one curated shard and return (samples, samples)."""
-        count = write(output, self.place, self.settings, self._load(WriteTools))
+        count = self._load(Writer).write(output, self.place)
         return count, count
 
     def peek(self, shard: str, chosen: dict[int, list[dict]]) -> dict[int, str]:
         """A raw shard's thumbnails for the page, see ``pictures.peek``."""
         return pictures.peek(shard, chosen, self.settings.max_pixels)
 
-    def _load(self, kind: type[_Tools]) -> _Tools:
-        """The models of a phase; those of the phase before are freed first.
+    def _load(self, kind: type[_Step]) -> _Step:
+        """The models of a step; those of the step before are freed first.
 
         The constructor does not load them, because its errors reach the driver only as a dead actor.
         """
-        if not isinstance(self.tools, kind):
-            self.tools = None
-            self.tools = kind.load(self.settings, self.device)
-        return self.tools
+        if not isinstance(self.step, kind):
+            self.step = None
+            self.step = kind(self.settings, self.device)
+        return self.step
 
 
 def curate(config: Config, run_dir: Path, log: Any) -> dict:

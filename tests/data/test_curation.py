@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from fixtures.onnx_writer import write_convolutions
 from rlproxi.config.curation import Curate, Faces, Filter, HandDetector
 from rlproxi.data.curation import faces, job, merge, pictures, plan, records, write
 from rlproxi.data.curation.duplicates import duplicate_of, near_pairs
-from rlproxi.data.curation.examine import ShardUnreadable, Tools, examine
+from rlproxi.data.curation.examine import Examiner, ShardUnreadable
 from rlproxi.data.curation.phash import distance, phash
 from rlproxi.data.shards import Sample, read_shard, write_shard
 from rlproxi.errors import ConfigError
@@ -211,16 +211,16 @@ def _settings(raw: Path, **changes) -> Curate:
 def _run(settings: Curate, out: Path) -> merge.Statistics:
     """What the actors do, one after the other."""
     place, shards = records.Place(out), job.check(settings, out)
-    tools = Tools.load(settings, "cpu")
+    examiner = Examiner(settings)
     with place.attempt():
         for shard in shards:
             mark = records.examine_fingerprint(settings, shard)
-            records.save_records(place, shard, mark, examine(shard, settings, tools))
+            place.write_lines(place.records(shard), map(asdict, examiner.examine(shard)), mark)
             assert records.is_done(place.records(shard), mark)
         found = plan.survivors(place, shards, settings)
         outputs = plan.outputs(found, shards, settings)
         for output in outputs:
-            assert write.write(output, place, settings, write.WriteTools.load(settings, "cpu")) == len(output)
+            assert write.Writer(settings).write(output, place) == len(output)
         return merge.merge(place, shards, found, outputs, settings)
 
 
@@ -301,7 +301,7 @@ def test_a_score_that_is_no_number_drops_the_sample(raw, monkeypatch):
 
     monkeypatch.setattr(JPEGReward, "score", lambda self, images, prompts: np.full(len(images), np.nan, np.float32))
     settings = _settings(raw, filters=[Filter(name="jpeg")])
-    found = examine(job.check(settings, "/nowhere")[0], settings, Tools.load(settings, "cpu"))
+    found = Examiner(settings).examine(job.check(settings, "/nowhere")[0])
     assert found[0].stage == "filter/jpeg" and found[0].reason == "jpeg gave no score (nan)"
 
 
@@ -337,7 +337,7 @@ def test_a_shard_that_changed_since_it_was_examined_is_refused(raw, tmp_path):
     for shard, other in zip(shards, reversed(shards)):
         place.records(shard).write_bytes((tmp_path / "out").joinpath(place.records(other)).read_bytes())
     with place.attempt(), pytest.raises(ShardUnreadable, match="has changed since it was examined"):
-        write.write(replace(output, sources=swapped), place, settings, write.WriteTools())
+        write.Writer(settings).write(replace(output, sources=swapped), place)
 
 
 def test_records_of_other_settings_are_not_reused(raw):
@@ -424,7 +424,7 @@ def test_settings_that_contradict_themselves(values, told):
 
 def test_a_missing_shard_is_told_apart_from_bad_samples(tmp_path):
     with pytest.raises(ShardUnreadable, match="gone.tar"):
-        examine(str(tmp_path / "gone.tar"), Curate(), Tools())
+        Examiner(Curate()).examine(str(tmp_path / "gone.tar"))
 
 
 def test_what_earlier_jobs_left_is_removed(done, tmp_path):
@@ -469,7 +469,7 @@ def test_a_worker_that_outlives_its_run_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_shard(old.shard(0), samples(), old.drafts)
     with pytest.raises(FileNotFoundError):  # nor can it begin another file
-        records.save_records(old, "a.tar", "", [])
+        old.write_lines(old.records("a.tar"), [])
     assert [sample.caption for sample in read_shard(str(new.shard(0)))] == ["new"]
     assert _left(tmp_path) == []
 

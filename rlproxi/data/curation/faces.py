@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +14,8 @@ from ...config.curation import Faces
 _WINDOW = 24
 #: Longest side of the images that YuNet gets, in pixels: it is trained for faces of 10 to 300 pixels.
 _YUNET_SIDE = 640
-
-
-class FaceDetector(Protocol):
-    """A function that finds faces."""
-
-    def __call__(self, image: np.ndarray) -> list[dict]:
-        """The faces of an image, uint8 [H, W, 3]: {x, y, w, h, confidence} in pixels, the largest first."""
-        ...
+#: An image, uint8 [H, W, 3] -> its faces {x, y, w, h, confidence} in pixels, the largest first.
+FaceDetector = Callable[[np.ndarray], list[dict]]
 
 
 def load_opencv() -> Any:
@@ -76,10 +71,8 @@ class YuNet:
         cv2, model = load_opencv(), settings.model or ""
         self.cv2 = cv2
         if not Path(model).is_file():
-            raise FileNotFoundError(
-                f"curate.faces.model: {model!r} does not exist; it is "
-                "face_detection_yunet_2023mar.onnx of OpenCV's model zoo"
-            )
+            remedy = "download face_detection_yunet_2023mar.onnx of OpenCV's model zoo"
+            raise FileNotFoundError(f"curate.faces.model: {model!r} does not exist; {remedy}")
         try:
             # Half of the threshold, so that reasons distinguish an uncertain face from no face.
             side = (_YUNET_SIDE, _YUNET_SIDE)

@@ -9,7 +9,8 @@ import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Record:
 class Place:
     """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ in between.
 
-    A new object stands for a new attempt. Its copies in other processes belong to the same attempt.
+    A new object stands for a new attempt, also in the processes that get a copy of it.
     """
 
     def __init__(self, out: str | os.PathLike):
@@ -101,6 +102,13 @@ class Place:
         """Write a file of the result, whole or not at all."""
         with draft(self.out / name, self.drafts) as scratch:
             scratch.write_text(text, encoding="utf-8")
+
+    def write_lines(self, path: Path, rows: Iterable[dict], mark: str | None = None) -> None:
+        """Write JSON lines, whole or not at all. A fingerprint ``mark`` goes into a first line of its own."""
+        header = [] if mark is None else [{"fingerprint": mark}]
+        with draft(path, self.drafts) as scratch, open(scratch, "w", encoding="utf-8") as file:
+            for row in chain(header, rows):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def records(self, shard: str) -> Path:
         """The file of a raw shard's records. A hash of the address keeps shards with one name apart."""
@@ -133,13 +141,6 @@ def examine_fingerprint(settings: Curate, shard: str) -> str:
     return fingerprint(settings.model_dump(mode="json", include=keys), shard, size)
 
 
-def write_lines(path: Path, mark: str, rows: Iterable[dict], drafts: Path) -> None:
-    """Write a header with the fingerprint ``mark`` and the ``rows``, and replace an older file atomically."""
-    with draft(path, drafts) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        for row in ({"fingerprint": mark}, *rows):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def is_done(path: Path, mark: str) -> bool:
     """Whether the file exists and has the same fingerprint."""
     if not path.is_file():
@@ -154,11 +155,6 @@ def read_lines(path: Path) -> Iterator[dict]:
         file.readline()
         for line in file:
             yield json.loads(line)
-
-
-def save_records(place: Place, shard: str, mark: str, records: Iterable[Record]) -> None:
-    """Write a raw shard's records."""
-    write_lines(place.records(shard), mark, (asdict(record) for record in records), place.drafts)
 
 
 def load_records(path: Path) -> Iterator[Record]:
