@@ -18,9 +18,10 @@ import ray
 from rlproxi.config.curation import Curate
 from rlproxi.config.loading import Config
 from rlproxi.data.curation import job, merge, pictures, plan, records
-from rlproxi.data.curation.examine import Examiner, ShardUnreadable
+from rlproxi.data.curation.examine import Examiner
 from rlproxi.data.curation.faces import load_opencv
 from rlproxi.data.curation.write import Writer
+from rlproxi.data.shards import ShardUnreadable
 from rlproxi.errors import ConfigError
 from rlproxi.pages import curation as page
 from rlproxi.rewards import RewardError
@@ -89,10 +90,9 @@ def curate(config: Config, run_dir: Path, log: Any) -> dict:
     options = {"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus}
     workers = WorkerPool(CurateWorker, [(options, (settings, place))] * min(settings.workers, len(shards)))
     with place.attempt(), workers as pool, _user_errors():
-        examined = {
-            s: (s,) for s in shards if not records.is_done(place.records(s), records.examine_fingerprint(settings, s))
-        }
-        lost = _run(pool, "examine", examined, len(shards), log)
+        marks = {shard: records.examine_fingerprint(settings, shard) for shard in shards}
+        missing = {s: (s,) for s in shards if not records.is_done(place.records(s), marks[s])}
+        lost = _run(pool, "examine", missing, len(shards), log)
         shards = _without(shards, lost, settings, log)
 
         found = plan.survivors(place, shards, settings)
@@ -115,7 +115,7 @@ def curate(config: Config, run_dir: Path, log: Any) -> dict:
 
 
 def _run(pool: WorkerPool, method: str, tasks: Mapping[str, tuple], total: int, log: Any) -> list[str]:
-    """Run ``tasks``, what is missing of ``total`` shards, and return the names of those that could not be read."""
+    """Run the ``tasks`` that are missing of ``total`` shards; return the names of those that could not be read."""
     progress = Progress(log, f"curate/{method}", total, total - len(tasks), samples=0, passed=0)
     lost = []
     for name, (samples, passed) in pool.run(method, tasks):
@@ -144,10 +144,9 @@ def _check_size(config: Config) -> None:
     have, c = ray.cluster_resources(), config.curate
     for kind, each in (("CPU", c.num_cpus), ("GPU", c.num_gpus)):
         if c.workers * each > have.get(kind, 0) + 1e-9:
+            asked = f"curate.workers {c.workers} x num_{kind.lower()}s {each:g} asks for {c.workers * each:g} {kind}s"
             raise ConfigError(
-                f"curate.workers {c.workers} x num_{kind.lower()}s {each:g} asks for "
-                f"{c.workers * each:g} {kind}s and "
-                f"the cluster has {have.get(kind, 0):g}: lower one of them, add nodes, or set "
+                f"{asked} and the cluster has {have.get(kind, 0):g}: lower one of them, add nodes, or set "
                 "resources.autoscaling=true if the cluster grows on demand"
             )
 

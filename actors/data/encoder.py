@@ -16,9 +16,9 @@ import ray
 from rlproxi.config.loading import Config
 from rlproxi.data.addresses import list_shards
 from rlproxi.data.cache import Entry, cached_file, source_version, write_manifest, write_prompts
-from rlproxi.data.encode import Encoder, Recipe, Unreadable, build_recipe, entry
+from rlproxi.data.encode import Encoder, Recipe, build_recipe, entry
 from rlproxi.data.order import Order
-from rlproxi.data.shards import UNREADABLE, Skip
+from rlproxi.data.shards import UNREADABLE, ShardUnreadable, Skip
 
 from .workers import Progress, WorkerPool
 
@@ -41,15 +41,15 @@ class EncodeWorker:
         """Encode one shard into ``path``; return a Skip if its storage fails at every try."""
         if Path(path).is_file():  # written by a worker that died before it could answer
             return entry(url, Path(path))
-        for pause in PAUSES:
+        pauses = iter(PAUSES)
+        while True:
             try:
                 return self.encoder.shard(url, Path(path))
-            except Unreadable:
+            except ShardUnreadable as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    return Skip(url, "", str(error))
                 time.sleep(pause)
-        try:
-            return self.encoder.shard(url, Path(path))
-        except Unreadable as error:
-            return Skip(url, "", str(error))
 
 
 def encode(config: Config, cache: Path, parts_folder: str | None, log: Any) -> dict[str, Any]:

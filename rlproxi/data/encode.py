@@ -18,14 +18,10 @@ from ..config.loading import Config
 from .buckets import Fit, Size, build_fit
 from .cache import CachedShard, Entry, Rows, digest
 from .images import BadImage, decode
-from .shards import UNREADABLE, Sample, Skip, read_shard
+from .shards import Sample, Skip, read_whole_shard
 
 #: Rows of a batch, all of one bucket, for the networks.
 BATCH = 8
-
-
-class Unreadable(OSError):
-    """Reading a shard failed at its beginning or in the middle; another attempt may succeed."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +29,13 @@ class Recipe:
     """Everything that rows depend on besides their shard.
 
     Attributes:
-        sizes, crop, seed: of ``Fit``.
+        fit: sizes and crops.
         max_pixels: of ``decode``.
         text: whether text states are cached.
         weights: ``identity`` of the autoencoder and text encoders; "" for pixels.
     """
 
-    sizes: tuple[Size, ...]
-    crop: str
-    seed: int
+    fit: Fit
     max_pixels: int
     text: bool
     weights: str
@@ -49,7 +43,8 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """A hash of the recipe."""
-        return digest(asdict(self))
+        values = asdict(self)
+        return digest(values.pop("fit") | values)
 
 
 def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
@@ -76,7 +71,7 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
             f"{parts_folder}: change it"
         )
     weights = identity(parts_folder, d.cache_text) if parts_folder else ""
-    return Recipe(fit.sizes, fit.crop, fit.seed, d.max_pixels, d.cache_text, weights)
+    return Recipe(fit, d.max_pixels, d.cache_text, weights)
 
 
 def identity(folder: str, text: bool) -> str:
@@ -107,7 +102,6 @@ class Encoder:
 
     def __init__(self, recipe: Recipe, parts_folder: str | None, device: str = "cpu", threads: int = 1):
         self.recipe, self.device, self.threads = recipe, device, threads
-        self.fit = Fit(recipe.sizes, recipe.crop, recipe.seed)
         self.autoencoder = self.text = None
         if parts_folder:
             from ..models.autoencoder import Autoencoder
@@ -121,7 +115,7 @@ class Encoder:
                 getattr(self.text, "model", self.text).to(device)
 
     def shard(self, url: str, path: Path) -> Entry:
-        """Encode one shard into ``path``. Raises Unreadable if the storage fails, and then writes nothing."""
+        """Encode one shard into ``path``. Raises ShardUnreadable if the storage fails, and then writes nothing."""
         rows = Rows()
         pending: dict[Size, list[dict]] = {}
         for item in self._pixels(url):
@@ -139,17 +133,14 @@ class Encoder:
 
     def _pixels(self, url: str) -> Iterator[dict | Skip]:
         """The shard's samples as pixels of a bucket, in order; the threads decode a few at a time."""
-        items = iter(read_shard(url))
+        items = read_whole_shard(url)
         with ThreadPoolExecutor(self.threads) as pool:
             while some := list(islice(items, 8 * self.threads)):
-                for item in some:
-                    if isinstance(item, Skip) and item.kind == UNREADABLE:
-                        raise Unreadable(item.reason)
                 yield from pool.map(lambda item: item if isinstance(item, Skip) else self._one(url, item), some)
 
     def _one(self, url: str, sample: Sample) -> dict | Skip:
         try:
-            image, size = self.fit(decode(sample.image, self.recipe.max_pixels), sample.key)
+            image, size = self.recipe.fit(decode(sample.image, self.recipe.max_pixels), sample.key)
         except BadImage as error:
             return Skip(url, sample.key, str(error))
         return {"image": image, "size": np.array(size, np.int32), "caption": sample.caption, "key": sample.key}

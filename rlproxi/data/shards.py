@@ -57,6 +57,10 @@ class Skip:
         return self.reason.partition(":")[0]
 
 
+class ShardUnreadable(OSError):
+    """A shard could not be opened or read to its end; a later try may succeed."""
+
+
 class _Unusable(Exception):
     """A fault of a sample, which becomes a Skip."""
 
@@ -81,13 +85,21 @@ def read_shard(url: str) -> Iterator[Sample | Skip]:
         yield Skip(url, "", f"{UNREADABLE}: {_words(error)}")
 
 
+def read_whole_shard(url: str) -> Iterator[Sample | Skip]:
+    """Stream as ``read_shard``, but raise ShardUnreadable where the storage fails."""
+    for item in read_shard(url):
+        if isinstance(item, Skip) and item.kind == UNREADABLE:
+            raise ShardUnreadable(item.reason)
+        yield item
+
+
 def _words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _read_tar(source: Source, url: str) -> Iterator[Sample | Skip]:
     key, whole, fault = None, True, None
-    members: dict[str, bytes | _Unusable] = {}
+    members: dict[str, Any] = {}
     try:
         with Archive.open(fileobj=source, mode="r|*", tarinfo=Header) as archive:
             for info in archive:
@@ -142,15 +154,14 @@ def _ending(archive: Archive) -> str | None:
     return None
 
 
-def _sample(url: str, key: str, members: dict[str, bytes | _Unusable]) -> Sample | Skip:
+def _sample(url: str, key: str, members: dict[str, Any]) -> Sample | Skip:
+    """``members``: ending -> bytes, or what makes the sample unusable."""
     try:
-        contents: dict[str, bytes] = {}
-        for ending, content in members.items():
+        for content in members.values():
             if isinstance(content, _Unusable):
                 raise content
-            contents[ending] = content
-        image = next((contents[ending] for ending in IMAGES if ending in contents), None)
-        return _checked(key, image, contents.get("txt"), _object(contents.get("json")))
+        image = next((members[ending] for ending in IMAGES if ending in members), None)
+        return _checked(key, image, members.get("txt"), _object(members.get("json")))
     except _Unusable as error:
         return Skip(url, key, str(error))
 

@@ -23,9 +23,9 @@ from fixtures.onnx_writer import write_convolutions
 from rlproxi.config.curation import Curate, Faces, Filter, HandDetector
 from rlproxi.data.curation import faces, job, merge, pictures, plan, records, write
 from rlproxi.data.curation.duplicates import duplicate_of, near_pairs
-from rlproxi.data.curation.examine import Examiner, ShardUnreadable
+from rlproxi.data.curation.examine import Examiner
 from rlproxi.data.curation.phash import distance, phash
-from rlproxi.data.shards import Sample, read_shard, write_shard
+from rlproxi.data.shards import Sample, ShardUnreadable, read_shard, write_shard
 from rlproxi.errors import ConfigError
 from rlproxi.files import draft
 from rlproxi.pages import curation as page

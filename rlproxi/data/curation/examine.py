@@ -13,18 +13,13 @@ from ...config.curation import Curate, Filter
 from ...rewards import build, parameters
 from ...rewards.base import RewardError, Scorer
 from ..images import FORMATS, BadImage, decode
-from ..shards import UNREADABLE as UNREADABLE_FILE
-from ..shards import Sample, read_shard
+from ..shards import Sample, read_whole_shard
 from . import faces
 from .phash import phash
 from .records import FACES, SIZE, UNREADABLE, Record, filter_stage
 
 #: A sample that passed so far, its pixels, and its caption.
 _Decoded = tuple[Record, np.ndarray, str]
-
-
-class ShardUnreadable(OSError):
-    """A raw shard could not be opened or read to its end; a later try may succeed."""
 
 
 class Examiner:
@@ -54,7 +49,7 @@ class Examiner:
 
     def _decoded(self, shard: str, records: list[Record]) -> Iterator[_Decoded]:
         """The samples of a good size; the records of all samples are appended to ``records``."""
-        for index, item in enumerate(read_shard(shard)):
+        for index, item in enumerate(read_whole_shard(shard)):
             record = Record(index, item.key)
             records.append(record)
             if isinstance(item, Sample):
@@ -62,8 +57,6 @@ class Examiner:
                 image = self._pixels(item, record)
                 if image is not None:
                     yield record, image, item.caption
-            elif item.kind == UNREADABLE_FILE and not item.key:
-                raise ShardUnreadable(f"{shard}: {item.reason}")
             else:
                 record.drop(UNREADABLE, item.reason)
 

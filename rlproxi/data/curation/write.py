@@ -7,9 +7,8 @@ from itertools import islice
 
 from ...config.curation import Curate
 from ..images import decode
-from ..shards import Sample, read_shard, write_shard
+from ..shards import Sample, ShardUnreadable, read_shard, write_shard
 from .captions import Captioner
-from .examine import ShardUnreadable
 from .hands import HandFinder, hand_words
 from .plan import Output
 from .records import Place, Record, load_records
