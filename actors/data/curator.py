@@ -1,7 +1,6 @@
 """The stage ``curate``: a pool of workers, each with its own models, turns raw shards into curated ones.
 
-Every step writes files (``rlproxi.data.curation.records``) that are complete or absent, so a resumed job does only what
-is missing.
+Every step writes files that are complete or absent, so a resumed job does only what is missing.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class CurateWorker:
         return count, count
 
     def peek(self, shard: str, chosen: dict[int, list[dict]]) -> dict[int, str]:
-        """A raw shard's thumbnails for the page, see ``pictures.peek``."""
+        """A raw shard's thumbnails, as ``pictures.peek``."""
         return pictures.peek(shard, chosen, self.settings.max_pixels)
 
     def _load(self, kind: type[_Step]) -> _Step:
@@ -80,7 +79,6 @@ class CurateWorker:
 def curate(config: Config, run_dir: Path, log: Any) -> dict:
     """Run the whole stage and return the contents of curation.json. Blocks.
 
-    Progress goes into the run log as metrics of curate/examine and curate/write, whose step is the percentage done.
     Raises ConfigError for input that cannot be used, before any worker starts where that is possible.
     """
     settings = config.curate
@@ -93,7 +91,9 @@ def curate(config: Config, run_dir: Path, log: Any) -> dict:
         marks = {shard: records.examine_fingerprint(settings, shard) for shard in shards}
         missing = {s: (s,) for s in shards if not records.is_done(place.records(s), marks[s])}
         lost = _run(pool, "examine", missing, len(shards), log)
-        shards = _without(shards, lost, settings, log)
+        if lost:
+            _report(lost, len(shards), settings, log)
+            shards = [shard for shard in shards if shard not in lost]
 
         found = plan.survivors(place, shards, settings)
         outputs = plan.outputs(found, shards, settings)
@@ -151,15 +151,10 @@ def _check_size(config: Config) -> None:
             )
 
 
-def _without(shards: list[str], lost: list[str], settings: Curate, log: Any) -> list[str]:
-    if not lost:
-        return shards
-    named = ", ".join([*lost[:5], *(["..."] if len(lost) > 5 else [])])
-    message = f"{len(lost)} of {len(shards)} shards cannot be read: {named}"
+def _report(lost: list[str], total: int, settings: Curate, log: Any) -> None:
+    """Warn of shards that cannot be read; raise ConfigError if curate.unreadable is "stop"."""
+    message = f"{len(lost)} of {total} shards cannot be read: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}"
     if settings.unreadable == "stop":
-        raise ConfigError(
-            f"curate.urls: {message}; all others are examined, so make these readable and resume the run, "
-            "or leave them out with curate.unreadable=skip"
-        )
+        remedy = "make them readable and resume the run, or leave them out with curate.unreadable=skip"
+        raise ConfigError(f"curate.urls: {message}; all others are examined: {remedy}")
     log.append.remote("warning", {"message": f"curate: {message}; left out"})
-    return [s for s in shards if s not in set(lost)]

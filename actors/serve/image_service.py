@@ -1,7 +1,6 @@
 """``rlproxi serve``: a trained model behind HTTP, by Ray Serve.
 
-Two deployments. The ``Frontend`` reads and checks requests and limits how many are under way. The ``Painter`` replicas
-hold the model and gather concurrent requests into batches.
+The ``Frontend`` checks requests and limits how many are under way. The ``Painter`` replicas draw them in batches.
 """
 
 from __future__ import annotations
@@ -40,12 +39,8 @@ OTHER_OPTIONS = "this cluster's Ray Serve runs with other HTTP options; give its
 class Painter:
     """A replica that holds the model. Requests with the same steps and guidance that arrive together share a batch.
 
-    Args:
-        model: path of a run directory or model folder, as this node sees it.
-        precision: of the network's arithmetic: auto, float32 or bfloat16.
-        exact: draw the images of a batch one at a time, so that the others cannot change an image's last digit; None:
-            on a CPU only, where a batch gains little.
-        threads: torch threads of the replica.
+    ``model``: path of a run directory or model folder, as this node sees it. ``exact``: draw the images of a batch one
+    at a time, so that the others cannot change an image's last digit; None: on a CPU only, where a batch gains little.
     """
 
     def __init__(self, model: str, precision: str, exact: bool | None, threads: int, limits: Limits):
@@ -86,8 +81,8 @@ class Painter:
             groups.setdefault((steps, guidance), []).append(i)
         done: dict[int, tuple[np.ndarray | str, int]] = {}
         for rows in groups.values():
-            images = self._images([requests[i] for i in rows])
-            done.update({i: (image, len(rows)) for i, image in zip(rows, images, strict=True)})
+            for i, image in zip(rows, self._images([requests[i] for i in rows]), strict=True):
+                done[i] = image, len(rows)
         return [done[i] for i in range(len(requests))]
 
     def _images(self, requests: list[tuple[str, int, int, float]]) -> list[np.ndarray | str]:
@@ -269,7 +264,7 @@ def up(app: serve.Application, identity: str, name: str, host: str, port: int, r
 
 
 def check_address(host: str, port: int, running: bool) -> None:
-    """Raises ValueError where nothing can listen at the address or, with Ray Serve ``running``, where nothing does."""
+    """Raise ValueError where nothing can listen at the address or, with Ray Serve ``running``, where nothing does."""
     try:
         if running:
             socket.create_connection(("127.0.0.1" if host in ("0.0.0.0", "::") else host, port), 5).close()
@@ -283,7 +278,7 @@ def check_address(host: str, port: int, running: bool) -> None:
 
 
 def down(name: str, everything: bool = False) -> None:
-    """Takes the application down after the requests under way; ``everything``: Serve as well."""
+    """Take the application down after the requests under way; ``everything``: Serve as well."""
     if name in serve.status().applications:
         serve.delete(name)
     if everything:
@@ -291,7 +286,7 @@ def down(name: str, everything: bool = False) -> None:
 
 
 def check_size(replicas: int, cpus: float, gpus: float) -> None:
-    """Raises ValueError where the cluster is too small for the replicas, which would wait for ever."""
+    """Raise ValueError where the cluster is too small for the replicas, which would wait for ever."""
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus), ("GPU", gpus)):
         if replicas * each > have.get(kind, 0) + 1e-9:

@@ -26,19 +26,12 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that rows depend on besides their shard.
-
-    Attributes:
-        fit: sizes and crops.
-        max_pixels: of ``decode``.
-        text: whether text states are cached.
-        weights: ``identity`` of the autoencoder and text encoders; "" for pixels.
-    """
+    """Everything that rows depend on besides their shard."""
 
     fit: Fit
-    max_pixels: int
-    text: bool
-    weights: str
+    max_pixels: int  # of ``decode``
+    text: bool  # whether text states are cached
+    weights: str  # ``identity`` of the autoencoder and text encoders; "" for pixels
 
     @property
     def fingerprint(self) -> str:
@@ -56,20 +49,14 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
 
     d, m = config.data, config.model
     if parts_folder is None and d.cache_text:
-        raise ValueError(
-            "data.cache_text is true, but the model works on pixels with the built-in text encoder: set "
-            "it to false, or name a checkpoint in model.init or model.encoders"
-        )
+        remedy = "set it to false, or name a checkpoint in model.init or model.encoders"
+        raise ValueError(f"data.cache_text is true, but the model works on pixels with its built-in encoder: {remedy}")
     factor = ModelFolder.at(parts_folder).latents.factor if parts_folder else 1
     # The bucket's step covers the sizes of a published network.
     levels = 1 if m.init else m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
     fit = build_fit(d.size, d.buckets, d.crop, config.run.seed if d.crop == "random" else 0, factor, factor * levels)
-    odd = [size for size in fit.sizes if math.gcd(*size) % factor]
-    if odd:
-        raise ValueError(
-            f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder in "
-            f"{parts_folder}: change it"
-        )
+    if any(math.gcd(*size) % factor for size in fit.sizes):
+        raise ValueError(f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder: change it")
     weights = identity(parts_folder, d.cache_text) if parts_folder else ""
     return Recipe(fit, d.max_pixels, d.cache_text, weights)
 
@@ -82,7 +69,7 @@ def identity(folder: str, text: bool) -> str:
     kinds = ("vae", "text_encoder*", "tokenizer*") if text else ("vae",)
     parts = sorted(part for kind in kinds for part in Path(folder).glob(kind))
     found = hashlib.blake2b(digest_size=16)
-    for file in (f for part in parts if part.is_dir() for f in sorted(part.rglob("*")) if f.is_file()):
+    for file in (f for part in parts for f in sorted(part.rglob("*")) if f.is_file()):
         size = file.stat().st_size
         found.update(f"{file.relative_to(folder)} {size}".encode())
         with open(file, "rb") as data:
@@ -93,12 +80,7 @@ def identity(folder: str, text: bool) -> str:
 
 
 class Encoder:
-    """Encodes shards on one device.
-
-    Args:
-        parts_folder: as in ``build_recipe``.
-        threads: threads that decode; Pillow releases the interpreter's lock.
-    """
+    """Encodes shards on one device. ``threads`` of them decode; Pillow releases the interpreter's lock."""
 
     def __init__(self, recipe: Recipe, parts_folder: str | None, device: str = "cpu", threads: int = 1):
         self.recipe, self.device, self.threads = recipe, device, threads

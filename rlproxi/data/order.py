@@ -1,14 +1,14 @@
 """Which rows of which shards make batch number b. A seed decides it, and no earlier batch has to be read for it.
 
 An epoch takes the shards in a new order, ``window`` of them at a time. Each bucket's rows are shuffled within a window.
-The rows of the windows follow each other, and every ``batch_size`` of them are a batch. So a batch lies in one window,
-or begins with the few rows that the window before left over. The batches that end in one window come in random order.
-The rows of a bucket that are left at the end of an epoch are not used in it; another epoch leaves other rows.
+The rows of the windows follow each other, and every ``batch_size`` of them are a batch, so a batch may begin with a few
+rows of the window before. The batches that end in one window come in random order. The rows of a bucket that are left
+at the end of an epoch are not used in it; another epoch leaves other rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,18 +35,12 @@ class BatchRows:
 
 
 class Order:
-    """The batches of all epochs, by number.
+    """The batches of all epochs, by number, of ``batch_size`` rows for all ranks together.
 
-    Args:
-        index: for each shard, the number of rows in each bucket.
-        batch_size: the global batch size.
-
-    Raises ValueError if no bucket fills a batch.
+    ``index``: for each shard, the number of rows in each bucket. Raises ValueError if no bucket fills a batch.
     """
 
     def __init__(self, index: Sequence[Mapping[Size, int]], batch_size: int, seed: int, window: int = WINDOW):
-        if batch_size < 1 or window < 1:
-            raise ValueError(f"batch_size {batch_size} and window {window} must be at least 1")
         self.batch_size, self.seed, self.window = batch_size, seed, window
         self.buckets = sorted({bucket for shard in index for bucket in shard})
         counts = [[shard.get(bucket, 0) for bucket in self.buckets] for shard in index]
@@ -57,10 +51,8 @@ class Order:
         self.never_used = int(totals[totals < batch_size].sum())
         if not self.batches_per_epoch:
             filled = ", ".join(f"{h}x{w}: {n}" for (h, w), n in zip(self.buckets, totals, strict=True)) or "none"
-            raise ValueError(
-                f"no bucket fills a batch of {batch_size} (rows in each: {filled}): add data, lower "
-                "pretrain.batch_size, or set data.buckets=false"
-            )
+            remedy = "add data, lower pretrain.batch_size, or set data.buckets=false"
+            raise ValueError(f"no bucket fills a batch of {batch_size} (rows in each: {filled}): {remedy}")
         # Only the newest are kept. Plain dictionaries, so that an order can be sent to other processes.
         self._epochs: dict[int, _Epoch] = {}
         self._shuffles: dict[tuple[int, int, int], np.ndarray] = {}
@@ -76,10 +68,6 @@ class Order:
         shuffled = rng(self.seed, Purpose.BATCHES, epoch, window).permutation(len(pairs))
         bucket, chunk = pairs[shuffled[place - before[window]]]
         return BatchRows(epoch, self.buckets[bucket], self._rows(epoch, bucket, chunk))
-
-    def batches(self, start: int, stop: int) -> Iterator[BatchRows]:
-        """Batches ``start`` to ``stop`` - 1."""
-        return (self.batch(number) for number in range(start, stop))
 
     def plan(self, epoch: int) -> _Epoch:
         """The windows of an epoch."""

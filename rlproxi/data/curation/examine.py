@@ -37,10 +37,7 @@ class Examiner:
             self.scorers[f.name] = build(f.kind, {**own, **f.params})
 
     def examine(self, shard: str) -> list[Record]:
-        """The records of all samples of ``shard``, in its order.
-
-        Memory holds one batch of decoded images. Raises ShardUnreadable, and RewardError if a scorer fails.
-        """
+        """The records of all samples of ``shard``, in order. Raises ShardUnreadable, RewardError if a scorer fails."""
         records: list[Record] = []
         decoded = self._decoded(shard, records)
         while batch := list(islice(decoded, self.settings.batch)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ def load_opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(
-            f'face detection needs OpenCV ({error}): pip install "rlproxi[data]", or set curate.faces=null'
-        ) from None
+        remedy = 'pip install "rlproxi[data]", or set curate.faces=null'
+        raise ImportError(f"face detection needs OpenCV ({error}): {remedy}") from None
     return cv2
 
 
@@ -40,17 +40,14 @@ class Haar:
     def __init__(self, settings: Faces):
         cv2 = self.cv2 = load_opencv()
         if not hasattr(cv2, "CascadeClassifier"):
-            raise ImportError(
-                f'OpenCV {cv2.__version__} has no cascades: pip install "rlproxi[data]" (version 4), '
-                "or set curate.faces.detector=yunet and its model"
-            )
+            remedy = 'pip install "rlproxi[data]" (version 4), or set curate.faces.detector=yunet and its model'
+            raise ImportError(f"OpenCV {cv2.__version__} has no cascades: {remedy}")
         file = Path(settings.model or Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml")
         if not file.is_file():
             raise FileNotFoundError(f"curate.faces.model: cascade {str(file)!r} does not exist")
-        try:
-            self.cascade = cv2.CascadeClassifier(str(file))
-        except (cv2.error, SystemError) as error:
-            raise ValueError(f"curate.faces.model: {file} is no cascade of OpenCV ({str(error).strip()})") from None
+        self.cascade = cv2.CascadeClassifier()
+        with suppress(cv2.error, SystemError):
+            self.cascade.load(str(file))
         if self.cascade.empty():
             raise ValueError(f"curate.faces.model: {file} is no cascade of OpenCV")
         # Well below min_size, so that reasons name the size found.

@@ -66,7 +66,7 @@ class Statistics:
         return {
             "raw_shards": self.raw_shards,
             "samples": self.total,
-            "kept": self.total - sum(self.dropped.values()),
+            "kept": self.total - self.dropped.total(),
             "tags": dict(self.tags),
             "shards": self.shards,
             "funnel": self.funnel(),
@@ -112,10 +112,9 @@ class Statistics:
         """Keep the examples with the smallest hashes, so that the choice is unbiased."""
         heap = self._picks.setdefault(stage, [])
         entry = (-zlib.crc32(f"{example.shard}/{example.index}".encode()), example.shard, example.index, example)
-        if len(heap) < self.settings.examples:
-            heapq.heappush(heap, entry)
-        elif heap and entry[:3] > heap[0][:3]:
-            heapq.heapreplace(heap, entry)
+        heapq.heappush(heap, entry)
+        if len(heap) > self.settings.examples:
+            heapq.heappop(heap)
 
     def examples(self, stage: str) -> list[Example]:
         """The examples of a stage, of "kept", or of a tag."""
@@ -174,8 +173,6 @@ def _originals(place: Place, shards: Sequence[str], found: Survivors) -> dict[in
 
 def _copy_of(original: tuple[str, Record], record: Record) -> str:
     shard, best = original
+    kept = f"{os.path.basename(shard)}/{best.key} ({best.width} x {best.height})"
     bits = distance(best.hash, record.hash)
-    return (
-        f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
-        f"this one is {record.width} x {record.height}"
-    )
+    return f"copy of {kept}, {bits} of 64 bits differ; this one is {record.width} x {record.height}"

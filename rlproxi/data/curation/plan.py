@@ -15,17 +15,13 @@ from .records import Place, examine_fingerprint, fingerprint, load_records
 
 @dataclass(frozen=True)
 class Survivors:
-    """The samples that passed the steps of single images, in the order (shard, index); each array has one entry each.
+    """The samples that passed the steps of single images, in the order (shard, index): 28 bytes each."""
 
-    ``shard`` is the position in the list of raw shards. ``duplicate`` is the index of the kept sample that this one
-    copies, else -1. They take 28 bytes a sample: 0.4 GB for 15 million.
-    """
-
-    shard: np.ndarray  # int32
-    index: np.ndarray  # int32
+    shard: np.ndarray  # int32, the position in the list of raw shards
+    index: np.ndarray  # int32, the position in the shard
     phash: np.ndarray  # uint64
     pixels: np.ndarray  # uint32
-    duplicate: np.ndarray  # int64
+    duplicate: np.ndarray  # int64, which of these samples is kept instead of this one, else -1
 
 
 def survivors(place: Place, shards: Sequence[str], settings: Curate) -> Survivors:
@@ -55,17 +51,14 @@ class Output:
 
     number: int
     sources: tuple[tuple[str, tuple[int, ...]], ...]
-    fingerprint: str
+    fingerprint: str  # of all that the content depends on, so that a resumed job knows which shards are done
 
     def __len__(self) -> int:
         return sum(len(indices) for _, indices in self.sources)
 
 
 def outputs(found: Survivors, shards: Sequence[str], settings: Curate) -> list[Output]:
-    """The curated shards: the kept samples in the order (raw shard, index), ``samples_per_shard`` in each.
-
-    The fingerprint of a shard covers all that its content depends on, so a resumed job knows which are done.
-    """
+    """The curated shards: the kept samples in the order (raw shard, index), ``samples_per_shard`` in each."""
     kept, plans = np.flatnonzero(found.duplicate < 0), []
     for number, start in enumerate(range(0, len(kept), settings.samples_per_shard)):
         part = kept[start : start + settings.samples_per_shard]

@@ -8,9 +8,9 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +42,18 @@ def filter_stage(name: str) -> str:
 
 @dataclass
 class Record:
-    """One sample of a raw shard.
+    """One sample of a raw shard."""
 
-    Attributes:
-        index: position among all samples and skips of the shard, so (shard, index) is unique even if keys repeat.
-        stage, reason: what dropped the sample; None while nothing has.
-        phash: perceptual hash, 16 hex digits.
-        faces: {x, y, w, h, confidence} in pixels.
-        words: length of the original caption.
-    """
-
-    index: int
+    index: int  # among all samples and skips of the shard, so (shard, index) is unique even if keys repeat
     key: str
-    stage: str | None = None
+    stage: str | None = None  # what dropped the sample; None while nothing has
     reason: str | None = None
     width: int | None = None
     height: int | None = None
-    phash: str | None = None
-    faces: list[dict] = field(default_factory=list)
+    phash: str | None = None  # perceptual hash, 16 hex digits
+    faces: list[dict] = field(default_factory=list)  # {x, y, w, h, confidence} in pixels
     scores: dict[str, float] = field(default_factory=dict)
-    words: int | None = None
+    words: int | None = None  # of the original caption
 
     def drop(self, stage: str, reason: str) -> None:
         """Record the stage that the sample failed at, with the reason in words."""
@@ -143,18 +135,15 @@ def examine_fingerprint(settings: Curate, shard: str) -> str:
 
 def is_done(path: Path, mark: str) -> bool:
     """Whether the file exists and has the same fingerprint."""
-    if not path.is_file():
-        return False
-    with open(path, encoding="utf-8") as file:
+    with suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
         return json.loads(file.readline()).get("fingerprint") == mark
+    return False
 
 
 def read_lines(path: Path) -> Iterator[dict]:
     """The rows of a file that ``write_lines`` wrote."""
     with open(path, encoding="utf-8") as file:
-        file.readline()
-        for line in file:
-            yield json.loads(line)
+        yield from map(json.loads, islice(file, 1, None))
 
 
 def load_records(path: Path) -> Iterator[Record]:

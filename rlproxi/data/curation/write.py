@@ -50,9 +50,8 @@ class Writer:
                 key = f"{plan.number:05d}{len(rows):04d}"  # as img2dataset counts; unique in the whole output
                 meta = self._meta(sample, record, caption, hands)
                 meta |= {"key": key, "source": {"shard": shard, "key": record.key}}
-                source = {"shard": shard, "index": record.index}
-                output = {"output": place.shard(plan.number).name, "output_key": key}
-                rows.append({**source, **output, "tags": meta["tags"], "caption": caption})
+                row = {"shard": shard, "index": record.index, "output": place.shard(plan.number).name}
+                rows.append({**row, "output_key": key, "tags": meta["tags"], "caption": caption})
                 yield Sample(key, sample.image, caption, meta)
 
     def _meta(self, sample: Sample, record: Record, caption: str, hands: list[dict]) -> dict:
