@@ -16,15 +16,17 @@ _BLOCK = 1 << 20
 
 
 @contextlib.contextmanager
-def draft(path: str | os.PathLike) -> Iterator[Path]:
+def draft(path: str | os.PathLike, folder: Path | None = None) -> Iterator[Path]:
     """Give a path beside ``path`` to write to; the file is renamed to ``path`` when the block ends without an error.
 
     A reader sees the old file or the new one, never a half. The draft's name is random, so that writers on several
     nodes do not meet. It begins with a dot and does not keep the file's ending. Missing parent folders are made.
+
+    ``folder``: where the draft is instead; it must exist, on the same file system. Once it is gone, the block fails.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    scratch = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}"
     try:
         yield scratch
         os.replace(scratch, path)

@@ -1,8 +1,4 @@
-"""The stage ``encode``: a pool of workers turns shards into files of the cache.
-
-A shard's file is complete or absent, and its name says what is in it. So a worker that dies costs one shard, and a run
-that is started again encodes only what is missing.
-"""
+"""The stage ``encode``: a pool of workers turns shards into files of the cache, those that are not there yet."""
 
 from __future__ import annotations
 
@@ -16,9 +12,9 @@ import ray
 from rlproxi.config.loading import Config
 from rlproxi.data.addresses import list_shards
 from rlproxi.data.cache import Entry, cached_file, source_version, write_manifest, write_prompts
-from rlproxi.data.encode import Encoder, Recipe, Unreadable, build_recipe, entry
+from rlproxi.data.encode import Encoder, Recipe, build_recipe, entry
 from rlproxi.data.order import Order
-from rlproxi.data.shards import UNREADABLE, Skip
+from rlproxi.data.shards import UNREADABLE, ShardUnreadable, Skip
 
 from .workers import Progress, WorkerPool
 
@@ -41,25 +37,22 @@ class EncodeWorker:
         """Encode one shard into ``path``; return a Skip if its storage fails at every try."""
         if Path(path).is_file():  # written by a worker that died before it could answer
             return entry(url, Path(path))
-        for pause in PAUSES:
+        pauses = iter(PAUSES)
+        while True:
             try:
                 return self.encoder.shard(url, Path(path))
-            except Unreadable:
+            except ShardUnreadable as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    return Skip(url, "", str(error))
                 time.sleep(pause)
-        try:
-            return self.encoder.shard(url, Path(path))
-        except Unreadable as error:
-            return Skip(url, "", str(error))
 
 
 def encode(config: Config, cache: Path, parts_folder: str | None, log: Any) -> dict[str, Any]:
-    """Encode every shard of ``data.urls`` that is not in ``cache`` yet. Blocks.
+    """Encode the shards of ``data.urls`` that are not in ``cache``; write the run's manifest and prompts. Blocks.
 
-    ``cache`` must be a folder that all nodes share. Writes the run's manifest and prompts there (``manifest_path``,
-    ``prompts_path``).
-
-    Args:
-        parts_folder: a folder with vae/ and text encoders that all nodes share; None caches pixels.
+    ``cache``, and ``parts_folder`` with vae/ and text encoders, are folders that all nodes share. Without the latter
+    pixels are cached.
 
     Returns {"shards", "encoded" (shards encoded by this call), "samples", "skipped", "reasons" (kind -> count),
     "unused" (samples in buckets too small for a batch), "prompts", "seconds"}.
@@ -75,15 +68,14 @@ def encode(config: Config, cache: Path, parts_folder: str | None, log: Any) -> d
         files = dict(zip(urls, pool.map(lambda url: _file(cache, url, recipe), urls), strict=True))
     found: dict[str, Entry | Skip] = {}
     todo: dict[str, tuple[str, str]] = {}
+    samples = skipped = 0
     for url, file in files.items():
-        if isinstance(file, Skip):
-            found[url] = file
-        elif file.is_file():
-            found[url] = entry(url, file)
-        else:
+        if isinstance(file, Path) and not file.is_file():
             todo[url] = url, str(file)
-    counts = [_counts(result) for result in found.values()]
-    samples, skipped = sum(n for n, _ in counts), sum(n for _, n in counts)
+            continue
+        found[url] = entry(url, file) if isinstance(file, Path) else file
+        read, lost = _counts(found[url])
+        samples, skipped = samples + read, skipped + lost
     progress = Progress(log, "encode", done=len(found), samples=samples, skipped=skipped)
     places = [(options, (recipe, parts_folder, n)) for options, n in _workers(config, parts_folder, len(todo))]
     with WorkerPool(EncodeWorker, places) as workers:
@@ -118,24 +110,16 @@ def _workers(config: Config, parts_folder: str | None, most: int) -> list[tuple[
 
 
 def summarize(config: Config, cache: Path, results: list[Entry | Skip], encoded: int, begun: float) -> dict[str, Any]:
-    """Write the run's manifest and prompts, and return and raise as ``encode``.
+    """Write the run's manifest and prompts, and return and raise as ``encode``, from the ``results`` of all shards.
 
-    Args:
-        results: of each shard, in order. encoded: how many are new. begun: when the stage began, unix seconds.
+    ``encoded`` of them are new. The stage began at ``begun``, unix seconds.
     """
     lost = [result for result in results if isinstance(result, Skip)]
     entries = [Entry(r.shard, None, {}, {r.kind: 1}) if isinstance(r, Skip) else r for r in results]
     totals = write_manifest(config, cache, entries, lost)
     if not totals["samples"]:
-        raise ValueError(
-            f"data.urls: none of {totals['shards']} shards held a usable sample; skipped: "
-            f"{totals['reasons'] or 'nothing, they are empty'}"
-        )
-    order = Order([e.rows for e in entries], config.pretrain.batch_size, config.run.seed)
-    return {
-        **totals,
-        "encoded": encoded,
-        "unused": order.never_used,
-        "prompts": write_prompts(config, cache),
-        "seconds": time.time() - begun,
-    }
+        skips = totals["reasons"] or "nothing, they are empty"
+        raise ValueError(f"data.urls: none of {totals['shards']} shards held a usable sample; skipped: {skips}")
+    unused = Order([e.rows for e in entries], config.pretrain.batch_size, config.run.seed).never_used
+    prompts = write_prompts(config, cache)
+    return {**totals, "encoded": encoded, "unused": unused, "prompts": prompts, "seconds": time.time() - begun}

@@ -13,18 +13,14 @@ RETRIES = 3
 
 
 class WorkerPool:
-    """Actors of one class that work through lists of tasks; they are killed when the ``with`` block ends.
+    """Actors of the class ``worker`` that work through lists of tasks; they are killed when the ``with`` block ends.
 
-    The actors start with the first task. Each has one task at a time, so that at most one task per actor is in flight.
-    An actor that dies is restarted and repeats its task.
-
-    Args:
-        worker: the class of the actors, without Ray's decorator.
-        places: for each actor (Ray options, arguments of the constructor).
+    The actors start with the first task. Each has one task at a time. One that dies is restarted and repeats its task.
+    ``places``: for each actor (Ray options, arguments of the constructor).
     """
 
     def __init__(self, worker: type, places: Sequence[tuple[dict[str, Any], tuple]]):
-        self.kind, self.places = worker, places
+        self.worker, self.places = worker, places
         self.actors: list[Any] = []
 
     def __enter__(self) -> WorkerPool:
@@ -35,16 +31,12 @@ class WorkerPool:
             ray.kill(actor)
 
     def run(self, method: str, tasks: Mapping[str, tuple]) -> Iterator[tuple[str, Any]]:
-        """(name, result) of each task, in the order in which they finish. Tasks start in their own order.
-
-        Args:
-            method: the actors' method that does a task.
-            tasks: name -> arguments of the method.
+        """(name, result) of each task, in the order in which they finish. ``tasks``: name -> arguments of ``method``.
 
         Raises what a task raised, and RuntimeError that names a task whose actors all died.
         """
         if tasks and not self.actors:
-            remote: Any = ray.remote(max_restarts=-1, max_task_retries=RETRIES)(self.kind)
+            remote: Any = ray.remote(max_restarts=-1, max_task_retries=RETRIES)(self.worker)
             self.actors = [remote.options(**options).remote(*arguments) for options, arguments in self.places]
         waiting, idle = list(tasks.items())[::-1], list(self.actors)
         busy: dict[ray.ObjectRef, tuple[str, Any]] = {}
@@ -57,22 +49,17 @@ class WorkerPool:
             try:
                 result = ray.get(done)
             except ray.exceptions.RayActorError as error:
-                raise RuntimeError(
-                    f"{name}: the worker died {RETRIES + 1} times on this shard, most likely for lack of memory: a "
-                    f"shard's rows are held in memory until they are written; make shards smaller ({error})"
-                ) from None
+                reason = "most likely for lack of memory, because it holds a whole shard: make shards smaller"
+                raise RuntimeError(f"{name}: the worker died {RETRIES + 1} times, {reason} ({error})") from None
             idle.append(actor)
             yield name, result
 
 
 class Progress:
-    """Counts finished shards and their samples, and writes both into the run log as metrics of ``stage``.
+    """Writes the number of finished shards and other ``counts``, "samples" among them, into the run log.
 
-    Args:
-        total: shards of the stage. The metrics' step is then the percentage that is done, and a record is written
-            whenever it rises. Without it the step is the number of finished shards.
-        done: shards that were finished before.
-        counts: what is counted beside shards, from these numbers on; "samples" must be among them.
+    The step of a record is the number of finished shards; with ``total`` it is the percentage that is done, and a
+    record is written whenever it rises. ``done`` shards were finished before.
     """
 
     def __init__(self, log: Any, stage: str, total: int | None = None, done: int = 0, **counts: int):

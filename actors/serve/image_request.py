@@ -20,20 +20,12 @@ MAX_GUIDANCE = 100.0
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest request that is served, and how many are served at once.
+    """The largest request that is served, and how many are served at once."""
 
-    Attributes:
-        queue: requests that are accepted and not yet answered.
-        batch: images in one forward.
-        wait_ms: milliseconds that a batch waits to fill up.
-        steps: of the sampler.
-        prompt_chars: characters of a prompt.
-    """
-
-    queue: int = 64
-    batch: int = 8
-    wait_ms: float = 20.0
-    steps: int = 100
+    queue: int = 64  # requests that are accepted and not yet answered
+    batch: int = 8  # images in one forward
+    wait_ms: float = 20.0  # milliseconds that a batch waits to fill up
+    steps: int = 100  # of the sampler
     prompt_chars: int = 2000
 
     @property

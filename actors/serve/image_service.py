@@ -1,7 +1,6 @@
 """``rlproxi serve``: a trained model behind HTTP, by Ray Serve.
 
-Two deployments. The ``Frontend`` reads and checks requests and limits how many are under way. The ``Painter`` replicas
-hold the model and gather concurrent requests into batches.
+The ``Frontend`` checks requests and limits how many are under way. The ``Painter`` replicas draw them in batches.
 """
 
 from __future__ import annotations
@@ -34,24 +33,14 @@ from .image_request import Limits, Refused, parse
 DEFAULT_LIMITS = Limits()
 #: How long a client may take to send its request.
 READ_SECONDS = 10.0
-OTHER_OPTIONS = (
-    "Ray Serve was running on this cluster with other HTTP options, which cannot be changed; give its host "
-    "and port, or end it first"
-)
+OTHER_OPTIONS = "this cluster's Ray Serve runs with other HTTP options; give its host and port, or end it first"
 
 
 class Painter:
-    """A replica that holds the model.
+    """A replica that holds the model. Requests with the same steps and guidance that arrive together share a batch.
 
-    Requests that arrive together and ask for the same steps and guidance share a batch. With ``exact`` the images of a
-    batch are drawn one at a time, so that an image never depends, not in its last digit, on what was beside it.
-
-    Args:
-        model: path of a run directory or model folder, as this node sees it.
-        precision: of the network's arithmetic: auto, float32 or bfloat16.
-        exact: None: on a CPU only, where a batch gains little.
-        threads: torch threads of the replica.
-        limits: the size of a batch, and how long it waits to fill up.
+    ``model``: path of a run directory or model folder, as this node sees it. ``exact``: draw the images of a batch one
+    at a time, so that the others cannot change an image's last digit; None: on a CPU only, where a batch gains little.
     """
 
     def __init__(self, model: str, precision: str, exact: bool | None, threads: int, limits: Limits):
@@ -91,20 +80,22 @@ class Painter:
         for i, (_, _, steps, guidance) in enumerate(requests):
             groups.setdefault((steps, guidance), []).append(i)
         done: dict[int, tuple[np.ndarray | str, int]] = {}
-        for (steps, guidance), rows in groups.items():
-            images = self._images([requests[i][0] for i in rows], [requests[i][1] for i in rows], steps, guidance)
-            done.update({i: (image, len(rows)) for i, image in zip(rows, images, strict=True)})
+        for rows in groups.values():
+            for i, image in zip(rows, self._images([requests[i] for i in rows]), strict=True):
+                done[i] = image, len(rows)
         return [done[i] for i in range(len(requests))]
 
-    def _images(self, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> list[np.ndarray | str]:
+    def _images(self, requests: list[tuple[str, int, int, float]]) -> list[np.ndarray | str]:
+        """The images, or error messages, of requests with the same steps and guidance."""
+        prompts, seeds, (steps, *_), (guidance, *_) = zip(*requests, strict=True)
         try:
-            return list(self.model(prompts, steps, guidance, seeds, batch_size=1 if self.exact else len(prompts)))
+            size = 1 if self.exact else len(prompts)
+            return list(self.model(list(prompts), steps, guidance, list(seeds), size))
         except Exception as error:
             if len(prompts) == 1:
                 return [f"{type(error).__name__}: {error}"]
         # One prompt's failure, such as NaN, must not fail the others of its batch: each is tried alone.
-        alone = zip(prompts, seeds, strict=True)
-        return [self._images([prompt], [seed], steps, guidance)[0] for prompt, seed in alone]
+        return [self._images([request])[0] for request in requests]
 
 
 def _png(image: np.ndarray) -> bytes:
@@ -118,11 +109,8 @@ def _png(image: np.ndarray) -> bytes:
 class Frontend:
     """Answers HTTP: POST /generate, GET /healthz, GET /info. An answer never holds a traceback.
 
-    Args:
-        painter: handle of the painters.
-        schedule, sampler: of the model; a request's defaults.
-        limits: of requests.
-        identity: what /healthz returns, so that ``up`` recognises its own deployment.
+    The model's ``schedule`` and ``sampler`` give a request's defaults. /healthz returns ``identity``, by which ``up``
+    recognises its own deployment.
     """
 
     def __init__(self, painter: DeploymentHandle, schedule: Schedule, sampler: Sampler, limits: Limits, identity: str):
@@ -134,26 +122,26 @@ class Frontend:
         self.batches: Counter[int] = Counter()
 
     async def __call__(self, request: Request) -> Response:
-        route = (request.method, request.scope["path"].removeprefix(request.scope.get("root_path", "")))
-        try:
-            if route == ("GET", "/healthz"):
-                return JSONResponse({"status": "ok", "id": self.identity})
-            if route == ("GET", "/info"):
-                return JSONResponse(await self._info())
-            if route == ("POST", "/generate"):
-                return await self._generate(request)
-            known = {"/healthz": "GET", "/info": "GET", "/generate": "POST"}
-            if route[1] in known:
-                return JSONResponse({"error": f"{route[1]} takes {known[route[1]]}"}, 405, {"Allow": known[route[1]]})
+        path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
+        known = {"/healthz": ("GET", self._health), "/info": ("GET", self._info), "/generate": ("POST", self._generate)}
+        if path not in known:
             return JSONResponse({"error": f"no such path; known are {', '.join(known)}"}, 404)
+        method, answer = known[path]
+        if request.method != method:
+            return JSONResponse({"error": f"{path} takes {method}"}, 405, {"Allow": method})
+        try:
+            return await answer(request)
         except Refused as refused:
             self.counts["refused"] += 1
             return JSONResponse({"error": str(refused)}, refused.status)
 
+    async def _health(self, _: Request) -> Response:
+        return JSONResponse({"status": "ok", "id": self.identity})
+
     async def _generate(self, request: Request) -> Response:
         prompt, seed, steps, guidance = parse(await self._body(request), self.limits, self.sampler, self.schedule)
         if self.under_way >= self.limits.queue:
-            self.counts["turned away"] += 1
+            self.counts["turned_away"] += 1
             message = f"{self.under_way} requests are under way, as many as are allowed: try again later"
             return JSONResponse({"error": message}, 503, {"Retry-After": str(max(1, round(self.seconds)))})
         self.under_way += 1
@@ -169,11 +157,8 @@ class Frontend:
         self.seconds += 0.2 * (time.monotonic() - start - self.seconds)
         self.counts["served"] += 1
         self.batches[batch] += 1
-        return Response(
-            png,
-            media_type="image/png",
-            headers={"X-Seed": str(seed), "X-Steps": str(steps), "X-Guidance-Scale": f"{guidance:g}"},
-        )
+        headers = {"X-Seed": str(seed), "X-Steps": str(steps), "X-Guidance-Scale": f"{guidance:g}"}
+        return Response(png, headers=headers, media_type="image/png")
 
     async def _body(self, request: Request) -> bytes:
         limit, body = self.limits.body_bytes, bytearray()
@@ -194,20 +179,18 @@ class Frontend:
             raise Refused(408, f"the body did not arrive in {READ_SECONDS:g} seconds") from None
         return bytes(body)
 
-    async def _info(self) -> dict[str, Any]:
+    async def _info(self, _: Request) -> Response:
         """The model's facts, the limits, and counts; ``images_by_batch`` counts images by the size of their batch."""
-        return {
+        facts = {
             "model": await self.painter.facts.remote(),
             "sampler": self.sampler.model_dump(),
             "schedule": self.schedule.model_dump(),
             "limits": asdict(self.limits),
             "under_way": self.under_way,
-            "served": self.counts["served"],
-            "refused": self.counts["refused"],
-            "turned_away": self.counts["turned away"],
-            "failed": self.counts["failed"],
+            **{name: self.counts[name] for name in ("served", "refused", "turned_away", "failed")},
             "images_by_batch": {str(size): count for size, count in sorted(self.batches.items())},
         }
+        return JSONResponse(facts)
 
 
 def application(
@@ -220,12 +203,7 @@ def application(
     exact: bool | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> serve.Application:
-    """The Serve application of a model folder or run directory.
-
-    Args:
-        model: the folder. identity: what /healthz returns.
-        replicas: painters, each with ``cpus`` and ``gpus``.
-        precision, exact, limits: as ``Painter`` takes them.
+    """The Serve application of a model folder or run directory, with ``replicas`` of ``Painter``.
 
     Raises FileNotFoundError or ValueError, before anything is started, for a folder without a model.
     """
@@ -233,25 +211,25 @@ def application(
 
     found = ModelFolder.find(model)
     folder, (schedule, sampler, _) = found.path.resolve(), found.settings
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    common: dict[str, Any] = {
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "graceful_shutdown_timeout_s": 10,
+    }
     painters: Any = serve.deployment(  # its types take it for a decorator with arguments
         Painter,
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         # One batch is drawn while the next gathers; the rest waits in the frontend, for whichever replica is free.
         max_ongoing_requests=2 * limits.batch,
-        logging_config=quiet,
-        graceful_shutdown_timeout_s=10,
         max_constructor_retry_count=1,  # a model that cannot be loaded once cannot be loaded twice
+        **common,
     )
     frontend: Any = serve.deployment(
         Frontend,
-        num_replicas=1,
         ray_actor_options={"num_cpus": 0},
-        logging_config=quiet,
         # Beyond the queue there is room for requests that are turned away, and for /healthz.
         max_ongoing_requests=2 * limits.queue + 64,
-        graceful_shutdown_timeout_s=10,
+        **common,
     )
     painter = painters.bind(str(folder), precision, exact, max(1, int(cpus)), limits)
     return frontend.bind(painter, schedule, sampler, limits, identity)
@@ -286,7 +264,7 @@ def up(app: serve.Application, identity: str, name: str, host: str, port: int, r
 
 
 def check_address(host: str, port: int, running: bool) -> None:
-    """Raises ValueError where nothing can listen at the address or, with Ray Serve ``running``, where nothing does."""
+    """Raise ValueError where nothing can listen at the address or, with Ray Serve ``running``, where nothing does."""
     try:
         if running:
             socket.create_connection(("127.0.0.1" if host in ("0.0.0.0", "::") else host, port), 5).close()
@@ -300,7 +278,7 @@ def check_address(host: str, port: int, running: bool) -> None:
 
 
 def down(name: str, everything: bool = False) -> None:
-    """Takes the application down after the requests under way; ``everything``: Serve as well."""
+    """Take the application down after the requests under way; ``everything``: Serve as well."""
     if name in serve.status().applications:
         serve.delete(name)
     if everything:
@@ -308,11 +286,9 @@ def down(name: str, everything: bool = False) -> None:
 
 
 def check_size(replicas: int, cpus: float, gpus: float) -> None:
-    """Raises ValueError where the cluster is too small for the replicas, which would wait for ever."""
+    """Raise ValueError where the cluster is too small for the replicas, which would wait for ever."""
     have = ray.cluster_resources()
     for kind, each in (("CPU", cpus), ("GPU", gpus)):
         if replicas * each > have.get(kind, 0) + 1e-9:
-            raise ValueError(
-                f"{replicas} replicas of {each:g} {kind}s each, and the cluster has "
-                f"{have.get(kind, 0):g}: lower --replicas or --{kind.lower()}s"
-            )
+            asked = f"{replicas} replicas of {each:g} {kind}s each, and the cluster has {have.get(kind, 0):g}"
+            raise ValueError(f"{asked}: lower --replicas or --{kind.lower()}s")

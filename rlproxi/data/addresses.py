@@ -9,33 +9,15 @@ from typing import Any
 #: File name endings of shards.
 TARS, PARQUETS = (".tar", ".tar.gz", ".tgz"), (".parquet",)
 
-#: Protocol -> the package that fsspec needs for it.
-PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "http": "aiohttp",
-    "https": "aiohttp",
-    "hf": "huggingface_hub",
-    "abfs": "adlfs",
-    "az": "adlfs",
-}
-
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec's file system of an address, the path in it).
-
-    Raises ValueError that names the address, and the package to install if its protocol needs one.
-    """
+    """(fsspec's file system of an address, the path in it). Raises ValueError, which names a missing package."""
     import fsspec
 
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
-        package = PACKAGES.get(url.partition("://")[0])
-        remedy = f"pip install {package}" if package else str(error)
-        raise ValueError(f"data.urls: {url!r} needs a package that is not installed here: {remedy}") from None
+        raise ValueError(f"data.urls: {url!r} needs a package that is not installed here: {error}") from None
     except ValueError as error:
         raise ValueError(f"data.urls: {url!r} is not an address that fsspec can open ({error})") from None
 
@@ -46,8 +28,7 @@ def list_shards(urls: Sequence[str]) -> list[str]:
     Each entry is a file, a folder (its tars and parquet files, without subfolders), a glob, or an fsspec address, each
     with optional ``{00000..00099}`` ranges. In folders and globs, a parquet file beside a tar of the same name is left
     out: img2dataset writes the tar's metadata there. A gap in a range stays in the list, and ``read_shard`` reports it.
-
-    Raises ValueError that names an entry which matches nothing, or needs a package that is not installed.
+    Raises ValueError for an entry that matches nothing, and as ``filesystem``.
     """
     return sorted({shard for url in urls for shard in _expand(url)})
 
@@ -67,30 +48,22 @@ def _expand(url: str) -> list[str]:
         else:
             (shards if path in kinds else missing).append(_address(fs, path, part))
     if not shards:
-        raise ValueError(
-            f"data.urls: {url!r} matches no file: name a {', '.join((*TARS, *PARQUETS))} file, a folder "
-            "that holds some, a glob or a {00000..00099} range"
-        )
+        endings = ", ".join((*TARS, *PARQUETS))
+        remedy = f"name a {endings} file, a folder that holds some, a glob or a {{00000..00099}} range"
+        raise ValueError(f"data.urls: {url!r} matches no file: {remedy}")
     return shards + missing
 
 
 def _kinds(fs: Any, paths: Sequence[str]) -> dict[str, str]:
-    """path -> 'file' or 'directory', for each path that exists.
-
-    Several are looked up in the lists of their folders, because a remote storage answers only some twenty requests a
-    second.
-    """
+    """path -> 'file' or 'directory', for each path that exists."""
     if len(paths) == 1:
         return {path: fs.info(path)["type"] for path in paths if fs.exists(path)}
     if "http" in fs.protocol:  # has no lists
         return dict.fromkeys(paths, "file")
+    # Folders are listed, because a remote storage answers only some twenty requests a second.
     folders = {path.rpartition("/")[0] for path in paths}
-    return {
-        entry["name"].rstrip("/"): entry["type"]
-        for folder in folders
-        if fs.isdir(folder)
-        for entry in fs.ls(folder, detail=True)
-    }
+    entries = [entry for folder in folders if fs.isdir(folder) for entry in fs.ls(folder, detail=True)]
+    return {entry["name"].rstrip("/"): entry["type"] for entry in entries}
 
 
 def _ranges(url: str) -> list[str]:
@@ -100,22 +73,15 @@ def _ranges(url: str) -> list[str]:
     first, last = found.groups()
     if int(last) < int(first):
         raise ValueError(f"data.urls: the range {found.group()} of {url!r} ends before it begins")
-    return [
-        rest
-        for number in range(int(first), int(last) + 1)
-        for rest in _ranges(f"{url[: found.start()]}{number:0{len(first)}d}{url[found.end() :]}")
-    ]
+    numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [rest for number in numbers for rest in _ranges(url[: found.start()] + number + url[found.end() :])]
 
 
 def _shards_among(fs: Any, paths: Sequence[str]) -> list[str]:
     tars = [path for path in paths if path.endswith(TARS)]
-    stems = {_stem(path) for path in tars}
-    tables = [path for path in paths if path.endswith(PARQUETS) and _stem(path) not in stems]
+    beside = {path.removesuffix(end) + ".parquet" for path in tars for end in TARS if path.endswith(end)}
+    tables = [path for path in paths if path.endswith(PARQUETS) and path not in beside]
     return [_address(fs, path, path) for path in tars + tables]
-
-
-def _stem(path: str) -> str:
-    return next(path.removesuffix(end) for end in (*TARS, *PARQUETS) if path.endswith(end))
 
 
 def _address(fs: Any, path: str, given: str) -> str:

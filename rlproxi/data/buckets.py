@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: a few sizes of about equal area, and images that are fitted to the nearest one.
 
-A batch needs one shape, and a square crop of every image cuts heads off portraits. The original size of an image and
-the corner of its crop are kept for SDXL's micro-conditioning (arXiv 2307.01952, section 2.2).
+The original size of an image and the corner of its crop are kept for SDXL's micro-conditioning (arXiv 2307.01952,
+section 2.2).
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ def bucket_step(size: int, factor: int = 1) -> int:
 def bucket_sizes(size: int, step: int) -> list[Size]:
     """Buckets of at most size x size pixels, from 1:2 to 2:1, the narrowest first; sides are multiples of ``step``.
 
-    For each height it is the widest that fits; of those with one aspect ratio the largest. Raises ValueError if
-    ``size`` is smaller than ``step``.
+    For each height it is the widest that fits; of those with one aspect ratio the largest.
     """
     if step < 1 or size < step:
-        raise ValueError(
-            f"data.size {size} is smaller than {step}, the step of its buckets: raise it, or set data.buckets=false"
-        )
+        remedy = "raise it, or set data.buckets=false"
+        raise ValueError(f"data.size {size} is smaller than {step}, the step of its buckets: {remedy}")
     best: dict[float, Size] = {}
     for short in range(step, size + 1, step):
         long = min(size**2 // short, LONGEST * short) // step * step
@@ -48,15 +46,10 @@ def bucket_sizes(size: int, step: int) -> list[Size]:
 
 @dataclass(frozen=True)
 class Fit:
-    """The resizing and cropping of images to a few sizes.
+    """The resizing and cropping of images to a few sizes."""
 
-    Attributes:
-        sizes: the buckets; one of them for square crops.
-        crop: "center", or "random": drawn by (seed, key), so that it is the same in every process.
-    """
-
-    sizes: tuple[Size, ...]
-    crop: str = "center"
+    sizes: tuple[Size, ...]  # one for square crops
+    crop: str = "center"  # or "random": drawn by (seed, key), so that it is the same in every process
     seed: int = 0
 
     def nearest(self, height: int, width: int) -> Size:
@@ -67,8 +60,8 @@ class Fit:
     def __call__(self, image: np.ndarray, key: str) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """uint8 [H, W, 3] -> (uint8 [h, w, 3] of a bucket, (H, W, top, left)).
 
-        The image is resized (Lanczos, with antialiasing) until it just covers the bucket, then cropped. Small images
-        are enlarged. top and left are the crop's corner in pixels of the resized image, as SDXL counts them.
+        The image is resized (Lanczos, with antialiasing) until it just covers the bucket, then cropped; top and left
+        are the crop's corner in pixels of the resized image, as SDXL counts them.
         """
         full = image.shape[:2]
         size = self.nearest(*full)
@@ -89,10 +82,7 @@ class Fit:
 def build_fit(size: int, buckets: bool, crop: str, seed: int, factor: int = 1, multiple: int = 1) -> Fit:
     """The Fit of a config's values.
 
-    Args:
-        factor: pixels of a latent's side; 1 without an autoencoder.
-        multiple: the number, in pixels, that the network needs to divide the sides.
+    ``factor``: pixels of a latent's side; 1 without an autoencoder. ``multiple`` divides the sides, in pixels.
     """
-    if not buckets:
-        return Fit(((size, size),), crop, seed)
-    return Fit(tuple(bucket_sizes(size, math.lcm(bucket_step(size, factor), multiple))), crop, seed)
+    sizes = bucket_sizes(size, math.lcm(bucket_step(size, factor), multiple)) if buckets else [(size, size)]
+    return Fit(tuple(sizes), crop, seed)

@@ -1,7 +1,6 @@
 """Encoded shards on disk, one safetensors file for each with rows grouped by bucket, and a run's lists of them.
 
-A file's name holds a hash of all that its rows depend on: the shard's address and version, the recipe, the weights. So
-a file that exists is valid for every run, and a run with other settings writes another file. Inside:
+A file's name holds a hash of all that its rows depend on, so a file that exists is valid for every run. Inside:
 
     <h>x<w>/image         uint8 [n, h, w, 3], or    <h>x<w>/latents   float16 [n, c, h/f, w/f]
     <h>x<w>/size          int32 [n, 4]: height and width of the original, top and left of the crop
@@ -21,11 +20,13 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from ..config.loading import Config
 from ..files import draft, write_text
@@ -39,6 +40,8 @@ STRINGS = ("caption", "key")
 #: Captions that are kept as prompts: more than an RL run needs, few enough for the memory of every process.
 PROMPTS = 100_000
 
+Count = Annotated[int, Field(strict=True, ge=0)]
+
 
 def digest(*facts: Any) -> str:
     """A short hash of values that JSON can hold."""
@@ -48,21 +51,19 @@ def digest(*facts: Any) -> str:
 def source_version(url: str) -> str:
     """The version of the shard at an address: its etag or checksum, else its size and time.
 
-    Raises OSError (FileNotFoundError, ...) if the storage does not answer, ValueError as ``filesystem``.
+    Raises OSError if the storage does not answer, ValueError as ``filesystem``.
     """
     fs, path = filesystem(url)
     info = fs.info(path)
-
-    def first(*names: str) -> Any:
-        return next((info[name] for name in names if info.get(name)), None)
-
-    strong = first("ETag", "etag", "md5Hash", "crc32c")
-    when = first("mtime", "LastModified", "last_modified", "updated", "created")
-    return str(strong) if strong else f"{info.get('size')} bytes, {when}"
+    for name in ("ETag", "etag", "md5Hash", "crc32c"):
+        if info.get(name):
+            return str(info[name])
+    times = (info.get(name) for name in ("mtime", "LastModified", "last_modified", "updated", "created"))
+    return f"{info.get('size')} bytes, {next(filter(None, times), None)}"
 
 
 def cached_file(cache: Path, url: str, version: str, fingerprint: str) -> Path:
-    """The path of a shard's rows. ``fingerprint``: of the recipe and the weights."""
+    """The path of a shard's rows. ``fingerprint``: of the recipe."""
     stem = url.rstrip("/").rpartition("/")[2].partition(".")[0]
     return cache / f"{stem}-{digest(url, version, fingerprint)}.safetensors"
 
@@ -83,7 +84,8 @@ class Rows:
         """Write the file of the shard with address ``shard``."""
         from safetensors.numpy import save_file
 
-        tensors = {"skips": _bytes(json.dumps([[s.key, s.reason] for s in self.skips]))}
+        skips = json.dumps([[s.key, s.reason] for s in self.skips])
+        tensors = {"skips": np.frombuffer(skips.encode(), np.uint8)}
         for (height, width), columns in self.columns.items():
             for name, values in columns.items():
                 at = f"{height}x{width}/{name}"
@@ -98,10 +100,6 @@ class Rows:
             save_file(tensors, scratch, {"shard": shard})
 
 
-def _bytes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8)
-
-
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Inside, any error that a damaged file causes becomes a ValueError that names the file."""
@@ -114,10 +112,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class CachedShard:
-    """A cached file, read row by row. Every method raises ValueError naming a damaged file.
-
-    Raises FileNotFoundError if the file does not exist.
-    """
+    """A cached file, read row by row. Raises FileNotFoundError, and every method ValueError naming a damaged file."""
 
     def __init__(self, path: Path):
         from safetensors import safe_open
@@ -137,20 +132,21 @@ class CachedShard:
     def counts(self) -> dict[Size, int]:
         """Rows in each bucket."""
         with _naming(self.path):
-            return {
-                bucket: self._file.get_slice(f"{name_of(bucket)}/size").get_shape()[0]
-                for bucket in sorted(self.columns)
-            }
+            sizes = {bucket: self._file.get_slice(f"{name_of(bucket)}/size") for bucket in sorted(self.columns)}
+            return {bucket: size.get_shape()[0] for bucket, size in sizes.items()}
 
     def row(self, bucket: Size, row: int) -> dict[str, Any]:
         """One row: strings for ``caption`` and ``key``, arrays for the others."""
         found = {}
         with _naming(self.path):
             for name in self.columns[bucket]:
+                column = self._file.get_slice(f"{name_of(bucket)}/{name}")
                 if name in STRINGS:
-                    found[name] = self._string(bucket, name, row)
+                    ends = self._end(bucket, name)
+                    start = int(ends[row - 1]) if row else 0
+                    found[name] = column[start : int(ends[row])].tobytes().decode()
                 elif not name.endswith("_end"):
-                    found[name] = self._file.get_slice(f"{name_of(bucket)}/{name}")[row : row + 1][0]
+                    found[name] = column[row : row + 1][0]
         return found
 
     def captions(self) -> Iterator[str]:
@@ -166,11 +162,6 @@ class CachedShard:
         """(key, reason) of each sample that was left out."""
         with _naming(self.path):
             return [(str(key), str(reason)) for key, reason in json.loads(self._file.get_tensor("skips").tobytes())]
-
-    def _string(self, bucket: Size, name: str, row: int) -> str:
-        ends = self._end(bucket, name)
-        start = int(ends[row - 1]) if row else 0
-        return self._file.get_slice(f"{name_of(bucket)}/{name}")[start : int(ends[row])].tobytes().decode()
 
     def _end(self, bucket: Size, name: str) -> np.ndarray:
         at = f"{name_of(bucket)}/{name}_end"
@@ -196,8 +187,11 @@ class Entry:
 
     shard: str
     file: str | None
-    rows: dict[Size, int]
-    skipped: dict[str, int]  # kind of reason -> count
+    rows: dict[Size, Count]
+    skipped: dict[str, Count]  # kind of reason -> count
+
+
+_ENTRY = TypeAdapter(Entry)
 
 
 def run_name(config: Config) -> str:
@@ -220,9 +214,7 @@ def prompts_path(config: Config, cache: Path) -> Path:
 
 def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list[Skip]) -> dict[str, Any]:
     """Write the run's manifest and return its totals. ``lost``: the skips of shards without a cached file."""
-    skipped: Counter[str] = Counter()
-    for entry in entries:
-        skipped.update(entry.skipped)
+    skipped: Counter[str] = sum((Counter(entry.skipped) for entry in entries), Counter())
     totals = {
         "shards": len(entries),
         "samples": sum(sum(e.rows.values()) for e in entries),
@@ -242,21 +234,16 @@ def write_manifest(config: Config, cache: Path, entries: list[Entry], lost: list
             for key, reason in CachedShard(cache / entry.file).skips() if entry.file else ():
                 line(shard=entry.shard, key=key, reason=reason)
         for skip in lost:
-            line(shard=skip.shard, key=skip.key, reason=skip.reason)
+            line(**asdict(skip))
     return totals
 
 
 def read_index(config: Config, cache: Path) -> list[Entry]:
-    """The shards of the run's manifest.
-
-    Raises FileNotFoundError if nothing was encoded for this config, ValueError naming a damaged file.
-    """
+    """The shards of the run's manifest. Raises FileNotFoundError without one, ValueError naming a damaged one."""
     path = manifest_path(config, cache)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: nothing was encoded into {cache} for this config's data and "
-            "model keys; run the stage encode first"
-        )
+        reason = f"nothing was encoded into {cache} for this config's data and model keys"
+        raise FileNotFoundError(f"{path} does not exist: {reason}; run the stage encode first")
     entries = []
     with _naming(path), open(path, encoding="utf-8") as file:
         next(file)
@@ -264,14 +251,7 @@ def read_index(config: Config, cache: Path) -> list[Entry]:
             if "rows" not in facts:
                 break  # the skips follow
             rows = {parse_size(b): n for b, n in facts["rows"].items()}
-            entries.append(Entry(facts["shard"], facts["file"], rows, facts["skipped"]))
-            numbers = [*facts["rows"].values(), *facts["skipped"].values()]
-            if not (
-                isinstance(facts["shard"], str)
-                and isinstance(facts["file"], (str, type(None)))
-                and all(type(n) is int and n >= 0 for n in numbers)
-            ):
-                raise ValueError(f"line {len(entries) + 1} does not describe a shard")
+            entries.append(_ENTRY.validate_python({**facts, "rows": rows}))
     return entries
 
 
@@ -289,43 +269,32 @@ def first_samples(config: Config, cache: Path, count: int) -> np.ndarray:
     ``read_index``, and ValueError if the run has no samples.
     """
     entries = [e for e in read_index(config, cache) if e.rows]
-    totals: Counter[Size] = Counter()
-    for entry in entries:
-        totals.update(entry.rows)
+    totals: Counter[Size] = sum((Counter(entry.rows) for entry in entries), Counter())
     if not totals:
         raise ValueError(f"{manifest_path(config, cache)} lists no samples")
     bucket = totals.most_common(1)[0][0]
     each = -(-count // len(entries))
-    found = []
-    for entry in entries:
-        assert entry.file is not None  # it has rows
-        shard = CachedShard(Path(cache) / entry.file)
-        found += [shard.row(bucket, row) for row in range(min(each, entry.rows.get(bucket, 0)))]
-        if len(found) >= count:
-            break
+    shards = ((CachedShard(Path(cache) / str(e.file)), min(each, e.rows.get(bucket, 0))) for e in entries)
+    found = list(islice((shard.row(bucket, row) for shard, rows in shards for row in range(rows)), count))
     if "latents" in found[0]:
-        return np.stack([row["latents"] for row in found[:count]]).astype(np.float32)
-    return np.stack([row["image"] for row in found[:count]]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+        return np.stack([row["latents"] for row in found]).astype(np.float32)
+    return np.stack([row["image"] for row in found]).transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
 
 
 def write_prompts(config: Config, cache: Path, limit: int = PROMPTS) -> int:
-    """Write distinct captions, one on each line, and return their number.
-
-    Of more than ``limit`` captions, those with the smallest hashes are kept.
-    """
+    """Write up to ``limit`` distinct captions, those with the smallest hashes, and return their number."""
     heap: list[tuple[int, str]] = []
     kept: set[str] = set()
     for caption in captions(config, cache):
         caption = " ".join(caption.split())
         # Negative, so that the heap's first is the next one to drop.
         item = (-int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big"), caption)
-        if caption in kept or (len(heap) == limit and item < heap[0]):
+        if caption in kept:
             continue
         kept.add(caption)
-        if len(heap) < limit:
-            heapq.heappush(heap, item)
-        else:
-            kept.discard(heapq.heapreplace(heap, item)[1])
+        heapq.heappush(heap, item)
+        if len(heap) > limit:
+            kept.discard(heapq.heappop(heap)[1])
     lines = "".join(f"{caption}\n" for _, caption in sorted(heap, reverse=True))
     write_text(prompts_path(config, cache), lines)
     return len(heap)

@@ -18,38 +18,26 @@ from ..config.loading import Config
 from .buckets import Fit, Size, build_fit
 from .cache import CachedShard, Entry, Rows, digest
 from .images import BadImage, decode
-from .shards import UNREADABLE, Sample, Skip, read_shard
+from .shards import Sample, Skip, read_whole_shard
 
 #: Rows of a batch, all of one bucket, for the networks.
 BATCH = 8
 
 
-class Unreadable(OSError):
-    """Reading a shard failed at its beginning or in the middle; another attempt may succeed."""
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that rows depend on besides their shard.
+    """Everything that rows depend on besides their shard."""
 
-    Attributes:
-        sizes, crop, seed: of ``Fit``.
-        max_pixels: of ``decode``.
-        text: whether text states are cached.
-        weights: ``identity`` of the autoencoder and text encoders; "" for pixels.
-    """
-
-    sizes: tuple[Size, ...]
-    crop: str
-    seed: int
-    max_pixels: int
-    text: bool
-    weights: str
+    fit: Fit
+    max_pixels: int  # of ``decode``
+    text: bool  # whether text states are cached
+    weights: str  # ``identity`` of the autoencoder and text encoders; "" for pixels
 
     @property
     def fingerprint(self) -> str:
         """A hash of the recipe."""
-        return digest(asdict(self))
+        values = asdict(self)
+        return digest(values.pop("fit") | values)
 
 
 def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
@@ -61,22 +49,16 @@ def build_recipe(config: Config, parts_folder: str | None) -> Recipe:
 
     d, m = config.data, config.model
     if parts_folder is None and d.cache_text:
-        raise ValueError(
-            "data.cache_text is true, but the model works on pixels with the built-in text encoder: set "
-            "it to false, or name a checkpoint in model.init or model.encoders"
-        )
+        remedy = "set it to false, or name a checkpoint in model.init or model.encoders"
+        raise ValueError(f"data.cache_text is true, but the model works on pixels with its built-in encoder: {remedy}")
     factor = ModelFolder.at(parts_folder).latents.factor if parts_folder else 1
     # The bucket's step covers the sizes of a published network.
     levels = 1 if m.init else m.patch * (2 ** (len(m.channels) - 1) if m.kind == "unet" else 1)
     fit = build_fit(d.size, d.buckets, d.crop, config.run.seed if d.crop == "random" else 0, factor, factor * levels)
-    odd = [size for size in fit.sizes if math.gcd(*size) % factor]
-    if odd:
-        raise ValueError(
-            f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder in "
-            f"{parts_folder}: change it"
-        )
+    if any(math.gcd(*size) % factor for size in fit.sizes):
+        raise ValueError(f"data.size {d.size} is not a multiple of {factor}, the factor of the autoencoder: change it")
     weights = identity(parts_folder, d.cache_text) if parts_folder else ""
-    return Recipe(fit.sizes, fit.crop, fit.seed, d.max_pixels, d.cache_text, weights)
+    return Recipe(fit, d.max_pixels, d.cache_text, weights)
 
 
 def identity(folder: str, text: bool) -> str:
@@ -87,7 +69,7 @@ def identity(folder: str, text: bool) -> str:
     kinds = ("vae", "text_encoder*", "tokenizer*") if text else ("vae",)
     parts = sorted(part for kind in kinds for part in Path(folder).glob(kind))
     found = hashlib.blake2b(digest_size=16)
-    for file in (f for part in parts if part.is_dir() for f in sorted(part.rglob("*")) if f.is_file()):
+    for file in (f for part in parts for f in sorted(part.rglob("*")) if f.is_file()):
         size = file.stat().st_size
         found.update(f"{file.relative_to(folder)} {size}".encode())
         with open(file, "rb") as data:
@@ -98,16 +80,10 @@ def identity(folder: str, text: bool) -> str:
 
 
 class Encoder:
-    """Encodes shards on one device.
-
-    Args:
-        parts_folder: as in ``build_recipe``.
-        threads: threads that decode; Pillow releases the interpreter's lock.
-    """
+    """Encodes shards on one device. ``threads`` of them decode; Pillow releases the interpreter's lock."""
 
     def __init__(self, recipe: Recipe, parts_folder: str | None, device: str = "cpu", threads: int = 1):
         self.recipe, self.device, self.threads = recipe, device, threads
-        self.fit = Fit(recipe.sizes, recipe.crop, recipe.seed)
         self.autoencoder = self.text = None
         if parts_folder:
             from ..models.autoencoder import Autoencoder
@@ -121,7 +97,7 @@ class Encoder:
                 getattr(self.text, "model", self.text).to(device)
 
     def shard(self, url: str, path: Path) -> Entry:
-        """Encode one shard into ``path``. Raises Unreadable if the storage fails, and then writes nothing."""
+        """Encode one shard into ``path``. Raises ShardUnreadable if the storage fails, and then writes nothing."""
         rows = Rows()
         pending: dict[Size, list[dict]] = {}
         for item in self._pixels(url):
@@ -139,17 +115,14 @@ class Encoder:
 
     def _pixels(self, url: str) -> Iterator[dict | Skip]:
         """The shard's samples as pixels of a bucket, in order; the threads decode a few at a time."""
-        items = iter(read_shard(url))
+        items = read_whole_shard(url)
         with ThreadPoolExecutor(self.threads) as pool:
             while some := list(islice(items, 8 * self.threads)):
-                for item in some:
-                    if isinstance(item, Skip) and item.kind == UNREADABLE:
-                        raise Unreadable(item.reason)
                 yield from pool.map(lambda item: item if isinstance(item, Skip) else self._one(url, item), some)
 
     def _one(self, url: str, sample: Sample) -> dict | Skip:
         try:
-            image, size = self.fit(decode(sample.image, self.recipe.max_pixels), sample.key)
+            image, size = self.recipe.fit(decode(sample.image, self.recipe.max_pixels), sample.key)
         except BadImage as error:
             return Skip(url, sample.key, str(error))
         return {"image": image, "size": np.array(size, np.int32), "caption": sample.caption, "key": sample.key}

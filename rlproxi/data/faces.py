@@ -1,8 +1,7 @@
 """Parametric portraits with captions that can be verified word by word.
 
-Nothing is downloaded. A seed names a portrait, signed distance fields draw it at any size, and the caption says exactly
-what is drawn. About a quarter are the *hand-focused* subset, as in LAION-Face-T2I-15M: a raised hand shows one to five
-fingers.
+A seed names a portrait, signed distance fields draw it at any size, and the caption says exactly what is drawn. About a
+quarter are *hand-focused*, as in LAION-Face-T2I-15M: a raised hand shows one to five fingers.
 """
 
 from __future__ import annotations
@@ -44,9 +43,6 @@ BACKGROUND = {
     "orange": (246, 160, 80),
 }
 
-_MOUTH_WORD = {"smiling": "a smiling person", "frowning": "a frowning person", "surprised": "a surprised person"}
-_GLASSES_WORD = {"none": "no glasses", "glasses": "glasses", "sunglasses": "sunglasses"}
-
 
 @dataclass(frozen=True)
 class Portrait:
@@ -60,17 +56,15 @@ class Portrait:
 def caption_of(attributes: dict[str, str]) -> str:
     """The caption of a full set of attributes, with one clause for each."""
     a = attributes
+    glasses = "no glasses" if a["glasses"] == "none" else a["glasses"]
     hat = "no hat" if a["hat"] == "none" else f"a {a['hat']} hat"
-    text = (
-        f"{_MOUTH_WORD[a['mouth']]} with {a['skin']} skin, {a['hair_style']} {a['hair_color']} hair, "
-        f"{_GLASSES_WORD[a['glasses']]} and {hat}, "
-        f"on {'an' if a['background'] == 'orange' else 'a'} {a['background']} background"
+    article = "an" if a["background"] == "orange" else "a"
+    fingers = "one finger" if a["hand"] == "one" else f"{a['hand']} fingers"
+    hand = "" if a["hand"] == "none" else f", raising a hand with {fingers}"
+    return (
+        f"a {a['mouth']} person with {a['skin']} skin, {a['hair_style']} {a['hair_color']} hair, {glasses} and {hat}, "
+        f"on {article} {a['background']} background{hand}"
     )
-    if a["hand"] == "one":
-        text += ", raising a hand with one finger"
-    elif a["hand"] != "none":
-        text += f", raising a hand with {a['hand']} fingers"
-    return text
 
 
 _PATTERNS = {
@@ -86,16 +80,12 @@ _PATTERNS = {
 
 
 def parse_caption(caption: str) -> dict[str, str]:
-    """attribute -> value, for the attributes that a caption mentions. The inverse of ``caption_of``.
-
-    Images of a prompt that does not mention an attribute are not judged on it.
-    """
+    """attribute -> value, for the attributes that a caption mentions. The inverse of ``caption_of``."""
     found: dict[str, str] = {}
     for attribute, pattern in _PATTERNS.items():
         match = re.search(pattern, caption.lower())
         if match:
-            value = match.group(1)
-            found[attribute] = "none" if value in ("no", "no glasses") else value
+            found[attribute] = "none" if match[1].startswith("no") else match[1]
     return found
 
 
@@ -121,10 +111,8 @@ def portrait(seed: int, index: int, hand_fraction: float = 0.25) -> Portrait:
 
 def labels(attributes: dict[str, str]) -> np.ndarray:
     """Class indices in the order of ATTRIBUTES, [8] int64; -1 for an attribute that is missing."""
-    return np.array(
-        [values.index(attributes[name]) if name in attributes else -1 for name, values in ATTRIBUTES.items()],
-        dtype=np.int64,
-    )
+    found = [values.index(attributes[name]) if name in attributes else -1 for name, values in ATTRIBUTES.items()]
+    return np.array(found, np.int64)
 
 
 class _Canvas:
@@ -141,8 +129,7 @@ class _Canvas:
 
         Args:
             frame: [B, 3] (shift x, shift y, scale) of the shape's coordinates.
-            color: [B, 3].
-            on: [B], the images to paint in.
+            color, on: [B, 3] colours, [B] the images to paint in.
             box: (left, top, right, bottom) around the shape, in its coordinates; pixels outside are not computed.
         """
         chosen = np.flatnonzero(on)
@@ -151,10 +138,9 @@ class _Canvas:
         shift_x, shift_y, scale = (frame[chosen, i, None, None] for i in range(3))
         columns = rows = slice(None)
         if box is not None:
-            columns, rows = (
-                self._span(shift + scale * low, shift + scale * high)
-                for shift, low, high in ((shift_x, box[0], box[2]), (shift_y, box[1], box[3]))
-            )
+            left, top, right, bottom = box
+            columns = self._span(shift_x + scale * left, shift_x + scale * right)
+            rows = self._span(shift_y + scale * top, shift_y + scale * bottom)
         distance = shape((self.x[:, :, columns] - shift_x) / scale, (self.y[:, rows] - shift_y) / scale)
         cover = np.clip(0.5 - distance / self.pixel, 0.0, 1.0)[..., None]
         under = self.rgb[chosen, rows, columns]
@@ -162,16 +148,13 @@ class _Canvas:
 
     def _span(self, low: np.ndarray, high: np.ndarray) -> slice:
         """The pixels between the smallest ``low`` and the largest ``high``, with a margin for the edge's blend."""
-        size = self.x.shape[-1]
-        first = int((low.min() + 1) / self.pixel) - 2
-        last = int((high.max() + 1) / self.pixel) + 3
-        return slice(max(0, first), min(size, last))
+        first, last = int((low.min() + 1) / self.pixel) - 2, int((high.max() + 1) / self.pixel) + 3
+        return slice(max(0, first), min(self.x.shape[-1], last))
 
 
 def _ellipse(x, y, rx, ry):
     """Approximate signed distance to an axis-aligned ellipse at the origin."""
-    r = np.sqrt((x / rx) ** 2 + (y / ry) ** 2)
-    return (r - 1.0) * min(rx, ry)
+    return (np.sqrt((x / rx) ** 2 + (y / ry) ** 2) - 1.0) * min(rx, ry)
 
 
 def _box(x, y, hx, hy, round_=0.0):
@@ -192,18 +175,16 @@ def render(portraits: list[Portrait], size: int = 32) -> np.ndarray:
     value = {name: np.array([p.attributes[name] for p in portraits]) for name in ATTRIBUTES}
     every = np.ones(count, bool)
 
-    def colors(table: dict[str, tuple], names: np.ndarray) -> np.ndarray:
-        return np.array([table.get(n, (0, 0, 0)) for n in names], np.float32)
+    def colors(table: dict[str, tuple], attribute: str) -> np.ndarray:
+        return np.array([table.get(name, (0, 0, 0)) for name in value[attribute]], np.float32)
 
     def fixed(rgb) -> np.ndarray:
         return np.broadcast_to(np.array(rgb, np.float32), (count, 3))
 
     canvas = _Canvas(count, size)
     shade = (0.92 + 0.16 * pose[:, 3])[:, None]
-    skin = colors(SKIN, value["skin"]) * shade
-    hair = colors(HAIR, value["hair_color"])
-    hat = colors(HAT, value["hat"])
-    ground = colors(BACKGROUND, value["background"]) * shade
+    skin, hair, hat = colors(SKIN, "skin") * shade, colors(HAIR, "hair_color"), colors(HAT, "hat")
+    ground = colors(BACKGROUND, "background") * shade
 
     # Background with a soft vertical light.
     light = 1.06 - 0.12 * (canvas.y[..., None] * 0.5 + 0.5)
@@ -265,8 +246,7 @@ _CURLS = ((0.0, -0.70), *((side * x, y) for side in (-1, 1) for x, y in _SIDE_CU
 def _paint_hand(canvas: _Canvas, pose: np.ndarray, skin: np.ndarray, hand: np.ndarray) -> None:
     """The raised hand, in front of everything, beside the head: palm, wrist and the first n fingers."""
     frame = np.stack([0.60 + (pose[:, 5] - 0.5) * 0.10, 0.42 + (pose[:, 6] - 0.5) * 0.10, np.ones(len(pose))], 1)
-    on = hand != "none"
-    outline = skin * 0.55
+    on, outline = hand != "none", skin * 0.55
 
     def palm(x, y):
         return np.minimum(_box(x, y, 0.25, 0.26, 0.12), _box(x, y - 0.46, 0.14, 0.30, 0.04))

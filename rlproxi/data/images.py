@@ -6,12 +6,11 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 #: The formats of image-text data sets. Pillow's other readers are not used: some of them start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,11 +29,8 @@ class BadImage(ValueError):
 def decode(data: bytes, max_pixels: int) -> np.ndarray:
     """Decode a JPEG, PNG or WebP file to uint8 [H, W, 3].
 
-    EXIF orientation is applied, transparency is laid over white, and every other mode becomes RGB. ``max_pixels`` and
-    Pillow's own limit (179 million) are checked against the header, before any pixel is decoded. Of an animation it is
-    the first frame.
-
-    Raises BadImage if the file is empty, of an unknown format, too large, truncated or otherwise damaged.
+    EXIF orientation is applied, transparency is laid over white, and every other mode becomes RGB. Of an animation it
+    is the first frame. Raises BadImage, for too many pixels before any is decoded.
     """
     if not data:
         raise BadImage("empty image")
@@ -44,9 +40,8 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > max_pixels:
-                    raise BadImage(
-                        f"image too large: {width} x {height} pixels are more than data.max_pixels = {max_pixels}"
-                    )
+                    limit = f"data.max_pixels = {max_pixels}"
+                    raise BadImage(f"image too large: {width} x {height} pixels are more than {limit}")
                 turn = _UPRIGHT.get(_orientation(image))
                 pixels = _rgb(image)
                 return np.array(pixels if turn is None else pixels.transpose(turn))
@@ -62,7 +57,7 @@ def decode(data: bytes, max_pixels: int) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF says nothing about the pixels
         return 1
 

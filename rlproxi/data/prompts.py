@@ -1,8 +1,6 @@
 """Which caption is prompt ``index`` of the training list or of the held-out list.
 
-Captions repeat, so the caption itself separates the two lists: a hash reserves one in sixteen for evaluation, and RL
-never trains on it. The embedded portraits have endless captions. A file of prompts (data.prompts) is read in a new
-order each time, and a file of held-out prompts may accompany it.
+Captions repeat, so the caption itself separates the two lists: a hash reserves one in sixteen for evaluation.
 """
 
 from __future__ import annotations
@@ -27,20 +25,18 @@ def reserved(caption: str) -> bool:
 
 
 def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
-    """(indices, captions) of the training prompts of iteration ``step``, none of them held out.
+    """(indices in the whole run, captions) of the training prompts of iteration ``step``, none of them held out.
 
-    An index is the prompt's position in the whole run. A prompt of a file repeats only after all others were used.
-
-    Raises ValueError for a file without usable prompts, FileNotFoundError for one that is missing.
+    A prompt of a file repeats only after all others were used. Raises ValueError for a file without usable prompts,
+    FileNotFoundError for one that is missing.
     """
     each = config.rl.prompts_per_step
     indices = list(range(step * each, (step + 1) * each))
     path = _prompts_file(config)
     if path is not None:
         prompts = _without(load_prompts("data.prompts", path), _heldout_file(config), path)
-        return indices, [
-            prompts[_shuffled(config.run.seed, i // len(prompts), len(prompts))[i % len(prompts)]] for i in indices
-        ]
+        places = [divmod(i, len(prompts)) for i in indices]
+        return indices, [prompts[_shuffled(config.run.seed, epoch, len(prompts))[i]] for epoch, i in places]
     source, held = faces.collection(config.run.seed, "train_prompts"), frozenset(_heldout_file(config) or ())
     return indices, [_unreserved(config, source, i, held) for i in indices]
 
@@ -48,10 +44,9 @@ def training_prompts(config: Config, step: int) -> tuple[list[int], list[str]]:
 def heldout_prompts(config: Config) -> tuple[list[int], list[str]]:
     """(indices, captions) of the prompts of every evaluation, all different.
 
-    They are those of data.heldout_prompts, else the reserved ones, in their file's order. A larger evaluate.prompts
-    adds prompts at the end.
+    They are those of data.heldout_prompts, else the reserved ones, in their file's order.
 
-    Raises as ``training_prompts``, and ValueError if there are fewer than evaluate.prompts.
+    Raises as ``training_prompts``, and ValueError if there are too few.
     """
     d, wanted = config.data, config.evaluate.prompts
     captions: Sequence[str] | None = _heldout_file(config)
@@ -60,13 +55,11 @@ def heldout_prompts(config: Config) -> tuple[list[int], list[str]]:
         prompts = _heldout_portraits(config) if path is None else load_prompts("data.prompts", path)
         captions = [p for p in prompts if reserved(p)]
     if len(captions) < wanted:
-        where = (
-            f"data.heldout_prompts = {d.heldout_prompts!r} has"
-            if d.heldout_prompts is not None
-            else f"the sixteenth of data.prompts = {d.prompts!r} that is reserved for evaluation has"
-        )
+        where = f"data.heldout_prompts = {d.heldout_prompts!r}"
+        if d.heldout_prompts is None:
+            where = f"the sixteenth of data.prompts = {d.prompts!r} that is reserved for evaluation"
         raise ValueError(
-            f"{where} {len(captions)} distinct prompts, and evaluate.prompts asks for {wanted}: lower "
+            f"{where} has {len(captions)} distinct prompts, and evaluate.prompts asks for {wanted}: lower "
             "evaluate.prompts, or name a longer file in data.heldout_prompts"
         )
     return list(range(wanted)), list(captions[:wanted])
@@ -75,8 +68,7 @@ def heldout_prompts(config: Config) -> tuple[list[int], list[str]]:
 def load_prompts(key: str, path: str) -> tuple[str, ...]:
     """The distinct prompts of a file, in its order: the lines of a .txt, the "prompt" of each object of a .jsonl.
 
-    Empty lines are skipped. ``key``: the config key, for messages. Raises FileNotFoundError, or ValueError naming the
-    file and the line, for text that is not UTF-8, an object without a prompt, or an empty file.
+    ``key``: the config key, for messages. Raises FileNotFoundError, or ValueError naming the file and the line.
     """
     file = Path(path)
     kinds = 'a .txt file with a prompt on each line, or a .jsonl file with a "prompt" in each object'
@@ -120,10 +112,8 @@ def _prompt(value: object) -> str:
 def _prompts_file(config: Config) -> str | None:
     """data.prompts; None for the embedded portraits."""
     if config.data.prompts is None and config.data.source == "shards":
-        raise ValueError(
-            "data.prompts is not set, and the captions of data.urls are known only after they are "
-            "encoded: run the stage encode, or name a file of prompts"
-        )
+        remedy = "run the stage encode, or name a file of prompts"
+        raise ValueError(f"data.prompts is not set, and the captions of data.urls are not encoded yet: {remedy}")
     return config.data.prompts
 
 
@@ -137,9 +127,7 @@ def _without(prompts: tuple[str, ...], held: tuple[str, ...] | None, path: str) 
     out = {p for p in prompts if reserved(p)} if held is None else set(held)
     left = tuple(p for p in prompts if p not in out)
     if not left:
-        raise ValueError(
-            f"data.prompts = {path!r} has {len(prompts)} prompts, and all of them are held out: add others"
-        )
+        raise ValueError(f"data.prompts = {path!r}: all of its {len(prompts)} prompts are held out: add others")
     return left
 
 

@@ -2,11 +2,7 @@
 
 A tar holds ``<key>.jpg`` (or jpeg, png, webp), ``<key>.txt`` and optionally ``<key>.json``; the members of a sample
 follow each other. A parquet file has a column ``image`` or ``jpg`` (bytes, or a struct with ``bytes``), a column
-``caption`` or ``text``, and any other columns. Addresses are those of fsspec: paths, s3://, gs://, https://, memory://.
-
-A sample that cannot be read becomes a ``Skip`` with a reason, never an exception: a data set of millions has bad
-samples, and the caller counts them. A reason is ``kind`` or ``kind: detail``; there are few kinds, so they can be
-counted.
+``caption`` or ``text``, and any other columns. A sample that cannot be read becomes a ``Skip``, never an exception.
 """
 
 from __future__ import annotations
@@ -49,7 +45,7 @@ class Skip:
 
     shard: str
     key: str
-    reason: str
+    reason: str  # ``kind`` or ``kind: detail``; there are few kinds, so they can be counted
 
     @property
     def kind(self) -> str:
@@ -57,15 +53,19 @@ class Skip:
         return self.reason.partition(":")[0]
 
 
+class ShardUnreadable(OSError):
+    """A shard could not be opened or read to its end; a later try may succeed."""
+
+
 class _Unusable(Exception):
     """A fault of a sample, which becomes a Skip."""
 
 
 def read_shard(url: str) -> Iterator[Sample | Skip]:
-    """Stream the samples of one shard in the file's order, with a Skip for each that cannot be read.
+    """Stream the samples of one shard in the file's order, with a Skip for each that cannot be read. Never raises.
 
     A file that is missing, or whose reading fails, gives a Skip of kind ``UNREADABLE`` with the key "". Of several
-    samples with one key only the first is kept. Never raises.
+    samples with one key only the first is kept.
     """
     read = _read_parquet if url.endswith(PARQUETS) else _read_tar
     seen: set[str] = set()
@@ -81,13 +81,21 @@ def read_shard(url: str) -> Iterator[Sample | Skip]:
         yield Skip(url, "", f"{UNREADABLE}: {_words(error)}")
 
 
+def read_whole_shard(url: str) -> Iterator[Sample | Skip]:
+    """Stream as ``read_shard``, but raise ShardUnreadable where the storage fails."""
+    for item in read_shard(url):
+        if isinstance(item, Skip) and item.kind == UNREADABLE:
+            raise ShardUnreadable(item.reason)
+        yield item
+
+
 def _words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _read_tar(source: Source, url: str) -> Iterator[Sample | Skip]:
     key, whole, fault = None, True, None
-    members: dict[str, bytes | _Unusable] = {}
+    members: dict[str, Any] = {}
     try:
         with Archive.open(fileobj=source, mode="r|*", tarinfo=Header) as archive:
             for info in archive:
@@ -142,15 +150,14 @@ def _ending(archive: Archive) -> str | None:
     return None
 
 
-def _sample(url: str, key: str, members: dict[str, bytes | _Unusable]) -> Sample | Skip:
+def _sample(url: str, key: str, members: dict[str, Any]) -> Sample | Skip:
+    """``members``: ending -> bytes, or what makes the sample unusable."""
     try:
-        contents: dict[str, bytes] = {}
-        for ending, content in members.items():
+        for content in members.values():
             if isinstance(content, _Unusable):
                 raise content
-            contents[ending] = content
-        image = next((contents[ending] for ending in IMAGES if ending in contents), None)
-        return _checked(key, image, contents.get("txt"), _object(contents.get("json")))
+        image = next((members[ending] for ending in IMAGES if ending in members), None)
+        return _checked(key, image, members.get("txt"), _object(members.get("json")))
     except _Unusable as error:
         return Skip(url, key, str(error))
 
@@ -229,15 +236,14 @@ def _row(url: str, number: int, row: dict, image: str, caption: str, key: str | 
         return Skip(url, name, str(error))
 
 
-def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
-    """Write samples as a tar in img2dataset's layout and return their number.
+def write_shard(path: str | os.PathLike, samples: Iterable[Sample], drafts: Path | None = None) -> int:
+    """Write samples as a tar in img2dataset's layout, by ``draft`` in ``drafts``; return their number.
 
-    A reader sees no file, the old one or the new one. The same samples give the same bytes. ``path`` is local. Raises
-    ValueError for a key that the layout cannot hold, or that comes twice.
+    The same samples give the same bytes. Raises ValueError for a key that the layout cannot hold or that comes twice.
     """
     path = Path(path)
     keys: set[str] = set()
-    with draft(path) as scratch, tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
+    with draft(path, drafts) as scratch, tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as archive:
         for sample in samples:
             same = _split(f"{sample.key}.txt")[::2] == (sample.key, "txt")
             if not sample.key or sample.key.startswith("/") or not same:
@@ -245,19 +251,16 @@ def write_shard(path: str | os.PathLike, samples: Iterable[Sample]) -> int:
             if sample.key in keys:
                 raise ValueError(f"{path}: the key {sample.key!r} comes twice")
             keys.add(sample.key)
-            _add(archive, f"{sample.key}.{_image_ending(sample.image)}", sample.image)
-            _add(archive, f"{sample.key}.txt", sample.caption.encode())
+            members = {_image_ending(sample.image): sample.image, "txt": sample.caption.encode()}
             if sample.meta:
                 text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True, default=str)
                 # JSON can spell half of a surrogate pair. With its backslash it is written as it was read.
-                _add(archive, f"{sample.key}.json", text.encode("utf-8", "backslashreplace"))
+                members["json"] = text.encode("utf-8", "backslashreplace")
+            for ending, data in members.items():
+                info = tarfile.TarInfo(f"{sample.key}.{ending}")  # mtime 0, no owner
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
     return len(keys)
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # mtime 0, no owner
-    info.size = len(data)
-    archive.addfile(info, io.BytesIO(data))
 
 
 def _image_ending(data: bytes) -> str:

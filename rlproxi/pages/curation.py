@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
 from ..data.curation.merge import HANDS, KEPT, Series, Statistics
-from ..data.curation.records import Place, stages
-from ..files import write_text
+from ..data.curation.records import stages
 from . import figures
 from .html import card, figure, missing, page, table
 
@@ -40,15 +38,8 @@ def shown(statistics: Statistics) -> list[str]:
     return [KEPT, HANDS, *stages(statistics.settings)]
 
 
-def write_page(place: Place, statistics: Statistics, found: dict[str, dict[int, str]]) -> Path:
-    """Write curation.html, whole or not at all, and return its path. ``found``: ``pictures.peek`` of each shard."""
-    path = place.out / "curation.html"
-    write_text(path, render(statistics, found, place.out.resolve().name))
-    return path
-
-
 def render(statistics: Statistics, found: dict[str, dict[int, str]], name: str) -> str:
-    """Return the page as HTML."""
+    """Return the page as HTML. ``found``: ``pictures.peek`` of each shard."""
     settings = yaml.safe_dump(statistics.settings.model_dump(mode="json"), sort_keys=False)
     sections = [
         ("How many were kept", _cards(statistics)),

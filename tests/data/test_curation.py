@@ -5,7 +5,7 @@ import re
 import shutil
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from fixtures.onnx_writer import write_convolutions
 from rlproxi.config.curation import Curate, Faces, Filter, HandDetector
 from rlproxi.data.curation import faces, job, merge, pictures, plan, records, write
 from rlproxi.data.curation.duplicates import duplicate_of, near_pairs
-from rlproxi.data.curation.examine import ShardUnreadable, Tools, examine
+from rlproxi.data.curation.examine import Examiner
 from rlproxi.data.curation.phash import distance, phash
-from rlproxi.data.shards import read_shard
+from rlproxi.data.shards import Sample, ShardUnreadable, read_shard, write_shard
 from rlproxi.errors import ConfigError
+from rlproxi.files import draft
 from rlproxi.pages import curation as page
 from rlproxi.rewards import checked_params
 
@@ -210,16 +211,17 @@ def _settings(raw: Path, **changes) -> Curate:
 def _run(settings: Curate, out: Path) -> merge.Statistics:
     """What the actors do, one after the other."""
     place, shards = records.Place(out), job.check(settings, out)
-    tools = Tools.load(settings, "cpu")
-    for shard in shards:
-        mark = records.examine_fingerprint(settings, shard)
-        records.save_records(place.records(shard), mark, examine(shard, settings, tools))
-        assert records.is_done(place.records(shard), mark)
-    found = plan.survivors(place, shards, settings)
-    outputs = plan.outputs(found, shards, settings)
-    for output in outputs:
-        assert write.write(output, place, settings, write.WriteTools.load(settings, "cpu")) == len(output)
-    return merge.merge(place, shards, found, outputs, settings)
+    examiner = Examiner(settings)
+    with place.attempt():
+        for shard in shards:
+            mark = records.examine_fingerprint(settings, shard)
+            place.write_lines(place.records(shard), map(asdict, examiner.examine(shard)), mark)
+            assert records.is_done(place.records(shard), mark)
+        found = plan.survivors(place, shards, settings)
+        outputs = plan.outputs(found, shards, settings)
+        for output in outputs:
+            assert write.Writer(settings).write(output, place) == len(output)
+        return merge.merge(place, shards, found, outputs, settings)
 
 
 def _manifest(out: Path) -> dict[str, dict]:
@@ -299,7 +301,7 @@ def test_a_score_that_is_no_number_drops_the_sample(raw, monkeypatch):
 
     monkeypatch.setattr(JPEGReward, "score", lambda self, images, prompts: np.full(len(images), np.nan, np.float32))
     settings = _settings(raw, filters=[Filter(name="jpeg")])
-    found = examine(job.check(settings, "/nowhere")[0], settings, Tools.load(settings, "cpu"))
+    found = Examiner(settings).examine(job.check(settings, "/nowhere")[0])
     assert found[0].stage == "filter/jpeg" and found[0].reason == "jpeg gave no score (nan)"
 
 
@@ -334,8 +336,8 @@ def test_a_shard_that_changed_since_it_was_examined_is_refused(raw, tmp_path):
     swapped = tuple((shards[1 - shards.index(shard)], indices) for shard, indices in output.sources)
     for shard, other in zip(shards, reversed(shards)):
         place.records(shard).write_bytes((tmp_path / "out").joinpath(place.records(other)).read_bytes())
-    with pytest.raises(ShardUnreadable, match="has changed since it was examined"):
-        write.write(replace(output, sources=swapped), place, settings, write.WriteTools())
+    with place.attempt(), pytest.raises(ShardUnreadable, match="has changed since it was examined"):
+        write.Writer(settings).write(replace(output, sources=swapped), place)
 
 
 def test_records_of_other_settings_are_not_reused(raw):
@@ -351,13 +353,13 @@ def test_records_of_other_settings_are_not_reused(raw):
 # -- the page -------------------------------------------------------------------------------
 
 
-def test_the_page_is_one_file_that_fetches_nothing(done, tmp_path):
+def test_the_page_is_one_file_that_fetches_nothing(done):
     statistics = done[1]
     found = {
         shard: pictures.peek(shard, wanted, 10**8)
         for shard, wanted in pictures.wanted(statistics, page.shown(statistics)).items()
     }
-    html = page.write_page(records.Place(tmp_path), statistics, found).read_text()
+    html = page.render(statistics, found, "out")
     assert "http://" not in html.replace("http://www.w3.org", "") and "https://" not in html and "<script" not in html
     assert html.count("data:image/jpeg;base64,") == 3 + 2 + 4 + 2  # all kept and dropped ones that can be shown
     assert "shorter side 200 px, needs 256" in html and "copy of 00000.tar/000000000 (512 x 512)" in html
@@ -422,17 +424,54 @@ def test_settings_that_contradict_themselves(values, told):
 
 def test_a_missing_shard_is_told_apart_from_bad_samples(tmp_path):
     with pytest.raises(ShardUnreadable, match="gone.tar"):
-        examine(str(tmp_path / "gone.tar"), Curate(), Tools())
+        Examiner(Curate()).examine(str(tmp_path / "gone.tar"))
 
 
 def test_what_earlier_jobs_left_is_removed(done, tmp_path):
     place = records.Place(tmp_path)
     shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
-    for name in ("00007.tar", ".00000.tar.4711", "steps/written/.00000.jsonl.4711", "notes.tar", ".keep"):
+    for name in ("00007.tar", "notes.tar", ".keep"):
         (tmp_path / name).write_bytes(b"")
     job.clear_stale(place, [plan.Output(0, (), "")])  # fewer than before
     assert sorted(p.name for p in tmp_path.iterdir()) == [".keep", "00000.tar", "manifest.jsonl", "notes.tar", "steps"]
     assert [p.name for p in place.written.iterdir()] == ["00000.jsonl"]
+
+
+def _left(out: Path) -> list[str]:
+    """Drafts, and folders of drafts."""
+    return [p.name for p in out.rglob("*") if p.name.startswith((".", "drafts-"))]
+
+
+def test_drafts_of_a_killed_run_are_removed(raw, tmp_path):
+    """Whatever their random names are, and whichever file the process was writing."""
+    killed = records.Place(tmp_path)
+    killed.drafts.mkdir(parents=True)
+    files = [killed.shard(3), killed.part(3), killed.records("a.tar"), tmp_path / "manifest.jsonl"]
+    drafts = [draft(file, killed.drafts) for file in files * 20]
+    for one in drafts:
+        one.__enter__().write_text("half")
+    assert len(_left(tmp_path)) == 81
+    _run(_settings(raw), tmp_path)
+    assert _left(tmp_path) == []
+
+
+def test_a_worker_that_outlives_its_run_leaves_nothing(tmp_path):
+    """The resumed run begins while a worker of the killed one writes, and ends before the worker does."""
+    old, new = records.Place(tmp_path), records.Place(tmp_path)
+    old.drafts.mkdir(parents=True)
+
+    def samples():
+        yield Sample("0", b"x", "old")
+        with new.attempt():
+            write_shard(new.shard(0), [Sample("0", b"x", "new")], new.drafts)
+        yield Sample("1", b"x", "old")
+
+    with pytest.raises(FileNotFoundError):
+        write_shard(old.shard(0), samples(), old.drafts)
+    with pytest.raises(FileNotFoundError):  # nor can it begin another file
+        old.write_lines(old.records("a.tar"), [])
+    assert [sample.caption for sample in read_shard(str(new.shard(0)))] == ["new"]
+    assert _left(tmp_path) == []
 
 
 # -- the shipped config -----------------------------------------------------------------------

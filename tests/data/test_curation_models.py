@@ -1,5 +1,6 @@
 """Captions, hands and scores by small random models in the real formats, against their networks asked directly."""
 
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fixtures import curation as fixtures
 from rlproxi.config.curation import HAND_WORDS, Caption, Curate, HandDetector
 from rlproxi.data.curation import plan, records, write
 from rlproxi.data.curation.captions import Captioner
-from rlproxi.data.curation.examine import Tools, examine
+from rlproxi.data.curation.examine import Examiner
 from rlproxi.data.curation.hands import HandFinder, hand_words
 from rlproxi.data.shards import read_shard
 from rlproxi.rewards import build
@@ -195,7 +196,7 @@ def settings(tmp_path_factory, folder) -> Curate:
 
 def test_scores_are_those_of_the_reward(settings):
     shard = str(next(Path(settings.urls[0]).iterdir()))
-    found = examine(shard, settings, Tools.load(settings, "cpu"))
+    found = Examiner(settings).examine(shard)
     passed = [record for record in found if record.stage is None]
     assert len(passed) >= 4
     samples = {s.key: s for s in read_shard(shard)}
@@ -210,11 +211,11 @@ def test_scores_are_those_of_the_reward(settings):
 
 def test_bounds_on_a_score_drop_by_it(settings):
     shard = str(next(Path(settings.urls[0]).iterdir()))
-    free = examine(shard, settings, Tools.load(settings, "cpu"))
+    free = Examiner(settings).examine(shard)
     bound = float(np.median([r.scores["match"] for r in free if r.stage is None]))
     second = settings.filters[1].model_copy(update={"min": bound})
     bounded = settings.model_copy(update={"filters": [settings.filters[0], second]})
-    for before, after in zip(free, examine(shard, bounded, Tools.load(bounded, "cpu"))):
+    for before, after in zip(free, Examiner(bounded).examine(shard)):
         if before.stage is None:
             assert after.stage == ("filter/match" if before.scores["match"] < bound else None)
             assert after.scores["aesthetic"] == before.scores["aesthetic"]
@@ -223,11 +224,13 @@ def test_bounds_on_a_score_drop_by_it(settings):
 def test_captions_and_hands_are_written(settings, tmp_path):
     shard = str(next(Path(settings.urls[0]).iterdir()))
     place = records.Place(tmp_path)
-    found = examine(shard, settings, Tools.load(settings, "cpu"))
-    records.save_records(place.records(shard), "", found)
-    outputs = plan.outputs(plan.survivors(place, [shard], settings), [shard], settings)
-    tools = write.WriteTools.load(settings, "cpu")
-    assert [write.write(output, place, settings, tools) for output in outputs] == [sum(r.stage is None for r in found)]
+    found = Examiner(settings).examine(shard)
+    tools = write.Writer(settings)
+    with place.attempt():
+        place.write_lines(place.records(shard), map(asdict, found), "")
+        outputs = plan.outputs(plan.survivors(place, [shard], settings), [shard], settings)
+        written = [tools.write(output, place) for output in outputs]
+    assert written == [sum(r.stage is None for r in found)]
     raw = {s.key: s for s in read_shard(shard)}
     for sample in read_shard(str(place.shard(0))):
         before = raw[sample.meta["source"]["key"]]

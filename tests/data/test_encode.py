@@ -23,9 +23,9 @@ from rlproxi.data.cache import (
     write_manifest,
     write_prompts,
 )
-from rlproxi.data.encode import Encoder, Unreadable, build_recipe, entry, identity
+from rlproxi.data.encode import Encoder, build_recipe, entry, identity
 from rlproxi.data.images import decode
-from rlproxi.data.shards import Skip
+from rlproxi.data.shards import ShardUnreadable, Skip
 
 SIZES = [(40, 40), (30, 60), (60, 30), (40, 52)]
 
@@ -89,7 +89,7 @@ def test_every_kind_of_bad_sample_is_skipped_counted_and_listed(tmp_path):
     }
     assert first.rows == {(32, 32): 12} and first.skipped == kinds
     assert entry(urls[0], cache / "a.safetensors") == first
-    with pytest.raises(Unreadable, match="unreadable file: FileNotFoundError"):
+    with pytest.raises(ShardUnreadable, match="unreadable file: FileNotFoundError"):
         run(config, urls[1], cache / "b.safetensors")
     assert [p.name for p in cache.iterdir()] == ["a.safetensors"]
 

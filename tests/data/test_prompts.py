@@ -70,7 +70,7 @@ def test_too_few_heldout_prompts_are_counted(file, tmp_path):
     short.write_text("one\none\ntwo\n")
     with pytest.raises(ValueError, match=r"data.heldout_prompts = '.*short.txt' has 2 distinct prompts, .* asks for 3"):
         heldout_prompts(config(file, short, evaluate=3))
-    with pytest.raises(ValueError, match="has 2 prompts, and all of them are held out"):
+    with pytest.raises(ValueError, match="all of its 2 prompts are held out"):
         training_prompts(config(short, short), 0)
 
 

@@ -278,7 +278,7 @@ def test_bad_addresses_name_the_remedy(tmp_path, monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
-    with pytest.raises(ValueError, match=r"'s3://bucket/\*\.tar' needs a package .*: pip install s3fs"):
+    with pytest.raises(ValueError, match=r"'s3://bucket/\*\.tar' needs a package .*: Install s3fs"):
         list_shards(["s3://bucket/*.tar"])
 
 

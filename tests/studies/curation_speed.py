@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,7 +27,7 @@ from fixtures import curation as fixtures  # noqa: E402
 from rlproxi.config.curation import Curate, Faces, Filter  # noqa: E402
 from rlproxi.data.curation import plan, records, write  # noqa: E402
 from rlproxi.data.curation.duplicates import bands, duplicate_of  # noqa: E402
-from rlproxi.data.curation.examine import Tools, examine  # noqa: E402
+from rlproxi.data.curation.examine import Examiner  # noqa: E402
 from rlproxi.data.curation.faces import build_detector  # noqa: E402
 from rlproxi.data.curation.phash import phash  # noqa: E402
 from rlproxi.data.images import decode  # noqa: E402
@@ -72,16 +73,17 @@ def steps(count: int) -> None:
             ("size, hash", Curate(faces=None)),
             ("size, faces, JPEG size as filter, hash", Curate(filters=[Filter(name="jpeg")])),
         ):
-            tools, begun = Tools.load(settings, "cpu"), time.process_time()
-            found = examine(shard, settings, tools)
+            examiner, begun = Examiner(settings), time.process_time()
+            found = examiner.examine(shard)
             seconds = time.process_time() - begun
             passed = sum(record.stage is None for record in found)
             print(f"examine: {name:<35} {count / seconds:8.0f} images/s, {passed} of {count} pass")
         place, settings = records.Place(Path(folder) / "out"), Curate(faces=None, duplicates=None)
-        records.save_records(place.records(shard), "", examine(shard, settings, Tools()))
-        outputs = plan.outputs(plan.survivors(place, [shard], settings), [shard], settings)
-        begun = time.process_time()
-        write.write(outputs[0], place, settings, write.WriteTools())
+        with place.attempt():
+            place.write_lines(place.records(shard), map(asdict, Examiner(settings).examine(shard)), "")
+            outputs = plan.outputs(plan.survivors(place, [shard], settings), [shard], settings)
+            begun = time.process_time()
+            write.Writer(settings).write(outputs[0], place)
         print(f"{'write without models (captions stay)':<44} {count / (time.process_time() - begun):8.0f} images/s")
 
 

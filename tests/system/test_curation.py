@@ -122,6 +122,7 @@ def test_killed_and_resumed(stages, ray_session, many, tmp_path, monkeypatch):
     sources = [sample.meta["source"]["key"] for tar in sorted(out.glob("*.tar")) for sample in read_shard(str(tar))]
     assert len(sources) == len(set(sources)) == total, "no sample twice"
     assert not [p for p in out.rglob(".*") if p.is_file()], "no drafts are left"
+    assert sorted(p.name for p in (out / "steps").iterdir()) == ["examined", "written"], "no attempt's folder is left"
 
 
 def test_a_worker_that_dies_repeats_its_shard(ray_session, many, tmp_path):

@@ -18,10 +18,7 @@ KEY = "curate.caption.model"
 
 
 class Captioner:
-    """A caption model. It decodes greedily, so that the same batch gives the same text.
-
-    Raises FileNotFoundError if the model cannot be found, ValueError if it cannot be used.
-    """
+    """A caption model, decoded greedily. Raises FileNotFoundError or ValueError for one that cannot be used."""
 
     def __init__(self, settings: Caption, device: str = "cpu"):
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -35,17 +32,14 @@ class Captioner:
         self.model.eval().to(self.device)
         self.chats = getattr(self.processor, "chat_template", None) is not None
         if self.chats and settings.prompt is None:
-            raise ValueError(
-                f"curate.caption.prompt is not set, but {settings.model!r} is a chat model: set it to a question, "
-                "for example 'Describe this picture of a person in one detailed sentence.'"
-            )
+            remedy = "set it to a question, for example 'Describe this picture of a person in one detailed sentence.'"
+            raise ValueError(f"curate.caption.prompt is not set, but {settings.model!r} is a chat model: {remedy}")
         if self.chats:
             self.processor.tokenizer.padding_side = "left"  # answers begin where questions end
 
     def __call__(self, images: Sequence[np.ndarray], captions: Sequence[str]) -> list[str]:
         """New captions of images, uint8 [H, W, 3] of any sizes; an empty answer leaves the old caption."""
-        answers = list(captions)
-        template = self.settings.prompt
+        answers, template = list(captions), self.settings.prompt
         prompts = [None if template is None else template.replace("{caption}", c) for c in captions]
         for chosen in self._batches(prompts):
             texts = self._answer([Image.fromarray(images[i]) for i in chosen], [prompts[i] for i in chosen])
@@ -54,8 +48,7 @@ class Captioner:
         return answers
 
     def _batches(self, prompts: Sequence[str | None]) -> list[list[int]]:
-        """Indices that form batches. Models without a chat format (BLIP) cannot pad on the left, so their batches have
-        prompts of one length."""
+        """Indices that form batches; of models that cannot pad on the left (BLIP), those with prompts of one length."""
         groups: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             known = prompt is None or self.chats
@@ -81,11 +74,5 @@ class Captioner:
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
             for image, prompt in zip(images, prompts, strict=True)
         ]
-        return self.processor.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        )
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+        return self.processor.apply_chat_template(chats, add_generation_prompt=True, **options)

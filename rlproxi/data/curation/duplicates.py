@@ -1,9 +1,8 @@
 """Duplicates: an exact search for images within a Hamming distance, and the choice of the copy that is kept.
 
-The search uses the pigeonhole principle (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", WWW
-2007). Cut 64 bits into B bands; hashes that differ in at most k bits agree on at least B - k whole bands. So for each
-choice of B - k bands, hashes that agree on them are compared bit by bit, and no pair is missed. B depends on the number
-of hashes: more bands make more tables, with fewer accidental matches in each.
+The search (Manku, Jain & Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007) cuts 64 bits into B bands.
+Hashes that differ in at most k bits agree on at least B - k whole bands. So for each choice of B - k bands, hashes that
+agree on them are compared bit by bit, and no pair is missed.
 """
 
 from __future__ import annotations
@@ -28,13 +27,9 @@ def bands(count: int, distance: int) -> int:
 
 
 def near_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
-    """All pairs of indices whose hashes differ in at most ``distance`` bits.
+    """All pairs of indices whose hashes differ in at most ``distance`` bits, int64 [P, 2], first < second, sorted.
 
-    Args:
-        hashes: uint64 [N], all different (equal ones would make N² pairs).
-        distance: bits, 0 to 16.
-    Returns:
-        int64 [P, 2], first < second, each pair once, sorted.
+    ``hashes``: uint64 [N], all different (equal ones would make N² pairs).
     """
     if distance == 0 or len(hashes) < 2:
         return np.zeros((0, 2), np.int64)
@@ -71,18 +66,13 @@ def duplicate_of(hashes: np.ndarray, pixels: np.ndarray, names: np.ndarray, dist
     """For each image the index of the kept image that it duplicates, or -1 if it is kept itself.
 
     Images are visited from the best to the worst: the largest first and, of equally large ones, the first by name. An
-    image is kept unless one that is kept already is within ``distance``. So all kept images differ in more bits, each
-    dropped one has a better copy that is kept, and the result does not depend on the order of the input.
+    image is kept unless one that is kept already is within ``distance``. So the order of the input does not matter.
 
     Args:
-        hashes: uint64 [N].
-        pixels: [N], width x height.
-        names: [N], the rank of each image's name, all different.
-        distance: bits.
+        hashes, pixels, names: [N] uint64; width x height; the rank of each image's name, all different.
     Returns:
         int64 [N].
     """
-    count = len(hashes)
     order = np.lexsort((names, -pixels.astype(np.int64)))  # best first
     # Images with equal hashes have the same neighbours, so only the best of them is compared.
     unique, first, group = np.unique(hashes[order], return_index=True, return_inverse=True)
@@ -90,20 +80,13 @@ def duplicate_of(hashes: np.ndarray, pixels: np.ndarray, names: np.ndarray, dist
     place = np.empty(len(unique), np.int64)
     place[rank] = np.arange(len(unique))
     pairs = near_pairs(unique[rank], distance)
-    kept_by = _greedy(pairs, len(unique))
-    best = order[first[rank]]  # the best image of each hash, in that order
-    answer = np.empty(count, np.int64)
-    answer[order] = best[kept_by[place[group]]]
-    answer[answer == np.arange(count)] = -1
-    return answer
-
-
-def _greedy(pairs: np.ndarray, count: int) -> np.ndarray:
-    """For each index the first kept neighbour, or itself if it is kept; ``pairs`` as from ``near_pairs``."""
-    kept_by = np.arange(count)
-    pairs = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
-    for better, worse in pairs.tolist():
+    kept_by = np.arange(len(unique))  # the first kept neighbour, or itself if it is kept
+    for better, worse in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
         # All images better than `worse` are decided by now, and the best of its neighbours comes first.
         if kept_by[worse] == worse and kept_by[better] == better:
             kept_by[worse] = better
-    return kept_by
+    best = order[first[rank]]  # the best image of each hash, in that order
+    answer = np.empty(len(hashes), np.int64)
+    answer[order] = best[kept_by[place[group]]]
+    answer[answer == np.arange(len(hashes))] = -1
+    return answer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from PIL import Image
@@ -13,78 +13,90 @@ from ...config.curation import Curate, Filter
 from ...rewards import build, parameters
 from ...rewards.base import RewardError, Scorer
 from ..images import FORMATS, BadImage, decode
-from ..shards import UNREADABLE as UNREADABLE_FILE
-from ..shards import Sample, read_shard
+from ..shards import Sample, read_whole_shard
 from . import faces
 from .phash import phash
 from .records import FACES, SIZE, UNREADABLE, Record, filter_stage
 
+#: A sample that passed so far, its pixels, and its caption.
+_Decoded = tuple[Record, np.ndarray, str]
 
-class ShardUnreadable(OSError):
-    """A raw shard could not be opened or read to its end; a later try may succeed."""
 
+class Examiner:
+    """Examines raw shards, with the models of the steps, which it loads once.
 
-@dataclass
-class Tools:
-    """The models of the steps, loaded once and used for many shards."""
+    Raises ImportError, FileNotFoundError or ValueError for a model that cannot be loaded.
+    """
 
-    detector: faces.FaceDetector | None = None
-    scorers: dict[str, Scorer] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, settings: Curate, device: str) -> Tools:
-        """Load the models. Raises ImportError, FileNotFoundError or ValueError for one that cannot be loaded."""
-        scorers = {}
+    def __init__(self, settings: Curate, device: str = "cpu"):
+        self.settings = settings
+        self.detector = faces.build_detector(settings.faces) if settings.faces else None
+        self.scorers: dict[str, Scorer] = {}
         for f in settings.filters:
             own = {"device": device} if "device" in parameters(f.kind) else {}
-            scorers[f.name] = build(f.kind, {**own, **f.params})
-        return cls(faces.build_detector(settings.faces) if settings.faces else None, scorers)
+            self.scorers[f.name] = build(f.kind, {**own, **f.params})
 
+    def examine(self, shard: str) -> list[Record]:
+        """The records of all samples of ``shard``, in order. Raises ShardUnreadable, RewardError if a scorer fails."""
+        records: list[Record] = []
+        decoded = self._decoded(shard, records)
+        while batch := list(islice(decoded, self.settings.batch)):
+            self._look(batch)
+        return records
 
-def examine(shard: str, settings: Curate, tools: Tools) -> list[Record]:
-    """The records of all samples of ``shard``, in its order.
+    def _decoded(self, shard: str, records: list[Record]) -> Iterator[_Decoded]:
+        """The samples of a good size; the records of all samples are appended to ``records``."""
+        for index, item in enumerate(read_whole_shard(shard)):
+            record = Record(index, item.key)
+            records.append(record)
+            if isinstance(item, Sample):
+                record.words = len(item.caption.split())
+                image = self._pixels(item, record)
+                if image is not None:
+                    yield record, image, item.caption
+            else:
+                record.drop(UNREADABLE, item.reason)
 
-    Memory holds at most ``settings.batch`` decoded images. Raises ShardUnreadable, and RewardError if a scorer fails.
-    """
-    records: list[Record] = []
-    waiting: list[_Decoded] = []
-    for index, item in enumerate(read_shard(shard)):
-        record = Record(index, item.key)
-        records.append(record)
-        if not isinstance(item, Sample):
-            if item.kind == UNREADABLE_FILE and not item.key:
-                raise ShardUnreadable(f"{shard}: {item.reason}")
-            record.drop(UNREADABLE, item.reason)
-            continue
-        record.words = len(item.caption.split())
-        image = _decoded(item, record, settings)
-        if image is not None:
-            waiting.append(_Decoded(record, image, item.caption))
-        if len(waiting) == settings.batch:
-            _look(waiting, settings, tools)
-            waiting = []
-    _look(waiting, settings, tools)
-    return records
-
-
-@dataclass
-class _Decoded:
-    record: Record
-    image: np.ndarray
-    caption: str
-
-
-def _decoded(sample: Sample, record: Record, settings: Curate) -> np.ndarray | None:
-    """The pixels; None if the sample was dropped. The header reveals most small images before they are decoded."""
-    try:
-        header = _header_size(sample.image)
-        if header is not None and header[0] * header[1] <= settings.max_pixels and _size(record, *header, settings):
+    def _pixels(self, sample: Sample, record: Record) -> np.ndarray | None:
+        """None if the sample was dropped. The header reveals most small images before they are decoded."""
+        limit = self.settings.max_pixels
+        try:
+            header = _header_size(sample.image)
+            if header and header[0] * header[1] <= limit and self._size_drops(record, *header):
+                return None
+            image = decode(sample.image, limit)
+        except BadImage as error:
+            record.drop(UNREADABLE, str(error).replace("data.max_pixels", "curate.max_pixels"))
             return None
-        image = decode(sample.image, settings.max_pixels)
-    except BadImage as error:
-        record.drop(UNREADABLE, str(error).replace("data.max_pixels", "curate.max_pixels"))
-        return None
-    return None if _size(record, image.shape[1], image.shape[0], settings) else image
+        return None if self._size_drops(record, image.shape[1], image.shape[0]) else image
+
+    def _size_drops(self, record: Record, width: int, height: int) -> bool:
+        """Record the size; return whether it drops the sample."""
+        record.width, record.height = width, height
+        short, long = sorted((width, height))
+        if short < self.settings.min_size:
+            record.drop(SIZE, f"shorter side {short} px, needs {self.settings.min_size}")
+        elif long > self.settings.max_aspect * short:
+            record.drop(SIZE, f"aspect {long / short:.4g}, at most {self.settings.max_aspect:g}")
+        return record.stage is not None
+
+    def _look(self, batch: list[_Decoded]) -> None:
+        if self.settings.faces and self.detector:
+            for record, image, _ in batch:
+                record.faces = self.detector(image)
+                reason = faces.objection(record.faces, self.settings.faces)
+                if reason:
+                    record.drop(FACES, reason)
+        for f in self.settings.filters:
+            sizes: dict[tuple, list[_Decoded]] = {}
+            for one in batch:
+                if one[0].stage is None:
+                    sizes.setdefault(one[1].shape, []).append(one)
+            for group in sizes.values():
+                _score(group, f, self.scorers[f.name])
+        for record, image, _ in batch:
+            if record.stage is None:
+                record.phash = f"{phash(image):016x}"
 
 
 def _header_size(data: bytes) -> tuple[int, int] | None:
@@ -95,53 +107,21 @@ def _header_size(data: bytes) -> tuple[int, int] | None:
         return None
 
 
-def _size(record: Record, width: int, height: int, settings: Curate) -> bool:
-    """Record the size; return whether it drops the sample."""
-    record.width, record.height = width, height
-    short, long = sorted((width, height))
-    if short < settings.min_size:
-        record.drop(SIZE, f"shorter side {short} px, needs {settings.min_size}")
-    elif long > settings.max_aspect * short:
-        record.drop(SIZE, f"aspect {long / short:.4g}, at most {settings.max_aspect:g}")
-    return record.stage is not None
-
-
-def _look(waiting: list[_Decoded], settings: Curate, tools: Tools) -> None:
-    if settings.faces and tools.detector:
-        for one in waiting:
-            one.record.faces = tools.detector(one.image)
-            reason = faces.objection(one.record.faces, settings.faces)
-            if reason:
-                one.record.drop(FACES, reason)
-    for f in settings.filters:
-        for group in _same_size([one for one in waiting if one.record.stage is None]):
-            _score(group, f, tools.scorers[f.name])
-    for one in waiting:
-        if one.record.stage is None:
-            one.record.phash = f"{phash(one.image):016x}"
-
-
-def _same_size(waiting: list[_Decoded]) -> Iterator[list[_Decoded]]:
-    sizes: dict[tuple, list[_Decoded]] = {}
-    for one in waiting:
-        sizes.setdefault(one.image.shape, []).append(one)
-    yield from sizes.values()
-
-
-def _score(group: list[_Decoded], settings: Filter, scorer: Scorer) -> None:
-    images, captions = np.stack([one.image for one in group]), [one.caption for one in group]
+def _score(group: Sequence[_Decoded], settings: Filter, scorer: Scorer) -> None:
+    records, images, captions = zip(*group, strict=True)
+    name, stage = settings.name, filter_stage(settings.name)
     try:
-        scores = np.asarray(scorer.score(images, captions), np.float32)
+        scores = np.asarray(scorer.score(np.stack(images), list(captions)), np.float32)
     except Exception as error:  # a user's scorer may raise anything
-        raise RewardError(f"filter {settings.name!r} raised {type(error).__name__}: {error}") from error
+        raise RewardError(f"filter {name!r} raised {type(error).__name__}: {error}") from error
     if scores.shape != (len(group),):
-        raise RewardError(f"filter {settings.name!r} returned shape {scores.shape} for {len(group)} images")
-    for one, score in zip(group, scores.tolist(), strict=True):
+        raise RewardError(f"filter {name!r} returned shape {scores.shape} for {len(group)} images")
+    for record, score in zip(records, scores.tolist(), strict=True):
         if not np.isfinite(score):
-            one.record.drop(filter_stage(settings.name), f"{settings.name} gave no score ({score})")
+            record.drop(stage, f"{name} gave no score ({score})")
             continue
-        one.record.scores[settings.name] = score = round(score, 6)
+        record.scores[name] = score = round(score, 6)
         if settings.min is not None and score < settings.min:
-            one.record.drop(filter_stage(settings.name), f"{settings.name} {score:.6g}, needs {settings.min:g}")
+            record.drop(stage, f"{name} {score:.6g}, needs {settings.min:g}")
         elif settings.max is not None and score > settings.max:
-            one.record.drop(filter_stage(settings.name), f"{settings.name} {score:.6g}, at most {settings.max:g}")
+            record.drop(stage, f"{name} {score:.6g}, at most {settings.max:g}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +15,8 @@ from ...config.curation import Faces
 _WINDOW = 24
 #: Longest side of the images that YuNet gets, in pixels: it is trained for faces of 10 to 300 pixels.
 _YUNET_SIDE = 640
-
-
-class FaceDetector(Protocol):
-    """A function that finds faces."""
-
-    def __call__(self, image: np.ndarray) -> list[dict]:
-        """The faces of an image, uint8 [H, W, 3]: {x, y, w, h, confidence} in pixels, the largest first."""
-        ...
+#: An image, uint8 [H, W, 3] -> its faces {x, y, w, h, confidence} in pixels, the largest first.
+FaceDetector = Callable[[np.ndarray], list[dict]]
 
 
 def load_opencv() -> Any:
@@ -28,9 +24,8 @@ def load_opencv() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise ImportError(
-            f'face detection needs OpenCV ({error}): pip install "rlproxi[data]", or set curate.faces=null'
-        ) from None
+        remedy = 'pip install "rlproxi[data]", or set curate.faces=null'
+        raise ImportError(f"face detection needs OpenCV ({error}): {remedy}") from None
     return cv2
 
 
@@ -45,17 +40,14 @@ class Haar:
     def __init__(self, settings: Faces):
         cv2 = self.cv2 = load_opencv()
         if not hasattr(cv2, "CascadeClassifier"):
-            raise ImportError(
-                f'OpenCV {cv2.__version__} has no cascades: pip install "rlproxi[data]" (version 4), '
-                "or set curate.faces.detector=yunet and its model"
-            )
+            remedy = 'pip install "rlproxi[data]" (version 4), or set curate.faces.detector=yunet and its model'
+            raise ImportError(f"OpenCV {cv2.__version__} has no cascades: {remedy}")
         file = Path(settings.model or Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml")
         if not file.is_file():
             raise FileNotFoundError(f"curate.faces.model: cascade {str(file)!r} does not exist")
-        try:
-            self.cascade = cv2.CascadeClassifier(str(file))
-        except (cv2.error, SystemError) as error:
-            raise ValueError(f"curate.faces.model: {file} is no cascade of OpenCV ({str(error).strip()})") from None
+        self.cascade = cv2.CascadeClassifier()
+        with suppress(cv2.error, SystemError):
+            self.cascade.load(str(file))
         if self.cascade.empty():
             raise ValueError(f"curate.faces.model: {file} is no cascade of OpenCV")
         # Well below min_size, so that reasons name the size found.
@@ -76,10 +68,8 @@ class YuNet:
         cv2, model = load_opencv(), settings.model or ""
         self.cv2 = cv2
         if not Path(model).is_file():
-            raise FileNotFoundError(
-                f"curate.faces.model: {model!r} does not exist; it is "
-                "face_detection_yunet_2023mar.onnx of OpenCV's model zoo"
-            )
+            remedy = "download face_detection_yunet_2023mar.onnx of OpenCV's model zoo"
+            raise FileNotFoundError(f"curate.faces.model: {model!r} does not exist; {remedy}")
         try:
             # Half of the threshold, so that reasons distinguish an uncertain face from no face.
             side = (_YUNET_SIDE, _YUNET_SIDE)

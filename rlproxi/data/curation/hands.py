@@ -22,10 +22,7 @@ def hand_words(caption: str, words: Sequence[str]) -> list[str]:
 
 
 class HandFinder:
-    """An object-detection model of transformers, zero-shot or not, that finds hands.
-
-    Raises FileNotFoundError if the model cannot be found, ValueError if it cannot be used.
-    """
+    """An object-detection model. Raises FileNotFoundError or ValueError for one that cannot be used."""
 
     def __init__(self, settings: HandDetector, device: str = "cpu"):
         import transformers
@@ -34,19 +31,16 @@ class HandFinder:
         self.settings, self.device = settings, torch.device(device)
         config = models.load(settings.model, KEY, transformers.AutoConfig.from_pretrained)
         self.zero_shot = config.model_type in modeling_auto.MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES
-        kind = (
-            transformers.AutoModelForZeroShotObjectDetection
-            if self.zero_shot
-            else transformers.AutoModelForObjectDetection
-        )
-        processor = transformers.AutoProcessor if self.zero_shot else transformers.AutoImageProcessor
+        kind: Any = transformers.AutoModelForObjectDetection
+        processor: Any = transformers.AutoImageProcessor
+        if self.zero_shot:
+            kind, processor = transformers.AutoModelForZeroShotObjectDetection, transformers.AutoProcessor
         self.wanted = {label.lower() for label in settings.labels}
         known = {str(name).lower() for name in config.id2label.values()}
         if not self.zero_shot and not self.wanted & known:
-            raise ValueError(
-                f"curate.hands.detector.labels: {settings.model!r} knows none of {settings.labels}; its "
-                f"classes are {', '.join(sorted(known)[:20])}"
-            )
+            classes = ", ".join(sorted(known)[:20])
+            message = f"{settings.model!r} knows none of {settings.labels}; its classes are {classes}"
+            raise ValueError(f"curate.hands.detector.labels: {message}")
         self.processor = models.load(settings.model, KEY, processor.from_pretrained)
         self.model = models.load(settings.model, KEY, kind.from_pretrained).eval().to(self.device)
 
@@ -71,12 +65,10 @@ class HandFinder:
         return list(self.settings.labels)
 
     def _results(self, outputs: Any, inputs: Any, sizes: torch.Tensor) -> list[dict]:
-        if not self.zero_shot:
-            return self.processor.post_process_object_detection(
-                outputs, threshold=self.settings.min_score, target_sizes=sizes
-            )
-        process = self.processor.post_process_grounded_object_detection
         given = {"outputs": outputs, "threshold": self.settings.min_score, "target_sizes": sizes}
+        if not self.zero_shot:
+            return self.processor.post_process_object_detection(**given)
+        process = self.processor.post_process_grounded_object_detection
         if "input_ids" in inspect.signature(process).parameters:
             given["input_ids"] = inputs["input_ids"]
         else:
@@ -87,10 +79,8 @@ class HandFinder:
         names = result.get("text_labels") if self.zero_shot else None
         if names is None:
             names = [self.model.config.id2label[int(i)] for i in result["labels"]]
-        hands = []
-        for name, score, (left, top, right, bottom) in zip(
-            names, result["scores"].tolist(), result["boxes"].tolist(), strict=True
-        ):
+        hands, scores, boxes = [], result["scores"].tolist(), result["boxes"].tolist()
+        for name, score, (left, top, right, bottom) in zip(names, scores, boxes, strict=True):
             if self.zero_shot or str(name).lower() in self.wanted:
                 box = {"x": round(left), "y": round(top), "w": round(right - left), "h": round(bottom - top)}
                 hands.append({**box, "confidence": round(score, 4), "label": str(name)})

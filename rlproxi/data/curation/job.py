@@ -19,10 +19,7 @@ from .records import Place
 
 
 def check(settings: Curate, out: str | os.PathLike) -> list[str]:
-    """The raw shards, sorted. Raises ConfigError, with the key and the remedy, for settings that cannot work.
-
-    It loads no model except the face detector, which takes milliseconds.
-    """
+    """The raw shards, sorted. Raises ConfigError, with the key and the remedy, for settings that cannot work."""
     if not settings.urls:
         raise ConfigError("curate.urls is empty: name at least one tar or parquet file, folder or glob")
     try:
@@ -30,7 +27,7 @@ def check(settings: Curate, out: str | os.PathLike) -> list[str]:
         for f in settings.filters:
             checked_params(f.kind, f.params)
         if settings.faces:
-            faces.build_detector(settings.faces)
+            faces.build_detector(settings.faces)  # takes milliseconds; no other model is loaded
         if settings.caption:
             models.check_name(settings.caption.model, CAPTION_KEY)
         if settings.hands and settings.hands.detector:
@@ -42,26 +39,17 @@ def check(settings: Curate, out: str | os.PathLike) -> list[str]:
 
 
 def _check_out(out: Path, shards: Sequence[str]) -> None:
-    inside = [s for s in shards if Path(s).resolve().parent == out.resolve()]
-    if inside:
-        raise ConfigError(
-            f"curate.out: {str(out)!r} holds the raw shard {os.path.basename(inside[0])}; choose another folder"
-        )
+    for shard in map(Path, shards):
+        if shard.resolve().parent == out.resolve():
+            raise ConfigError(f"curate.out: {str(out)!r} holds the raw shard {shard.name}; choose another folder")
     if out.is_dir() and not Place(out).examined.is_dir() and any(out.glob("*.tar")):
         raise ConfigError(f"curate.out: {str(out)!r} holds tars that no curation wrote; choose an empty folder")
 
 
 def clear_stale(place: Place, plans: Sequence[Output]) -> None:
-    """Remove what earlier jobs in this folder left. No other process may be writing there.
-
-    These are curated shards beyond ``plans``, from other settings or raw shards, and drafts of killed processes.
-    """
+    """Remove curated shards beyond ``plans``, which earlier jobs with other settings or raw shards wrote."""
     names = {place.shard(plan.number).name for plan in plans}
     for path in place.out.iterdir():
         if re.fullmatch(r"\d{5}\.tar", path.name) and path.name not in names:
             place.part(int(path.stem)).unlink(missing_ok=True)
             path.unlink()
-    for folder in (place.out, place.examined, place.written):
-        for draft in folder.glob(".*.[0-9]*"):
-            if re.fullmatch(r"\..+\.(tar|jsonl|json|html)\.\d+", draft.name):
-                draft.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 import os
 import zlib
 from array import array
@@ -14,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...config.curation import Curate
-from ...files import draft, write_text
 from . import faces
 from .phash import distance
 from .plan import Output, Survivors
@@ -30,11 +28,6 @@ class Series:
     values: array = field(default_factory=lambda: array("f"))
     kept: array = field(default_factory=lambda: array("b"))
 
-    def add(self, value: float, kept: bool) -> None:
-        """Append the number of one sample."""
-        self.values.append(value)
-        self.kept.append(kept)
-
 
 @dataclass(frozen=True)
 class Example:
@@ -48,16 +41,16 @@ class Example:
 
 @dataclass
 class Statistics:
-    """The numbers and examples for the page. A hash of their names chooses the examples, so the choice is unbiased."""
+    """The numbers and examples for the page."""
 
     settings: Curate
+    raw_shards: int = 0
     shards: int = 0
     total: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     unreadable: Counter[str] = field(default_factory=Counter)
     tags: Counter[str] = field(default_factory=Counter)
     series: dict[str, Series] = field(default_factory=dict)
-    kept_per_shard: list[int] = field(default_factory=list)
     _picks: dict[str, list] = field(default_factory=dict)
 
     def funnel(self) -> list[dict]:
@@ -71,11 +64,11 @@ class Statistics:
     def summary(self) -> dict:
         """The contents of curation.json."""
         return {
-            "raw_shards": self.shards,
+            "raw_shards": self.raw_shards,
             "samples": self.total,
-            "kept": self.total - sum(self.dropped.values()),
+            "kept": self.total - self.dropped.total(),
             "tags": dict(self.tags),
-            "shards": len(self.kept_per_shard),
+            "shards": self.shards,
             "funnel": self.funnel(),
             "settings": self.settings.model_dump(mode="json"),
         }
@@ -95,7 +88,6 @@ class Statistics:
 
     def _add(self, record: Record, stage: str | None, example: Example, words: int | None, tags: list[str]) -> None:
         self.total += 1
-        kept = stage is None
         self.tags.update(tags)
         short, long = sorted((record.width or 0, record.height or 0))
         values = {
@@ -108,19 +100,21 @@ class Statistics:
         }
         for name, value in values.items():
             if value is not None:
-                self.series.setdefault(name, Series()).add(value, kept)
+                series = self.series.setdefault(name, Series())
+                series.values.append(value)
+                series.kept.append(stage is None)
         if record.width and stage != UNREADABLE:
             self._pick(KEPT if stage is None else stage, example)
             for tag in tags:
                 self._pick(tag, example)
 
     def _pick(self, stage: str, example: Example) -> None:
+        """Keep the examples with the smallest hashes, so that the choice is unbiased."""
         heap = self._picks.setdefault(stage, [])
         entry = (-zlib.crc32(f"{example.shard}/{example.index}".encode()), example.shard, example.index, example)
-        if len(heap) < self.settings.examples:
-            heapq.heappush(heap, entry)
-        elif heap and entry[:3] > heap[0][:3]:
-            heapq.heapreplace(heap, entry)
+        heapq.heappush(heap, entry)
+        if len(heap) > self.settings.examples:
+            heapq.heappop(heap)
 
     def examples(self, stage: str) -> list[Example]:
         """The examples of a stage, of "kept", or of a tag."""
@@ -131,10 +125,8 @@ def merge(
     place: Place, shards: Sequence[str], found: Survivors, plans: Sequence[Output], settings: Curate
 ) -> Statistics:
     """Write manifest.jsonl, one line for each raw sample in the order (shard, index), and return the statistics."""
-    statistics = Statistics(settings, shards=len(shards), kept_per_shard=[len(plan) for plan in plans])
-    with draft(place.out / "manifest.jsonl") as scratch, open(scratch, "w", encoding="utf-8") as file:
-        for line in _lines(place, shards, found, plans, statistics):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    statistics = Statistics(settings, len(shards), len(plans))
+    place.write_lines(place.out / "manifest.jsonl", _lines(place, shards, found, plans, statistics))
     return statistics
 
 
@@ -147,7 +139,7 @@ def _lines(
     for number, shard in enumerate(shards):
         for record in load_records(place.records(shard)):
             line = {"shard": shard, "index": record.index, "key": record.key}
-            stage, reason, row = record.stage, record.reason, None
+            stage, reason, row = record.stage, record.reason, {}
             if stage is None:
                 if (found.shard[at], found.index[at]) != (number, record.index):
                     raise RuntimeError(f"{place.records(shard)} changed while the manifest was written; resume the run")
@@ -156,17 +148,14 @@ def _lines(
                 else:
                     row = next(written)
                     if (row["shard"], row["index"]) != (shard, record.index):
-                        raise RuntimeError(
-                            f"{place.written} does not belong to these records; delete it and resume the run"
-                        )
+                        raise RuntimeError(f"{place.written} belongs to other records; delete it and resume the run")
                 at += 1
-            if row is not None:
+            if stage is None:
                 line |= {"status": "kept", **{k: row[k] for k in ("output", "output_key", "tags")}}
                 statistics.keep(record, shard, row["caption"], row["tags"])
             else:
-                assert stage is not None and reason is not None
                 line |= {"status": "dropped", "stage": stage, "reason": reason}
-                statistics.drop(record, shard, stage, reason)
+                statistics.drop(record, shard, stage, str(reason))
             yield line
 
 
@@ -184,13 +173,6 @@ def _originals(place: Place, shards: Sequence[str], found: Survivors) -> dict[in
 
 def _copy_of(original: tuple[str, Record], record: Record) -> str:
     shard, best = original
+    kept = f"{os.path.basename(shard)}/{best.key} ({best.width} x {best.height})"
     bits = distance(best.hash, record.hash)
-    return (
-        f"copy of {os.path.basename(shard)}/{best.key} ({best.width} x {best.height}), {bits} of 64 bits differ; "
-        f"this one is {record.width} x {record.height}"
-    )
-
-
-def write_summary(place: Place, summary: dict) -> None:
-    """Write curation.json atomically."""
-    write_text(place.out / "curation.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return f"copy of {kept}, {bits} of 64 bits differ; this one is {record.width} x {record.height}"

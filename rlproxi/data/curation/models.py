@@ -23,7 +23,5 @@ def load(name: str, key: str, load_one: Callable[[str], Any]) -> Any:
     except Exception as error:  # transformers, its hub client and its processors have no common ancestor
         if Path(name).is_dir():
             raise ValueError(f"{key}: {name!r} cannot be loaded ({reason(error)})") from None
-        raise FileNotFoundError(
-            f"{key}: {name!r} is not on this machine and cannot be downloaded ({reason(error)}); "
-            f"download it elsewhere and set {key} to its path"
-        ) from None
+        message = f"{name!r} is not on this machine and cannot be downloaded ({reason(error)})"
+        raise FileNotFoundError(f"{key}: {message}; download it elsewhere and set {key} to its path") from None

@@ -24,9 +24,8 @@ def _basis() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def phash(image: np.ndarray) -> int:
     """The hash, in [0, 2**64), of a picture, uint8 [H, W, 3].
 
-    A cosine transform (DCT-II) is applied to the grey picture of 32 x 32 pixels. Each of the 64 lowest frequencies
-    without the mean gives one bit, set if it is above their median. So lightness and contrast do not matter, and
-    exactly half of the bits are set. A picture without any structure has hash 0. The idea is Zauner's (Implementation
+    Each of the 64 lowest frequencies of the grey picture (DCT-II of 32 x 32 pixels, without the mean) gives one bit,
+    set if it is above their median. A picture without any structure has hash 0. The idea is Zauner's (Implementation
     and benchmarking of perceptual image hash functions, 2010); the choice of frequencies is ours.
     """
     grey = Image.fromarray(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain, islice
 
 from PIL import Image, ImageDraw
 
@@ -18,26 +20,18 @@ _SIDE = 176  # pixels
 def wanted(statistics: Statistics, stages: Sequence[str]) -> dict[str, dict[int, list[dict]]]:
     """shard -> index -> faces, for every example of ``stages``."""
     needed: dict[str, dict[int, list[dict]]] = {}
-    for stage in stages:
-        for example in statistics.examples(stage):
-            needed.setdefault(example.shard, {})[example.index] = example.faces
+    for example in chain.from_iterable(map(statistics.examples, stages)):
+        needed.setdefault(example.shard, {})[example.index] = example.faces
     return needed
 
 
 def peek(shard: str, chosen: dict[int, list[dict]], max_pixels: int) -> dict[int, str]:
-    """index -> a ``data:`` address of its thumbnail with frames around the faces.
-
-    Reads the shard only up to the last chosen index.
-    """
+    """index -> a ``data:`` address of its thumbnail with frames around the faces."""
     found: dict[int, str] = {}
-    for index, item in enumerate(read_shard(shard)):
-        if index > max(chosen):
-            break
+    for index, item in enumerate(islice(read_shard(shard), max(chosen) + 1)):
         if index in chosen and isinstance(item, Sample):
-            try:
+            with suppress(BadImage):
                 found[index] = thumbnail(Image.fromarray(decode(item.image, max_pixels)), chosen[index])
-            except BadImage:
-                continue
     return found
 
 

@@ -15,21 +15,13 @@ from .records import Place, examine_fingerprint, fingerprint, load_records
 
 @dataclass(frozen=True)
 class Survivors:
-    """The samples that passed the steps of single images, in the order (shard, index); each array has one entry each.
+    """The samples that passed the steps of single images, in the order (shard, index): 28 bytes each."""
 
-    ``shard`` is the position in the list of raw shards. ``duplicate`` is the index of the kept sample that this one
-    copies, else -1. They take 28 bytes a sample: 0.4 GB for 15 million.
-    """
-
-    shard: np.ndarray  # int32
-    index: np.ndarray  # int32
+    shard: np.ndarray  # int32, the position in the list of raw shards
+    index: np.ndarray  # int32, the position in the shard
     phash: np.ndarray  # uint64
     pixels: np.ndarray  # uint32
-    duplicate: np.ndarray  # int64
-
-    def kept(self) -> np.ndarray:
-        """The indices of the samples that go into the curated shards."""
-        return np.flatnonzero(self.duplicate < 0)
+    duplicate: np.ndarray  # int64, which of these samples is kept instead of this one, else -1
 
 
 def survivors(place: Place, shards: Sequence[str], settings: Curate) -> Survivors:
@@ -43,16 +35,13 @@ def survivors(place: Place, shards: Sequence[str], settings: Curate) -> Survivor
         columns["phash"].extend(r.hash for r in alive)
         columns["pixels"].extend((r.width or 0) * (r.height or 0) for r in alive)
         # Ranks of names: by the order of shards, and within a shard by key, whatever its position in the file.
-        ranks = array("i", bytes(4 * len(alive)))
-        for rank, i in enumerate(sorted(range(len(alive)), key=lambda i: (alive[i].key, alive[i].index))):
-            ranks[i] = len(names) + rank
-        names.extend(ranks)
+        by_name = sorted(range(len(alive)), key=lambda i: (alive[i].key, alive[i].index))
+        names.extend((np.argsort(by_name) + len(names)).tolist())
     arrays = {name: np.frombuffer(column, column.typecode) for name, column in columns.items()}
     duplicate = np.full(len(names), -1)
     if settings.duplicates and len(names):
-        duplicate = duplicate_of(
-            arrays["phash"], arrays["pixels"], np.frombuffer(names, "i"), settings.duplicates.distance
-        )
+        ranks = np.frombuffer(names, "i")
+        duplicate = duplicate_of(arrays["phash"], arrays["pixels"], ranks, settings.duplicates.distance)
     return Survivors(**arrays, duplicate=duplicate)
 
 
@@ -62,23 +51,19 @@ class Output:
 
     number: int
     sources: tuple[tuple[str, tuple[int, ...]], ...]
-    fingerprint: str
+    fingerprint: str  # of all that the content depends on, so that a resumed job knows which shards are done
 
     def __len__(self) -> int:
         return sum(len(indices) for _, indices in self.sources)
 
 
 def outputs(found: Survivors, shards: Sequence[str], settings: Curate) -> list[Output]:
-    """The curated shards: the kept samples in the order (raw shard, index), ``samples_per_shard`` in each.
-
-    The fingerprint of a shard covers all that its content depends on, so a resumed job knows which are done.
-    """
-    kept, plans = found.kept(), []
+    """The curated shards: the kept samples in the order (raw shard, index), ``samples_per_shard`` in each."""
+    kept, plans = np.flatnonzero(found.duplicate < 0), []
     for number, start in enumerate(range(0, len(kept), settings.samples_per_shard)):
         part = kept[start : start + settings.samples_per_shard]
-        sources = []
-        for shard in np.unique(found.shard[part]):
-            sources.append((shards[shard], tuple(found.index[part][found.shard[part] == shard].tolist())))
+        source, index = found.shard[part], found.index[part]
+        sources = [(shards[shard], tuple(index[source == shard].tolist())) for shard in np.unique(source)]
         mark = fingerprint(
             number,
             settings.model_dump(mode="json", include={"caption", "hands"}),

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +42,18 @@ def filter_stage(name: str) -> str:
 
 @dataclass
 class Record:
-    """One sample of a raw shard.
+    """One sample of a raw shard."""
 
-    Attributes:
-        index: position among all samples and skips of the shard, so (shard, index) is unique even if keys repeat.
-        stage, reason: what dropped the sample; None while nothing has.
-        phash: perceptual hash, 16 hex digits.
-        faces: {x, y, w, h, confidence} in pixels.
-        words: length of the original caption.
-    """
-
-    index: int
+    index: int  # among all samples and skips of the shard, so (shard, index) is unique even if keys repeat
     key: str
-    stage: str | None = None
+    stage: str | None = None  # what dropped the sample; None while nothing has
     reason: str | None = None
     width: int | None = None
     height: int | None = None
-    phash: str | None = None
-    faces: list[dict] = field(default_factory=list)
+    phash: str | None = None  # perceptual hash, 16 hex digits
+    faces: list[dict] = field(default_factory=list)  # {x, y, w, h, confidence} in pixels
     scores: dict[str, float] = field(default_factory=dict)
-    words: int | None = None
+    words: int | None = None  # of the original caption
 
     def drop(self, stage: str, reason: str) -> None:
         """Record the stage that the sample failed at, with the reason in words."""
@@ -70,11 +66,41 @@ class Record:
 
 
 class Place:
-    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ in between."""
+    """The folder of one curation: ``<number>.tar``, manifest.jsonl, curation.json, curation.html; steps/ in between.
+
+    A new object stands for a new attempt, also in the processes that get a copy of it.
+    """
 
     def __init__(self, out: str | os.PathLike):
-        self.out = Path(out)
+        self.out = Path(out).resolve()
         self.examined, self.written = self.out / "steps" / "examined", self.out / "steps" / "written"
+        self.drafts = self.out / "steps" / f"drafts-{uuid.uuid4().hex}"
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Files can be written inside the block only, and not after another attempt in this folder has begun.
+
+        A worker may outlive its killed driver. It cannot finish a file once the drafts of its attempt are gone.
+        """
+        for folder in self.drafts.parent.glob("drafts-*"):
+            _remove(folder)
+        self.drafts.mkdir(parents=True)
+        try:
+            yield
+        finally:
+            _remove(self.drafts)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the result, whole or not at all."""
+        with draft(self.out / name, self.drafts) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+
+    def write_lines(self, path: Path, rows: Iterable[dict], mark: str | None = None) -> None:
+        """Write JSON lines, whole or not at all. A fingerprint ``mark`` goes into a first line of its own."""
+        header = [] if mark is None else [{"fingerprint": mark}]
+        with draft(path, self.drafts) as scratch, open(scratch, "w", encoding="utf-8") as file:
+            for row in chain(header, rows):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def records(self, shard: str) -> Path:
         """The file of a raw shard's records. A hash of the address keeps shards with one name apart."""
@@ -90,6 +116,11 @@ class Place:
         return self.written / f"{number:05d}.jsonl"
 
 
+def _remove(folder: Path) -> None:
+    """Remove a folder of drafts. It is renamed first, so that no process can add a draft meanwhile."""
+    shutil.rmtree(folder.rename(folder.with_name(f"drafts-{uuid.uuid4().hex}")), ignore_errors=True)
+
+
 def fingerprint(*facts: Any) -> str:
     """A short hash of all that a file's content depends on."""
     return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()[:16]
@@ -102,32 +133,17 @@ def examine_fingerprint(settings: Curate, shard: str) -> str:
     return fingerprint(settings.model_dump(mode="json", include=keys), shard, size)
 
 
-def write_lines(path: Path, mark: str, rows: Iterable[dict]) -> None:
-    """Write a header with the fingerprint ``mark`` and the ``rows``, and replace an older file atomically."""
-    with draft(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        for row in ({"fingerprint": mark}, *rows):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def is_done(path: Path, mark: str) -> bool:
     """Whether the file exists and has the same fingerprint."""
-    if not path.is_file():
-        return False
-    with open(path, encoding="utf-8") as file:
+    with suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
         return json.loads(file.readline()).get("fingerprint") == mark
+    return False
 
 
 def read_lines(path: Path) -> Iterator[dict]:
     """The rows of a file that ``write_lines`` wrote."""
     with open(path, encoding="utf-8") as file:
-        file.readline()
-        for line in file:
-            yield json.loads(line)
-
-
-def save_records(path: Path, mark: str, records: Iterable[Record]) -> None:
-    """Write a raw shard's records."""
-    write_lines(path, mark, (asdict(record) for record in records))
+        yield from map(json.loads, islice(file, 1, None))
 
 
 def load_records(path: Path) -> Iterator[Record]:
