@@ -1,8 +1,7 @@
 """The base class of an algorithm: a loss object that brings all that is its own, and knows nothing of Ray.
 
 The learner takes the iteration's ``requests``. If the algorithm ``needs_rollouts``, actors sample and score them. Then
-each of ``updates`` goes to the engine of the network that it names. Everything random is named by (run seed, iteration,
-prompt, sample), so an iteration that is repeated after a fault is the same iteration.
+each of ``updates`` goes to the engine of the network that it names.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import numpy as np
@@ -47,6 +46,16 @@ class Batch:
     chain: Callable[[int], dict[str, Tensor]] | None = None
     fresh: bool = True
     refused: str | None = None
+
+    def share(self, updates: int, update: int) -> range:
+        """The micro-batches that the rank takes in one of the iteration's updates.
+
+        Each update's set of micro-batches is the same at every world size.
+        """
+        block = len(self.requests) // updates
+        mine = block // self.world
+        start = update * block + self.rank * mine
+        return range(start, start + mine)
 
 
 @dataclass
@@ -125,6 +134,8 @@ class Algorithm(AlgorithmClass, ABC):
     needs_gradients = False
     #: Whether each reward's gradient is divided by its norm.
     normalize_gradients = False
+    #: The key of its section that decides ``needs_gradients``; None: it always needs them, or never.
+    gradients_key: ClassVar[str | None] = None
     #: Whether rollouts keep the last step's input.
     keep_last = False
     #: Whether the samples of a group share their first noise.
@@ -137,13 +148,13 @@ class Algorithm(AlgorithmClass, ABC):
 
     @property
     def gradients(self) -> RewardGradients:
-        """The gradients of the training rewards, which a rank has where ``needs_gradients``."""
+        """The gradients of the training rewards; see ``needs_gradients``."""
         assert self.parts.gradients is not None, "needs_gradients is false"
         return self.parts.gradients
 
     @property
     def frozen(self) -> Denoiser:
-        """The starting model's denoiser, which a rank has where ``needs_reference``."""
+        """The starting model's denoiser; see ``needs_reference``."""
         assert self.parts.reference is not None, "needs_reference is false"
         return self.parts.reference
 
@@ -156,7 +167,9 @@ class Algorithm(AlgorithmClass, ABC):
 
     def why_gradients(self) -> str:
         """The key and value for which ``needs_gradients`` is true."""
-        return f"run.algorithm = {self.config.run.algorithm!r}"
+        if self.gradients_key is None:
+            return f"run.algorithm = {self.config.run.algorithm!r}"
+        return f"{self.config.section}.{self.gradients_key} = {getattr(self.settings, self.gradients_key)!r}"
 
     def shortened(self) -> tuple[Config, int]:
         """A config whose updates peak as this one's and are traced sooner, and the bytes that its peak lacks."""
@@ -203,16 +216,9 @@ class Algorithm(AlgorithmClass, ABC):
     def requests(self, iteration: int) -> list[SampleRequest]:
         """The iteration's micro-batches of whole groups, in order."""
         indices, prompts = training_prompts(self.config, iteration)
-        whole = SampleRequest(
-            "train",
-            iteration,
-            tuple(prompts),
-            tuple(indices),
-            self.rl.group_size,
-            window=self.kept_steps(iteration),
-            keep_last=self.keep_last,
-            same_noise=self.same_noise,
-        )
+        whole = SampleRequest("train", iteration, tuple(prompts), tuple(indices), self.rl.group_size)
+        kept = self.kept_steps(iteration)
+        whole = replace(whole, window=kept, keep_last=self.keep_last, same_noise=self.same_noise)
         return split_request(whole, self.rl.groups)
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
@@ -255,13 +261,3 @@ def algorithm_class(name: str) -> type[Algorithm]:
 def build_algorithm(config: Config) -> Algorithm:
     """The algorithm of a config. Raises ValueError as ``algorithm_class``."""
     return algorithm_class(config.run.algorithm)(config)
-
-
-def share(count: int, updates: int, world: int, update: int, rank: int) -> range:
-    """The micro-batches, of ``count``, that a rank takes in one of the iteration's updates.
-
-    Each update's set of micro-batches is the same at every world size.
-    """
-    block, mine = count // updates, count // updates // world
-    start = update * block + rank * mine
-    return range(start, start + mine)

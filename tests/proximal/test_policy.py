@@ -162,8 +162,5 @@ def test_refusals():
         actions(plan(SCHEDULE, "ode", 10))
     with pytest.raises(ValueError, match="ddim, euler or matched with eta"):
         actions(plan(SCHEDULE, "ddim", 10))
-    with pytest.raises(ValueError, match=">= 2"):
+    with pytest.raises(ValueError, match="at least 2"):
         actions(plan(SCHEDULE, "hybrid", 1))
-    steps, out = chain(n=3)
-    with pytest.raises(ValueError, match="median"):
-        kl(actions(steps)[0], out.prox[0], out.prox[0], "median")
