@@ -53,8 +53,8 @@ def actions(steps: list[Step]) -> list[Action]:
     ]
     if any(action.s == 0.0 for action in found):
         raise ValueError(
-            "the sampler draws no noise and has no policy to train; use hybrid or backward, or ddim, euler or matched "
-            "with sampler.eta above 0, or leave 'rl' out of run.stages"
+            "the sampler draws no noise and so has no policy to train: set sampler.name to hybrid or backward, or "
+            "sampler.eta above 0 with ddim, euler or matched, or leave 'rl' out of run.stages"
         )
     return found
 
