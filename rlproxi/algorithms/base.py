@@ -47,16 +47,6 @@ class Batch:
     fresh: bool = True
     refused: str | None = None
 
-    def share(self, updates: int, update: int) -> range:
-        """The micro-batches that the rank takes in one of the iteration's updates.
-
-        Each update's set of micro-batches is the same at every world size.
-        """
-        block = len(self.requests) // updates
-        mine = block // self.world
-        start = update * block + self.rank * mine
-        return range(start, start + mine)
-
 
 @dataclass
 class Update:
@@ -261,3 +251,13 @@ def algorithm_class(name: str) -> type[Algorithm]:
 def build_algorithm(config: Config) -> Algorithm:
     """The algorithm of a config. Raises ValueError as ``algorithm_class``."""
     return algorithm_class(config.run.algorithm)(config)
+
+
+def share(count: int, updates: int, world: int, update: int, rank: int) -> range:
+    """The micro-batches, of ``count``, that a rank takes in one of the iteration's updates.
+
+    Each update's set of micro-batches is the same at every world size.
+    """
+    block, mine = count // updates, count // updates // world
+    start = update * block + rank * mine
+    return range(start, start + mine)

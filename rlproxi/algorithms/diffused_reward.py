@@ -131,18 +131,13 @@ def denoise_steps(
     for k in range(1, m):
         lower = ladder.below(start, k / m)
         estimate = level.noise(y, x0)
-        if eta != 0.0 and noise is not None:
-            keep, fresh = _shares(level, lower, eta)
-            estimate = expand(keep, y) * estimate + expand(fresh, y) * noise(k, y)
+        if eta != 0.0:
+            assert noise is not None, "steps draw noise unless eta is 0"
+            if eta is None:
+                keep = (lower.log_noise - level.log_noise).exp().clamp(max=1.0)
+            else:
+                keep = torch.full_like(level.sigma, (1.0 - eta**2) ** 0.5)
+            estimate = expand(keep, y) * estimate + expand((1.0 - keep.square()).sqrt(), y) * noise(k, y)
         y, level = lower.diffuse(x0, estimate), lower
         x0 = clean(y, level, cond)
     return x0
-
-
-def _shares(level: Level, lower: Level, eta: float | None) -> tuple[Tensor, Tensor]:
-    """(sqrt(1 - eta^2), eta), each [B]."""
-    if eta is None:
-        keep = (lower.log_noise - level.log_noise).exp().clamp(max=1.0)
-    else:
-        keep = torch.full_like(level.sigma, (1.0 - eta**2) ** 0.5)
-    return keep, (1.0 - keep.square()).sqrt()

@@ -23,7 +23,7 @@ from ..proximal.clean import Ladder, Level, as_clean
 from ..proximal.matching import TimeTable, corrupt, matching_loss, matching_target
 from ..proximal.operator import Denoiser
 from ..seeds import Purpose, generator, rng
-from .base import Algorithm, Batch, Parts, Update
+from .base import Algorithm, Batch, Parts, Update, share
 from .requests import SampleRequest
 
 #: Micro-batches with their encoded captions.
@@ -41,7 +41,7 @@ class FakeSettings(Section):
     updates: int = Field(2, ge=1, description="Fake-score updates in an iteration, each on samples of its own.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the fake score.")
     loss: Literal["l1", "l2"] = Field(
-        "l2", description="Denoising loss, which the reference's own must be like: l1 for one of matching's L1 phase."
+        "l2", description="Denoising loss: l2 for a reference that predicts a mean, l1 for one of matching's L1 phase."
     )
 
     @model_validator(mode="after")
@@ -132,7 +132,8 @@ class Generator(Algorithm):
         """The fake score's updates and then the generator's, for each share of the prompts."""
         fake = self.levels.settings
         for update in range(self.rl.updates_per_step):
-            requests = [batch.requests[j] for j in batch.share(self.rl.updates_per_step, update)]
+            mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
+            requests = [batch.requests[j] for j in mine]
             work = [(request, self.parts.encoder.groups(request.prompts, request.group_size)) for request in requests]
             for turn in range(1, fake.updates + 1) if self.follows else ():
                 yield Update("fake", self.lr(batch.iteration, fake.lr), self._fake_losses(work, turn))

@@ -25,7 +25,7 @@ from ..proximal.operator import Prox
 from ..proximal.samplers import Step
 from ..rewards.gradients import mean_scores
 from ..seeds import Purpose
-from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, Work
+from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, Work, share
 
 
 class GRPOSettings(Section):
@@ -42,10 +42,7 @@ class GRPOSettings(Section):
     advantage_std: Literal["group", "global"] = Field("group", description="Which std divides the advantages.")
     same_noise: bool = Field(False, description="One z_N (x_N and the first noise) for all samples of a group.")
     last_step_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the reward's own gradient through the last, deterministic step (differentiable "
-        "rewards only), beside the policy gradient of the others; 0: none.",
+        0.0, ge=0, description="Weight of the differentiable rewards' gradient through the last step; 0: none."
     )
     first_ratio_tolerance: float = Field(1e-6, gt=0, description="How far the first ratio may be from 1.")
 
@@ -212,7 +209,8 @@ class GRPO(Algorithm):
 
     def _micro_batches(self, batch: Batch, update: int) -> list[MicroBatch]:
         found = self._advantages(batch)
-        return [self._micro_batch(batch, j, found) for j in batch.share(self.rl.updates_per_step, update)]
+        mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
+        return [self._micro_batch(batch, j, found) for j in mine]
 
     def _micro_batch(self, batch: Batch, j: int, found: Advantages) -> MicroBatch:
         assert batch.chain is not None, "rollouts keep the chain"

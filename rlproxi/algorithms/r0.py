@@ -45,9 +45,7 @@ class R0Settings(Section):
         True, description="Each reward's gradient divided by its norm, for each sample, before weighting."
     )
     guidance_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the reference's guidance, at the noised sample, as an implicit reward; 0: none.",
+        0.0, ge=0, description="Weight of the reference's guidance of the noised sample as an implicit reward; 0: none."
     )
     distribution_weight: float = Field(
         0.0, ge=0, description="Weight of a step towards the reference's distribution; 0: none, and no fake score."

@@ -10,7 +10,7 @@ from torch.distributions import Independent, Normal
 
 from fixtures.generators import Quadratic
 from fixtures.sections import sections
-from rlproxi.algorithms.base import AlgorithmStopped, Batch
+from rlproxi.algorithms.base import AlgorithmStopped, share
 from rlproxi.algorithms.grpo import GRPO, MicroBatch, advantages
 from rlproxi.config.algorithms import RL
 from rlproxi.config.loading import build_config
@@ -348,8 +348,7 @@ def test_bytes_of_a_micro_batch():
 def test_shares_cover_every_micro_batch_once_and_updates_do_not_depend_on_the_world(count, updates):
     blocks = None
     for world in (w for w in range(1, count + 1) if count % (updates * w) == 0):
-        ranks = [Batch(0, [None] * count, r, world) for r in range(world)]
-        shares = [[list(batch.share(updates, u)) for batch in ranks] for u in range(updates)]
+        shares = [[list(share(count, updates, world, u, r)) for r in range(world)] for u in range(updates)]
         assert sorted(j for ranks in shares for mine in ranks for j in mine) == list(range(count))
         assert len({len(mine) for ranks in shares for mine in ranks}) == 1
         union = [sorted(j for mine in ranks for j in mine) for ranks in shares]

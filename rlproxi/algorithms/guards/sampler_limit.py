@@ -31,7 +31,7 @@ def check(config: Config, parts: Parts, prompt: str) -> float:
     """``deviation`` of the first network as it stands, on two samples of a prompt: two forwards, without gradients."""
     network = cast(nn.Module, next(iter(parts.networks.values())))  # a denoiser under its engine
     text = parts.encoder.groups((prompt,), 2)
-    names = [(config.run.seed, int(Purpose.SAMPLER_CHECK), i) for i in range(2)]
+    names: list[tuple[int, ...]] = [(config.run.seed, Purpose.SAMPLER_CHECK, i) for i in range(2)]
     x = NamedNoise(names).start(parts.sample_shape, parts.device)
     prox = operator(network, parts.encoder, config.sampler.guidance_scale)
 
