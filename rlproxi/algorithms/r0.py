@@ -73,7 +73,8 @@ class R0(Generator):
         self.normalize_gradients = self.settings.normalize_gradients
         self.follows = self.settings.distribution_weight > 0
         self.needs_reference = self.follows or self.settings.guidance_weight > 0
-        self.backwards = len(self.plan) if self.settings.checkpoint_steps and not self.settings.plus else 1
+        self.by_step = self.settings.checkpoint_steps and not self.settings.plus
+        self.backwards = len(self.plan) if self.by_step else 1
         self.random_eta = self.settings.random_eta and config.sampler.name in AFTER
 
     @classmethod
@@ -132,7 +133,7 @@ class R0(Generator):
     def losses(self, work: Captioned) -> Losses:
         """One loss for each micro-batch, or, step by step, one for each of its steps."""
         for request, text in work:
-            if self.backwards > 1:
+            if self.by_step:
                 yield from self._step_by_step(request, text, len(work))
             else:
                 x = self.followed(request, text, 0)
