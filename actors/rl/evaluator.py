@@ -53,7 +53,7 @@ class Evaluator:
         self.judges = [r.name for r in config.rewards.heldout]
         self.comparison = Comparison(config)
         self.noted: str | None = None  # what the log already says of missing comparisons
-        self.guard = OverOptimisation.of(self.config)
+        self.guard = OverOptimisation(self.config)
 
     @property
     def early_end(self) -> str | None:
@@ -168,7 +168,7 @@ class Evaluator:
 
     async def _watch(self, result: dict) -> None:
         """Show an evaluation to a guard that has seen the earlier ones; log its alarm, and save the best model."""
-        self.guard = OverOptimisation.of(self.config)
+        self.guard = OverOptimisation(self.config)
         now = heldout.headline(result, self.config)
         if now is None:
             return

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.pretrain import Matching, MatchingBatch, conditioning, drop_captions
-from rlproxi.proximal.matching import TimeTable
 from rlproxi.rewards.combine import mean_present
 from rlproxi.run_directory import RunDirectory
 
@@ -45,11 +44,8 @@ class Pretrainer(Rank):
 
     def build(self) -> None:
         """Makes the network, its engine and its average; see ``Rank.build``."""
-        config, p, s = self.config, self.config.pretrain, self.config.sampler
-        denoiser, schedule = self.model.denoiser(), config.schedule.build()
-        self.algorithm = Matching(
-            p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid), config.run.seed
-        )
+        config, p, denoiser = self.config, self.config.pretrain, self.model.denoiser()
+        self.algorithm = Matching(config)
         share = p.batch_size // self.world
         micro = p.micro_batch_size or share
         self.ema = EMA(denoiser, p.ema)

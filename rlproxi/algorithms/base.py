@@ -1,8 +1,7 @@
 """The base class of an algorithm: a loss object that brings all that is its own, and knows nothing of Ray.
 
 The learner takes the iteration's ``requests``. If the algorithm ``needs_rollouts``, actors sample and score them. Then
-each of ``updates`` goes to the engine of the network that it names. Everything random is named by (run seed, iteration,
-prompt, sample), so an iteration that is repeated after a fault is the same iteration.
+each of ``updates`` goes to the engine of the network that it names.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import numpy as np
@@ -125,6 +124,8 @@ class Algorithm(AlgorithmClass, ABC):
     needs_gradients = False
     #: Whether each reward's gradient is divided by its norm.
     normalize_gradients = False
+    #: The key of its section that decides ``needs_gradients``; None: it always needs them, or never.
+    gradients_key: ClassVar[str | None] = None
     #: Whether rollouts keep the last step's input.
     keep_last = False
     #: Whether the samples of a group share their first noise.
@@ -137,13 +138,13 @@ class Algorithm(AlgorithmClass, ABC):
 
     @property
     def gradients(self) -> RewardGradients:
-        """The gradients of the training rewards, which a rank has where ``needs_gradients``."""
+        """The gradients of the training rewards; see ``needs_gradients``."""
         assert self.parts.gradients is not None, "needs_gradients is false"
         return self.parts.gradients
 
     @property
     def frozen(self) -> Denoiser:
-        """The starting model's denoiser, which a rank has where ``needs_reference``."""
+        """The starting model's denoiser; see ``needs_reference``."""
         assert self.parts.reference is not None, "needs_reference is false"
         return self.parts.reference
 
@@ -156,7 +157,9 @@ class Algorithm(AlgorithmClass, ABC):
 
     def why_gradients(self) -> str:
         """The key and value for which ``needs_gradients`` is true."""
-        return f"run.algorithm = {self.config.run.algorithm!r}"
+        if self.gradients_key is None:
+            return f"run.algorithm = {self.config.run.algorithm!r}"
+        return f"{self.config.section}.{self.gradients_key} = {getattr(self.settings, self.gradients_key)!r}"
 
     def shortened(self) -> tuple[Config, int]:
         """A config whose updates peak as this one's and are traced sooner, and the bytes that its peak lacks."""
@@ -203,16 +206,9 @@ class Algorithm(AlgorithmClass, ABC):
     def requests(self, iteration: int) -> list[SampleRequest]:
         """The iteration's micro-batches of whole groups, in order."""
         indices, prompts = training_prompts(self.config, iteration)
-        whole = SampleRequest(
-            "train",
-            iteration,
-            tuple(prompts),
-            tuple(indices),
-            self.rl.group_size,
-            window=self.kept_steps(iteration),
-            keep_last=self.keep_last,
-            same_noise=self.same_noise,
-        )
+        whole = SampleRequest("train", iteration, tuple(prompts), tuple(indices), self.rl.group_size)
+        kept = self.kept_steps(iteration)
+        whole = replace(whole, window=kept, keep_last=self.keep_last, same_noise=self.same_noise)
         return split_request(whole, self.rl.groups)
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:

@@ -22,11 +22,12 @@ from ..config.loading import Config
 from ..config.section import Section
 from ..models.text import TextStates, operator
 from ..proximal.clean import Level, as_clean
+from ..proximal.operator import expand
 from ..rewards.gradients import mean_scores
 from ..seeds import NamedNoise
 from .base import Parts, Work
-from .diffused_reward import damped, denoise_steps, proxy, weight
-from .distillation import direction, normalise, score_divergence, surrogate
+from .diffused_reward import damped, denoise_steps, proxy
+from .distillation import normalise, score_divergence, surrogate
 from .fake import Captioned, Generator, Losses, noise
 from .requests import SampleRequest
 
@@ -35,43 +36,28 @@ class DIDRSettings(Section):
     """One-step generators towards the reward-tilted, diffused target (DIDR, arXiv 2605.24001); DI, DI++ and DI* too."""
 
     reward: Literal["diffused", "terminal", "none"] = Field(
-        "diffused",
-        description="diffused: DIDR's diffused reward score; terminal: the reward of the sample itself (DI++); none: "
-        "Diff-Instruct, which only follows the reference.",
+        "diffused", description="diffused: DIDR's score; terminal: the sample's own reward (DI++); none: Diff-Instruct."
     )
     divergence: Literal["kl", "score"] = Field(
-        "kl",
-        description="kl: integral KL, as DI, DI++ and DIDR; score: the score-based divergence of DI*, with a terminal "
-        "reward.",
+        "kl", description="kl: integral KL, as DI, DI++ and DIDR; score: that of DI*, which has no diffused reward."
     )
     beta: float = Field(
         0.05, gt=0, description="Temperature of the tilt exp(r / beta): smaller follows the reward more."
     )
     reward_weight: float = Field(
-        100.0,
-        ge=0,
-        description="Weight of a terminal reward beside 1/2 ||x_0 - stop-grad(x_0 - G)||^2, a sum over dimensions.",
+        100.0, ge=0, description="Weight of a terminal reward beside 1/2 ||x_0 - stop-grad(x_0 - G)||^2."
     )
     reward_steps: int = Field(
-        1,
-        ge=1,
-        le=8,
-        description="m, denoising steps of the diffused reward's proxy; 1 is Tweedie, and "
-        "best where the reference has several modes (docs/algorithms.md).",
+        1, ge=1, le=8, description="m, denoising steps of the diffused reward's proxy; 1 is Tweedie."
     )
     particles: int = Field(
         1, ge=1, description="K, particles of the proxy; more than 1 draw noise, so reward_steps must be at least 2."
     )
     damped: bool = Field(
-        True,
-        description="Shorten the proxy's pull by the reward's curvature, from one more look at the reward: the plug-in "
-        "overshoots wherever the reward is curved (docs/algorithms.md). false: the paper's, with `particles`.",
+        True, description="Shorten the proxy's pull by the reward's curvature; false: the paper's, with `particles`."
     )
     kappa_max: float = Field(
-        5.0,
-        gt=0,
-        description="Clamp of the diffused reward's weight sigma^2/alpha: above it the reward fades out. "
-        "It says at which noise the reward may speak; what bounds it is `damped`.",
+        5.0, gt=0, description="Clamp of the diffused reward's weight sigma^2/alpha: above it the reward fades out."
     )
     guidance_scale: float = Field(1.0, ge=0, description="Guidance of the reference.")
 
@@ -81,8 +67,7 @@ class DIDRSettings(Section):
             raise ValueError("divergence 'score' is DI*, which has no diffused reward: set reward=terminal or none")
         if self.particles > 1 and self.reward_steps < 2:
             raise ValueError(
-                f"particles is {self.particles}, but one denoising step draws no noise that could tell them "
-                "apart: set reward_steps to 2 or more, or particles=1"
+                f"particles is {self.particles}, and one step draws no noise: set reward_steps to 2 or more"
             )
         if self.particles > 1 and self.damped:
             raise ValueError(f"particles is {self.particles}, and damped looks at one: set damped=false")
@@ -97,6 +82,7 @@ class DIDR(Generator):
     settings: DIDRSettings
     defaults: ClassVar = {"steps": 200, "prompts_per_step": 32, "warmup_steps": 20}
     hold_back = "raise didr.beta or lower didr.reward_weight"
+    gradients_key = "reward"
     charts = ("loss", "fake/loss")
     needs_reference = True
 
@@ -111,20 +97,15 @@ class DIDR(Generator):
         super().check_config(config)
         steps, key = config.sampler.num_inference_steps, f"{config.section}.divergence 'score'"
         if steps != 1:
-            raise ValueError(
-                f"sampler.num_inference_steps is {steps}, and {config.run.algorithm} trains a generator of one step: "
-                "set it to 1"
-            )
+            raise ValueError(f"sampler.num_inference_steps is {steps}: set it to 1 for {config.run.algorithm}")
         if config.part(config.section, DIDRSettings).divergence != "score":
             return
         if config.learner.zero_stage == 3:
-            raise ValueError(
-                f"{key} differentiates through the fake score's input, which learner.zero_stage 3 cannot: use stage 2"
-            )
+            raise ValueError(f"{key} needs the fake score's gradient to its input: use learner.zero_stage 2, not 3")
         if config.model.lora and config.model.gradient_checkpointing:
             raise ValueError(
-                "model.gradient_checkpointing computes the reference again in the backward pass, where model.lora has "
-                f"its adapters on: with {key} use one of the two"
+                f"{key} works with model.lora or with model.gradient_checkpointing, not with both: the reference would "
+                "be computed again with its adapters on"
             )
 
     def describe(self) -> list[str]:
@@ -144,15 +125,8 @@ class DIDR(Generator):
             *([f"reference's guidance {s.guidance_scale:g}"] if s.guidance_scale != 1 else []),
         ]
 
-    def why_gradients(self) -> str:
-        """See ``Algorithm.why_gradients``."""
-        return f"{self.config.section}.reward = {self.settings.reward!r}"
-
     def least_work(self) -> Work:
-        """The fake score follows, then generator, fake score and reference, and the reward through the reference.
-
-        The reward is computed at the samples, and where the pull leads.
-        """
+        """See ``Algorithm.least_work``: the reward is computed at the samples, and where the pull leads."""
         fake = self.levels.settings.updates
         return Work(fake + 2, fake + 1, input_gradients=1, reward_gradients=1, rewards=1 + self.settings.damped)
 
@@ -170,16 +144,14 @@ class DIDR(Generator):
 
     def losses(self, work: Captioned) -> Losses:
         """One loss for each micro-batch."""
+        score = self.settings.divergence == "score"
         for request, text in work:
             x0 = self.followed(request, text, 0)
             level, g = self.levels.draw(request, 0, x0)
-            if self.settings.divergence == "score":
-                # The fake score's weights must not collect gradients of the generator's loss, until its backward is
-                # done.
-                with _frozen(self.parts.plain["fake"]):
-                    yield self._with_reward(self._score_divergence(x0, level, g, text), x0, request)
-            else:
-                yield self._with_reward(self._divergence(x0, level, g, request, text), x0, request)
+            # Until the backward is done, the fake score's weights must not collect gradients of the generator's loss.
+            with _frozen(self.parts.plain["fake"]) if score else contextlib.nullcontext():
+                divergence = self._score_divergence if score else self._divergence
+                yield self._with_reward(divergence(x0, level, g, request, text), x0, request)
 
     def _with_reward(self, loss: Tensor, x0: Tensor, request: SampleRequest) -> tuple[Tensor, dict[str, float]]:
         metrics = {"loss": loss.item()}
@@ -199,48 +171,38 @@ class DIDR(Generator):
         with torch.no_grad():
             y = level.diffuse(x0.detach(), noise(g, x0))
             fake, target = self.fake(y, level, text), self.target(y, level, text)
-        gap = direction(
-            fake, target + self._pull(y, level, g, request, text) if self.settings.reward == "diffused" else target
-        )
-        return surrogate(x0, normalise(gap, x0, target)).mean()
+        tilted = target + self._pull(y, level, g, request, text) if self.settings.reward == "diffused" else target
+        return surrogate(x0, normalise(fake - tilted, x0, target)).mean()
 
-    def _score_divergence(self, x0: Tensor, level: Level, g: torch.Generator, text: TextStates) -> Tensor:
+    def _score_divergence(
+        self, x0: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates
+    ) -> Tensor:
         fake = as_clean(self.parts.plain["fake"])
         return score_divergence(x0, noise(g, x0), level, fake, self.target, text).mean()
 
     def _pull(self, y: Tensor, level: Level, g: torch.Generator, request: SampleRequest, text: TextStates) -> Tensor:
         """kappa s_r: where the diffused reward moves the reference's clean prediction."""
-        s, clamped = self.settings, weight(level, self.settings.kappa_max)
+        s, ladder = self.settings, self.levels.ladder
+        kappa = level.kappa.clamp(max=s.kappa_max)
 
         # The posterior's own noise between steps, which alone approaches the truth (see diffused_reward).
-        def denoise(y: Tensor, k: int = 0) -> Tensor:
-            return denoise_steps(
-                self.reference,
-                y,
-                level,
-                self.levels.ladder,
-                s.reward_steps,
-                text,
-                lambda k, like: noise(g, like),
-                eta=None,
-            )
+        def denoise(y: Tensor, k: int) -> Tensor:
+            fresh = lambda k, like: noise(g, like)  # noqa: E731
+            return denoise_steps(self.reference, y, level, ladder, s.reward_steps, text, fresh)
 
         reward = lambda x: self.gradients.total(x, request.rows)[0]  # noqa: E731
         with self.parts.reference_scope():
             if s.damped:
-                return damped(y, denoise, reward, s.beta, clamped)[0]
-            score, _ = proxy(y, denoise, reward, s.beta, s.particles)
-        return clamped.reshape(-1, *[1] * (y.dim() - 1)) * score
+                return damped(y, denoise, reward, s.beta, kappa)
+            return expand(kappa, y) * proxy(y, denoise, reward, s.beta, s.particles)
 
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module):
     """Inside, what is trained of the module counts as constant."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
+    trained = nn.ParameterList(p for p in module.parameters() if p.requires_grad)
+    trained.requires_grad_(False)
     try:
         yield
     finally:
-        for p in trained:
-            p.requires_grad_(True)
+        trained.requires_grad_(True)

@@ -6,10 +6,10 @@ KL family (Diff-Instruct, DMD, DI++, DIDR): the gradient of the KL at one level 
 
 and any positive weight of the level may stand in for the factors (docs/method.md, section 4).
 
+G = D_fake - D_target is how far the generator's clean prediction is from the target's.
+
 Score divergences (DI*, arXiv 2410.20898): E d(s_fake - s_ref), by the identity of score implicit matching (SIM,
 arXiv 2410.16794, theorem 3.1).
-
-A terminal reward (DI++, DI*) needs nothing from here: subtract ``weight * r(x_0)`` from the loss.
 """
 
 from __future__ import annotations
@@ -22,33 +22,12 @@ from ..proximal.clean import Clean, Level
 from ..proximal.operator import expand
 
 
-def direction(
-    clean_fake: Tensor, clean_ref: Tensor, reward_score: Tensor | None = None, kappa: Tensor | None = None
-) -> Tensor:
-    """G = D_fake - D_ref - kappa s_r: how far the generator's clean prediction is from the target's.
-
-    Args:
-        clean_fake, clean_ref: [B, ...], at the same y.
-        reward_score: s_r, the diffused reward score or its proxy [B, ...]; None is Diff-Instruct.
-        kappa: its weight [B], sigma^2 / alpha or a clamped one; given with reward_score.
-
-    Raises:
-        ValueError: one of reward_score and kappa without the other.
-    """
-    gap = clean_fake - clean_ref
-    if reward_score is None and kappa is None:
-        return gap
-    if reward_score is None or kappa is None:
-        raise ValueError("reward_score and kappa come together: a score of the reward and its weight at this level")
-    return gap - expand(kappa, gap) * reward_score
-
-
-def normalise(gap: Tensor, x0: Tensor, clean_ref: Tensor, eps: float = 1e-6) -> Tensor:
+def normalise(gap: Tensor, x0: Tensor, clean_ref: Tensor) -> Tensor:
     """G / mean |x_0 - D_ref|, per sample (DMD's weight): the size of G no longer depends on the noise level.
 
-    eps bounds the divisor from below. All [B, ...]; the result is detached.
+    All [B, ...]; the result is detached.
     """
-    scale = (x0 - clean_ref).detach().flatten(1).abs().mean(1).clamp_min(eps)
+    scale = (x0 - clean_ref).detach().flatten(1).abs().mean(1).clamp_min(1e-6)
     return gap.detach() / expand(scale, gap)
 
 

@@ -41,9 +41,7 @@ class FakeSettings(Section):
     updates: int = Field(2, ge=1, description="Fake-score updates in an iteration, each on samples of its own.")
     lr: float = Field(1e-4, gt=0, description="Learning rate of the fake score.")
     loss: Literal["l1", "l2"] = Field(
-        "l2",
-        description="Denoising loss of the fake score: l2 for a reference that is a mean (a published score model), l1 "
-        "for one of proximal matching's L1 phase; the two must err alike.",
+        "l2", description="Denoising loss: l2 for a reference that predicts a mean, l1 for one of matching's L1 phase."
     )
 
     @model_validator(mode="after")
@@ -66,10 +64,8 @@ class LevelSampler:
         self.expected = config.pretrain.target == "expected"
         self.schedule, self.seed = config.schedule.build(), config.run.seed
         self.candidates = self.settings.candidates or config.pretrain.candidates
-        self.ladder = Ladder(
-            TimeTable(self.schedule, self.candidates, s.name, s.start_time, s.grid),
-            self.schedule,
-        )
+        times = TimeTable(self.schedule, self.candidates, s.name, s.start_time, s.grid)
+        self.ladder = Ladder(times, self.schedule)
 
     def draw(self, request: SampleRequest, turn: int, like: Tensor) -> tuple[Level, torch.Generator]:
         """A level for each sample [B, ...], and the generator of its noise.
@@ -104,6 +100,8 @@ class Generator(Algorithm):
     needs_rollouts = False
     #: Whether a fake score is trained.
     follows = True
+    #: The generator's losses for a micro-batch, each with its own backward.
+    backwards = 1
 
     def __init__(self, config: Config):
         super().__init__(config)
@@ -113,11 +111,6 @@ class Generator(Algorithm):
     def check_config(cls, config: Config) -> None:
         """As ``Algorithm.check_config``, of the fake score's step counts."""
         config.check_counts("fake.candidates", config.part("fake", FakeSettings).candidates)
-
-    @property
-    def backwards(self) -> int:
-        """The generator's losses for a micro-batch, each with its own backward."""
-        return 1
 
     def networks(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The generator, and the fake score as a copy of it."""

@@ -22,7 +22,7 @@ from ..config.section import Section
 from ..models.text import TextStates, operator
 from ..proximal import policy
 from ..proximal.operator import Prox
-from ..proximal.samplers import AFTER, Step
+from ..proximal.samplers import Step
 from ..rewards.gradients import mean_scores
 from ..seeds import Purpose
 from .base import Algorithm, AlgorithmStopped, Batch, Parts, Update, Work, share
@@ -42,10 +42,7 @@ class GRPOSettings(Section):
     advantage_std: Literal["group", "global"] = Field("group", description="Which std divides the advantages.")
     same_noise: bool = Field(False, description="One z_N (x_N and the first noise) for all samples of a group.")
     last_step_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the reward's own gradient through the last, deterministic step (differentiable "
-        "rewards only), beside the policy gradient of the others; 0: none.",
+        0.0, ge=0, description="Weight of the differentiable rewards' gradient through the last step; 0: none."
     )
     first_ratio_tolerance: float = Field(1e-6, gt=0, description="How far the first ratio may be from 1.")
 
@@ -59,12 +56,11 @@ class Advantages:
     stats: dict[str, float]
 
 
-def advantages(rewards: np.ndarray, std: str = "group", eps: float = 1e-6) -> Advantages:
+def advantages(rewards: np.ndarray, std: Literal["group", "global"] = "group", eps: float = 1e-6) -> Advantages:
     """(r - group mean)/(std + eps) for rewards [P, G]; NaN is a missing score, never a 0.
 
     A missing sample, and the samples of a group with fewer than two scores or without variance, get weight 0 and are
     counted. ``std``: 'group' divides by each group's own, 'global' by that of the deviations from all group means.
-    Raises ValueError for another ``std``.
     """
     r = np.asarray(rewards, np.float64)
     present = np.isfinite(r)
@@ -74,12 +70,9 @@ def advantages(rewards: np.ndarray, std: str = "group", eps: float = 1e-6) -> Ad
     group_std = np.sqrt((deviation**2).sum(1, keepdims=True) / np.maximum(count, 1))
     flat = (count >= 2) & (group_std <= 1e-8)
     usable = present & (count >= 2) & (group_std > 1e-8)
-    if std == "global":
-        scale = np.sqrt((deviation[usable] ** 2).mean()) if usable.any() else 1.0
-    elif std == "group":
-        scale = group_std
-    else:
-        raise ValueError(f"advantage_std {std!r} is unknown; choose group or global")
+    scale = group_std
+    if std == "global" and usable.any():
+        scale = np.sqrt((deviation[usable] ** 2).mean())
     values = np.where(usable, deviation / (scale + eps), 0)
     share = usable.mean()
     weight = usable / share if share > 0 else np.zeros_like(r)
@@ -117,10 +110,6 @@ class MicroBatch:
     finite: Tensor | None = None
 
 
-class FirstRatioError(AlgorithmStopped):
-    """Rollout and learner disagree before the first update."""
-
-
 @ALGORITHMS.register("grpo", default=True)
 class GRPO(Algorithm):
     """The loss object of the learner. ``plan``: the sampler's steps, k = N..1."""
@@ -130,6 +119,7 @@ class GRPO(Algorithm):
     defaults: ClassVar = {"group_size": 8}
     hold_back = "raise grpo.kl_coef"
     spread = "a larger rl.group_size; with grpo.same_noise=true set it to false"
+    gradients_key = "last_step_weight"
     ratio_tolerance = "first_ratio_tolerance"
     charts = ("kl", "clip_fraction", "ratio/mean")
     traceable = True
@@ -137,24 +127,17 @@ class GRPO(Algorithm):
     @classmethod
     def check_config(cls, config: Config) -> None:
         """As ``Algorithm.check_config``: a sampler that draws noise, and groups whose samples can be compared."""
-        s, steps, key = config.sampler, config.sampler.num_inference_steps, config.section
-        trained = config.part(key, GRPOSettings).trained_steps
+        trained = config.part(config.section, GRPOSettings).trained_steps
         if config.rl.group_size < 2:
             raise ValueError(
                 f"rl.group_size is {config.rl.group_size}: advantages compare samples of one group, "
                 "so it must be at least 2 (8 to 24 is usual)"
             )
-        if s.name == "ode" or (s.name in AFTER and not s.eta):
+        actions = policy.actions(config.sampler.plan(config.schedule.build()))
+        if trained and trained > len(actions):
             raise ValueError(
-                f"sampler.name is {s.name!r}, which draws no noise and so has no policy to train; use hybrid or "
-                "backward, or ddim, euler or matched with sampler.eta above 0, or leave 'rl' out of run.stages"
-            )
-        if steps < 2:
-            raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions, so GRPO needs at least 2")
-        if trained and trained > steps - 1:
-            raise ValueError(
-                f"{key}.trained_steps is {trained}, but num_inference_steps {steps} gives only "
-                f"{steps - 1} actions; lower it or use null"
+                f"{config.section}.trained_steps is {trained}, but sampler.num_inference_steps "
+                f"{len(actions) + 1} gives only {len(actions)} actions; lower it or use null"
             )
 
     def __init__(self, config: Config):
@@ -174,10 +157,6 @@ class GRPO(Algorithm):
             f"KL {s.kl_coef:g}",
             *([f"the reward's gradient through the last step x {s.last_step_weight:g}"] if s.last_step_weight else []),
         ]
-
-    def why_gradients(self) -> str:
-        """See ``Algorithm.why_gradients``."""
-        return f"{self.config.section}.last_step_weight = {self.settings.last_step_weight:g}"
 
     def shortened(self) -> tuple[Config, int]:
         """One loss of the window is as large as another."""
@@ -215,14 +194,10 @@ class GRPO(Algorithm):
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """One update for each share of the prompts."""
-        found = self._advantages(batch)
+        window = self.window(batch.iteration)
         for update in range(self.rl.updates_per_step):
-            micro = self._micro_batches(batch, update, found)
-            yield Update(
-                "policy",
-                self.lr(batch.iteration),
-                self.losses(self.prox, self.reference, micro, self.window(batch.iteration), first=update == 0),
-            )
+            losses = self.losses(self.prox, self.reference, self._micro_batches(batch, update), window, update == 0)
+            yield Update("policy", self.lr(batch.iteration), losses)
 
     def metrics(self, batch: Batch) -> dict[str, float]:
         """The rewards' statistics; see ``advantages``."""
@@ -232,26 +207,21 @@ class GRPO(Algorithm):
         assert batch.rewards is not None, "rollouts are scored"
         return advantages(batch.rewards, self.settings.advantage_std)
 
-    def _micro_batches(self, batch: Batch, update: int, found: Advantages) -> list[MicroBatch]:
+    def _micro_batches(self, batch: Batch, update: int) -> list[MicroBatch]:
+        found = self._advantages(batch)
         mine = share(len(batch.requests), self.rl.updates_per_step, batch.world, update, batch.rank)
         return [self._micro_batch(batch, j, found) for j in mine]
 
     def _micro_batch(self, batch: Batch, j: int, found: Advantages) -> MicroBatch:
         assert batch.chain is not None, "rollouts keep the chain"
-        request, chain = batch.requests[j], batch.chain(j)
+        request = batch.requests[j]
         groups = len(request.prompts)
         rows = slice(j * groups, (j + 1) * groups)
         flat = lambda x: torch.from_numpy(x[rows].reshape(-1)).to(self.parts.device)  # noqa: E731
+        text = self.parts.encoder.groups(request.prompts, request.group_size)
+        chain = batch.chain(j)  # z, z_next, prox, and perhaps z_last and finite
         return MicroBatch(
-            chain["z"],
-            chain["z_next"],
-            chain["prox"],
-            flat(found.values),
-            flat(found.weight),
-            self.parts.encoder.groups(request.prompts, request.group_size),
-            request.rows,
-            chain.get("z_last"),
-            chain.get("finite"),
+            **chain, advantages=flat(found.values), weight=flat(found.weight), text=text, prompts=request.rows
         )
 
     def losses(
@@ -264,11 +234,9 @@ class GRPO(Algorithm):
     ) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """One loss for each (micro-batch, trained step), and one for the last step where its gradient is wanted.
 
+        Their mean is the objective up to a constant. Lazy: the next forward runs when the next loss is asked for.
         ``first``: no update was made on these samples yet, so each step's largest |log-ratio| shows whether learner and
         rollout compute the same thing.
-
-        Their mean is the objective up to a constant. ``prox`` carries gradients; ``reference`` is called without.
-        Lazy: the next forward runs only when the next loss is asked for.
         """
         # The policy's losses count as their own mean, with the last step's beside it or without.
         scale = (len(window) + 1) / len(window) if self.needs_gradients else 1.0
@@ -319,22 +287,20 @@ class GRPO(Algorithm):
 
     def check(self, batch: Batch) -> dict[str, float]:
         """The largest |rho - 1| before any update, over the first update's micro-batches and trained steps."""
-        micro = self._micro_batches(batch, 0, self._advantages(batch))
         deviations = [
-            self._loss(self.prox, None, one, position, action)[1]["ratio/max_deviation"]
-            for one in micro
+            self._loss(self.prox, None, micro, position, action)[1]["ratio/max_deviation"]
+            for micro in self._micro_batches(batch, 0)
             for position, action in enumerate(self.window(batch.iteration))
         ]
         return {"ratio/first_max_deviation": max(deviations)}
 
     def accept(self, found: dict[str, float]) -> None:
-        """Raises FirstRatioError where max |rho - 1| before any update exceeds the tolerance."""
-        deviation = found["ratio/first_max_deviation"]
-        if not deviation <= self.settings.first_ratio_tolerance:
-            raise FirstRatioError(
+        """See ``Algorithm.accept``: max |rho - 1| must be within the tolerance."""
+        deviation, tolerance = found["ratio/first_max_deviation"], self.settings.first_ratio_tolerance
+        if not deviation <= tolerance:
+            raise AlgorithmStopped(
                 f"before the first update the learner's ratio is off 1 by {deviation:.2e} "
-                f"({self.config.section}.first_ratio_tolerance = {self.settings.first_ratio_tolerance:.0e}): the "
-                "learner does not compute what the rollout actors did, so every advantage would push in a wrong "
-                "direction. Use the same model.precision, resources.threads and kind of chip for both roles (set "
-                "model.precision=float32 to rule out rounding), and check that both loaded the same weights."
+                f"({self.config.section}.first_ratio_tolerance = {tolerance:.0e}): it does not compute what rollouts "
+                "did. Use the same weights, resources.threads and kind of chip for both roles, and set "
+                "model.precision=float32 to rule out rounding"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config.loading import Config
 from ..data import faces
@@ -19,54 +19,57 @@ from ..models.text import TextEncoder, build_text_encoder
 from ..rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
 from ..seeds import Collection, generator, rng
 
-
-def _decay(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
+#: Gets (steps taken, loss).
+Progress = Callable[[int, float], None]
 
 
-def train_text_encoder(config: Config, progress: Callable[[int, float], None] = lambda s, x: None) -> TextEncoder:
-    """Train a text encoder whose pooled vector separates every attribute of a caption, and freeze it.
-
-    Linear heads on the pooled output are trained with it and thrown away. ``progress`` gets (step, loss).
-    """
-    p, seed = config.prepare, config.run.seed
-    source = faces.collection(seed, "text")
-    captions = [faces.portrait(source, i, 0.5) for i in range(4096)]
-    encoder = build_text_encoder(
-        [c.caption for c in captions] + [""],
-        config.model.text_dim,
-        config.model.text_layers,
-        config.model.text_length,
-        seed,
-    )
-    model = encoder.model.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        heads = nn.Linear(config.model.text_dim, sum(HEADS))
-    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=p.lr)
-    for step in range(p.text_steps):
-        _decay(optimizer, p.lr, step, p.text_steps)
-        chosen = [captions[i] for i in rng(seed, Collection.TEXT, step).integers(len(captions), size=64)]
-        ids, mask = encoder.tokenize([c.caption for c in chosen])
-        targets = torch.from_numpy(np.stack([faces.labels(c.attributes) for c in chosen]))
-        pooled = model(input_ids=ids, attention_mask=mask).pooler_output
-        loss = classification_loss(heads(pooled), targets)
+def _train(
+    optimizer: torch.optim.Optimizer, lr: float, steps: int, loss_of: Callable[[int], Tensor], progress: Progress
+) -> None:
+    """Take ``steps`` steps on ``loss_of`` each step's number, at a rate that warms up and then falls to 0."""
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         progress(step + 1, loss.item())
+
+
+def train_text_encoder(config: Config, progress: Progress) -> TextEncoder:
+    """Train a text encoder whose pooled vector separates every attribute of a caption, and freeze it.
+
+    Linear heads on the pooled output are trained with it and thrown away.
+    """
+    p, m, seed = config.prepare, config.model, config.run.seed
+    source = faces.collection(seed, "text")
+    captions = [faces.portrait(source, i, 0.5) for i in range(4096)]
+    words = [c.caption for c in captions] + [""]
+    encoder = build_text_encoder(words, m.text_dim, m.text_layers, m.text_length, seed)
+    model = encoder.model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = nn.Linear(m.text_dim, sum(HEADS))
+
+    def loss_of(step: int) -> Tensor:
+        chosen = [captions[i] for i in rng(seed, Collection.TEXT, step).integers(len(captions), size=64)]
+        ids, mask = encoder.tokenize([c.caption for c in chosen])
+        targets = torch.from_numpy(np.stack([faces.labels(c.attributes) for c in chosen]))
+        pooled = model(input_ids=ids, attention_mask=mask).pooler_output
+        return classification_loss(heads(pooled), targets)
+
+    optimizer = torch.optim.AdamW([*model.parameters(), *heads.parameters()], lr=p.lr)
+    _train(optimizer, p.lr, p.text_steps, loss_of, progress)
     model.eval().requires_grad_(False)
     return encoder
 
 
-def train_classifier(
-    config: Config, purpose: str, file: Path, progress: Callable[[int, float], None] = lambda s, x: None
-) -> float:
+def train_classifier(config: Config, purpose: str, file: Path, progress: Progress) -> float:
     """Train the ``reward`` or the ``judge`` classifier, save it in ``file`` and return its accuracy on new portraits.
 
     The two differ in their data (other seeds) and in their initial weights. Noise, blur and shifts keep both from
-    relying on single pixels. ``progress`` gets (step, loss).
+    relying on single pixels.
     """
     p, seed, size = config.prepare, config.run.seed, config.data.size
     source = faces.collection(seed, purpose)
@@ -75,9 +78,8 @@ def train_classifier(
         torch.manual_seed(source)
         # torch's stubs lack this overload of `to`.
         model = AttributeClassifier(size).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, weight_decay=1e-2)
-    for step in range(p.classifier_steps):
-        _decay(optimizer, p.lr, step, p.classifier_steps)
+
+    def loss_of(step: int) -> Tensor:
         draw = rng(source, step)
         index = draw.integers(p.samples, size=p.batch_size)
         pixels = _pixels(images[index])
@@ -86,17 +88,16 @@ def train_classifier(
         strength = torch.from_numpy(draw.random(len(index)).astype(np.float32))[:, None, None, None]
         pixels = pixels + 0.15 * strength * torch.randn(pixels.shape, generator=generator(source, step))
         pixels = pixels.roll(tuple(int(d) for d in draw.integers(-2, 3, size=2)), (2, 3))
-        loss = classification_loss(model(pixels), torch.from_numpy(labels[index]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        progress(step + 1, loss.item())
+        return classification_loss(model(pixels), torch.from_numpy(labels[index]))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, weight_decay=1e-2)
+    _train(optimizer, p.lr, p.classifier_steps, loss_of, progress)
     model.eval()
     model.save(file)
     return _accuracy(model, source, p.samples, size)
 
 
-def _pixels(images: np.ndarray) -> torch.Tensor:
+def _pixels(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 

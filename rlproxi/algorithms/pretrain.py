@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..config.loading import Config
-from ..config.sections import Pretrain as Settings
 from ..data import cache as cached
 from ..data import faces
 from ..models.autoencoder import Autoencoder
@@ -22,7 +21,6 @@ from ..models.text import TextEncoder, TextStates
 from ..models.text_stacks import CheckpointText
 from ..proximal.matching import TimeTable, corrupt, level_weight, looks_for_mode, matching_loss, matching_target
 from ..proximal.operator import Denoiser
-from ..proximal.schedule import VPSchedule
 from ..seeds import Purpose, generator, rng
 from .base import Update
 
@@ -44,11 +42,10 @@ class Matching:
     Every draw is named by (seed, step, micro-batch), so a resumed run repeats it.
     """
 
-    def __init__(self, settings: Settings, schedule: VPSchedule, times: TimeTable, seed: int):
-        self.settings = settings
-        self.schedule = schedule
-        self.times = times
-        self.seed = seed
+    def __init__(self, config: Config):
+        s = config.sampler
+        self.settings, self.schedule, self.seed = config.pretrain, config.schedule.build(), config.run.seed
+        self.times = TimeTable(self.schedule, self.settings.candidates, s.name, s.start_time, s.grid)
         self._means: dict[float | None, float] = {}
 
     @property
@@ -58,19 +55,19 @@ class Matching:
 
     def updates(self, batch: MatchingBatch) -> Iterator[Update]:
         """The step's one update."""
-        yield Update(
-            "policy", self.lr(batch.step), self.losses(batch.denoiser, batch.images, batch.text, batch.step, batch.rank)
-        )
+        losses = self.losses(batch.denoiser, batch.images, batch.text, batch.step, batch.rank)
+        yield Update("policy", self.lr(batch.step), losses)
 
     def zeta(self, step: int) -> float | None:
         """None in the L1 phase, then the zetas in equally long phases; infinite where the loss is the square error."""
-        if self.settings.loss == "square":
+        s = self.settings
+        if s.loss == "square":
             return math.inf
-        first = round(self.settings.l1_fraction * self.settings.steps)
-        if step < first or not self.settings.zetas:
+        first = round(s.l1_fraction * s.steps)
+        if step < first or not s.zetas:
             return None
-        phase = (step - first) * len(self.settings.zetas) // max(1, self.settings.steps - first)
-        return self.settings.zetas[min(phase, len(self.settings.zetas) - 1)]
+        phase = (step - first) * len(s.zetas) // max(1, s.steps - first)
+        return s.zetas[min(phase, len(s.zetas) - 1)]
 
     def weight(self, t: Tensor, lam: Tensor, zeta: float | None) -> Tensor:
         """The weight of each draw, [B]. Its mean over all draws is 1, so that it leaves the learning rate as it is."""
@@ -106,9 +103,8 @@ class Matching:
             name = (self.seed, Purpose.PRETRAIN, step, first + index)
             part = slice(start, start + size)
             x0 = images[part]
-            draw = self.times.draw(rng(*name), len(x0))
+            t, lam = (column.to(x0.device) for column in self.times.draw(rng(*name), len(x0)))
             noise = torch.randn((2, *x0.shape), generator=generator(*name)).to(x0.device)
-            t, lam = draw.t.to(x0.device), draw.lam.to(x0.device)
             y = corrupt(self.schedule, x0, t, lam, noise[0], noise[1])
             zeta = self.zeta(step)
             target = matching_target(self.settings.target == "expected", zeta, self.schedule, y, x0, t, lam, noise[1])
@@ -118,10 +114,7 @@ class Matching:
 
 
 def start_denoiser(config: Config, samples: Tensor) -> Preconditioned:
-    """A new network to pre-train, with the Gaussian of its preconditioning fitted to samples of the data.
-
-    samples [B, C, H, W]: pixels in [-1, 1], or latents.
-    """
+    """A new network to pre-train, its preconditioning fitted to samples [B, C, H, W]: pixels in [-1, 1], or latents."""
     denoiser = build_denoiser(config)
     denoiser.gaussian.fit(samples)
     return denoiser
@@ -131,12 +124,8 @@ def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, co
     """Samples [B, C, H, W] of the data for ``start_denoiser``: the first portraits, or the first rows of ``cache``."""
     if cache is not None:
         return torch.from_numpy(cached.first_samples(config, Path(cache), count))
-    images = faces.batch(
-        faces.collection(config.run.seed, "pretrain"),
-        np.arange(count if vae is None else count // 8),
-        config.data.size,
-        config.data.hand_fraction,
-    )[0]
+    source, indices = faces.collection(config.run.seed, "pretrain"), np.arange(count if vae is None else count // 8)
+    images, _, _ = faces.batch(source, indices, config.data.size, config.data.hand_fraction)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixels if vae is None else vae.encode(pixels)
 
@@ -164,12 +153,12 @@ def conditioning(
     from the column size [B, 4] (original height and width, crop top and left) and from ``pixels``, the images' height
     and width.
     """
+
+    def column(name: str) -> Tensor:
+        return torch.from_numpy(np.array(batch[name])).to(device).float()
+
     if "text_states" in batch:
-        columns = (
-            torch.from_numpy(np.array(batch[f"text_{name}"])).to(device).float()
-            for name in ("states", "pooled", "mask")
-        )
-        text = TextStates(*columns)
+        text = TextStates(column("text_states"), column("text_pooled"), column("text_mask"))
         null = encoder.null_like(text)
         dropped = torch.tensor([caption == "" for caption in captions], device=device)
         pick = lambda a, b: torch.where(dropped.reshape(-1, *[1] * (a.dim() - 1)), b, a)  # noqa: E731
@@ -177,6 +166,6 @@ def conditioning(
     else:
         text = encoder.encode(captions)
     if "size" in batch:
-        size = torch.from_numpy(np.array(batch["size"])).to(device).float()
+        size = column("size")
         text = replace(text, time_ids=torch.cat([size, size.new_tensor([pixels]).expand(len(size), -1)], 1))
     return text

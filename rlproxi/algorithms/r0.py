@@ -10,6 +10,7 @@ towards the reference's distribution (Diff-Instruct's, arXiv 2305.18455).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import ClassVar, cast
 
 import torch
@@ -23,8 +24,8 @@ from ..models.folders import latent_space
 from ..models.text import TextStates
 from ..proximal.clean import Level, as_clean, clean_prediction
 from ..proximal.operator import expand
-from ..proximal.samplers import AFTER, Step
-from ..rewards.gradients import Gradients, mean_scores
+from ..proximal.samplers import AFTER, sample
+from ..rewards.gradients import mean_scores
 from ..seeds import NamedNoise, Purpose, rng
 from .base import Batch, Parts, Update, Work
 from .fake import Captioned, Generator, Losses, noise
@@ -35,36 +36,22 @@ class R0Settings(Section):
     """Few-step generators by the gradients of differentiable rewards (R0, arXiv 2503.13070)."""
 
     plus: bool = Field(
-        False,
-        description="R0+: the reward looks at the clean prediction of a random step, reached without gradient: "
-        "one forward and backward instead of as many as steps.",
+        False, description="R0+: the reward looks at the clean prediction of one random step, reached without gradient."
     )
     random_eta: bool = Field(
-        True,
-        description="With the samplers ddim, euler and matched: eta ~ U[0, 1] for every step, "
-        "drawn anew in each iteration, so that "
-        "the generator is good with any; false: sampler.eta.",
+        True, description="With ddim, euler and matched: eta ~ U[0, 1] for every step, drawn anew; false: sampler.eta."
     )
     normalize_gradients: bool = Field(
         True, description="Each reward's gradient divided by its norm, for each sample, before weighting."
     )
     guidance_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of guidance as an implicit reward: the reference's conditional minus its unconditional "
-        "clean prediction of the noised sample. 0: none.",
+        0.0, ge=0, description="Weight of the reference's guidance of the noised sample as an implicit reward; 0: none."
     )
     distribution_weight: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of a step towards the reference's distribution, D_ref(y) - D_fake(y) over "
-        "|x_0 - D_ref(y)|, beside the rewards' unit steps: it repairs what few steps and the rewards spoil. 0: none, "
-        "and no fake score.",
+        0.0, ge=0, description="Weight of a step towards the reference's distribution; 0: none, and no fake score."
     )
     checkpoint_steps: bool = Field(
-        True,
-        description="Keep only each step's input and compute the step again in the backward pass: the memory of one "
-        "step instead of all, for one more forward of each.",
+        True, description="Compute each step again in the backward pass: the memory of one step instead of all."
     )
 
 
@@ -86,6 +73,9 @@ class R0(Generator):
         self.normalize_gradients = self.settings.normalize_gradients
         self.follows = self.settings.distribution_weight > 0
         self.needs_reference = self.follows or self.settings.guidance_weight > 0
+        self.by_step = self.settings.checkpoint_steps and not self.settings.plus
+        self.backwards = len(self.plan) if self.by_step else 1
+        self.random_eta = self.settings.random_eta and config.sampler.name in AFTER
 
     @classmethod
     def check_config(cls, config: Config) -> None:
@@ -94,29 +84,23 @@ class R0(Generator):
         s = config.part(config.section, R0Settings)
         if config.learner.zero_stage == 3 and not s.checkpoint_steps and not s.plus:
             raise ValueError(
-                "learner.zero_stage 3 gathers weights for one forward and backward at a time, and "
-                f"{config.section}.checkpoint_steps=false has several forwards in one graph: set it to true, or use "
-                "stage 2"
+                f"{config.section}.checkpoint_steps=false has several forwards in one graph, and learner.zero_stage 3 "
+                "takes one: set it to true, or use stage 2"
             )
 
     def describe(self) -> list[str]:
         """See ``Algorithm.describe``."""
         s, n = self.settings, len(self.plan)
         how = "gradient step by step" if s.checkpoint_steps else "gradient through all of them at once"
-        return [
-            f"one random step of {n} (R0+)" if s.plus else f"{n} step{'s' * (n != 1)}, {how}",
-            *(["eta drawn anew for each step"] if s.random_eta and self.config.sampler.name in AFTER else []),
-            *([] if s.normalize_gradients else ["gradients as large as they are"]),
-            *([f"guidance as a reward x {s.guidance_weight:g}"] if s.guidance_weight else []),
-            *(
-                [
-                    f"a step towards the reference's distribution x {s.distribution_weight:g}, "
-                    f"{self.levels.settings.describe()}"
-                ]
-                if s.distribution_weight
-                else []
-            ),
+        towards = f"a step towards the reference's distribution x {s.distribution_weight:g}"
+        pieces = [
+            (True, f"one random step of {n} (R0+)" if s.plus else f"{n} step{'s' * (n != 1)}, {how}"),
+            (self.random_eta, "eta drawn anew for each step"),
+            (not s.normalize_gradients, "gradients as large as they are"),
+            (s.guidance_weight, f"guidance as a reward x {s.guidance_weight:g}"),
+            (s.distribution_weight, f"{towards}, {self.levels.settings.describe()}"),
         ]
+        return [piece for holds, piece in pieces if holds]
 
     def shortened(self) -> tuple[Config, int]:
         """Two steps, where each has its own backward: a further one adds its input and the gradient of that."""
@@ -133,11 +117,6 @@ class R0(Generator):
         fake = self.levels.settings.updates if self.follows else 0
         return Work(n - 1 + fake * n + 2 * self.follows, n + fake, reward_gradients=1)
 
-    @property
-    def backwards(self) -> int:
-        """Losses, each with a backward of its own, that a micro-batch is made of."""
-        return len(self.plan) if self.settings.checkpoint_steps and not self.settings.plus else 1
-
     def connect(self, parts: Parts) -> None:
         """See ``Algorithm.connect``."""
         super().connect(parts)
@@ -146,7 +125,7 @@ class R0(Generator):
 
     def updates(self, batch: Batch) -> Iterator[Update]:
         """As ``Generator.updates``, with an eta of the iteration."""
-        if self.settings.random_eta and self.config.sampler.name in AFTER:
+        if self.random_eta:
             eta = rng(self.seed, Purpose.R0_ETA, batch.iteration).random(len(self.plan))
             self.plan = self.config.sampler.plan(self.schedule, eta=cast("Sequence[float]", eta))
         yield from super().updates(batch)
@@ -154,45 +133,38 @@ class R0(Generator):
     def losses(self, work: Captioned) -> Losses:
         """One loss for each micro-batch, or, step by step, one for each of its steps."""
         for request, text in work:
-            named, x = self._start(request)
-            if self.settings.plus:
-                yield self._surrogate(self._intermediate(request, text, named, x), request, text)
-            elif self.settings.checkpoint_steps:
-                yield from self._step_by_step(request, text, named, x, len(work))
+            if self.by_step:
+                yield from self._step_by_step(request, text, len(work))
             else:
-                yield self._surrogate(self._generate(text, named, x), request, text)
+                x = self.followed(request, text, 0)
+                ascent, metrics = self._ascend(x, request, text)
+                yield -(ascent * x).flatten(1).sum(1).mean(), metrics
 
     def followed(self, request: SampleRequest, text: TextStates, turn: int) -> Tensor:
         """What the reward looks at: the last samples, or R0+'s clean predictions."""
         named, x = self._start(request, turn)
-        return self._intermediate(request, text, named, x) if self.settings.plus else self._generate(text, named, x)
+        if self.settings.plus:
+            return self._intermediate(request, text, named, x)
+        return sample(self.prox, self.plan, x, text, named).x
 
     def _start(self, request: SampleRequest, turn: int = 0) -> tuple[NamedNoise, Tensor]:
         """Named noise and x_N."""
         named = NamedNoise(request.names(self.seed, turn))
         return named, named.start(self.parts.sample_shape, self.parts.device)
 
-    def _take(self, step: Step, z: Tensor, x: Tensor, named: NamedNoise, text: TextStates) -> Tensor:
-        return step.after(self.prox(z, step.t, step.lam, text), x, named)
-
-    def _generate(self, text: TextStates, named: NamedNoise, x: Tensor) -> Tensor:
-        for step in self.plan:
-            x = self._take(step, step.before(x, named), x, named, text)
-        return x
-
-    def _step_by_step(self, request: SampleRequest, text: TextStates, named: NamedNoise, x: Tensor, micro: int):
+    def _step_by_step(self, request: SampleRequest, text: TextStates, micro: int) -> Losses:
         """Backward through all steps, one at a time: of each only the input is kept, and its forward is made again.
 
         ZeRO 3 needs one forward to one backward as well. The update's objective is the mean over all of its losses, of
         which each micro-batch has K. So each is multiplied by K, and the gradient at a step's input is 1/micro of the
         derivative that the step before needs.
         """
-        inputs = []
+        named, x = self._start(request)
         with torch.no_grad():
-            for step in self.plan:
-                inputs.append(step.before(x, named))
-                if step is not self.plan[-1]:
-                    x = self._take(step, inputs[-1], x, named, text)
+            inputs = [self.plan[0].before(x, named)]
+            for step, following in pairwise(self.plan):
+                x = step.after(self.prox(inputs[-1], step.t, step.lam, text), x, named)
+                inputs.append(following.before(x, named))
         # Of the objective, at the step's output. The last step's output is the prox's.
         derivative: Tensor | None = None
         for step, z in reversed(list(zip(self.plan, inputs, strict=True))):
@@ -213,44 +185,31 @@ class R0(Generator):
         One step for the whole iteration, so that ranks and micro-batches are alike.
         """
         chosen = int(rng(self.seed, Purpose.R0_STEP, request.step).integers(len(self.plan)))
-        with torch.no_grad():
-            for step in self.plan[:chosen]:
-                x = self._take(step, step.before(x, named), x, named, text)
-            z = self.plan[chosen].before(x, named)
         step = self.plan[chosen]
-        level = self._level(step.t, step.lam, len(z))
+        with torch.no_grad():
+            z = step.before(sample(self.prox, self.plan[:chosen], x, text, named).x, named)
+        t, lam = (torch.full((len(z),), value, device=self.parts.device) for value in (step.t, step.lam))
         eps = (z - self.prox(z, step.t, step.lam, text)) / step.lam**0.5
-        return clean_prediction(z, eps, level)
-
-    def _level(self, t: float, lam: float, count: int) -> Level:
-        every = lambda value: torch.full((count,), value, device=self.parts.device)  # noqa: E731
-        return Level.of(self.schedule, every(t), every(lam))
-
-    def _surrogate(self, x: Tensor, request: SampleRequest, text: TextStates) -> tuple[Tensor, dict[str, float]]:
-        ascent, metrics = self._ascend(x, request, text)
-        return -(ascent * x).flatten(1).sum(1).mean(), metrics
+        return clean_prediction(z, eps, Level.of(self.schedule, t, lam))
 
     def _ascend(self, x: Tensor, request: SampleRequest, text: TextStates) -> tuple[Tensor, dict[str, float]]:
         """G at the samples, and what is logged of them."""
-        s, extra = self.settings, {}
-
-        @torch.no_grad()
-        def also(x: Tensor) -> Tensor:
-            ascent = torch.zeros_like(x)
+        s, found = self.settings, self.gradients(x, request.rows)
+        metrics = mean_scores(found.scores, self.gradients.weights)
+        if not self.needs_reference:
+            return found.ascent, metrics
+        with torch.no_grad():
+            extra = torch.zeros_like(x)
             if s.guidance_weight:
-                ascent += s.guidance_weight * self.gradients.scaled(self._guidance(x, request, text))
+                extra += s.guidance_weight * self.gradients.scaled(self.guidance(x, request, text))
             if self.follows:
-                towards = self._towards_reference(x, request, text)
-                ascent += s.distribution_weight * towards
-                extra["distribution_gap"] = towards.flatten(1).norm(dim=1).mean().item()
-            return ascent
+                towards = self.towards_reference(x, request, text)
+                extra += s.distribution_weight * towards
+                metrics["distribution_gap"] = towards.flatten(1).norm(dim=1).mean().item()
+            return found.ascent + extra, metrics
 
-        found: Gradients = self.gradients(x, request.rows, also if s.guidance_weight or self.follows else None)
-        return found.ascent, {**mean_scores(found.scores, self.gradients.weights), **extra}
-
-    def _guidance(self, x: Tensor, request: SampleRequest, text: TextStates) -> Tensor:
-        """Guidance as an implicit reward: D_ref(y, c) - D_ref(y, null) at a random noise level y of x; no gradient goes
-        through the reference."""
+    def guidance(self, x: Tensor, request: SampleRequest, text: TextStates) -> Tensor:
+        """Guidance as an implicit reward: D_ref(y, c) - D_ref(y, null) at a random noise level y of x."""
         level, g = self.levels.draw(request, Purpose.R0_GUIDANCE, x)
         y = level.diffuse(x, noise(g, x))
         encoder = self.parts.encoder
@@ -260,7 +219,7 @@ class R0(Generator):
         # D is y minus a multiple of eps, so the difference of two D is that multiple of the difference of eps.
         return expand(level.sigma**2 / (level.lam.sqrt() * level.alpha), x) * (unconditional - conditional)
 
-    def _towards_reference(self, x: Tensor, request: SampleRequest, text: TextStates) -> Tensor:
+    def towards_reference(self, x: Tensor, request: SampleRequest, text: TextStates) -> Tensor:
         """(D_ref(y) - D_fake(y)) / |x - D_ref(y)| at a random noise level y of x, per sample.
 
         DMD's weight in norms (arXiv 2311.18828). Its length is that of a reward's unit step where the two disagree

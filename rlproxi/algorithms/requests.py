@@ -12,7 +12,7 @@ class SampleRequest:
     """A micro-batch of whole groups, the unit that is sampled and replayed in one shape.
 
     Args:
-        purpose, step: name its noise, with the prompts' indices; see ``PURPOSES``.
+        purpose, step: name its noise, with the prompts' indices; see ``seeds.Purpose``.
         prompts, indices: [P]; each prompt gives ``group_size`` samples.
         window: the positions in the plan whose chain is kept.
         num_steps, guidance_scale: None: the config's.

@@ -38,10 +38,9 @@ def unflatten(flat: np.ndarray, weights: Mapping[str, Tensor]) -> None:
     expected = sum(p.numel() for p in weights.values())
     if flat.size != expected:
         raise ValueError(f"weights hold {flat.size} numbers where the model trains {expected}")
-    source, at = torch.from_numpy(np.array(flat)), 0
-    for p in weights.values():
-        p.copy_(source[at : at + p.numel()].view_as(p))
-        at += p.numel()
+    parts = torch.from_numpy(np.array(flat)).split([p.numel() for p in weights.values()])
+    for p, part in zip(weights.values(), parts, strict=True):
+        p.copy_(part.view_as(p))
 
 
 class GroupSampler:
@@ -72,14 +71,8 @@ class GroupSampler:
         """Load a model folder in the form in which the config trains it."""
         folder = ModelFolder.find(folder).path
         dtype = compute_dtype(config.model.precision, device)
-        return cls(
-            config,
-            training_form(folder, config, "rl", dtype),
-            load_encoder(folder, dtype),
-            load_autoencoder(folder),
-            device,
-            folder,
-        )
+        denoiser, text = training_form(folder, config, "rl", dtype), load_encoder(folder, dtype)
+        return cls(config, denoiser, text, load_autoencoder(folder), device, folder)
 
     def take(self, flat: np.ndarray) -> None:
         """Take new weights, as ``flatten`` made them of the same parameters."""
@@ -94,15 +87,13 @@ class GroupSampler:
 
         Where a sample is NaN or Inf, its image is grey, its chain is zeros, and the chain holds ``finite`` [P*G] bool.
         """
-        c = self.config
-        names = request.names(c.run.seed)
+        names = request.names(self.config.run.seed)
         starts = [(*name[:4], 0) for name in names] if request.same_noise else None
         text = self.pipeline.text.groups(request.prompts, request.group_size)
         # A score sampler's noise comes after the prox: it is the policy's choice, the first step's too.
-        named = NamedNoise(names, starts, first=c.sampler.name not in AFTER)
-        run = self.pipeline.run(
-            text, named, request.num_steps, request.guidance_scale, keep_chain=bool(request.window) or request.keep_last
-        )
+        named = NamedNoise(names, starts, first=self.config.sampler.name not in AFTER)
+        keep = bool(request.window) or request.keep_last
+        run = self.pipeline.run(text, named, request.num_steps, request.guidance_scale, keep)
         chain = {}
         if request.window:
 
@@ -115,14 +106,12 @@ class GroupSampler:
         return self._without_broken(self.pipeline.pixels(run.x), chain)
 
     def _without_broken(self, pixels: Tensor, chain: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        whole = [torch.isfinite(pixels).flatten(1).all(1).cpu().numpy()]
-        for key, value in chain.items():
-            axes = tuple(range(value.ndim))
-            whole.append(np.isfinite(value).all(axes[1:] if key == "z_last" else (0, *axes[2:])))
-        finite = np.logical_and.reduce(whole)
+        steps = [value[None] if key == "z_last" else value for key, value in chain.items()]  # views [K, P*G, ...]
+        whole = [np.isfinite(value).all((0, *range(2, value.ndim))) for value in steps]
+        finite = np.logical_and.reduce([torch.isfinite(pixels).flatten(1).all(1).cpu().numpy(), *whole])
         if finite.all():
             return to_uint8(pixels), chain
-        for key, value in chain.items():
-            value[~finite if key == "z_last" else np.s_[:, ~finite]] = 0
+        for value in steps:
+            value[:, ~finite] = 0
         images = to_uint8(torch.where(torch.from_numpy(finite).to(pixels.device)[:, None, None, None], pixels, 0.0))
         return images, {**chain, "finite": finite}

@@ -28,7 +28,7 @@ from ..models.loading import build_denoiser
 from ..models.precision import autocast, compute_dtype, has_fast_bfloat16
 from ..models.text import TextEncoder, build_text_encoder, operator
 from ..models.unet import ProximalUNet
-from ..proximal.samplers import generator_noise, sample
+from ..proximal.samplers import sample
 from ..run_directory import RunDirectory
 
 
@@ -89,7 +89,7 @@ class _Shapes:
     def sample(self) -> None:
         steps = self.config.sampler.plan(self.config.schedule.build())
         with autocast(self.dtype, "cpu"):
-            sample(operator(self.unet, self.encoder, 1.0), steps, self.y, self.text, generator_noise())
+            sample(operator(self.unet, self.encoder, 1.0), steps, self.y, self.text)
 
 
 def sampler_ratio(config: Config, repeats: int = 25) -> float:

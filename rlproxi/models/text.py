@@ -229,4 +229,4 @@ def operator(denoiser: Denoiser, text: TextConditioning, guidance_scale: float) 
 
     Learner and sampler share it.
     """
-    return ProximalOperator(denoiser, guidance_scale, text.null_like, TextStates.join)
+    return ProximalOperator(denoiser, guidance_scale, lambda cond: TextStates.join(cond, text.null_like(cond)))

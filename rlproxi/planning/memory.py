@@ -22,7 +22,6 @@ from ..models.folders import ModelFolder, latent_space
 from ..models.loading import empty_form, trainable
 from ..models.lora import adapters_off, without_adapters
 from ..models.precision import compute_dtype
-from ..proximal.matching import TimeTable
 from ..proximal.operator import Denoiser
 from ..rewards.gradients import RewardGradients
 from .memory_parts import count, empty_vae, held, text_encoder_bytes, text_shape, with_engines
@@ -187,10 +186,8 @@ class _Estimator:
         trained = trainable(network)
         parts["EMA"] = 4 * count(trained.values())
         parts["batch"] = share * (4 * self._numel() + self._text_bytes())
-        schedule, s = c.schedule.build(), c.sampler
-        table = TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid)
         with no_memory():
-            losses = Matching(p, schedule, table, c.run.seed).losses(network, *inputs(c, network, micro)[1:], 0)
+            losses = Matching(c).losses(network, *inputs(c, network, micro)[1:], 0)
             peak = training_peak(losses, trained.values(), dtype, device)
             if self.vae is not None and c.data.source == "faces":  # shards are encoded before
                 parts["autoencoder"] = held(self.vae)

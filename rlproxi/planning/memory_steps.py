@@ -21,7 +21,7 @@ from ..data import faces
 from ..models.autoencoder import Autoencoder
 from ..models.folders import latent_space
 from ..models.precision import autocast
-from ..models.text import TextEncoder, TextStates
+from ..models.text import TextEncoder, TextStates, operator
 from ..proximal.operator import Denoiser, ProximalOperator
 from ..rewards.gradients import RewardGradients
 from .memory_parts import text_shape
@@ -96,7 +96,7 @@ def inputs(config: Config, network: nn.Module, rows: int) -> tuple[ProximalOpera
     channels, side = latent_space(config)
     device = next(network.parameters()).device
     captions = Captions(config, device)
-    prox = ProximalOperator(network, config.sampler.guidance_scale, captions.null_like, TextStates.join)
+    prox = operator(network, captions, config.sampler.guidance_scale)
     return prox, torch.zeros(rows, channels, side, side, device=device), captions.groups([""], rows)
 
 

@@ -76,11 +76,7 @@ def clean_prediction(y: Tensor, eps: Tensor, level: Level) -> Tensor:
     exactly. After the L1 phase of proximal matching eps is a median, after its second phase a mode. The result is then
     equal to E[x_0 | y] only where mean and mode agree (Gaussians).
 
-    Errors of eps come out times kappa / sqrt(lam). Arithmetic is float32, or float64 if y is.
-
-    Args:
-        y, eps: [B, ...].
-        level: with lam > 0 for every sample.
+    Errors of eps come out times kappa / sqrt(lam). Arithmetic is float32, or float64 if y is. y, eps [B, ...]; lam > 0.
     """
     work = torch.promote_types(y.dtype, torch.float32)
     y, eps = y.to(work), eps.to(work)
@@ -105,22 +101,13 @@ class Ladder:
 
     A proximal network has only been trained on these pairs, so distillation draws and descends on them and nowhere
     between. Levels come out as float32 on the CPU.
-
-    Raises:
-        ValueError: an empty table, or an entry with lam <= 0, whose residual says nothing about x_0.
     """
 
     def __init__(self, times: TimeTable, schedule: VPSchedule):
-        t, lam = times.t, times.lam
-        if len(t) == 0 or (lam <= 0).any():
-            raise ValueError(
-                f"a ladder of {len(t)} levels with lam {lam.tolist()}: it needs at least one level, and "
-                "every lam above 0; check the sampler and the step candidates the table was made of"
-            )
-        log_noise = Level.of(schedule, torch.from_numpy(t), torch.from_numpy(lam)).log_noise.numpy()
+        log_noise = Level.of(schedule, torch.from_numpy(times.t), torch.from_numpy(times.lam)).log_noise.numpy()
         order = np.argsort(log_noise, kind="stable")
         self.schedule = schedule
-        self.t, self.lam, self.log_noise = t[order], lam[order], log_noise[order]
+        self.t, self.lam, self.log_noise = times.t[order], times.lam[order], log_noise[order]
         self.cumulative = np.cumsum(times.probability[order]) / times.probability.sum()
 
     def draw(self, rng: np.random.Generator, batch: int, low: float = 0.02, high: float = 0.98) -> Level:
@@ -128,12 +115,7 @@ class Ladder:
 
         A quantile u ~ U[low, high] is drawn and looked up. So an entry at the end loses the part of its mass that lies
         outside, and is missing only when all of it does.
-
-        Raises:
-            ValueError: not 0 <= low < high <= 1.
         """
-        if not 0.0 <= low < high <= 1.0:
-            raise ValueError(f"levels are drawn between the quantiles {low} and {high}; need 0 <= low < high <= 1")
         index = np.searchsorted(self.cumulative, rng.uniform(low, high, batch), side="right")
         return self._at(index.clip(max=len(self.t) - 1))
 

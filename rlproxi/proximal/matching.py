@@ -8,8 +8,6 @@ zeta -> 0 the minimiser goes from the conditional mean to the conditional mode, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,25 +18,11 @@ from .samplers import plan
 from .schedule import VPSchedule
 
 
-@dataclass(frozen=True)
-class Draw:
-    """Times and lam of a training micro-batch: t, lam [B] float32 on the CPU."""
-
-    t: Tensor
-    lam: Tensor
-
-
-def candidate_probabilities(candidates: Sequence[int]) -> np.ndarray:
-    """Return P(N), proportional to N^(1/3), over candidate numbers of steps (ProxDM, section 4.2)."""
-    weights = np.asarray(candidates, dtype=np.float64) ** (1.0 / 3.0)
-    return weights / weights.sum()
-
-
 class TimeTable:
     """Every pair (t, lam) at which the sampler calls the network, with its probability.
 
-    N is drawn from the candidates, then one of its N steps uniformly, on the sampler's own grid. With start_time = 1
-    and the uniform grid this is ProxDM's t = floor(u/delta) delta, delta = 1/N.
+    A candidate N is drawn in proportion to N^(1/3) (ProxDM, section 4.2), then one of its N steps uniformly, on the
+    sampler's own grid. With start_time = 1 and the uniform grid this is ProxDM's t = floor(u/delta) delta, delta = 1/N.
 
     Raises ValueError for a candidate that the sampler cannot take (``backward`` with gamma >= 2).
     """
@@ -51,17 +35,18 @@ class TimeTable:
         start_time: float = 1.0,
         spacing: str = "uniform",
     ):
+        weights = np.asarray(candidates, dtype=np.float64) ** (1.0 / 3.0)
         entries = [
             (step.t, step.lam, p / n)
-            for n, p in zip(candidates, candidate_probabilities(candidates), strict=True)
+            for n, p in zip(candidates, weights / weights.sum(), strict=True)
             for step in plan(schedule, sampler, n, start_time, spacing)
         ]
         self.t, self.lam, self.probability = (np.array(column) for column in zip(*entries, strict=True))
 
-    def draw(self, rng: np.random.Generator, batch: int) -> Draw:
-        """Draw ``batch`` independent pairs."""
+    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, Tensor]:
+        """Draw ``batch`` independent pairs: t, lam [B] float32 on the CPU."""
         index = rng.choice(len(self.t), size=batch, p=self.probability)
-        return Draw(torch.from_numpy(self.t[index]).float(), torch.from_numpy(self.lam[index]).float())
+        return torch.from_numpy(self.t[index]).float(), torch.from_numpy(self.lam[index]).float()
 
 
 def corrupt(schedule: VPSchedule, x0: Tensor, t: Tensor, lam: Tensor, n1: Tensor, n2: Tensor) -> Tensor:

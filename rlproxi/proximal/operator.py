@@ -27,38 +27,28 @@ def expand(values: Tensor, like: Tensor) -> Tensor:
 class ProximalOperator:
     """A ``Prox`` made of a denoiser, with proximal classifier-free guidance.
 
-    Guidance (ProxT2I, derived): eps = eps_null + w (eps_c - eps_null), which is
-    prox_null + w (prox_c - prox_null). w = 1 is no guidance and costs one forward, any
-    other w costs one forward on a doubled batch.
+    Guidance (ProxT2I, derived): eps = eps_null + w (eps_c - eps_null), which is prox_null + w (prox_c - prox_null).
+    w = 1 is no guidance and costs one forward, any other w costs one forward on a doubled batch.
 
     The network may compute in bfloat16. y, sqrt(lam) and the result stay in y's dtype, which is float32 in training and
     sampling (docs/method.md).
 
     Args:
-        denoiser: eps_theta(y, t, lam, cond).
         guidance_scale: w.
-        null_cond: returns the unconditional input of the same shape for a cond; needed when w != 1.
-        join: concatenates two conds along the batch; needed when w != 1.
+        with_null: returns a cond with its unconditional input behind it, along the batch; needed when w != 1.
     """
 
     denoiser: Denoiser
     guidance_scale: float = 1.0
-    null_cond: Callable[[Any], Any] | None = None
-    join: Callable[[Any, Any], Any] | None = None
-
-    def __post_init__(self) -> None:
-        if self.guidance_scale != 1.0 and (self.null_cond is None or self.join is None):
-            raise ValueError(
-                f"guidance_scale {self.guidance_scale} needs null_cond and join: what an unconditional input looks "
-                "like, and how to batch the two; without guidance it is 1"
-            )
+    with_null: Callable[[Any], Any] | None = None
 
     def residual(self, y: Tensor, t: Tensor, lam: Tensor, cond: Any = None) -> Tensor:
         """Return the guided eps, a tensor like y. y [B, ...]; t, lam [B]."""
         w = self.guidance_scale
-        if w == 1.0 or self.null_cond is None or self.join is None:
+        if w == 1.0:
             return self.denoiser(y, t, lam, cond).to(y.dtype)
-        both = self.join(cond, self.null_cond(cond))
+        assert self.with_null is not None, f"guidance_scale {w} needs with_null"
+        both = self.with_null(cond)
         eps = self.denoiser(torch.cat([y, y]), torch.cat([t, t]), torch.cat([lam, lam]), both)
         eps_cond, eps_null = eps.to(y.dtype).chunk(2)
         return eps_null + w * (eps_cond - eps_null)

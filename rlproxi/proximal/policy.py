@@ -17,13 +17,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .samplers import Step
 
-REDUCTIONS = ("mean", "sum")
+#: Over a sample's dimensions.
+Reduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,15 @@ class Action:
 def actions(steps: list[Step]) -> list[Action]:
     """Return the N - 1 actions of a plan. Raises ValueError where the sampler draws no noise, or N is 1."""
     if len(steps) < 2:
-        raise ValueError("a plan of one step has no action to train: num_inference_steps must be >= 2")
+        raise ValueError("sampler.num_inference_steps is 1: N steps give N - 1 actions to train, so use at least 2")
     found = [
         Action(i, step, nxt.a * step.b, math.hypot(nxt.s, nxt.a * step.e), nxt.a * step.d / step.a)
         for i, (step, nxt) in enumerate(pairwise(steps))
     ]
     if any(action.s == 0.0 for action in found):
         raise ValueError(
-            "the sampler draws no noise and has no policy; "
-            "use hybrid or backward, or ddim, euler or matched with eta above 0"
+            "the sampler draws no noise and so has no policy to train: set sampler.name to hybrid or backward, or "
+            "sampler.eta above 0 with ddim, euler or matched, or leave 'rl' out of run.stages"
         )
     return found
 
@@ -61,16 +63,17 @@ def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
-def _reduce(x: Tensor, reduction: str) -> Tensor:
-    if reduction == "mean":
-        return x.flatten(1).mean(1)
-    if reduction == "sum":
-        return x.flatten(1).sum(1)
-    raise ValueError(f"reduction {reduction!r} is unknown; choose one of {', '.join(REDUCTIONS)}")
+def _reduce(x: Tensor, reduction: Reduction) -> Tensor:
+    return x.flatten(1).mean(1) if reduction == "mean" else x.flatten(1).sum(1)
 
 
 def log_ratio(
-    action: Action, prox_new: Tensor, prox_old: Tensor, z_next: Tensor, reduction: str = "mean", regulated: bool = False
+    action: Action,
+    prox_new: Tensor,
+    prox_old: Tensor,
+    z_next: Tensor,
+    reduction: Reduction = "mean",
+    regulated: bool = False,
 ) -> Tensor:
     """Return ln pi_new(z_next | z) - ln pi_old(z_next | z) of each sample, [B].
 
@@ -83,8 +86,6 @@ def log_ratio(
         reduction: ``sum`` over dimensions, or ``mean``, which divides by their number.
         regulated: return s <n, delta> instead (the idea of GRPO-Guard). It lacks the quadratic term, which is never
             positive, and its unit does not depend on the step, so that one clip range fits all steps.
-
-    Raises ValueError for an unknown reduction.
     """
     prox_new, prox_old, z_next = _widen(prox_new, prox_old, z_next)
     delta = (prox_new - prox_old) * (action.a / action.s)
@@ -94,7 +95,7 @@ def log_ratio(
     return _reduce(delta * drawn - 0.5 * delta * delta, reduction)
 
 
-def kl(action: Action, prox_new: Tensor, prox_ref: Tensor, reduction: str = "mean") -> Tensor:
+def kl(action: Action, prox_new: Tensor, prox_ref: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Return the exact KL(pi_new || pi_ref) of one step, 1/2 ||a (P_new - P_ref)/s||^2, of each sample, [B]."""
     prox_new, prox_ref = _widen(prox_new, prox_ref)
     delta = (prox_new - prox_ref) * (action.a / action.s)

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from typing import Any
 
@@ -87,7 +87,6 @@ class SamplerKind:
     """One sampler: everything that the rest of the project asks about it.
 
     Attributes:
-        name: its name in the config.
         step: (schedule, k, new time t_{k-1}, old time t_k, eta) -> the step between them.
         without_noise: a step -> the same step with its noise taken away, from its own coefficients.
         noise_after: whether its noise is drawn after the prox, scaled by eta; else before the prox, whatever eta is.
@@ -237,30 +236,13 @@ def plan(
     return [kind.step(schedule, k, times[k - 1], times[k], etas[n - k]) for k in range(n, 0, -1)]
 
 
-def generator_noise(generator: torch.Generator | None = None) -> Noise:
-    """Return a ``Noise`` that draws from one torch generator, on the generator's device; None: torch's own."""
-
-    def draw(k: int, like: Tensor) -> Tensor:
-        device = generator.device if generator is not None else like.device
-        noise = torch.randn(like.shape, generator=generator, device=device, dtype=like.dtype)
-        return noise.to(like.device)
-
-    return draw
-
-
 @dataclass
 class Trajectory:
-    """The result of a sampler call.
-
-    Attributes:
-        x: [B, ...], the sample x_0.
-        z, prox: with ``keep_chain`` the prox's input and output at each of ``steps``, like x; else empty.
-    """
+    """The sample x_0 [B, ...]; with ``keep_chain`` also the prox's input and output at each step, like x."""
 
     x: Tensor
-    steps: list[Step]
-    z: list[Tensor]
-    prox: list[Tensor]
+    z: list[Tensor] = field(default_factory=list)
+    prox: list[Tensor] = field(default_factory=list)
 
 
 def sample(
@@ -270,14 +252,14 @@ def sample(
     cond: Any = None,
     noise: Noise | None = None,
     keep_chain: bool = False,
-    callback: Callable[[Step, Tensor], None] | None = None,
 ) -> Trajectory:
     """Run the sampler from x = x_N [B, ...] ~ N(0, I), in x's dtype. Differentiable if the prox is.
 
-    Noise is fresh at every step. The last step of a proximal sampler draws it too, before the prox.
+    Noise is fresh at every step; None draws it from torch's own generator. The last step of a proximal sampler draws it
+    too, before the prox.
     """
-    noise = noise or generator_noise()
-    done = Trajectory(x, steps, [], [])
+    noise = noise or (lambda k, like: torch.randn_like(like))
+    done = Trajectory(x)
     for step in steps:
         z = step.before(done.x, noise)
         clean = prox(z, step.t, step.lam, cond)
@@ -285,6 +267,4 @@ def sample(
             done.z.append(z)
             done.prox.append(clean)
         done.x = step.after(clean, done.x, noise)
-        if callback is not None:
-            callback(step, done.x)
     return done

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from .operator import expand
 from .schedule import VPSchedule
 
-PREDICTIONS = ("epsilon", "v_prediction", "flow")
-
 #: model(x, time, cond) -> prediction. x [B, ...], time [B], output like x.
 TimedModel = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -36,10 +34,8 @@ class WarmStart(nn.Module):
 
         x = (1 - s) y / sqrt(ab),  s = r / (1 + r),  r = sqrt((1 - ab + lam) / ab).
 
-    Range of t': in hybrid and ode plans t' is never beyond the step's own old time t_k, for 1 + gamma <= exp(gamma). In
-    ``backward`` plans it can be, by a little, and for free (t, lam). Then ab' < alpha_bar(1) and t' > 1, where
-    ``schedule.inverse_integral`` still has a value. ``max_time`` clamps only the time that the model gets. The input
-    and the algebra keep the true level, so at the clamp the input is slightly noisier than the time says.
+    In hybrid and ode plans t' is never beyond the step's own old time t_k, for 1 + gamma <= exp(gamma). In ``backward``
+    plans it can be, by a little: then ab' < alpha_bar(1) and t' > 1.
 
     The model gets one number, t', where the prox has two: (t, lam) pairs of equal ab' share their answer. That is right
     for the MMSE part and wrong for the prox, so a network for proximal matching should get lam too.
@@ -48,16 +44,10 @@ class WarmStart(nn.Module):
     ``parameters()`` reaches a model that is one.
 
     Args:
-        model: returns its prediction, shaped like x.
         prediction: ``epsilon``, ``v_prediction`` or ``flow``.
         schedule: the *proximal* schedule, which t and lam belong to.
         model_time: returns the time [B] that the model gets, in the model's own unit, for a noise level [B] in float64
-            (ab', or s of a flow). Default: ``schedule.time_of_alpha_bar``, or s itself. A discrete diffusers schedule
-            goes here.
-        max_time: upper bound of the time that the model gets, in its own unit; None does not clamp.
-
-    Raises:
-        ValueError: unknown prediction.
+            (ab', or s of a flow). Default: ``schedule.time_of_alpha_bar``, or s itself.
     """
 
     def __init__(
@@ -66,16 +56,12 @@ class WarmStart(nn.Module):
         prediction: str,
         schedule: VPSchedule,
         model_time: Callable[[Tensor], Tensor] | None = None,
-        max_time: float | None = None,
     ):
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction {prediction!r} is unknown; choose one of {', '.join(PREDICTIONS)}")
         self.model = model
         self.prediction = prediction
         self.schedule = schedule
         self.model_time = model_time or ((lambda s: s) if prediction == "flow" else schedule.time_of_alpha_bar)
-        self.max_time = max_time
 
     def forward(self, y: Tensor, t: Tensor, lam: Tensor, cond: Any = None) -> Tensor:
         """Return eps_prox, like y. y [B, ...]; t, lam [B]. lam = 0 gives 0, the limit."""
@@ -84,9 +70,8 @@ class WarmStart(nn.Module):
         t, lam = t.double(), lam.double()
         alpha_bar = self.schedule.alpha_bar(t)
         variance = 1 - alpha_bar + lam  # of the noise in y
-        noise = (self._flow_noise if self.prediction == "flow" else self._vp_noise)(
-            y.to(work), alpha_bar, variance, lam, cond
-        )
+        predict = self._flow_noise if self.prediction == "flow" else self._vp_noise
+        noise = predict(y.to(work), alpha_bar, variance, lam, cond)
         # The clamp only matters at t = lam = 0, where there is no noise to predict.
         share = (lam / variance.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
         return (expand(share.to(work), y) * noise).to(y.dtype)
@@ -95,7 +80,7 @@ class WarmStart(nn.Module):
         """Return E[n | y] from an eps or v model."""
         level = alpha_bar / (1 + lam)
         x = y / expand((1 + lam).sqrt().to(y.dtype), y)
-        out = self.model(x, self._time(level, y), cond).to(y.dtype)
+        out = self.model(x, self.model_time(level).to(y.dtype), cond).to(y.dtype)
         if self.prediction == "epsilon":
             return out
         alpha, sigma = level.sqrt().to(y.dtype), (variance / (1 + lam)).sqrt().to(y.dtype)
@@ -105,9 +90,5 @@ class WarmStart(nn.Module):
         """Return E[n | y] from a flow model, as n = x_s + (1 - s) velocity: via x_0 digits would cancel at small s."""
         s = variance.sqrt() / (alpha_bar.sqrt() + variance.sqrt())
         x = expand(((1 - s) / alpha_bar.sqrt()).to(y.dtype), y) * y
-        velocity = self.model(x, self._time(s, y), cond).to(y.dtype)
+        velocity = self.model(x, self.model_time(s).to(y.dtype), cond).to(y.dtype)
         return x + expand((1 - s).to(y.dtype), y) * velocity
-
-    def _time(self, level: Tensor, y: Tensor) -> Tensor:
-        time = self.model_time(level)
-        return (time if self.max_time is None else time.clamp(max=self.max_time)).to(y.dtype)

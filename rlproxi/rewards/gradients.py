@@ -7,7 +7,7 @@ would move float32 images both ways for every sample (docs/algorithms.md has the
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -79,11 +79,8 @@ class RewardGradients:
         total = reduce(operator.add, (self.scorers[name][1] * value for name, value in scores.items()))
         return total, {name: value.detach() for name, value in scores.items()}
 
-    def __call__(self, x: Tensor, prompts: Sequence[str], also: Callable[[Tensor], Tensor] | None = None) -> Gradients:
-        """Scores and ascent direction at samples x [B, ...].
-
-        ``also``: x -> an ascent direction like x that is no reward's gradient, added as it is.
-        """
+    def __call__(self, x: Tensor, prompts: Sequence[str]) -> Gradients:
+        """Scores and ascent direction at samples x [B, ...]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             pixels = self.pixels(x)
@@ -93,7 +90,7 @@ class RewardGradients:
                 (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=i + 1 < len(self.scorers))
                 scores[name] = value.detach()
                 ascent += weight * self.scaled(gradient)
-        return Gradients(scores, ascent + also(x.detach()) if also else ascent)
+        return Gradients(scores, ascent)
 
     def scaled(self, gradient: Tensor) -> Tensor:
         """A direction [B, ...] as it enters the sum: with ``normalize``, each sample's divided by its norm."""

@@ -84,7 +84,7 @@ def test_the_live_page_the_report_and_the_alarm_know_it(tmp_path):
             log.append("metrics", stage="rl", step=step, **{"weights/largest": 0.5, "loss": 1.0})
     page = render(RunReader(tmp_path))
     assert "weights/largest, loss" in page and "ratio" not in page.partition("Is the policy update sound?")[2][:2000]
-    guard = OverOptimisation.of(config)
+    guard = OverOptimisation(config)
     guard.see(Evaluated(0, 0.5, 0.6, 0.01))
     assert guard.see(Evaluated(10, 0.6, 0.5, 0.01)).endswith("lower rl.lr or raise custom.temperature")
 

@@ -13,15 +13,15 @@ from rlproxi.data import faces
 from rlproxi.data.faces import collection
 from rlproxi.models.loading import build_denoiser
 from rlproxi.models.text import TextStates
-from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.schedule import VPSchedule
 
 SCHEDULE = VPSchedule()
 
 
 def matching(seed: int = 0, **settings) -> Matching:
+    config = build_config({"run": {"seed": seed}, "sampler": {"name": "hybrid", "start_time": 0.8}})
     settings = Pretrain(**{"steps": 100, "candidates": [4, 8], "loss": "matching", "target": "noise", **settings})
-    return Matching(settings, SCHEDULE, TimeTable(SCHEDULE, settings.candidates, "hybrid", 0.8), seed)
+    return Matching(config.model_copy(update={"pretrain": settings}))
 
 
 def numbered(count: int) -> TextStates:

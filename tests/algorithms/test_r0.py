@@ -156,9 +156,9 @@ def test_a_step_towards_the_reference_is_0_where_the_distributions_agree():
     )
     (request, *_) = algorithm.requests(0)
     text, x = Encoder().groups(request.prompts, 1), torch.randn(4, *SHAPE, generator=generator(5))
-    assert algorithm._towards_reference(x, request, text).abs().max() == 0
+    assert algorithm.towards_reference(x, request, text).abs().max() == 0
     networks["fake"].theta.data += 0.1
-    moved = algorithm._towards_reference(x, request, text)
+    moved = algorithm.towards_reference(x, request, text)
     level, g = algorithm.levels.draw(request, 0, x)
     y = level.diffuse(x, torch.randn(x.shape, generator=g))
     clean = [
@@ -240,7 +240,7 @@ def test_guidance_pulls_from_the_null_to_the_conditional_prediction():
     algorithm = made(network, silent, reference, guidance_weight=0.5, normalize_gradients=False, candidates=[3])
     (request, *_) = algorithm.requests(0)
     x = torch.randn(4, *SHAPE, generator=generator(5))
-    pulled = algorithm._guidance(x, request, Encoder().groups(request.prompts, 1))
+    pulled = algorithm.guidance(x, request, Encoder().groups(request.prompts, 1))
     level, _ = algorithm.levels.draw(request, 0x6D1A, x)
     # D = (y - sigma^2/sqrt(lam) eps)/alpha, and eps differs by 1.
     expected = -(level.sigma**2) / (level.lam.sqrt() * level.alpha)

@@ -52,10 +52,10 @@ def train(run: Path, base: TextToImage, lora_rank: int | None) -> Path:
     schedule = Schedule().build()
     table, rng, draw = TimeTable(schedule, [3]), np.random.default_rng(0), torch.Generator().manual_seed(0)
     for _ in range(4):
-        times = table.draw(rng, 2)
+        t, lam = table.draw(rng, 2)
         x0, n1, n2 = (torch.randn((2, *model.denoiser.sample_shape), generator=draw) for _ in range(3))
-        y = corrupt(schedule, 0.5 * x0, times.t, times.lam, n1, n2)
-        loss = matching_loss(model.denoiser(y, times.t, times.lam, model.text.encode(PROMPTS)), n2).mean()
+        y = corrupt(schedule, 0.5 * x0, t, lam, n1, n2)
+        loss = matching_loss(model.denoiser(y, t, lam, model.text.encode(PROMPTS)), n2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

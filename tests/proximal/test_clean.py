@@ -91,7 +91,7 @@ def test_half_precision_samples_and_guidance():
 
     y = torch.randn(2, 3)
     assert as_clean(denoiser)(y.bfloat16(), level, torch.zeros(2)).dtype == torch.float32
-    guided = ProximalOperator(denoiser, 3.0, null_cond=torch.zeros_like, join=lambda a, b: torch.cat([a, b]))
+    guided = ProximalOperator(denoiser, 3.0, with_null=lambda cond: torch.cat([cond, torch.zeros_like(cond)]))
     cond = torch.tensor([0.3, -0.2])
     clean_cond, clean_null = (as_clean(denoiser)(y, level, c) for c in (cond, torch.zeros(2)))
     expected = clean_null + 3.0 * (clean_cond - clean_null)
@@ -132,8 +132,6 @@ def test_quantiles_trim_only_where_there_are_entries_to_spare():
     assert noise.max() == pytest.approx(many.log_noise[979], abs=1e-5)
     lowest = few.draw(rng, 20, 0.0, 0.2).log_noise.double().numpy()
     assert np.allclose(lowest, few.log_noise[0], atol=1e-5)
-    with pytest.raises(ValueError, match="0.9 and 0.1"):
-        few.draw(rng, 1, 0.9, 0.1)
 
 
 def test_a_draw_is_named_by_its_generator():
@@ -162,10 +160,3 @@ def test_below_at_its_ends_and_in_a_batch():
     assert np.allclose(rungs.below(top, 1.0).log_noise, rungs.log_noise[0], atol=1e-5)
     under = Level.of(SCHEDULE, torch.zeros(1), torch.tensor([1e-6]))
     assert np.allclose(rungs.below(under, 0.5).log_noise, rungs.log_noise[0], atol=1e-5)
-
-
-def test_a_ladder_needs_levels_with_lam():
-    table = TimeTable(SCHEDULE, [4])
-    table.lam[0] = 0.0
-    with pytest.raises(ValueError, match="lam"):
-        Ladder(table, SCHEDULE)

@@ -27,16 +27,16 @@ GOLDEN = [
 
 @pytest.mark.parametrize("name, n, start, x, first, last", GOLDEN)
 def test_samplers(name, n, start, x, first, last):
-    noises, seen = iter(NOISES), []
+    noises = iter(NOISES)
     x = torch.tensor([[x]], dtype=torch.float64)
     run = sample(
         Gaussian(0.4, 0.3).prox,
         plan(VPSchedule(), name, n, start),
         x,
         noise=lambda k, like: torch.full_like(like, next(noises)),
-        callback=lambda step, x: seen.append(float(x)),
+        keep_chain=True,
     )
-    assert seen[0] == pytest.approx(first, abs=2e-15) and float(run.x) == pytest.approx(last, abs=2e-14)
+    assert float(run.prox[0]) == pytest.approx(first, abs=2e-15) and float(run.x) == pytest.approx(last, abs=2e-14)
 
 
 def test_the_matching_loss_and_its_input():

@@ -18,9 +18,7 @@ class Recorder:
 
 
 def guided(network, w):
-    return ProximalOperator(
-        network, w, null_cond=lambda c: torch.full_like(c, 0.25), join=lambda a, b: torch.cat([a, b])
-    )
+    return ProximalOperator(network, w, with_null=lambda cond: torch.cat([cond, torch.full_like(cond, 0.25)]))
 
 
 def test_residual_form():
@@ -49,8 +47,8 @@ def test_w1_is_one_forward_at_the_original_batch():
 
 
 def test_guidance_needs_a_null():
-    with pytest.raises(ValueError, match="null_cond and join"):
-        ProximalOperator(Recorder(), 2.0)
+    with pytest.raises(AssertionError, match="guidance_scale 2.0 needs with_null"):
+        ProximalOperator(Recorder(), 2.0)(torch.zeros(3, 5), 0.3, 0.5, torch.ones(3))
 
 
 def test_exact_residual_gives_the_exact_prox():

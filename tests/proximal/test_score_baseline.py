@@ -182,7 +182,7 @@ def test_guidance_form_and_cost():
         return cond[:, None] * x + t[:, None]
 
     x, t, cond = torch.randn(3, 2), torch.rand(3), torch.tensor([1.0, 2.0, 3.0])
-    wiring = dict(null_cond=torch.zeros_like, join=lambda a, b: torch.cat([a, b]))
+    wiring = dict(with_null=lambda c: torch.cat([c, torch.zeros_like(c)]))
     out = guided(model, 2.5, **wiring)(x, t, cond)
     null = model(x, t, torch.zeros(3))
     assert batches == [6, 3] and torch.allclose(out, null + 2.5 * (model(x, t, cond) - null), atol=1e-5)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlproxi.algorithms.diffused_reward import denoise_steps, weight
+from rlproxi.algorithms.diffused_reward import denoise_steps
 from rlproxi.proximal.clean import Ladder, Level
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.schedule import VPSchedule
@@ -59,7 +59,7 @@ def draw_bias(image: Path, q: float = 1.0, optimum: float = -1.5) -> None:
     ways |= {f"m={m}, posterior noise": gaussian_steps(level, m, None) for m in (2, 4, 8)}
 
     def ends(slope: Tensor, spread: Tensor, kappa_max: float) -> tuple[float, float]:
-        pull = (weight(level, kappa_max) * q * slope / (1 + q * spread)).double()
+        pull = (level.kappa.clamp(max=kappa_max) * q * slope / (1 + q * spread)).double()
         a, j = level.alpha.double(), slope.double()
         grid = torch.linspace(0, 1.2, 2401).double()
         fake = a * grid[:, None] / (a**2 * grid[:, None] + level.sigma.double() ** 2)

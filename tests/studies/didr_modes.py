@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlproxi.algorithms.diffused_reward import damped, denoise_steps, proxy, weight
-from rlproxi.algorithms.distillation import direction, normalise, surrogate
+from rlproxi.algorithms.diffused_reward import damped, denoise_steps, proxy
+from rlproxi.algorithms.distillation import normalise, surrogate
 from rlproxi.proximal.clean import Ladder, Level
 from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.operator import expand
@@ -140,7 +140,7 @@ Pull = Callable[[Tensor, Level, torch.Generator], Tensor]
 
 def plug_in(kappa_max: float, m: int = 1, particles: int = 1, eta: float | None = None) -> Pull:
     def pull(y: Tensor, level: Level, rng: torch.Generator) -> Tensor:
-        score, _ = proxy(
+        score = proxy(
             y,
             lambda leaf, k: denoise_steps(
                 REF.clean, leaf, level, LADDER, m, noise=lambda i, like: torch.randn(like.shape, generator=rng), eta=eta
@@ -149,13 +149,13 @@ def plug_in(kappa_max: float, m: int = 1, particles: int = 1, eta: float | None 
             BETA,
             particles,
         )
-        return expand(weight(level, kappa_max), y) * score
+        return expand(level.kappa.clamp(max=kappa_max), y) * score
 
     return pull
 
 
 def damped_pull(y: Tensor, level: Level, rng: torch.Generator) -> Tensor:
-    return damped(y, lambda leaf: REF.clean(leaf, level), reward, BETA, weight(level, math.inf))[0]
+    return damped(y, lambda leaf, k: REF.clean(leaf, level), reward, BETA, level.kappa)
 
 
 def exact_pull(y: Tensor, level: Level, rng: torch.Generator) -> Tensor:
@@ -217,8 +217,8 @@ def train(seeds: list[int], steps: int, lr: float = 3e-3) -> Tensor:
             many = Level(*(part.repeat(len(seeds)) for part in (level.t, level.lam, level.alpha, level.sigma)))
             x, noisy, own = (part[rows].flatten(0, 1) for part in (x0, y, estimate))
             ref = REF.clean(noisy, many)
-            extra = () if pull is None else (pull(noisy, many, draws[0]), torch.ones(len(noisy)))
-            gap = normalise(direction(own, ref, *extra), x, ref)
+            extra = 0 if pull is None else pull(noisy, many, draws[0])
+            gap = normalise(own - ref - extra, x, ref)
             loss = loss + (surrogate(x, gap) - terminal / BETA * reward(x)).sum() / BATCH
         optimizers[0].zero_grad()
         loss.backward()

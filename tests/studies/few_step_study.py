@@ -35,7 +35,6 @@ from rlproxi.evaluation.reference import Comparison
 from rlproxi.models.loading import load_encoder, trainable
 from rlproxi.models.pipeline import TextToImage
 from rlproxi.models.precision import autocast, compute_dtype
-from rlproxi.proximal.matching import TimeTable
 from rlproxi.rewards import build
 
 #: AdamW's, as the pre-trainer has them.
@@ -116,12 +115,11 @@ def arm_config(run_dir: Path, arm: str, steps: int, seed: int) -> Config:
 
 def train(config: Config, run_dir: Path, log) -> TextToImage:
     """The pre-trainer's loop (actors/train/pretrainer.py) in one process."""
-    p, s, seed = config.pretrain, config.sampler, config.run.seed
+    p, seed = config.pretrain, config.run.seed
     torch.manual_seed(seed)
-    schedule = config.schedule.build()
     encoder = load_encoder(run_dir / "models" / "pretrained")
     denoiser = start_denoiser(config, first_samples(config, None, None))
-    matching = Matching(p, schedule, TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid), seed)
+    matching = Matching(config)
     weights = trainable(denoiser)
     optimizer = torch.optim.AdamW(weights.values(), lr=p.lr, betas=BETAS, weight_decay=0.0, fused=True)
     ema, dtype = EMA(denoiser, p.ema), compute_dtype(config.model.precision, "cpu")
@@ -146,7 +144,7 @@ def train(config: Config, run_dir: Path, log) -> TextToImage:
     with torch.no_grad():
         for name, value in ema.values.items():
             weights[name].copy_(value)
-    return TextToImage(denoiser, encoder, config.schedule, s)
+    return TextToImage(denoiser, encoder, config.schedule, config.sampler)
 
 
 def _forward(denoiser, dtype: torch.dtype, *asked) -> torch.Tensor:

@@ -47,7 +47,6 @@ from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.models.preconditioning import noise_features
 from rlproxi.models.text import TextEncoder, operator
 from rlproxi.models.unet import ProximalUNet
-from rlproxi.proximal.matching import TimeTable
 from rlproxi.proximal.samplers import plan, sample
 from rlproxi.proximal.warmstart import WarmStart
 from rlproxi.rewards.attributes import AttributeJudge
@@ -150,13 +149,8 @@ class Seed:
         )
 
     def _train(self, arm: str, unet: ProximalUNet, steps: int, first: int) -> None:
-        p, s, schedule = self.config.pretrain, self.config.sampler, self.judged.schedule
-        matching = Matching(
-            p.model_copy(update={"steps": steps, "lr": p.lr / (4 if arm == "gentle" else 1)}),
-            schedule,
-            TimeTable(schedule, p.candidates, s.name, s.start_time, s.grid),
-            self.seed,
-        )
+        p = self.config.pretrain
+        matching = Matching(self.config.with_section("pretrain", steps=steps, lr=p.lr / (4 if arm == "gentle" else 1)))
         score = ScoreModel(unet) if arm in ("half", "score") else None
         # Judged is the average of the weights, in a network of the same kind.
         ema, average = EMA(unet, p.ema), copy.deepcopy(unet)

@@ -27,17 +27,12 @@ Ask = Callable[[Tensor, float, float], Tensor]
 METRIC = "sampler/limit_deviation"
 
 
-class LimitError(AlgorithmStopped):
-    """The sampler without its noise is not the deterministic one."""
-
-
 def check(config: Config, parts: Parts, prompt: str) -> float:
     """``deviation`` of the first network as it stands, on two samples of a prompt: two forwards, without gradients."""
     network = cast(nn.Module, next(iter(parts.networks.values())))  # a denoiser under its engine
     text = parts.encoder.groups((prompt,), 2)
-    x = NamedNoise([(config.run.seed, Purpose.SAMPLER_CHECK, i) for i in range(2)]).start(
-        parts.sample_shape, parts.device
-    )
+    names: list[tuple[int, ...]] = [(config.run.seed, Purpose.SAMPLER_CHECK, i) for i in range(2)]
+    x = NamedNoise(names).start(parts.sample_shape, parts.device)
     prox = operator(network, parts.encoder, config.sampler.guidance_scale)
 
     def sampled(z: Tensor, t: float, lam: float) -> Tensor:
@@ -86,12 +81,11 @@ def _taken(step: Step, x: Tensor, ask: Ask) -> Tensor:
 
 
 def accept(found: float, config: Config) -> None:
-    """Raises LimitError where ``deviation`` found more than guards.sampler_tolerance."""
+    """Raises AlgorithmStopped where ``deviation`` found more than guards.sampler_tolerance."""
     if not found <= config.guards.sampler_tolerance:
-        raise LimitError(
+        raise AlgorithmStopped(
             f"before the first update a noise-free step of sampler {config.sampler.name!r} is off the deterministic "
             f"sampler's by {found:.2e} of its size (guards.sampler_tolerance = {config.guards.sampler_tolerance:g}): "
-            "the network computes something else in training than in sampling. Take dropout, and whatever else differs "
-            "between training and evaluation, out of the network (model.init), check that its weights are finite, set "
-            "model.compile=false and model.precision=float32 to rule out rounding, or raise the tolerance"
+            "the network computes something else in training than in sampling. Take dropout out of it (model.init), "
+            "check that its weights are finite, and set model.compile=false and model.precision=float32"
         )

@@ -18,11 +18,8 @@ _PER_STEP = "ratio/first_max/"
 class Mismatch:
     """Rollout and learner disagree: before the first update, on samples of the same weights, some ratio is not 1.
 
-    The message comes once, and again after a time without disagreement.
-
-    Args:
-        tolerance: of |log-ratio|.
-        key: the config key of the tolerance, for the message.
+    The message comes once, and again after a time without disagreement. ``tolerance`` is of |log-ratio|, ``key`` its
+    config key.
     """
 
     def __init__(self, tolerance: float, key: str):
@@ -34,17 +31,13 @@ class Mismatch:
         if not found:
             return None
         index = max(found, key=lambda name: found[name])
-        if found[index] <= self.tolerance:
-            self.reported = False
+        reported, self.reported = self.reported, not found[index] <= self.tolerance
+        if reported or not self.reported:
             return None
-        if self.reported:
-            return None
-        self.reported = True
         return (
             f"iteration {iteration}: rollout and learner disagree before the first update, most at sampling step "
-            f"{index}, by {found[index]:.2e} in the log-ratio ({self.key} = {self.tolerance:.0e}), though the samples "
-            "are of the same weights: check whether a rollout actor was restarted on another kind of chip, and set "
-            "model.precision=float32 to rule out rounding"
+            f"{index}, by {found[index]:.2e} in the log-ratio ({self.key} = {self.tolerance:.0e}): check whether a "
+            "rollout actor was restarted on another kind of chip, and set model.precision=float32 to rule out rounding"
         )
 
 
@@ -119,9 +112,9 @@ class TrainingWarnings:
 
     def __init__(self, settings: Guards, algorithm: Algorithm):
         self.settings, key = settings, algorithm.ratio_tolerance
-        self.mismatch = (
-            Mismatch(getattr(algorithm.settings, key), f"{algorithm.config.section}.{key}") if key is not None else None
-        )
+        self.mismatch: Mismatch | None = None
+        if key is not None:
+            self.mismatch = Mismatch(getattr(algorithm.settings, key), f"{algorithm.config.section}.{key}")
         self.flat = FlatGroups(settings.flat_iterations, algorithm.spread)
         self.falling = FallingReward(settings.falling_window, algorithm.hold_back)
 

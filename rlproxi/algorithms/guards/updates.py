@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from ...config.guards import Guards
 from ..base import AlgorithmStopped
 
-_REMEDY = (
-    "set model.precision=float32 to see whether rounding is the cause, and look at the data and the rewards of that "
-    "step"
-)
+_REMEDY = "set model.precision=float32 to rule out rounding, and look at the data and the rewards of that step"
 
 
 class GoBack(Exception):
@@ -93,9 +90,7 @@ class UpdateGuard:
             )
         spoilt = network not in self.trained
         if spoilt and self.at_start:
-            raise AlgorithmStopped(
-                f"{message}. Not one update of it was made, so {self.lr_key} is not the cause: {_REMEDY}"
-            )
+            raise AlgorithmStopped(f"{message}. No update of it was made, so {self.lr_key} is not the cause: {_REMEDY}")
         if self.rollbacks >= s.max_rollbacks:
             raise AlgorithmStopped(
                 f"{message}. Training went back {self.rollbacks} times (guards.max_rollbacks), with {self.lr_key} "

@@ -1,4 +1,9 @@
 from rlproxi.algorithms.guards.over_optimisation import Evaluated, OverOptimisation
+from rlproxi.config.loading import build_config
+
+
+def made(**settings) -> OverOptimisation:
+    return OverOptimisation(build_config({"evaluate": {"alarm_drift": None, "alarm_sameness": None, **settings}}))
 
 
 def feed(guard: OverOptimisation, *rows: tuple[float, float]):
@@ -7,13 +12,13 @@ def feed(guard: OverOptimisation, *rows: tuple[float, float]):
 
 
 def test_progress_is_silent_and_the_last_is_the_best():
-    guard = OverOptimisation()
+    guard = made()
     assert feed(guard, (0.5, 0.5), (0.6, 0.55), (0.7, 0.6)) == [None] * 3
     assert guard.best.iteration == 20 and not guard.should_stop
 
 
 def test_reward_up_and_judge_down_is_the_alarm():
-    guard = OverOptimisation()
+    guard = made()
     said = feed(guard, (0.5, 0.5), (0.6, 0.6), (0.7, 0.5))
     assert said[:2] == [None, None]
     assert said[2].startswith("over-optimisation: the held-out reward fell from 0.600 at iteration 10 to 0.500 at 20")
@@ -22,17 +27,17 @@ def test_reward_up_and_judge_down_is_the_alarm():
 
 def test_a_fall_within_the_noise_is_no_alarm():
     # 2 standard errors of a difference of two means with 0.01 each: 0.0283.
-    assert feed(OverOptimisation(), (0.5, 0.6), (0.6, 0.573))[1] is None
-    assert feed(OverOptimisation(), (0.5, 0.6), (0.6, 0.570))[1] is not None
-    assert feed(OverOptimisation(sigmas=3), (0.5, 0.6), (0.6, 0.570))[1] is None
+    assert feed(made(), (0.5, 0.6), (0.6, 0.573))[1] is None
+    assert feed(made(), (0.5, 0.6), (0.6, 0.570))[1] is not None
+    assert feed(made(alarm_sigmas=3), (0.5, 0.6), (0.6, 0.570))[1] is None
 
 
 def test_both_down_is_a_collapse():
-    assert feed(OverOptimisation(), (0.6, 0.6), (0.4, 0.4))[1].startswith("collapse: ")
+    assert feed(made(), (0.6, 0.6), (0.4, 0.4))[1].startswith("collapse: ")
 
 
 def test_patience_counts_evaluations_in_a_row():
-    guard = OverOptimisation(patience=2)
+    guard = made(patience=2)
     feed(guard, (0.5, 0.6), (0.6, 0.5))
     assert not guard.should_stop
     guard.see(Evaluated(20, 0.6, 0.595, 0.01))  # within the noise again: the count begins anew
@@ -40,17 +45,17 @@ def test_patience_counts_evaluations_in_a_row():
     assert not guard.should_stop
     guard.see(Evaluated(40, 0.7, 0.5, 0.01))
     assert guard.should_stop and guard.best.iteration == 0
-    assert not OverOptimisation(patience=None).should_stop
+    assert not made(patience=None).should_stop
 
 
 def test_seeing_the_same_evaluation_again_changes_nothing():
-    guard = OverOptimisation(patience=1)
+    guard = made(patience=1)
     feed(guard, (0.5, 0.6))
     assert guard.see(Evaluated(0, 0.5, 0.6, 0.01)) is None and not guard.should_stop
 
 
 def test_leaving_the_data_is_told_though_the_judge_is_pleased():
-    guard = OverOptimisation(drift=1.5)
+    guard = made(alarm_drift=1.5)
     said = [
         guard.see(Evaluated(10 * i, reward, reward, 0.01, distance))
         for i, (reward, distance) in enumerate([(0.5, 0.9), (0.6, 0.2), (0.7, 0.29), (0.9, 0.31), (0.95, None)])
@@ -61,17 +66,17 @@ def test_leaving_the_data_is_told_though_the_judge_is_pleased():
         "reward is 0.900"
     )
     assert guard.best.iteration == 40 and guard.below == 0
-    assert OverOptimisation().see(Evaluated(0, 1, 1, 0.1, 5.0)) is None
+    assert made().see(Evaluated(0, 1, 1, 0.1, 5.0)) is None
 
 
 def test_a_fallen_judge_is_told_before_the_distance():
-    guard = OverOptimisation(drift=1.5)
+    guard = made(alarm_drift=1.5)
     guard.see(Evaluated(0, 0.5, 0.6, 0.01, 0.1))
     assert guard.see(Evaluated(10, 0.6, 0.4, 0.01, 0.9)).startswith("over-optimisation: ")
 
 
 def test_samples_that_become_alike_are_told_though_the_judge_is_pleased():
-    guard = OverOptimisation(drift=1.5, sameness=0.65)
+    guard = made(alarm_drift=1.5, alarm_sameness=0.65)
     said = [
         guard.see(Evaluated(10 * i, reward, reward, 0.01, distance, diversity))
         for i, (reward, distance, diversity) in enumerate(
@@ -87,8 +92,8 @@ def test_samples_that_become_alike_are_told_though_the_judge_is_pleased():
     ]
     assert said[:3] == [None, None, None] and said[4] is None
     assert said[3].startswith(
-        "sameness: the diversity of a prompt's samples fell from 0.140 at iteration 10 to 0.090 at 30, while "
+        "sameness: the diversity of a prompt's samples went from 0.140 at iteration 10 to 0.090 at 30, while "
         "the held-out reward is 0.800"
     )
     assert said[5].startswith("drift: ")  # one of them is told
-    assert OverOptimisation().see(Evaluated(0, 1, 1, 0.1, 5.0, 0.0)) is None
+    assert made().see(Evaluated(0, 1, 1, 0.1, 5.0, 0.0)) is None

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fixtures.generators import Encoder
-from rlproxi.algorithms.guards.sampler_limit import LimitError, accept, check, deviation
+from rlproxi.algorithms.base import AlgorithmStopped
+from rlproxi.algorithms.guards.sampler_limit import accept, check, deviation
 from rlproxi.config.loading import build_config
 from rlproxi.proximal.samplers import KINDS
 
@@ -77,7 +78,7 @@ def test_another_network_another_lam_and_nan_are_found(spoil, least):
     found = deviation(c, torch.randn(2, 3, 4, 4), spoil, prox)
     assert found >= least
     with pytest.raises(
-        LimitError,
+        AlgorithmStopped,
         match=r"a noise-free step of sampler 'hybrid' is off .* \(guards.sampler_tolerance = 0.01\)"
         ".*dropout.*model.compile=false",
     ):
@@ -109,7 +110,7 @@ def test_dropout_in_training_is_what_it_is_for(dropout):
     found = check(c, parts, "a face")
     assert network.dropout.training and not network.layer.training, "as it was"
     if dropout:
-        with pytest.raises(LimitError):
+        with pytest.raises(AlgorithmStopped):
             accept(found, c)
     else:
         assert found < 1e-6

@@ -78,7 +78,7 @@ def test_the_advice_is_the_algorithms(algorithm, advice):
     rewards = [1.0] * 5 + [0.0] * 10
     (message,) = [words for i, r in enumerate(rewards) for words in seen.see(i, {"reward/mean": r}, 4, fresh=True)]
     assert advice in message
-    guard = OverOptimisation.of(build_config({"run": {"algorithm": algorithm}}))
+    guard = OverOptimisation(build_config({"run": {"algorithm": algorithm}}))
     guard.see(Evaluated(0, 0.5, 0.6, 0.01))
     assert guard.see(Evaluated(10, 0.6, 0.5, 0.01)).endswith(advice)
 

@@ -67,7 +67,7 @@ def test_the_very_first_updates_are_no_matter_of_the_learning_rate():
     seen.begun(at_start=True)
     with pytest.raises(
         AlgorithmStopped,
-        match="Not one update of it was made, so rl.lr is not the cause: set model.precision=float32",
+        match="No update of it was made, so rl.lr is not the cause: set model.precision=float32",
     ):
         seen.skipped(1, "policy", WHY)
 
