@@ -91,9 +91,8 @@ class Loop:
         """
         async with self.changed:
             await self.changed.wait_for(lambda: self._has_answer(iteration))
-            if iteration not in self.answers:
-                self.answers[iteration] = self._answer(iteration)
-            answer = self.answers[iteration]
+            answer = self.answers.get(iteration) or self._answer(iteration)
+            self.answers[iteration] = answer
         if not (isinstance(answer, Ready) and answer.chains):
             return answer
         # If each rank got all chains, the conductor would serialise the square of their number (docs/scaling.md).

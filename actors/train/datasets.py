@@ -44,8 +44,7 @@ def portraits(config: Config, start: int, rank: int) -> ray.data.Dataset:
 
     count = (p.steps - start) * share
     dataset = ray.data.range(count, override_num_blocks=max(1, count // 512)).map_batches(draw, batch_size=None)
-    # Drawn before training begins: portraits are small (3 kB) and quick (0.5 ms), while a Data executor that
-    # streams beside each rank held its interpreter lock and took three quarters of its speed.
+    # Drawn before training begins: a Data executor that streams beside a rank takes three quarters of its speed.
     return _in_order(dataset).materialize()
 
 

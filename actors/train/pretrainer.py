@@ -58,10 +58,8 @@ class Pretrainer(Rank):
     def begin(self, start: int) -> None:
         """Opens the data at step ``start``. Raises RuntimeError where they begin later."""
         if start < self.earliest:
-            raise RuntimeError(
-                f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
-                f"{self.earliest}: resume the run (--resume {self.run_dir})"
-            )
+            begin = f"the newest usable checkpoint is of step {start}, the job's data begin at step {self.earliest}"
+            raise RuntimeError(f"{begin}: resume the run (--resume {self.run_dir})")
         # After a rollback: what was not logged yet did not happen, but was skipped all the same.
         self.unlogged += int(self._skipped())
         self.since, self.window = time.time(), []

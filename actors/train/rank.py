@@ -220,7 +220,7 @@ class Rank(ABC):
         return start
 
     def or_stop(self, work: Callable[[], None]) -> bool:
-        """Does ``work``; False where it failed as it would after a restart: the run stops with its words."""
+        """Does ``work``; False where it failed as it would after a restart: the run stops with its message."""
         try:
             work()
             return True

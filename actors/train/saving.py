@@ -112,9 +112,8 @@ class Checkpointer:
         remedy = "free space there, or set learner.keep_checkpoints=1"
         words = f"{self.stage}: no checkpoint of step {step}: {failed}; {checkpoints.space(self.root)}"
         if self.unwritten >= most:
-            raise AlgorithmStopped(
-                f"{words}. {most} checkpoints in a row could not be written: {remedy}, then --resume"
-            )
+            words += f". {most} checkpoints in a row could not be written"
+            raise AlgorithmStopped(f"{words}: {remedy}, then --resume")
         if self.place.rank == 0:
             going = f"Training goes on, failure {self.unwritten} of {most} in a row; next attempt in {self.every} steps"
             self.run_log.announce.remote("warning", f"{words}. {going}: {remedy}")

@@ -37,7 +37,7 @@ class StartModel:
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Writes a model folder: this model with ``weights``, its trained parameters by name, in their place."""
-        # Loaded anew, because the engine's is wrapped, perhaps sharded, and perhaps in another dtype.
+        # Loaded anew: the engine's is wrapped, perhaps sharded, and perhaps in another dtype.
         denoiser = training_form(self.folder, self.config, self.stage)
         with torch.no_grad():
             for key, p in trainable(denoiser).items():
