@@ -22,8 +22,7 @@ from .rollout_actor import RolloutActor
 from .stops import Cause
 
 
-# Every rank of the learner waits in a call of its own. The first rank's commit must get through meanwhile: without it
-# the next batch never comes.
+# Every rank of the learner waits in a call of its own, and the first rank's commit must get through meanwhile.
 @ray.remote(num_cpus=0, max_concurrency=100_000)  # type: ignore[call-overload]  # Ray's stubs lack max_concurrency
 class Conductor:
     """Ray's side of the loop. Starts loading the rollout actors' models at once; ``connect`` makes the rest."""
@@ -33,10 +32,8 @@ class Conductor:
         self.loop: Loop | None = None  # made by ``connect``, where the run has a stage rl
         # To a type checker it is still a plain class: it does not see what ray.remote makes of it.
         actor: Any = RolloutActor
-        actors = [
-            actor.options(**actor_options(config, "rollout")).remote(config, model_folder)
-            for _ in range(config.resources.rollout_actors)
-        ]
+        count, options = config.resources.rollout_actors, actor_options(config, "rollout")
+        actors = [actor.options(**options).remote(config, model_folder) for _ in range(count)]
         self.pool = RolloutPool(actors, store, log, Diary(), config.faults.hang_timeout_s)
 
     async def connect(self, apps: dict[str, str]) -> int:
@@ -44,13 +41,10 @@ class Conductor:
         the model; returns the number of these actors."""
         config, pool = self.config, self.pool
         client = RewardClient(config.rewards, apps, pool.diary)
-        self.evaluator = Evaluator(config, self.run_dir, self.log, client, pool.sample, pool.save, pool.diary)
+        self.evaluator = Evaluator(config, self.run_dir, self.log, client, pool)
         if "rl" in config.run.stages:
             algorithm = build_algorithm(config)
-
-            def lost() -> int:
-                return pool.lost + len(client.lost)
-
+            lost = lambda: pool.lost + len(client.lost)  # noqa: E731
             observer = Observer(config, self.run_dir, self.log, pool.diary, lost, algorithm.needs_rollouts)
             self.loop = Loop(config, algorithm, pool, client, self.log, self.evaluator, observer)
         await log_provenance([*config.rewards.train, *config.rewards.heldout], client, self.log)

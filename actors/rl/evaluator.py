@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,37 +17,20 @@ from rlproxi.evaluation import heldout
 from rlproxi.evaluation.reference import Comparison
 from rlproxi.rewards import RewardError
 from rlproxi.run_directory import RunDirectory
-from rlproxi.telemetry.timeline import Diary
 
 from ..rewards.service import RewardClient
-from .messages import Sampled
+from .pool import RolloutPool
 
 
 class Evaluator:
     """Samples, scores and writes evaluations, and looks for over-optimisation in them.
 
-    ``guard`` has seen the newest evaluation, and before it those of earlier iterations in the run directory. Each
-    evaluation makes a new one, so that a resumed run decides as an unbroken one does.
-
-    Args:
-        sample: (request, version) -> samples; called for many requests at once.
-        save: (version, folder) -> None; writes the model with the weights of that version.
-        diary: takes the spans of evaluations.
+    Each evaluation makes a new ``guard`` from those in the run directory: a resumed run decides as an unbroken one.
+    ``pool`` samples, for many requests at once, writes the best model, and takes the spans of evaluations.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        run_dir: Path,
-        log: Any,
-        client: RewardClient,
-        sample: Callable[[SampleRequest, int], Awaitable[Sampled]],
-        save: Callable[[int, str], Awaitable[None]],
-        diary: Diary | None = None,
-    ):
-        self.diary = diary or Diary()
-        self.config, self.run_dir, self.log, self.client = config, run_dir, log, client
-        self.sample, self.save = sample, save
+    def __init__(self, config: Config, run_dir: Path, log: Any, client: RewardClient, pool: RolloutPool):
+        self.config, self.run_dir, self.log, self.client, self.pool = config, run_dir, log, client, pool
         self.scorers = [r.name for r in [*config.rewards.train, *config.rewards.heldout]]
         self.judges = [r.name for r in config.rewards.heldout]
         self.comparison = Comparison(config)
@@ -61,17 +43,15 @@ class Evaluator:
         best = self.guard.best
         if best is None or not self.guard.should_stop:
             return None
-        return (
-            f"RL ends early: {self.guard.below} evaluations in a row far below iteration {best.iteration} "
-            "(evaluate.patience)"
-        )
+        below = f"{self.guard.below} evaluations in a row far below iteration {best.iteration}"
+        return f"RL ends early: {below} (evaluate.patience)"
 
     async def evaluate(self, tag: str, step_counts: list[int], version: int, guidance_scale: float = 1.0) -> dict:
         """Evaluate the weights of ``version`` on the held-out prompts, at each number of sampler steps.
 
         Returns what it writes to ``evaluation/<tag>.json`` (see ``rlproxi.evaluation.heldout``).
         """
-        with self.diary.span("evaluation", 0, "evaluate"):
+        with self.pool.diary.span("evaluation", 0, "evaluate"):
             samples = self.config.evaluate.samples
             indices, prompts = heldout_prompts(self.config)
             names = tuple(prompts), tuple(indices)
@@ -97,9 +77,8 @@ class Evaluator:
                 pictures[count] = images
                 judged[count] = scores[self.judges[0] if self.judges else self.scorers[0]]
                 correct[count] = details[self.judges[0]] if self.judges else {}
-                self.log.append.remote(
-                    "evaluation", {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
-                )
+                record = {"stage": "rl", "tag": tag, "step": version, "steps": count, **entry}
+                self.log.append.remote("evaluation", record)
             if self.comparison.data:
                 result["data"] = self.comparison.data
             # The best model first: once the file of an evaluation exists, its best model is saved too.
@@ -108,19 +87,17 @@ class Evaluator:
             return result
 
     async def _images(self, whole: SampleRequest, version: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 [P * S, H, W, 3], and which are finite, bool [P * S]. Micro-batches are about as large as in
-        training."""
+        """Images uint8 [P * S, H, W, 3], and which are finite, bool [P * S]; in requests as large as in training."""
         rl = self.config.rl
         rows = rl.prompts_per_step // rl.micro_batches * rl.group_size
         requests = split_request(whole, max(1, rows // whole.group_size))
-        pieces = await asyncio.gather(*(self.sample(request, version) for request in requests))
+        pieces = await asyncio.gather(*(self.pool.sample(request, version) for request in requests))
         finite = np.concatenate([piece.finite for piece in pieces])
         if not finite.all():
-            message = (
+            self.log.warn.remote(
                 f"evaluation: {int((~finite).sum())} of {len(finite)} samples of {whole.num_steps} steps count as "
                 "missing, because they are NaN or Inf"
             )
-            self.log.append.remote("warning", {"message": message})
         return np.concatenate([piece.images for piece in pieces]), finite
 
     async def _judge(self, images: np.ndarray, finite: np.ndarray, prompts: list[str]) -> tuple[dict, dict]:
@@ -149,7 +126,7 @@ class Evaluator:
         try:
             return await self.client.score(name, images, prompt)
         except RewardError as error:
-            self.log.append.remote("warning", {"message": f"evaluation: {prompt!r} has no score: {error}"})
+            self.log.warn.remote(f"evaluation: {prompt!r} has no score: {error}")
             return np.full(len(images), np.nan, np.float32)
 
     async def _details(self, name: str, images: np.ndarray, prompt: str) -> dict[str, np.ndarray]:
@@ -177,9 +154,8 @@ class Evaluator:
         alarm = self.guard.see(now)
         best = self.guard.best
         if alarm and best is not None:
-            self.log.append.remote(
-                "alarm", {"stage": "rl", "step": now.iteration, "message": alarm, "best": best.iteration}
-            )
-        if self.guard.best is now and now.iteration > 0:
-            await self.save(now.iteration, str(RunDirectory(self.run_dir).best))
+            fields = {"stage": "rl", "step": now.iteration, "message": alarm, "best": best.iteration}
+            self.log.append.remote("alarm", fields)
+        if best is now and now.iteration > 0:
+            await self.pool.save(now.iteration, str(RunDirectory(self.run_dir).best))
             self.log.append.remote("best", {"stage": "rl", "step": now.iteration, "heldout": now.heldout})

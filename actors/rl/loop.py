@@ -1,8 +1,7 @@
 """The loop of the stage rl: it dispatches iterations, has them sampled and scored, and hands them to the learner.
 
-One loop serves every staleness bound. It dispatches iteration i once the bound allows the newest weights to sample it,
-scores it group by group, and hands it to the learner as a whole. The loop itself needs no Ray, only objects that answer
-as the other roles do.
+It dispatches iteration i once the staleness bound allows the newest weights to sample it, scores it group by group, and
+hands it to the learner as a whole. It needs no Ray, only objects that answer as the other roles do.
 """
 
 from __future__ import annotations
@@ -29,17 +28,14 @@ from .evaluator import Evaluator
 from .messages import Answer, Dispatched, Ended, Leave, Lost, Ready, Sampled, Scored, Stopped, Trained
 from .observer import Observer
 from .pool import RolloutPool
-from .staleness import Ledger, StalenessPolicy, Stamp
+from .staleness import Ledger, Stamp
 from .stops import Cause
 
 
 class Loop:
     """Runs rollouts and rewards ahead of the learner, as far as staleness and bytes allow.
 
-    Args:
-        pool: samples (``sample``), and forgets the learner before (``begin``). client: scores (``total``,
-            ``provenance``). log: handle of the run-log actor. evaluator: ``evaluate``,
-            ``early_end``. observer: None where the run keeps no timeline, galleries or idle shares.
+    ``pool`` samples, ``client`` scores; ``log`` is the handle of the run-log actor.
     """
 
     def __init__(
@@ -50,17 +46,14 @@ class Loop:
         client: RewardClient,
         log: Any,
         evaluator: Evaluator,
-        observer: Observer | None = None,
+        observer: Observer,
     ):
         self.config, self.algorithm, self.pool, self.client = config, algorithm, pool, client
         self.log, self.evaluator, self.observer = log, evaluator, observer
         # Where the learner samples, it does so with its newest weights.
         bound = config.rl.max_staleness if algorithm.needs_rollouts else 0
-        self.ledger = Ledger(
-            StalenessPolicy(bound),
-            config.rl.max_bytes_in_flight,
-            config.rl.micro_batches * algorithm.bytes_per_micro_batch(),
-        )
+        size = config.rl.micro_batches * algorithm.bytes_per_micro_batch()
+        self.ledger = Ledger(bound, config.rl.max_bytes_in_flight, size)
         self.changed = asyncio.Condition()
         self.begun: int | None = None  # the iteration that the learner started from
         self.ready: dict[int, dict[int, Dispatched]] = {}  # iteration -> number of a micro-batch -> micro-batch
@@ -72,48 +65,37 @@ class Loop:
         self.tasks: set[asyncio.Task] = set()
         self.last_commit = time.time()
 
-    @property
-    def version(self) -> int:
-        """The version of the newest weights."""
-        return self.ledger.version
-
     # -- the learner's side ---------------------------------------------------------------
 
     async def begin(self, iteration: int) -> int:
-        """The learner starts (again) at ``iteration``, and has published that version's weights.
+        """The learner starts at ``iteration``, with that version published; returns the number of its attempt.
 
-        Drops all that is in flight: names make the same groups again. Returns the number of the learner's attempt.
+        Drops all that is in flight: names make the same groups again.
         """
         self._drop_tasks()
         self.ready.clear()
         self.answers.clear()
-        self.end = None
-        self.begun = iteration
+        self.end, self.begun = None, iteration
         attempt = self.ledger.begin(iteration)
         self.pool.begin()
-        if self.observer is not None:
-            self.observer.begun()
+        self.observer.begun()
         self.last_commit = time.time()
         self.log.append.remote("resume", {"stage": "rl", "step": iteration})
-        self._start(self._dispatch(iteration))
+        self._start(self._dispatch, iteration)
         return attempt
 
     async def next_batch(self, iteration: int, rank: int = 0, world: int = 1) -> Answer:
         """What ``rank`` of ``world`` is to do: train on the batch of ``iteration``, once all of it is scored, or end.
 
-        Every rank gets the same answer for an iteration, whatever happens between their calls. Ranks with different
-        answers would wait for each other in a collective for ever.
+        Every rank gets the same answer for an iteration: else they would wait for each other in a collective for ever.
         """
         async with self.changed:
             await self.changed.wait_for(lambda: self._has_answer(iteration))
-            if iteration not in self.answers:
-                self.answers[iteration] = self._answer(iteration)
-            answer = self.answers[iteration]
-        return self._share(answer, rank, world) if isinstance(answer, Ready) and answer.chains else answer
-
-    def _share(self, answer: Ready, rank: int, world: int) -> Ready:
-        """One rank's part. If each rank got all chains, the conductor would serialise, and count references to, the
-        square of their number (docs/scaling.md)."""
+            answer = self.answers.get(iteration) or self._answer(iteration)
+            self.answers[iteration] = answer
+        if not (isinstance(answer, Ready) and answer.chains):
+            return answer
+        # If each rank got all chains, the conductor would serialise the square of their number (docs/scaling.md).
         updates, count = self.config.rl.updates_per_step, self.config.rl.micro_batches
         mine = [j for update in range(updates) for j in share(count, updates, world, update, rank)]
         return replace(answer, chains={j: answer.chains[j] for j in mine})
@@ -157,15 +139,14 @@ class Loop:
         return Ready(pickled, versions, rewards, chains, refused)
 
     async def commit(self, trained: Trained) -> None:
-        """Take an iteration as done, once the weights of the next version are published.
+        """Take an iteration as done, once the next version is published; returns when its record is in the log.
 
-        Returns when its record is in the log. Raises RuntimeError where it is another iteration's turn, or where the
-        learner that sends it was replaced.
+        Raises RuntimeError where it is another iteration's turn, or where the learner that sends it was replaced.
         """
         iteration = trained.iteration
         if not isinstance(self.answers.get(iteration), Ready):
             raise RuntimeError(f"iteration {iteration} is committed, and no learner of this attempt was given it")
-        in_flight = self.ledger.budget.used
+        in_flight = self.ledger.used
         self.ledger.commit(iteration, trained.attempt)
         done = self.ready.pop(iteration)
         self.answers.pop(iteration)  # every rank has trained on it, so none will ask
@@ -190,10 +171,9 @@ class Loop:
             **(rollout_metrics(scored, in_flight) if scored else {}),
             "seconds/step": now - self.last_commit,
             "images_per_second": images / max(now - self.last_commit, 1e-9),
+            **self.observer.committed(trained, self.last_commit, now, images),
         }
-        if self.observer is not None:
-            record |= self.observer.committed(trained, self.last_commit, now, images)
-            self.observer.show(iteration, scored)
+        self.observer.show(iteration, scored)
         self.last_commit = now
         return self.log.append.remote("metrics", record)
 
@@ -217,8 +197,7 @@ class Loop:
     async def close(self) -> None:
         """Drop what is in flight, and wait until all is written."""
         self._drop_tasks()
-        if self.observer is not None:
-            await self.observer.close()
+        await self.observer.close()
 
     # -- rollouts and rewards -------------------------------------------------------------
 
@@ -227,15 +206,15 @@ class Loop:
             task.cancel()
         self.tasks.clear()
 
-    def _start(self, work: Coroutine) -> None:
-        task = asyncio.create_task(self._or_stop(work, self.ledger.attempt))
+    def _start(self, work: Callable[..., Coroutine], *arguments: Any) -> None:
+        task = asyncio.create_task(self._or_stop(self.ledger.attempt, work, *arguments))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def _or_stop(self, work: Coroutine, attempt: int) -> None:
-        """Turns a fault of the loop into a stop with its words, instead of a learner that waits for ever."""
+    async def _or_stop(self, attempt: int, work: Callable[..., Coroutine], *arguments: Any) -> None:
+        """Turns a fault of the loop into a stop with its message, instead of a learner that waits for ever."""
         try:
-            await work
+            await work(*arguments)  # called here: a task that is cancelled before it begins leaves no coroutine behind
         except Exception as error:
             if attempt != self.ledger.attempt:
                 return  # an error of work that was dropped
@@ -259,7 +238,7 @@ class Loop:
                 return
             if every and iteration % every == 0 and iteration > 0:
                 steps = [self.config.sampler.num_inference_steps]
-                await self.evaluator.evaluate(f"step-{iteration:06d}", steps, self.version)
+                await self.evaluator.evaluate(f"step-{iteration:06d}", steps, self.ledger.version)
                 reason = self.evaluator.early_end
                 if reason is not None:
                     return await self.end_before(iteration, reason)
@@ -268,7 +247,7 @@ class Loop:
             stamp = self.ledger.dispatch()
             for j, request in enumerate(self.algorithm.requests(iteration)):
                 if self.algorithm.needs_rollouts:
-                    self._start(self._produce(j, request, stamp))
+                    self._start(self._produce, j, request, stamp)
                 else:
                     await self.hand_over(j, Dispatched(request, stamp))
 
@@ -283,7 +262,7 @@ class Loop:
         sampled = await self.pool.sample(request, stamp.version)
         begun = time.time()
         rewards, parts = await self._score(sampled, request)
-        shown = self.observer.keep(stamp.iteration, j, request, sampled.images) if self.observer is not None else None
+        shown = self.observer.keep(stamp.iteration, j, request, sampled.images)
         broken = int((~sampled.finite).sum())
         seconds = sampled.seconds, time.time() - begun
         await self.hand_over(j, Scored(request, stamp, sampled.chain, rewards, parts, *seconds, broken, shown))
@@ -313,11 +292,10 @@ class Loop:
         broken = broken.reshape(rewards.shape)
         if self.config.rewards.on_failure != "mask_sample":
             broken = np.broadcast_to(broken.any(1, keepdims=True), rewards.shape)
-        message = (
+        self.log.warn.remote(
             f"{int(broken.sum())} samples of step {request.step} count as missing, because some of a group's are NaN "
             "or Inf: lower the learning rate or sampler.guidance_scale, or set model.precision=float32"
         )
-        self.log.append.remote("warning", {"message": message})
         return np.where(broken, np.float32("nan"), rewards)
 
     async def _total(self, images: np.ndarray, prompt: str, step: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -325,8 +303,7 @@ class Loop:
         try:
             return await self.client.total(images, prompt)
         except RewardError as error:
-            message = f"group {prompt!r} of step {step} has no score: {error}"
-            self.log.append.remote("warning", {"message": message})
+            self.log.warn.remote(f"group {prompt!r} of step {step} has no score: {error}")
             if self.config.rewards.on_failure == "stop":
                 await self.stop(f"{error} (rewards.on_failure = stop)")
             missing = np.full(len(images), np.nan, np.float32)
@@ -335,11 +312,9 @@ class Loop:
 
 def rollout_metrics(scored: Sequence[Scored], in_flight: int) -> dict[str, float]:
     """Metrics of an iteration's rollouts. ``in_flight``: bytes, before the iteration's were given back."""
-    parts = {
-        f"reward/{name}": mean_present(np.concatenate([e.parts[name] for e in scored])) for name in scored[0].parts
-    }
+    columns = {name: np.concatenate([e.parts[name] for e in scored]) for name in scored[0].parts}
     return {
-        **parts,
+        **{f"reward/{name}": mean_present(column) for name, column in columns.items()},
         "staleness/mean": float(np.mean([e.stamp.iteration - e.stamp.version for e in scored])),
         "groups": sum(len(e.request.prompts) for e in scored),
         "seconds/rollout": sum(e.rollout_seconds for e in scored),
@@ -355,5 +330,4 @@ async def log_provenance(rewards: Sequence[Reward], client: RewardClient, log: A
             facts = await client.provenance(reward.name)
             log.append.remote("reward", {"name": reward.name, "scorer": reward.kind, **facts})
         except RewardError as error:  # the report lacks a line: no reason to end a run
-            message = f"reward {reward.name!r} does not say where its scores come from: {error}"
-            log.append.remote("warning", {"message": message})
+            log.warn.remote(f"reward {reward.name!r} does not say where its scores come from: {error}")

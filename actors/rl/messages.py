@@ -19,15 +19,13 @@ if TYPE_CHECKING:
     from rlproxi.algorithms.requests import SampleRequest
     from rlproxi.telemetry.timeline import Span
 
-# -- weights and samples ------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class WeightsVersion:
-    """Where the weights of one version are.
+    """Where the weights of one version are: a reference to a flat float32 array.
 
-    ``publication`` counts the publications of the store. A restarted learner publishes a version again, and its weights
-    need not be the same to the bit: the number tells the two apart. ``weights`` refers to a flat float32 array.
+    ``publication`` counts the store's publications: a restarted learner publishes a version again, with weights that
+    need not be the same to the bit.
     """
 
     version: int
@@ -48,10 +46,7 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Sampled(Images):
-    """The pool's answer: the images, a reference to the chain, and the seconds that an actor worked on them.
-
-    The chain's tensors go from the rollout actor to the learner.
-    """
+    """The pool's answer: also a reference to the chain, which the learner fetches, and an actor's seconds of work."""
 
     chain: ObjectRef
     seconds: float
@@ -70,7 +65,7 @@ class Scored(Dispatched):
     """A sampled and scored micro-batch that waits for the learner.
 
     rewards: float32 [P, G], NaN where missing. parts: scorer -> [P, G]. broken: how many samples are NaN or Inf.
-    images: of the groups that go into a gallery, None where none does.
+    images: of the groups that go into a gallery.
     """
 
     chain: ObjectRef
@@ -139,8 +134,7 @@ Answer = Ready | Ended | Stopped | Leave | Lost
 class Trained:
     """The learner has trained on an iteration, and published the weights of version ``iteration + 1``.
 
-    attempt: what ``Loop.begin`` returned to this learner. spans: of its first rank. clock: the rank's unix time when it
-    sent this, because the clocks of two machines differ.
+    attempt: of ``Loop.begin``. spans: of the first rank. clock: its unix time at sending, as machines' clocks differ.
     """
 
     attempt: int

@@ -23,11 +23,8 @@ from .messages import Scored, Trained
 class Observer:
     """Writes ``timeline.jsonl`` and ``samples/`` in a thread of its own. A fault there is one warning in the run log.
 
-    Args:
-        log: the run-log actor; takes the records of galleries and of faults.
-        diary: the spans that pool, rewards and evaluator add.
-        lost: the number of actors and replicas that have died.
-        all_roles: rollout actors and rewards take part in an iteration; else only the learner does.
+    diary: has the spans of pool, rewards and evaluator. lost: returns the number of actors and replicas that died.
+    all_roles: rollout actors and rewards take part in an iteration; else only the learner does.
     """
 
     def __init__(self, config: Config, run_dir: Path, log: Any, diary: Diary, lost: Callable[[], int], all_roles: bool):
@@ -57,8 +54,7 @@ class Observer:
     def committed(self, trained: Trained, begun: float, ended: float, images: int) -> dict[str, float]:
         """Write an iteration's line of the timeline; returns its metrics.
 
-        The iteration lasted from ``begun`` to ``ended`` (unix seconds, this machine's clock) and trained on ``images``.
-        The first rank's spans stand for all ranks, which work in step.
+        It lasted from ``begun`` to ``ended`` (unix seconds, this machine's clock) and trained on ``images`` images.
         """
         for span in trained.spans:
             self.diary.note(span.role, 0, span.phase, ended + (span.start - trained.clock), span.seconds)
@@ -92,8 +88,9 @@ class Observer:
         except Exception as error:
             if not self.warned:
                 self.warned = True
-                message = f"telemetry: timeline or gallery cannot be written: {type(error).__name__}: {error}"
-                self.log.append.remote("warning", {"message": message})
+                self.log.warn.remote(
+                    f"telemetry: timeline or gallery cannot be written: {type(error).__name__}: {error}"
+                )
 
     async def close(self) -> None:
         """Wait until all is written."""
@@ -104,15 +101,9 @@ def _groups(scored: Scored) -> list[gallery.GalleryGroup]:
     """The groups of a micro-batch that its gallery shows."""
     if scored.images is None:
         return []
-    request = scored.request
+    request, groups = scored.request, []
     images = scored.images.reshape(-1, request.group_size, *scored.images.shape[1:])
-    return [
-        gallery.GalleryGroup(
-            request.prompts[i],
-            request.indices[i],
-            images[i],
-            scored.rewards[i],
-            {name: part[i] for name, part in scored.parts.items()},
-        )
-        for i in range(len(images))
-    ]
+    for i, shown in enumerate(images):
+        parts = {name: part[i] for name, part in scored.parts.items()}
+        groups.append(gallery.GalleryGroup(request.prompts[i], request.indices[i], shown, scored.rewards[i], parts))
+    return groups

@@ -15,8 +15,7 @@ from rlproxi.telemetry.timeline import Diary
 
 from .messages import Images, Sampled, WeightsVersion
 
-#: How often in a row Ray may answer that an actor has died, and not that it is away for a while, before the pool gives
-#: the actor up.
+#: How often in a row Ray may answer that an actor has died before the pool gives the actor up.
 _DEAD_FOR_GOOD = 5
 
 
@@ -24,12 +23,10 @@ class RolloutPool:
     """Gives each request to an idle actor, with the weights it asks for. For use inside an asyncio loop.
 
     Ray restarts an actor that dies, and the pool repeats its request on another: names make the same groups again. The
-    pool asks a restarted actor for nothing until it has loaded the model. A call before that fails, which is no second
-    death, or waits for this actor where another is idle.
+    pool asks a restarted actor for nothing until it has loaded the model: a call before that would fail or wait.
 
     Args:
-        actors: handles of ``RolloutActor``. store: handle of the ``WeightStore``. log: takes warnings of lost actors.
-        diary: takes the spans of each actor.
+        actors, store, log: handles. diary: takes the spans of each actor.
         hang_timeout_s: an actor that has worked on a request for so many seconds hangs, and is restarted; None: never.
         look_after_s: seconds between two looks at an actor that is gone: the first, which doubles up to the second.
 
@@ -115,7 +112,7 @@ class RolloutPool:
         """Where a version's weights are; one call to the store serves all who ask at the same time."""
         call = self.fetching.get(version)
         if call is None:
-            call = self.fetching[version] = asyncio.ensure_future(_answer(self.store.get.remote(version)))
+            call = self.fetching[version] = asyncio.ensure_future(self.store.get.remote(version))
             call.add_done_callback(lambda _: self.fetching.get(version) is call and self.fetching.pop(version))
         return await asyncio.shield(call)
 
@@ -134,7 +131,7 @@ class RolloutPool:
             error = None if call.cancelled() else call.exception()
             if isinstance(error, RayActorError):
                 self.lost += 1
-                self._warn(f"rollout actor lost, {what} repeated: {error}")
+                self.log.warn.remote(f"rollout actor lost, {what} repeated: {error}")
                 follow = asyncio.ensure_future(self._look_after(number, actor))
                 self.busy.add(follow)
                 follow.add_done_callback(self.busy.discard)
@@ -148,7 +145,7 @@ class RolloutPool:
 
     def _start_again(self, number: int, actor: Any) -> None:
         """Kill an actor that hangs: its call then fails as if the actor had died."""
-        self._warn(
+        self.log.warn.remote(
             f"rollout actor {number} has not answered for {self.hang_timeout_s:g} s (faults.hang_timeout_s) and is "
             "started again"
         )
@@ -159,7 +156,7 @@ class RolloutPool:
         if await self._loaded(actor):
             return self.idle.put_nowait((number, actor))
         self.left -= 1
-        self._warn(f"rollout actor {number} does not come back; {self.left} left")
+        self.log.warn.remote(f"rollout actor {number} does not come back; {self.left} left")
         if not self.left:
             self.idle.put_nowait(None)
 
@@ -180,10 +177,3 @@ class RolloutPool:
             await asyncio.sleep(pause)
             pause = min(2 * pause, longest)
         return False
-
-    def _warn(self, message: str) -> None:
-        self.log.append.remote("warning", {"message": message})
-
-
-async def _answer(call: Awaitable[Any]) -> Any:
-    return await call

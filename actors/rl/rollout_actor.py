@@ -15,7 +15,7 @@ from .messages import Images
 class RolloutActor:
     """Loads the model folder once; takes new weights when a request names a publication it does not hold.
 
-    Weights come as an argument of their own and not inside a message: Ray fetches them before the call begins.
+    Weights are an argument of their own and not in a message: Ray fetches them before the call begins.
     """
 
     def __init__(self, config: Config, model_folder: str):

@@ -11,12 +11,9 @@ from enum import Enum
 class Cause(str, Enum):
     """What kind of stop it is, which decides what the driver does next (``actors.run.lifecycle``)."""
 
-    #: Nothing can be done: the run ends with the reason.
-    ENDED = ""
-    #: The conductor or the weight store died or hangs: new ones go on from the last checkpoint.
-    LOST = "lost"
-    #: A forward did not fit into memory: the stage goes on with smaller micro-batches.
-    OUT_OF_MEMORY = "out_of_memory"
+    ENDED = ""  #: Nothing can be done: the run ends with the reason.
+    LOST = "lost"  #: The conductor or the weight store died or hangs: new ones go on from the last checkpoint.
+    OUT_OF_MEMORY = "out_of_memory"  #: A forward did not fit: the stage goes on with smaller micro-batches.
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ from .messages import WeightsVersion
 
 @ray.remote(num_cpus=0)
 class WeightStore:
-    """Holds the last ``keep`` versions as flat float32 arrays in the object store.
-
-    The store itself puts them there: an object dies with its owner, and the learner may die.
-    """
+    """Holds the last ``keep`` versions in the object store, put there by itself: an object dies with its owner."""
 
     def __init__(self, keep: int = 2):
         self.keep = keep
@@ -23,8 +20,7 @@ class WeightStore:
     def publish(self, version: int, flat: np.ndarray) -> int:
         """Take the weights of ``version``, flat float32; returns their size in bytes.
 
-        A restarted learner publishes an earlier version than the newest. The later ones come from the learner before it
-        and are dropped: the store would keep them as the newest, and drop the one that is needed.
+        Later versions come from a learner before a restart, and are dropped: they would push out what is needed.
         """
         self.published += 1
         self.held = {old: kept for old, kept in self.held.items() if version - self.keep < old < version}

@@ -40,6 +40,10 @@ class RunLogWriter:
             self.newest[fields["stage"]] = fields
         self.exporters.tell(event, fields)
 
+    def warn(self, message: str) -> None:
+        """Logs a warning."""
+        self.append("warning", {"message": message})
+
     def announce(self, event: str, message: str) -> None:
         """Logs a note or a warning that the driver also prints."""
         self.announced.append((event, message))

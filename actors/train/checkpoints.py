@@ -20,7 +20,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from rlproxi import files
-from rlproxi.run_directory import RunDirectory
 
 MARK = "complete.json"
 #: What a full or failing disk raises; safetensors has an exception of its own for its writes.
@@ -33,10 +32,10 @@ Seal = list[int | str]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint.
+    """A complete checkpoint, with ``step`` steps behind it.
 
-    step: how many steps it has behind it. world: the number of ranks that wrote it, 0 where unknown. made_by: the
-    circumstances of its run (see ``resume``), {} where unknown. files: name -> ``seal``.
+    world: the number of ranks that wrote it, 0 where unknown. made_by: the circumstances of its run (see ``resume``),
+    {} where unknown. files: name -> ``seal``.
     """
 
     folder: Path
@@ -44,11 +43,6 @@ class Checkpoint:
     world: int
     made_by: dict[str, Any]
     files: dict[str, Seal]
-
-
-def root(run_dir: str | Path, stage: str) -> Path:
-    """Where a stage's checkpoints lie."""
-    return RunDirectory(run_dir).checkpoints(stage)
 
 
 def scratch(root: Path, step: int) -> Path:
@@ -85,15 +79,11 @@ def seal(file: Path) -> Seal:
 def finish(root: Path, step: int, world: int, made_by: dict[str, Any], sealed: dict[str, Seal], keep: int) -> Path:
     """Marks the scratch folder complete, renames it to step-<n> and drops all but the newest ``keep``.
 
-    Args:
-        step, world, made_by: see ``Checkpoint``.
-        sealed: name -> ``seal`` of the files that other processes wrote. They are read back here; the rest is sealed.
-
+    ``sealed``: name -> ``seal`` of the files that other processes wrote. They are read back here; the rest is sealed.
     Raises OSError where something cannot be written, or is not read back as it was written; nothing is dropped then.
     """
     written, final = scratch(root, step), root / f"step-{step:06d}"
-    wrong = _wrong(written, sealed)
-    if wrong:
+    if wrong := _wrong(written, sealed):
         raise OSError(f"{written}: not read back as it was written: {_some(wrong)}")
     own = {name: seal(written / name) for name in _names(written) if name not in sealed}
     mark = written / MARK
@@ -147,13 +137,14 @@ def _some(names: list[str]) -> str:
 
 def _wrong(folder: Path, sealed: dict[str, Seal]) -> list[str]:
     """The files that are not as they were sealed, each with what is wrong with it."""
-    return _checked(sealed, lambda name: _altered(folder / name, *sealed[name]))
 
+    def wrong(name: str) -> str | None:
+        (size, checksum), file = sealed[name], folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            return "missing or cut short"
+        return "changed since it was written" if digest(file) != checksum else None
 
-def _altered(file: Path, size: int | str, checksum: int | str) -> str | None:
-    if not file.is_file() or file.stat().st_size != size:
-        return "missing or cut short"
-    return "changed since it was written" if digest(file) != checksum else None
+    return _checked(sealed, wrong)
 
 
 def _foreign(folder: Path, sealed: dict[str, Seal]) -> list[str]:
@@ -177,10 +168,7 @@ def _checked(names: Iterable[str], wrong: Callable[[str], str | None]) -> list[s
 
 
 def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest usable checkpoint; ``warn`` takes a message for each that is damaged and passed over.
-
-    Reads every byte of it: one that has changed since it was written, be it by one bit, is damaged.
-    """
+    """The newest usable checkpoint, of which every byte is read; ``warn`` takes a message for each damaged one."""
     folders = _all(root)
     for folder in folders:
         try:
@@ -189,10 +177,9 @@ def latest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except (OSError, ValueError, RecursionError) as error:
             warn(f"checkpoint {folder} is unusable ({error}); trying the one before")
             continue
-        if wrong:
-            warn(f"checkpoint {folder} is damaged: {_some(wrong)}; trying the one before")
-            continue
-        return found
+        if not wrong:
+            return found
+        warn(f"checkpoint {folder} is damaged: {_some(wrong)}; trying the one before")
     if folders:
         warn(f"no checkpoint in {root} can be used: the stage starts anew")
     return None
@@ -204,8 +191,7 @@ def _read(folder: Path) -> Checkpoint:
     files = facts.get("files") if isinstance(facts, dict) else None
     if not isinstance(files, dict) or type(facts.get("step")) is not int or facts["step"] != int(folder.name[5:]):
         raise ValueError(f"{MARK} does not say which step and files it is of")
-    sealed = all(isinstance(value, list) and [type(part) for part in value] == [int, str] for value in files.values())
-    if not sealed:
+    if not all(isinstance(value, list) and [type(part) for part in value] == [int, str] for value in files.values()):
         raise ValueError(f"{MARK} has no checksums")
     if any(os.path.normpath(name) != name or name.startswith(("/", "..")) for name in files):
         raise ValueError(f"{MARK} names files outside of the folder")

@@ -44,8 +44,7 @@ def portraits(config: Config, start: int, rank: int) -> ray.data.Dataset:
 
     count = (p.steps - start) * share
     dataset = ray.data.range(count, override_num_blocks=max(1, count // 512)).map_batches(draw, batch_size=None)
-    # Drawn before training begins: portraits are small (3 kB) and quick (0.5 ms), while a Data executor that
-    # streams beside each rank held its interpreter lock and took three quarters of its speed.
+    # Drawn before training begins: a Data executor that streams beside a rank takes three quarters of its speed.
     return _in_order(dataset).materialize()
 
 
@@ -53,8 +52,7 @@ def shards(config: Config, cache: Path, start: int, rank: int) -> ray.data.Datas
     """The encoded samples of one rank from optimizer step ``start`` on, in ``Order``'s order, epoch after epoch.
 
     Columns: image uint8 [h, w, 3] or latents float32 [c, h, w]; caption; size int32 [4]; with cached text text_states
-    float16 [L, D], text_pooled float32 [P], text_mask uint8 [L]. Rows of one optimizer step have one shape, those of
-    another may have another: read the dataset with ``batches``.
+    float16 [L, D], text_pooled float32 [P], text_mask uint8 [L]. Only rows of one step have one shape: use ``batches``.
 
     Raises FileNotFoundError where nothing was encoded for this config, ValueError where no bucket fills a batch.
     """
@@ -70,13 +68,10 @@ def shards(config: Config, cache: Path, start: int, rank: int) -> ray.data.Datas
 
     count, step_bytes = max(0, p.steps - start), _step_bytes(entries, files, p.batch_size // world)
     steps = max(1, min(TASK_BYTES // step_bytes, -(-count // TASKS)))
-    # A task only copies from a file: a fraction of a core, so that it finds a place beside the ranks.
     blocks = max(1, -(-count // steps))
-    dataset = _in_order(
-        ray.data.range(count, override_num_blocks=blocks).map_batches(
-            read, batch_size=steps, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(min(TASKS, blocks))
-        )
-    )
+    numbers, pool = ray.data.range(count, override_num_blocks=blocks), ray.data.TaskPoolStrategy(min(TASKS, blocks))
+    # A task only copies from a file: a fraction of a core, so that it finds a place beside the ranks.
+    dataset = _in_order(numbers.map_batches(read, batch_size=steps, num_cpus=0.25, compute=pool))
     if count * step_bytes * world <= READ_FIRST:
         return dataset.materialize()
     # Every rank runs an executor of its own, and each believes that the object store is its own.
@@ -89,12 +84,9 @@ def batches(dataset: Any, share: int, prefetch: int = 4) -> Iterator[dict[str, n
     """The batches of ``share`` rows of ``portraits`` or ``shards``, or of Ray Train's shard of one: a dense array for
     each column."""
     for batch in dataset.iter_batches(batch_size=share, prefetch_batches=prefetch):
-        yield {name: _dense(name, column) for name, column in batch.items()}
-
-
-def _dense(name: str, column: np.ndarray) -> np.ndarray:
-    """Where a block holds rows of several shapes, Ray gives an object for each row, also if a batch's are alike."""
-    return np.stack(list(column)) if column.dtype == object and name != "caption" else column
+        # Where a block holds rows of several shapes, Ray gives an object for each row, also if a batch's are alike.
+        objects = {name for name, column in batch.items() if column.dtype == object and name != "caption"}
+        yield {name: np.stack(list(column)) if name in objects else column for name, column in batch.items()}
 
 
 def _in_order(dataset: ray.data.Dataset) -> ray.data.Dataset:

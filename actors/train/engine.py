@@ -37,8 +37,7 @@ def _quiet_deepspeed(device: torch.device) -> None:
 
 
 def _autocast_inside(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Makes the module enter autocast by itself: DeepSpeed switches a caller's off on GPUs, so that the learner would
-    not compute what the rollout did."""
+    """Makes the module enter autocast by itself: on GPUs DeepSpeed switches a caller's off."""
     plain = module.forward
 
     def forward(*args, **kwargs):
@@ -66,7 +65,6 @@ class Engine:
 
     Args:
         module: what is trained; called through ``engine.module``.
-        micro_batch_size: samples of one forward on one rank (bookkeeping for DeepSpeed).
         accumulation: how many losses one update is made of, on each rank.
         dtype: the arithmetic of the forward; bfloat16 by autocast.
         anchor: weight of the squared distance to the first weights, see ``AnchoredAdamW``.
@@ -77,9 +75,7 @@ class Engine:
         module: nn.Module,
         device: torch.device,
         stage: int,
-        micro_batch_size: int,
         accumulation: int,
-        lr: float,
         betas: tuple[float, float],
         weight_decay: float,
         grad_clip: float,
@@ -91,24 +87,22 @@ class Engine:
 
         self.device, self.stage, self.accumulation = device, stage, accumulation
         weights = list(trainable(module).values())
-        self.adamw = optimizer = AnchoredAdamW(
-            weights, lr=lr, betas=betas, weight_decay=weight_decay, fused=True, anchor=anchor
-        )
+        # ``update`` sets the learning rate.
+        options = {"lr": 0.0, "betas": betas, "weight_decay": weight_decay, "fused": True}
+        self.adamw = AnchoredAdamW(weights, anchor, **options)
         _autocast_inside(module, dtype, device)
+        # Its bucket for reductions is 2 GB by default, however little is trained.
+        bucket = min(500_000_000, sum(p.numel() for p in weights))
         settings = {
-            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "train_micro_batch_size_per_gpu": 1,  # only its own throughput figures depend on it
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": grad_clip,
-            # Its bucket for reductions is 2 GB unless told otherwise, however little is trained.
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in weights)),
-            },
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
         self.module, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=settings, dist_init_required=False
+            model=module, optimizer=self.adamw, config=settings, dist_init_required=False
         )
 
     def update(
@@ -117,15 +111,10 @@ class Engine:
         lr: float,
         refuse: Callable[[dict[str, float]], str | None] = lambda metrics: None,
     ) -> Updated:
-        """One optimizer step on ``accumulation`` losses.
+        """One optimizer step on ``accumulation`` losses: a (scalar loss, metrics) for each backward, made lazily.
 
-        It is skipped on every rank where a loss or its gradient is not finite on any rank, or where ``refuse`` returns
-        a reason. Weights and optimizer then stay as they are.
-
-        Args:
-            losses: one (scalar loss, metrics) for each backward, made lazily.
-            lr: the learning rate.
-            refuse: takes the metrics over all ranks; returns why the update must not be made, or None.
+        It is skipped on every rank, and changes nothing, where a loss or its gradient is not finite on any rank, or
+        where ``refuse`` returns a reason for the metrics over all ranks.
 
         Raises RuntimeError where there are more or fewer losses than ``accumulation``, FloatingPointError where
         DeepSpeed has put a gradient that is not finite into the weights.
@@ -167,19 +156,16 @@ class Engine:
     def _across_ranks(self, values: dict[str, list[float]], broken: Tensor) -> tuple[dict[str, float], int]:
         """The metrics over losses and ranks, and the sum of ``broken``; the same on every rank.
 
-        A metric is the mean of its finite values, NaN without one. Where its name says max, it is the maximum, infinite
-        where one was not finite.
+        A metric is the mean of its finite values, or, where its name says max, the maximum (infinite where one was not
+        finite).
         """
         means, maxima = ([key for key in sorted(values) if ("max" in key) is largest] for largest in (False, True))
         finite = {key: [v for v in values[key] if math.isfinite(v)] for key in values}
         sums = [x for key in means for x in (sum(finite[key]), len(finite[key]))]
         total = torch.tensor([*sums, float(broken)], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
-        worst = torch.tensor(
-            [max(values[key]) if len(finite[key]) == len(values[key]) else math.inf for key in maxima],
-            dtype=torch.float64,
-            device=self.device,
-        )
+        largest = [max(values[key]) if len(finite[key]) == len(values[key]) else math.inf for key in maxima]
+        worst = torch.tensor(largest, dtype=torch.float64, device=self.device)
         if maxima:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
         *sums, lost = total.tolist()
@@ -203,17 +189,11 @@ class Engine:
             yield weights
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes trained weights and optimizer into ``folder``; a collective. Returns the files that this rank wrote.
-
-        Raises OSError or SafetensorError on the ranks that could not write.
-        """
+        """See ``EngineState.save``; a collective."""
         return EngineState(self.module, self.stage, self.device).save(folder)
 
     def load(self, folder: Path) -> None:
-        """Loads what ``save`` wrote, with any number of ranks and any ZeRO stage; a collective.
-
-        Raises FileNotFoundError where ``folder`` holds no state, ValueError where it is of another network.
-        """
+        """See ``EngineState.load``; a collective."""
         EngineState(self.module, self.stage, self.device).load(folder)
 
     def close(self) -> None:

@@ -1,9 +1,8 @@
 """The state of an engine in safetensors, by parameter name, for any ZeRO stage and number of ranks.
 
-DeepSpeed's own checkpoints are pickles, which can execute code when they are loaded, and fit one number of ranks. Its
-converter to universal checkpoints reads those pickles, and torch.distributed.checkpoint, whose index is a pickle too,
-knows nothing of ZeRO's flat partitions. So DeepSpeed's documented accessors (``safe_get_*``) put the whole tensors
-together, one at a time, and each rank writes its share of the files. All is float32, so nothing is rounded.
+DeepSpeed's own checkpoints are pickles, which can execute code when they are loaded, and fit one number of ranks;
+torch.distributed.checkpoint pickles its index. So DeepSpeed's documented accessors (``safe_get_*``) put the whole
+tensors together, one at a time, and each rank writes its share of the files. All is float32: nothing is rounded.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ def _files(folder: Path) -> list[Path]:
 class EngineState:
     """The trained parameters of a DeepSpeed engine, their optimizer state, and the module's buffers.
 
-    A key is <kind>/<parameter>, where the kind is weight or the optimizer's name of a moment. ``save`` and ``load`` are
-    collectives.
+    A key is <kind>/<parameter>; the kind is weight, buffer, step or the optimizer's name of a moment.
     """
 
     def __init__(self, engine, stage: int, device: torch.device):
@@ -51,7 +49,7 @@ class EngineState:
     def save(self, folder: Path) -> list[Path]:
         """Writes the state into ``folder``; returns the files that this rank wrote.
 
-        Raises OSError or SafetensorError where this rank could not write, after its part in the collectives is done.
+        Raises OSError or SafetensorError where this rank could not write, after its part in the collectives.
         """
         files: list[Path] = []
         failed = None
@@ -100,10 +98,9 @@ class EngineState:
     # -- from files -------------------------------------------------------------------------
 
     def load(self, folder: Path) -> None:
-        """The inverse of ``save``, at any stage and number of ranks.
+        """The inverse of ``save``; each file is read by one rank, which sends it to the others.
 
-        Each file is read by one rank, which sends it to the others. Raises FileNotFoundError where there is no state,
-        ValueError where it is of another network.
+        Raises FileNotFoundError where there is no state, ValueError where it is of another network.
         """
         shapes = self._shapes(folder)
         self._check(folder, shapes)

@@ -1,7 +1,6 @@
 """The two Ray Train jobs as the driver and Train's controller see them.
 
-Light to import on purpose: the controller is a process of its own that unpickles what is here, and
-only the ranks need networks and DeepSpeed.
+Light to import: the controller is a process that unpickles what is here. Only ranks need networks and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -13,6 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util import placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup
 
 from rlproxi.config.loading import Config
 from rlproxi.errors import first_line, is_out_of_memory
@@ -47,7 +51,7 @@ def pretrain(setup: PretrainSetup) -> None:
     from .datasets import portraits, shards
 
     # The ranks report what they find; here it only matters where the data begin.
-    found = checkpoints.latest(checkpoints.root(setup.run_dir, "pretrain"), warn=lambda message: None)
+    found = checkpoints.latest(RunDirectory(setup.run_dir).checkpoints("pretrain"), warn=lambda message: None)
     setup = dataclasses.replace(setup, data_start=found.step if found else 0)
 
     def dataset(rank: int) -> Dataset:
@@ -60,10 +64,7 @@ def pretrain(setup: PretrainSetup) -> None:
 
 
 def train(setup: LearnerSetup) -> None:
-    """Runs the learner to its end; blocks. Ray Train restarts it from the last checkpoint when a rank dies.
-
-    Raises RanksFailed.
-    """
+    """Runs the learner to its end, restarting it when a rank dies; blocks. Raises RanksFailed."""
     train_on_ray(partial(_learner_rank, setup), setup.config, setup.run_dir, "learner")
 
 
@@ -88,12 +89,8 @@ def _learner_rank(setup: LearnerSetup) -> None:
 def wait_for_roles(setup: LearnerSetup, reports: bool) -> tuple[Any, Any] | None:
     """Waits for a conductor and a weight store that a learner can begin with; None where the run has been stopped.
 
-    While all ranks are down, nobody watches these two actors. The rank that ``reports`` tells the driver when one is
-    missing, and the driver makes a new one.
+    While all ranks are down, nobody watches these actors: the rank that ``reports`` has the driver replace a lost one.
     """
-    import ray
-    from ray.exceptions import GetTimeoutError, RayActorError
-
     unreported = Overdue(_UNREPORTED_S)
     while True:
         stop: Stop | None = ray.get(setup.log.stop_state.remote())
@@ -120,13 +117,9 @@ def _lost(error: str) -> str:
 def _run(begin: Callable[[], Rank | None], name: str, log: Any) -> None:
     """Runs a rank from its last checkpoint to its end.
 
-    Out of memory, or without conductor or weight store, it reports the stop and fails. That ends the ranks that wait
-    for it, and Train restarts them all. After out of memory they return at once, and the driver starts the stage again
-    with smaller micro-batches; else they go on from the last checkpoint with the new roles.
+    Out of memory, or without conductor or weight store, it reports the stop and fails, and Train restarts all ranks.
+    After out of memory they return at once, and the driver starts the stage again with smaller micro-batches.
     """
-    import ray
-    from ray.exceptions import RayActorError
-
     stop: Stop | None = ray.get(log.stop_state.remote())
     if stop is not None and stop.cause is Cause.OUT_OF_MEMORY:
         return
@@ -149,8 +142,7 @@ def train_on_ray(
 ) -> None:
     """Runs ``loop`` on the configured ranks and waits. A lost rank restarts the group, ``learner.max_failures`` times.
 
-    Each rank reads the whole of the dataset it asks for: the loops name one dataset for each rank, which
-    keeps the order of samples exact, where splitting one stream would not. Raises RanksFailed.
+    Each rank reads its own dataset: splitting one stream would not keep the order of samples. Raises RanksFailed.
     """
     # Read by the controller when it starts: how often it looks after its workers.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -159,11 +151,11 @@ def train_on_ray(
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    datasets = datasets or {}
-    r = config.resources
+    datasets, r = datasets or {}, config.resources
     gpu = r.learner_gpus > 0
     custom = actor_options(config, "learner")["resources"]
     resources = {"CPU": r.learner_cpus, **({"GPU": r.learner_gpus} if gpu else {}), **custom}
+    options = {name: dataset.context.execution_options for name, dataset in datasets.items()}
     trainer = TorchTrainer(
         loop,
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -179,10 +171,7 @@ def train_on_ray(
         ),
         datasets={**datasets},
         # Train would give the datasets its own options, and with them batches in the order their threads finish.
-        dataset_config=DataConfig(
-            datasets_to_split=[],
-            execution_options={name: dataset.context.execution_options for name, dataset in datasets.items()},
-        ),
+        dataset_config=DataConfig(datasets_to_split=[], execution_options=options),
     )
     before = placement_groups()
     try:
@@ -195,24 +184,14 @@ def train_on_ray(
 
 def placement_groups() -> set[str]:
     """Ids of this job's placement groups that hold resources or wait for them. An id ends in that of its job."""
-    import ray
-    from ray.util import placement_group_table
-
-    job = ray.get_runtime_context().get_job_id()
-    return {
-        group for group, facts in placement_group_table().items() if group.endswith(job) and facts["state"] != "REMOVED"
-    }
+    job, table = ray.get_runtime_context().get_job_id(), placement_group_table()
+    return {group for group, facts in table.items() if group.endswith(job) and facts["state"] != "REMOVED"}
 
 
 def _free(groups: set[str]) -> None:
-    """Removes the placement groups that a killed controller left.
-
-    Train's own cleaner asks Ray's dashboard who lives, and a Ray that the run started has none. Five lost controllers
-    held more CPUs than two cores have, and the sixth waited for its ranks' place.
-    """
+    """Removes the placement groups that a killed controller left: Train's cleaner needs Ray's dashboard, which may
+    not run."""
     from ray._raylet import PlacementGroupID
-    from ray.util import remove_placement_group
-    from ray.util.placement_group import PlacementGroup
 
     for group in groups:
         remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlproxi.algorithms.base import Algorithm, Batch, Parts, build_algorithm
 from rlproxi.algorithms.ema import EMA
@@ -53,51 +53,28 @@ class LearnerRank(Rank):
         self.algorithm = build_algorithm(config)
         denoiser = self.model.denoiser()
         networks = self.algorithm.networks(denoiser)
-        copied = copy.deepcopy(denoiser).requires_grad_(False) if self._copies_reference() else None
-        self.ema = EMA(denoiser, config.rl.ema) if config.rl.ema else None
-        losses = self.algorithm.losses_per_update(self.world)
-        self.engines = {
-            name: self._engine(network, count)
-            for (name, network), count in zip(networks.items(), losses.values(), strict=True)
-        }
-        wrapped = {name: engine.module for name, engine in self.engines.items()}
         reference = None
         if self.algorithm.needs_reference:
             # Without the engine, whose hooks would take a gradient to the input for a backward of its own.
+            copied = None if config.model.lora else copy.deepcopy(denoiser).requires_grad_(False)
             reference = copied or without_adapters(denoiser, denoiser)
         scope = partial(adapters_off, denoiser) if config.model.lora else nullcontext
-        self.parts = Parts(
-            wrapped,
-            networks,
-            reference,
-            self.model.encoder,
-            self._gradients(),
-            denoiser.sample_shape,
-            self.device,
-            scope,
-        )
+        s, stage = config.rl, config.learner.zero_stage
+        self.ema = EMA(denoiser, s.ema) if s.ema else None
+        options = s.betas, s.weight_decay, s.grad_clip, self.dtype, s.anchor
+        losses = self.algorithm.losses_per_update(self.world)
+        self.engines = {
+            name: Engine(network, self.device, stage, count, *options)
+            for (name, network), count in zip(networks.items(), losses.values(), strict=True)
+        }
+        wrapped = {name: engine.module for name, engine in self.engines.items()}
+        gradients = None
+        if self.algorithm.needs_gradients:
+            normalize, vae = self.algorithm.normalize_gradients, self.model.autoencoder()
+            gradients = RewardGradients.build(config.rewards.train, vae, normalize, self.device)
+        encoder, shape = self.model.encoder, denoiser.sample_shape
+        self.parts = Parts(wrapped, networks, reference, encoder, gradients, shape, self.device, scope)
         self.algorithm.connect(self.parts)
-
-    def _engine(self, network: nn.Module, losses: int) -> Engine:
-        s = self.config.rl
-        return Engine(
-            network,
-            self.device,
-            self.config.learner.zero_stage,
-            s.rows,
-            losses,
-            *(s.lr, s.betas, s.weight_decay, s.grad_clip, self.dtype, s.anchor),
-        )
-
-    def _copies_reference(self) -> bool:
-        return self.algorithm.needs_reference and not self.config.model.lora
-
-    def _gradients(self) -> RewardGradients | None:
-        if not self.algorithm.needs_gradients:
-            return None
-        return RewardGradients.build(
-            self.config.rewards.train, self.model.autoencoder(), self.algorithm.normalize_gradients, self.device
-        )
 
     # -- the loop's ends (see Rank.run) ----------------------------------------------------
 
@@ -109,10 +86,7 @@ class LearnerRank(Rank):
         dist.barrier()
 
     def next_batch(self, iteration: int) -> Batch | None:
-        """The batch of ``iteration``; None where training ends before it. Every rank gets the same answer.
-
-        Raises RoleLost where the learner is to restart.
-        """
+        """The batch of ``iteration``; None where training ends before it. Raises RoleLost to restart the learner."""
         answer: Answer = ray.get(self.conductor.next_batch.remote(iteration, self.rank, self.world))
         match answer:
             case Ready():
@@ -132,16 +106,8 @@ class LearnerRank(Rank):
     def _batch(self, iteration: int, ready: Ready) -> Batch:
         # Averaged weights sample what the learner's own would not.
         fresh = all(version == iteration for version in ready.versions) and (self.ema is None or iteration == 0)
-        return Batch(
-            iteration,
-            ready.requests(),
-            self.rank,
-            self.world,
-            ready.rewards,
-            lambda j: self._chain(ready.chains[j]),
-            fresh,
-            ready.refused,
-        )
+        requests, chain = ready.requests(), lambda j: self._chain(ready.chains[j])
+        return Batch(iteration, requests, self.rank, self.world, ready.rewards, chain, fresh, ready.refused)
 
     def refused(self, batch: Batch) -> str | None:
         """Why the conductor says that nothing of the batch can be trained on, or None."""
@@ -152,11 +118,9 @@ class LearnerRank(Rank):
         if self.checked or batch.refused:
             return True
         with torch.no_grad(), autocast(self.dtype, self.device):
-            found = {
-                limit.METRIC: limit.check(self.config, self.parts, batch.requests[0].prompts[0]),
-                **self.algorithm.check(batch),
-            }
-            found = {name: self._largest(value) for name, value in found.items()}
+            strayed = limit.check(self.config, self.parts, batch.requests[0].prompts[0])
+            own = {limit.METRIC: strayed, **self.algorithm.check(batch)}
+            found = {name: self._largest(value) for name, value in own.items()}
         self.log(batch.iteration, found)
         self.checked = True
 
@@ -188,21 +152,14 @@ class LearnerRank(Rank):
                 with self.engine.gathered() as weights:
                     self.ema.update(weights)
             metrics.update(self.algorithm.metrics(batch))
-            self._notice(batch, metrics)
-            if self.algorithm.needs_rollouts or self._evaluation_follows(iteration + 1):
+            groups = sum(len(request.prompts) for request in batch.requests)
+            for message in self.watch.see(iteration, metrics, groups, batch.fresh):  # may raise AlgorithmStopped
+                self.warn(message)
+            every = self.config.evaluate.every
+            if self.algorithm.needs_rollouts or (every and (iteration + 1) % every == 0):
                 with self.diary.span("weights", 0, "sync"):
                     metrics["bytes/weights"] = self._publish(iteration + 1)
         metrics["seconds/sync"] = time.time() - begun
-
-    def _notice(self, batch: Batch, metrics: dict[str, float]) -> None:
-        """Warns of what looks wrong in the iteration; AlgorithmStopped where the config says so."""
-        groups = sum(len(request.prompts) for request in batch.requests)
-        for words in self.watch.see(batch.iteration, metrics, groups, batch.fresh):
-            self.warn(words)
-
-    def _evaluation_follows(self, version: int) -> bool:
-        every = self.config.evaluate.every
-        return bool(every) and version % every == 0
 
     def done(self, iteration: int, batch: Batch, metrics: dict[str, float]) -> None:
         """Reports the iteration to the conductor, from rank 0."""
@@ -219,10 +176,7 @@ class LearnerRank(Rank):
                 self.model.save(trained, RunDirectory(self.run_dir).final)
 
     def _publish(self, version: int) -> int:
-        """Publishes the trained weights, averaged where there is an average; a collective.
-
-        Returns their size in bytes; 0 on every rank but the first, which sends them.
-        """
+        """Publishes the trained (or averaged) weights; a collective. Returns their bytes on the first rank, else 0."""
         with self.engine.gathered() as weights:
             flat = flatten(self.ema.values if self.ema is not None else weights) if self.rank == 0 else None
         return 0 if flat is None else ray.get(self.store.publish.remote(version, flat))

@@ -34,7 +34,7 @@ class Pretrainer(Rank):
         super().__init__(config, setup.run_dir, "pretrain", setup.log, place_on_ray(), every)
         self.model = StartModel(setup.model_folder, config, "pretrain", self.dtype, self.device)
         self.earliest = setup.data_start
-        # Pixels that a published autoencoder turns into latents here: the embedded portraits, which need no cache.
+        # The embedded portraits need no cache: an autoencoder turns their pixels into latents here.
         self.vae = None if setup.cache else self.model.autoencoder()
         folder = self.model.folder
         self.factor = folder.latents.factor if folder.has_vae else 1  # pixels of a latent's side
@@ -46,33 +46,19 @@ class Pretrainer(Rank):
         """Makes the network, its engine and its average; see ``Rank.build``."""
         config, p, denoiser = self.config, self.config.pretrain, self.model.denoiser()
         self.algorithm = Matching(config)
-        share = p.batch_size // self.world
-        micro = p.micro_batch_size or share
+        share, stage = p.batch_size // self.world, config.learner.zero_stage
+        losses = share // (p.micro_batch_size or share)
         self.ema = EMA(denoiser, p.ema)
-        self.engines = {
-            "policy": Engine(
-                denoiser,
-                self.device,
-                config.learner.zero_stage,
-                micro,
-                share // micro,
-                p.lr,
-                (0.9, 0.99),
-                0.0,
-                p.grad_clip,
-                self.dtype,
-            )
-        }
+        engine = Engine(denoiser, self.device, stage, losses, (0.9, 0.99), 0.0, p.grad_clip, self.dtype)
+        self.engines = {"policy": engine}
 
     def begin(self, start: int) -> None:
         """Opens the data at step ``start``. Raises RuntimeError where they begin later."""
         if start < self.earliest:
-            raise RuntimeError(
-                f"the newest usable checkpoint is of step {start}, and the data of this job begin at step "
-                f"{self.earliest}: resume the run (--resume {self.run_dir})"
-            )
+            begin = f"the newest usable checkpoint is of step {start}, the job's data begin at step {self.earliest}"
+            raise RuntimeError(f"{begin}: resume the run (--resume {self.run_dir})")
         # After a rollback: what was not logged yet did not happen, but was skipped all the same.
-        self.unlogged += int(sum(m["skipped_updates"] for m in self.window))
+        self.unlogged += int(self._skipped())
         self.since, self.window = time.time(), []
         if self.rank == 0:
             self.run_log.append.remote("resume", {"stage": self.stage, "step": start})
@@ -98,17 +84,11 @@ class Pretrainer(Rank):
         p = self.config.pretrain
         self.window.append(metrics)
         if (step + 1) % p.log_every == 0 or step + 1 == p.steps:
-            means = {
-                key: mean_present(np.array([m.get(key, np.nan) for m in self.window]))
-                for key in metrics
-                if key != "seconds/train"
-            }
-            counts = {
-                "skipped_updates": sum(m["skipped_updates"] for m in self.window),
-                "rollbacks": metrics["rollbacks"],
-            }
-            speed = len(self.window) * p.batch_size / (time.time() - self.since)
-            self.log(step + 1, {**means, **counts, "images_per_second": speed})
+            found = {key: mean_present(np.array([m.get(key, np.nan) for m in self.window])) for key in metrics}
+            found |= {"skipped_updates": self._skipped(), "rollbacks": metrics["rollbacks"]}
+            found["images_per_second"] = len(self.window) * p.batch_size / (time.time() - self.since)
+            del found["seconds/train"]
+            self.log(step + 1, found)
             self.since, self.window = time.time(), []
 
     def finish(self) -> None:
@@ -116,6 +96,9 @@ class Pretrainer(Rank):
         if self.rank == 0:
             self.model.save(self.ema.values, RunDirectory(self.run_dir).pretrained)
         dist.barrier()
+
+    def _skipped(self) -> float:
+        return sum(m["skipped_updates"] for m in self.window)
 
     def _samples(self, batch: dict) -> torch.Tensor:
         """x_0 [B, C, H, W] float32: latents, or pixels in [-1, 1]."""

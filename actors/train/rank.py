@@ -5,27 +5,32 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import ray
+import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from rlproxi.algorithms.base import AlgorithmStopped, Update
+from rlproxi.algorithms.base import Algorithm, AlgorithmStopped
 from rlproxi.algorithms.ema import EMA
 from rlproxi.algorithms.guards.updates import GoBack, UpdateGuard
+from rlproxi.algorithms.pretrain import Matching
 from rlproxi.config.loading import Config
 from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.rewards.combine import mean_present
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry import timeline
 from rlproxi.telemetry.timeline import Diary
 
-from . import checkpoints, rollback
+from . import rollback
 from .engine import Engine
 from .saving import Checkpointer, RankPlace
 
@@ -35,38 +40,19 @@ _TIMELINE_EVERY = 10.0
 
 def place_on_ray() -> RankPlace:
     """This process's place in its Ray Train job."""
-    import ray.train
-    import ray.train.torch
-
     context = ray.train.get_context()
     return RankPlace(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-class HasUpdates(Protocol):
-    """What the loop asks of an algorithm: the number of steps, and the updates of a batch."""
-
-    @property
-    def steps(self) -> int:
-        """The number of steps of the stage."""
-
-    def updates(self, batch: Any) -> Iterable[Update]:
-        """The batch's optimizer steps, one after another."""
-
-
 class Rank(ABC):
-    """One rank of a training stage: its place, its arithmetic, its loop, its checkpoints.
+    """One rank of the stage pretrain or rl: its place, its arithmetic, its loop, its checkpoints.
 
     A subclass says where batches come from and who learns of their updates. It calls ``build`` at the end of its
-    ``__init__``.
-
-    Args:
-        stage: pretrain or rl.
-        run_log: the run-log actor.
-        checkpoint_every: steps between two checkpoints.
+    ``__init__``. ``run_log`` is the run-log actor.
     """
 
     #: Set by ``build``. Engines: one for each network that is trained, the first the one that is evaluated and saved.
-    algorithm: HasUpdates
+    algorithm: Algorithm | Matching
     engines: dict[str, Engine]
     ema: EMA | None = None  # an average of the first network's weights
 
@@ -80,8 +66,8 @@ class Rank(ABC):
         self.checkpoint_every = checkpoint_every
         self.dtype = compute_dtype(config.model.precision, self.device)
         self.diary, self.timeline_written = Diary(), time.time()
-        root = checkpoints.root(run_dir, stage)
-        self.checkpointer = Checkpointer(root, config, stage, place, checkpoint_every, self._announce)
+        root = RunDirectory(run_dir).checkpoints(stage)
+        self.checkpointer = Checkpointer(root, config, stage, place, checkpoint_every, run_log)
         self.guard = UpdateGuard(config.guards, f"{stage}.lr", rollback.count(root))
         self.unlogged = 0  # skipped updates that no metrics record has counted yet
         self.stopped = False
@@ -109,17 +95,12 @@ class Rank(ABC):
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Logs a metrics record of this stage, from rank 0. Waits until it is written: a checkpoint may follow."""
         if self.rank == 0:
-            import ray
-
             ray.get(self.run_log.append.remote("metrics", {"stage": self.stage, "step": step, **metrics}))
-
-    def _announce(self, event: str, message: str) -> None:
-        self.run_log.announce.remote(event, message)
 
     def warn(self, message: str) -> None:
         """A warning in the run log and on the driver's stderr; from rank 0 only."""
         if self.rank == 0:
-            self._announce("warning", message)
+            self.run_log.announce.remote("warning", message)
 
     @property
     def engine(self) -> Engine:
@@ -186,19 +167,17 @@ class Rank(ABC):
     def _update(self, step: int, batch: Any, metrics: dict[str, float]) -> None:
         """Makes the batch's updates; adds the mean of each metric over them (the maximum where its name says max).
 
-        Metrics of the first network have their plain names, those of others begin with the network's name.
+        Names of metrics begin with the network's, but for the first network.
         """
         begun = time.time()
         first = next(iter(self.engines))
         seen: dict[str, list[float]] = {}
-        refused = self.refused(batch)
-        if refused:
+        if refused := self.refused(batch):
             self._judge(step, first, refused)
         for update in () if refused else self.algorithm.updates(batch):
+            engine, lr = self.engines[update.network], update.lr * self.guard.lr_scale
             with autocast(self.dtype, self.device):
-                done = self.engines[update.network].update(
-                    update.losses, update.lr * self.guard.lr_scale, self.guard.refuse
-                )
+                done = engine.update(update.losses, lr, self.guard.refuse)
             for key, value in done.metrics.items():
                 seen.setdefault(key if update.network == first else f"{update.network}/{key}", []).append(value)
             self._judge(step, update.network, done.skipped)
@@ -228,10 +207,8 @@ class Rank(ABC):
                 rollback.set_aside(self.checkpointer.root, self.warn)
         dist.barrier()
         start = self.restore()
-        words = (
-            f"{self.stage}: {error}. Going back to step {start}, with {self.guard.lr_scale:g} of "
-            f"{self.guard.lr_key} from now on (guards.lr_factor)"
-        )
+        rate = f"{self.guard.lr_scale:g} of {self.guard.lr_key}"
+        words = f"{self.stage}: {error}. Going back to step {start}, with {rate} from now on (guards.lr_factor)"
         if start < self.earliest:
             self.stopped = True
             self.stop(AlgorithmStopped(f"{words}; this process has no data from there on: resume the run (--resume)"))
@@ -243,7 +220,7 @@ class Rank(ABC):
         return start
 
     def or_stop(self, work: Callable[[], None]) -> bool:
-        """Does ``work``; False where it failed as it would after a restart: the run stops with its words."""
+        """Does ``work``; False where it failed as it would after a restart: the run stops with its message."""
         try:
             work()
             return True
@@ -257,8 +234,6 @@ class Rank(ABC):
 
     def stop(self, error: Exception) -> None:
         """Stops the run: training cannot go on."""
-        import ray
-
         if self.rank == 0:
             ray.get(self.run_log.stop.remote(f"{self.stage}: {error}"))
 
@@ -275,9 +250,7 @@ class Rank(ABC):
                     timeline.append(self.run_dir, self.stage, step + 1, spans)
             except OSError as error:  # training goes on without
                 self.timeline_written = math.inf
-                self.run_log.append.remote(
-                    "warning", {"message": f"telemetry: the timeline cannot be written: {error}"}
-                )
+                self.run_log.warn.remote(f"telemetry: the timeline cannot be written: {error}")
 
     def finish(self) -> None:  # noqa: B027
         """Is called after the last step."""

@@ -7,16 +7,8 @@ from typing import Any
 from rlproxi.config.loading import Config
 
 #: Keys that the numbers of a run do not depend on, in sections that they depend on.
-_BESIDE = {
-    "checkpoint_every",
-    "log_every",
-    "keep_checkpoints",
-    "max_checkpoint_failures",
-    "max_failures",
-    "replicas",
-    "timeout_s",
-    "retries",
-}
+_BESIDE = {"checkpoint_every", "log_every", "keep_checkpoints", "max_checkpoint_failures", "max_failures"}
+_BESIDE |= {"replicas", "timeout_s", "retries"}
 #: The keys of resources that reach the arithmetic.
 _RESOURCES = {"learner_workers", "threads"}
 #: Keys that change the order in which sums are rounded.
@@ -24,12 +16,7 @@ _ORDER = {"resources.learner_workers", "resources.threads", "learner.zero_stage"
 
 
 def circumstances(config: Config, stage: str, device: str, versions: dict[str, str]) -> dict[str, Any]:
-    """Name -> value of everything that a stage's numbers depend on.
-
-    Args:
-        device: the kind of device, such as cpu or a GPU's name.
-        versions: package -> version.
-    """
+    """Name -> value of everything that a stage's numbers depend on. ``device``: cpu or a GPU's name."""
     own = {stage} if stage == "pretrain" else config.algorithm_parts
     sections = {"data", "model", "schedule", "sampler", "rewards", "learner", "resources", *own}
     found = {"run.seed": config.run.seed}
@@ -58,9 +45,8 @@ def _short(value: Any) -> str:
 def reasons(then: dict[str, Any], now: dict[str, Any], asynchronous: bool = False) -> list[str]:
     """The reasons why a resumed run is not exact; empty where it is.
 
-    Args:
-        then, now: ``circumstances`` of the checkpoint and of the run that goes on from it.
-        asynchronous: whether groups may be sampled by weights older than those they train.
+    ``then``, ``now``: ``circumstances`` of the checkpoint and of the run that goes on from it. ``asynchronous``:
+    whether groups may be sampled by weights older than those they train.
     """
     changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     found = [f"{key} was {_short(then.get(key))}, is {_short(now.get(key))}" for key in changed[:4]]

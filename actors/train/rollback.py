@@ -37,13 +37,9 @@ def remember(root: Path, rollbacks: int) -> None:
 
 def set_aside(root: Path, warn: Callable[[str], None]) -> None:
     """Renames the newest usable checkpoint, from which training leads to NaN, so that the one before is the newest."""
-    found = checkpoints.latest(root, warn)
-    if found is not None:
-        aside = found.folder.with_name(f"spoilt-{found.folder.name}")
+    if found := checkpoints.latest(root, warn):
+        folder, aside = found.folder, found.folder.with_name(f"spoilt-{found.folder.name}")
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
-        found.folder.rename(aside)
-        warn(
-            f"checkpoint {found.folder} is set aside as {aside.name}: nothing could be learnt from there; "
-            "going to the one before"
-        )
+        folder.rename(aside)
+        warn(f"checkpoint {folder} is set aside as {aside.name}: training from there fails; going to the one before")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,36 +39,22 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
     return {**state, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
-def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 class Checkpointer:
     """Writes and reads a stage's checkpoints. ``write`` and ``restore`` are collectives, called by every rank.
 
-    Args:
-        root: the folder of the stage's checkpoints.
-        stage: its name, for messages and for what its numbers depend on.
-        every: steps between two checkpoints, for messages.
-        announce: (note or warning, message) for the user; called by rank 0 only.
+    ``root``: their folder. ``every``: steps between two, for messages. ``run_log``: the run-log actor.
     """
 
-    def __init__(
-        self, root: Path, config: Config, stage: str, place: RankPlace, every: int, announce: Callable[[str, str], None]
-    ):
+    def __init__(self, root: Path, config: Config, stage: str, place: RankPlace, every: int, run_log: Any):
         self.root, self.config, self.stage, self.place = root, config, stage, place
-        self.every, self.announce = every, announce
+        self.every, self.run_log = every, run_log
         self.unwritten = 0  # checkpoints in a row that could not be written
 
     def write(self, step: int, engines: Mapping[str, Engine], save_own: Callable[[Path], None]) -> None:
         """Writes the state after ``step`` steps, whole or not at all. Training goes on without, where a disk is full.
 
-        Args:
-            engines: name -> engine; the name is also that of its folder.
-            save_own: rank 0 writes the rest of the state into a folder; may raise OSError.
+        An engine's name is also that of its folder. With ``save_own`` rank 0 writes the rest into the checkpoint's
+        folder; it may raise OSError.
 
         Raises AlgorithmStopped after ``learner.max_checkpoint_failures`` in a row that could not be written.
         """
@@ -125,15 +112,11 @@ class Checkpointer:
         remedy = "free space there, or set learner.keep_checkpoints=1"
         words = f"{self.stage}: no checkpoint of step {step}: {failed}; {checkpoints.space(self.root)}"
         if self.unwritten >= most:
-            raise AlgorithmStopped(
-                f"{words}. {most} checkpoints in a row could not be written: {remedy}, then --resume"
-            )
+            words += f". {most} checkpoints in a row could not be written"
+            raise AlgorithmStopped(f"{words}: {remedy}, then --resume")
         if self.place.rank == 0:
-            self.announce(
-                "warning",
-                f"{words}. Training goes on ({self.unwritten} of {most} failures in a row before it stops), the next "
-                f"attempt is {self.every} steps on: {remedy}",
-            )
+            going = f"Training goes on, failure {self.unwritten} of {most} in a row; next attempt in {self.every} steps"
+            self.run_log.announce.remote("warning", f"{words}. {going}: {remedy}")
 
     def _circumstances(self) -> dict[str, Any]:
         import deepspeed
@@ -146,14 +129,11 @@ class Checkpointer:
     def restore(self, engines: Mapping[str, Engine], load_own: Callable[[Path], None], steps: int) -> int:
         """Loads the newest usable checkpoint; returns the steps it has behind it, 0 without one.
 
-        Args:
-            engines: name -> engine, as for ``write``.
-            load_own: every rank reads what ``save_own`` wrote.
-            steps: the stage's number of steps, for the note.
+        With ``load_own`` every rank reads what ``save_own`` wrote. ``steps``: the stage's, for the note.
         """
         newest: list[Any] = [None]
         if self.place.rank == 0:
-            newest[0] = checkpoints.latest(self.root, lambda message: self.announce("warning", message))
+            newest[0] = checkpoints.latest(self.root, partial(self.run_log.announce.remote, "warning"))
         dist.broadcast_object_list(newest, src=0, device=self.place.device)
         found: checkpoints.Checkpoint | None = newest[0]
         if found is None:
@@ -162,10 +142,13 @@ class Checkpointer:
             engine.load(found.folder / name)
         load_own(found.folder)
         random = found.folder / f"random-{self.place.rank:05d}.safetensors"
-        if random.is_file():  # there is none for a rank beyond the number that wrote it
-            _set_random_state(load_file(random), self.place.device)
+        state = load_file(random) if random.is_file() else {}  # none for a rank beyond the number that wrote it
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if "cuda" in state and self.place.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.place.device)
         if self.place.rank == 0:
             overlapped = self.stage == "rl" and self.config.rl.max_staleness > 0
             why = reasons(found.made_by, self._circumstances(), asynchronous=overlapped)
-            self.announce("note", sentence(self.stage, found.step, steps, why))
+            self.run_log.announce.remote("note", sentence(self.stage, found.step, steps, why))
         return found.step

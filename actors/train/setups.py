@@ -10,10 +10,10 @@ from rlproxi.config.loading import Config
 
 @dataclass(frozen=True)
 class PretrainSetup:
-    """What a rank of pre-training needs.
+    """What a rank of pre-training needs; ``model_folder`` is what training starts from.
 
-    model_folder: what training starts from. log: the run-log actor. cache: the folder of the encoded shards, None
-    where the data are the embedded portraits. data_start: the optimizer step at which the datasets begin.
+    cache: the folder of the encoded shards, None for the embedded portraits. data_start: the optimizer step at which
+    the datasets begin.
     """
 
     config: Config
@@ -26,10 +26,7 @@ class PretrainSetup:
 
 @dataclass(frozen=True)
 class LearnerSetup:
-    """What a rank of the learner needs.
-
-    roles: the names of conductor and weight store; the actors behind them may be replaced while the job runs.
-    """
+    """What a rank of the learner needs; ``roles`` names conductor and weight store, which may be replaced meanwhile."""
 
     config: Config
     run_dir: str

@@ -17,15 +17,7 @@ from rlproxi.models.pipeline import TextToImage
 
 
 class StartModel:
-    """A model folder as a stage trains it.
-
-    ``folder``: where it is. ``encoder``: its text encoder, on ``device``.
-
-    Args:
-        folder: a model folder, or a name that ``ModelFolder.find`` knows.
-        stage: pretrain or rl, which decides what is trained.
-        dtype: the arithmetic of the forward.
-    """
+    """A model folder, or a name that ``ModelFolder.find`` knows, as a stage trains it; ``dtype`` is the forward's."""
 
     def __init__(self, folder: str, config: Config, stage: str, dtype: torch.dtype, device: torch.device):
         self.config, self.stage, self.dtype, self.device = config, stage, dtype, device
@@ -45,7 +37,7 @@ class StartModel:
 
     def save(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Writes a model folder: this model with ``weights``, its trained parameters by name, in their place."""
-        # Loaded anew, because the engine's is wrapped, perhaps sharded, and perhaps in another dtype.
+        # Loaded anew: the engine's is wrapped, perhaps sharded, and perhaps in another dtype.
         denoiser = training_form(self.folder, self.config, self.stage)
         with torch.no_grad():
             for key, p in trainable(denoiser).items():

@@ -67,7 +67,7 @@ def test_the_start_survives_saving():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_at_every_zero_stage_and_across_a_checkpoint(stage, process_group, tmp_path):
     def engine():
-        return Engine(network(), torch.device("cpu"), stage, 5, 1, 0.05, (0.9, 0.99), 0.0, 1e9, anchor=0.3)
+        return Engine(network(), torch.device("cpu"), stage, 1, (0.9, 0.99), 0.0, 1e9, anchor=0.3)
 
     made = engine()
     for step in range(6):

@@ -221,7 +221,7 @@ class Simulation:
             had = await asyncio.gather(*(self._rank(iteration, rank) for rank in range(self.gpus)))
             self.waited.append(min(had) - waits)
             await asyncio.sleep(exchange)
-            self.flight.append(self.loop.ledger.budget.used)
+            self.flight.append(self.loop.ledger.used)
             await self._publish_and(self.loop.commit, iteration + 1, Trained(attempt, iteration, {}))
             self.ended.append(now())
 
@@ -276,7 +276,7 @@ class Simulation:
         await self._learner(config)
         cpu = time.process_time() - begun
         killing.cancel()
-        assert self.loop.stopped is None and not self.loop.ready and self.loop.ledger.budget.used == 0
+        assert self.loop.stopped is None and not self.loop.ready and self.loop.ledger.used == 0
         observer.writer.shutdown()
         return self._result(cpu, pool, replicas, len(log.records))
 

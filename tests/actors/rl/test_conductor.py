@@ -15,6 +15,7 @@ from actors.rl.loop import Loop
 from actors.rl.messages import Ended, Leave, Lost, Ready, Sampled, Stopped, Trained
 from actors.rl.stops import Cause, Stop
 from fixtures.local_actors import local_log
+from fixtures.simulated_roles import NoObserver
 from rlproxi.algorithms import grpo
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
@@ -61,7 +62,7 @@ def make(folder, bound: int = 1, **sections) -> Loop:
             **sections,
         }
     )
-    return Loop(config, grpo.GRPO(config), Pool(), Client(), local_log(folder), evaluator=None)
+    return Loop(config, grpo.GRPO(config), Pool(), Client(), local_log(folder), None, NoObserver())
 
 
 async def pictures(request, version, pixel: int = 100) -> Sampled:
@@ -267,7 +268,7 @@ def test_rewards_without_provenance_end_no_run(tmp_path):
         await conductor.begin(0)
         await conductor.next_batch(0)
         await commit(conductor, 0)
-        assert conductor.version == 1 and conductor.stopped is None
+        assert conductor.ledger.version == 1 and conductor.stopped is None
 
     asyncio.run(main())
     assert warnings(tmp_path) == ["reward 'attributes' does not say where its scores come from: attributes hangs"]
@@ -297,7 +298,7 @@ def test_a_commit_waits_until_its_record_is_in_the_log(tmp_path):
         await conductor.next_batch(0)
         committed = asyncio.ensure_future(commit(conductor, 0))
         await settled()
-        assert not committed.done() and conductor.version == 1, "sampling goes on meanwhile"
+        assert not committed.done() and conductor.ledger.version == 1, "sampling goes on meanwhile"
         written.set()
         await committed
 
@@ -411,6 +412,6 @@ def test_too_many_broken_samples_are_the_learners_to_skip(tmp_path):
         assert np.isnan(one.rewards).all() and conductor.stopped is None
         await commit(conductor, 0)
         await settled()
-        assert conductor.version == 1
+        assert conductor.ledger.version == 1
 
     asyncio.run(main())

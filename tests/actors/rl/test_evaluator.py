@@ -10,6 +10,7 @@ from fixtures.local_actors import local_log
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
 from rlproxi.telemetry.runlog import read
+from rlproxi.telemetry.timeline import Diary
 
 CONFIG = build_config(
     {
@@ -45,8 +46,8 @@ class Run:
     """An evaluator on a run directory, and what it asked for."""
 
     def __init__(self, folder):
-        self.folder, self.requests, self.saved, self.client = folder, [], [], Client()
-        self.evaluator = Evaluator(CONFIG, folder, local_log(folder), self.client, self.sample, self.save)
+        self.folder, self.requests, self.saved, self.client, self.diary = folder, [], [], Client(), Diary()
+        self.evaluator = Evaluator(CONFIG, folder, local_log(folder), self.client, self)
 
     async def sample(self, request, version):
         self.requests.append((request, version))
@@ -108,7 +109,7 @@ def test_a_broken_sample_is_a_missing_score(run, every):
         sampled.finite[: None if every else 1] = request.images != 8  # broken in the first of two pieces
         return sampled
 
-    run.evaluator.sample = broken
+    run.sample = broken
     entry = run.evaluate(10)["by_steps"]["4"]
     missing = 8 if every else 1
     assert entry["train"]["attributes"] == {"mean": 10, "sem": 0, "missing": missing}

@@ -20,7 +20,7 @@ from actors.rl.pool import RolloutPool
 from actors.rl.staleness import Stamp
 from fixtures import virtual_time
 from fixtures.local_actors import Local
-from fixtures.simulated_roles import Log, Rollout, Store, Weights, brightness, handles, made_of
+from fixtures.simulated_roles import Log, NoObserver, Rollout, Store, Weights, brightness, handles, made_of
 from rlproxi.algorithms import grpo
 from rlproxi.config.loading import build_config
 from rlproxi.rewards import RewardError
@@ -63,7 +63,7 @@ class World:
         ]
         self.pool = RolloutPool(handles(self.rollouts), Local(self.store), Local(self.log))
         self.algorithm = grpo.GRPO(config)
-        self.loop = Loop(config, self.algorithm, self.pool, self, Local(self.log), evaluator=None)
+        self.loop = Loop(config, self.algorithm, self.pool, self, Local(self.log), None, NoObserver())
 
     async def pause(self, most: float) -> None:
         await asyncio.sleep(self.dice.choice([0.0, self.dice.uniform(0, most), self.dice.expovariate(1 / most)]))
@@ -149,7 +149,7 @@ def check(world: World) -> None:
     assert sorted(last) == list(range(STEPS))
     loop, pool = world.loop, world.pool
     assert world.log.stopped is None and loop.stopped is None
-    assert (loop.ready, loop.answers, loop.tasks, loop.ledger.budget.used) == ({}, {}, set(), 0)
+    assert (loop.ready, loop.answers, loop.tasks, loop.ledger.used) == ({}, {}, set(), 0)
     assert pool.idle.qsize() == world.actors and not pool.busy and not pool.fetching
     assert pool.lost <= sum(rollout.deaths for rollout in world.rollouts), "each death counts once"
 
@@ -226,7 +226,7 @@ def test_work_of_an_earlier_attempt_is_not_handed_over():
         with pytest.raises(RuntimeError, match="iteration 1 is committed, and no learner of this attempt was given it"):
             await world.loop.commit(Trained(2, 1, {}))
         await world.loop.commit(Trained(2, 0, {}))
-        assert world.loop.version == 1
+        assert world.loop.ledger.version == 1
         await world.loop.close()
 
     virtual_time.run(main())

@@ -6,13 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from actors.rl.staleness import ByteBudget, Ledger, StalenessPolicy, Stamp
+from actors.rl.staleness import Ledger, Stamp
 
 
 @dataclass
 class Pending:
-    iteration: int
-    version: int
+    stamp: Stamp
     scored: bool = False
 
 
@@ -21,41 +20,39 @@ def simulate(
 ) -> tuple[list[str], list[int]]:
     """A dispatcher, rollouts that answer in any order, and a learner; ``pick(n)`` chooses what happens next.
 
-    Bytes are taken for each micro-batch and given back for an iteration at once, as the ledger does.
-    Returns (what happened, the staleness of every micro-batch trained on).
+    ``size``: bytes of an iteration. Returns (what happened, the staleness of every micro-batch trained on).
     """
-    policy, budget = StalenessPolicy(bound), ByteBudget(limit)
-    version, at, part = 0, 0, 0  # the learner's version; the next iteration and micro-batch to dispatch
+    ledger = Ledger(bound, limit, size)
+    attempt = ledger.begin(0)
     flying: list[Pending] = []
     happened, stale = [], []
-    while version < iterations:
+    while ledger.version < iterations:
         moves = []
-        if at < iterations and policy.allows(at, version) and budget.admits(size):
+        if ledger.next < iterations and ledger.within_bound() and ledger.has_room():
             moves.append("dispatch")
         waiting = [p for p in flying if not p.scored]
         moves += ["score"] * len(waiting)
-        mine = [p for p in flying if p.iteration == version]
+        version = ledger.version
+        mine = [p for p in flying if p.stamp.iteration == version]
         if len(mine) == micro_batches and all(p.scored for p in mine):
             moves.append("train")
         assert moves, f"deadlock at version {version} with {len(flying)} micro-batches of {micro_batches} in flight"
         choice = pick(len(moves))
         move = moves[choice]
         if move == "dispatch":
-            budget.take(size)
-            flying.append(Pending(at, version))
-            at, part = (at + 1, 0) if part + 1 == micro_batches else (at, part + 1)
+            stamp = ledger.dispatch()
+            flying += [Pending(stamp) for _ in range(micro_batches)]
         elif move == "score":
             waiting[choice - moves.index("score")].scored = True
         else:
-            assert all(policy.allows(version, p.version) for p in mine)
-            stale += [version - p.version for p in mine]
-            flying = [p for p in flying if p.iteration != version]
-            budget.give_back(micro_batches * size)
-            version += 1
+            ledger.check(version, [p.stamp for p in mine])
+            stale += [version - p.stamp.version for p in mine]
+            flying = [p for p in flying if p.stamp.iteration != version]
+            ledger.commit(version, attempt)
         happened.append(move)
-        assert budget.used == len(flying) * size
-        assert budget.used <= limit or len(flying) == 1  # one oversized item is let through, alone
-    assert budget.used == 0 and not flying
+        assert ledger.used == len({p.stamp.iteration for p in flying}) * size
+        assert ledger.used <= limit or ledger.used == size  # one oversized iteration is let through, alone
+    assert ledger.used == 0 and not flying
     return happened, stale
 
 
@@ -69,16 +66,16 @@ def simulate(
     room=st.integers(0, 40),
 )
 def test_no_schedule_exceeds_the_bound_or_the_budget_or_stops(data, bound, iterations, micro_batches, size, room):
-    limit = micro_batches * size + room
+    limit = size + room
     pick = lambda n: data.draw(st.integers(0, n - 1))  # noqa: E731
     happened, stale = simulate(pick, bound, iterations, micro_batches, size, limit)
     assert len(stale) == iterations * micro_batches and min(stale) >= 0 and max(stale) <= bound
     count = Counter(happened)
-    assert count == {"dispatch": len(stale), "score": len(stale), "train": iterations}
+    assert count == {"dispatch": iterations, "score": len(stale), "train": iterations}
 
 
 @given(data=st.data(), iterations=st.integers(1, 6), limit=st.integers(1, 9))
-def test_one_oversized_micro_batch_at_a_time_is_let_through(data, iterations, limit):
+def test_one_oversized_iteration_at_a_time_is_let_through(data, iterations, limit):
     happened, _ = simulate(lambda n: data.draw(st.integers(0, n - 1)), 3, iterations, 1, 10, limit)
     assert happened == ["dispatch", "score", "train"] * iterations
 
@@ -87,8 +84,7 @@ def test_one_oversized_micro_batch_at_a_time_is_let_through(data, iterations, li
 def test_bound_zero_is_strict_alternation(data, iterations, micro_batches):
     happened, stale = simulate(lambda n: data.draw(st.integers(0, n - 1)), 0, iterations, micro_batches, 1, 10**9)
     assert set(stale) == {0}
-    trained = [i for i, move in enumerate(happened) if move == "train"]
-    assert trained == [2 * micro_batches * (i + 1) + i for i in range(iterations)]
+    assert happened == ["dispatch", *["score"] * micro_batches, "train"] * iterations
 
 
 @pytest.mark.parametrize("bound", [1, 2, 3])
@@ -99,34 +95,25 @@ def test_an_eager_dispatcher_reaches_the_bound_and_stays_there(bound):
 
 
 def test_the_budget_limits_how_far_ahead_the_dispatcher_gets():
-    _, stale = simulate(lambda n: 0, 4, 9, 2, 5, limit=20)  # two iterations of two
+    _, stale = simulate(lambda n: 0, 4, 9, 2, 10, limit=20)  # two iterations
     assert max(stale) == 1
 
 
 @given(bound=st.integers(0, 10), iteration=st.integers(0, 50), version=st.integers(0, 50))
 def test_the_rule(bound, iteration, version):
-    policy = StalenessPolicy(bound)
-    allowed = version <= iteration <= version + bound
-    assert policy.allows(iteration, version) == allowed
-
-
-def test_a_negative_bound_is_refused():
-    with pytest.raises(ValueError, match="the staleness bound is -1; it counts versions and cannot be negative"):
-        StalenessPolicy(-1)
-
-
-def test_giving_back_more_than_was_taken_is_an_error():
-    budget = ByteBudget(100)
-    budget.take(30)
-    with pytest.raises(ValueError, match="31 bytes given back where 30 were taken"):
-        budget.give_back(31)
-    assert budget.used == 30 and budget.admits(70) and not budget.admits(71)
-    budget.give_back(30)
-    assert budget.used == 0 and budget.admits(10**12)
+    ledger = Ledger(bound, limit=10**9, size=1)
+    ledger.begin(iteration)
+    ledger.dispatch()
+    stamp = Stamp(1, iteration, version)
+    if version <= iteration <= version + bound:
+        ledger.check(iteration, [stamp])
+    else:
+        with pytest.raises(RuntimeError, match=f"iteration {iteration} of attempt 1 was given a group of"):
+            ledger.check(iteration, [stamp])
 
 
 def test_an_iteration_larger_than_the_budget_still_reaches_the_learner():
-    ledger = Ledger(StalenessPolicy(2), limit=10, size=11)
+    ledger = Ledger(2, limit=10, size=11)
     ledger.begin(0)
     for iteration in range(3):
         stamp = ledger.dispatch()
@@ -144,7 +131,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize(bound=st.integers(0, 3), limit=st.integers(1, 40), start=st.integers(0, 3))
     def begins(self, bound, limit, start):
         self.bound, self.limit = bound, limit
-        self.ledger = Ledger(StalenessPolicy(bound), limit, 10)
+        self.ledger = Ledger(bound, limit, 10)
         self.flying: list[Stamp] = []  # of all attempts
         self.arrived: list[Stamp] = []
         self.trained: list[int] = []
@@ -154,7 +141,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def learner_restarts(self, back):
         self.start = max(0, self.ledger.version - back)
         attempt = self.ledger.begin(self.start)
-        assert attempt > self.attempt and self.ledger.budget.used == 0
+        assert attempt > self.attempt and self.ledger.used == 0
         self.attempt, self.trained, self.arrived = attempt, [], []
 
     @precondition(lambda self: self.ledger.within_bound() and self.ledger.has_room())
@@ -190,16 +177,16 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(iteration=st.integers(0, 12), attempt=st.integers(0, 5))
     def another_learner_commits(self, iteration, attempt):
         if (iteration, attempt) != (self.ledger.version, self.attempt) or self.ledger.next == self.ledger.version:
-            before = vars(self.ledger).copy(), self.ledger.budget.used
+            before = vars(self.ledger).copy(), self.ledger.used
             with pytest.raises(RuntimeError, match=f"iteration {iteration} is committed"):
                 self.ledger.commit(iteration, attempt)
-            assert (vars(self.ledger), self.ledger.budget.used) == before
+            assert (vars(self.ledger), self.ledger.used) == before
 
     @invariant()
     def nothing_leaks(self):
         ledger = self.ledger
         assert self.trained == list(range(self.start, ledger.version)), "each once, in order"
-        assert ledger.budget.used == 10 * (ledger.next - ledger.version) <= max(10, self.limit)
+        assert ledger.used == 10 * (ledger.next - ledger.version) <= max(10, self.limit)
         assert ledger.next - ledger.version <= self.bound + 1
         assert ledger.next > ledger.version or (ledger.within_bound() and ledger.has_room()), "something can happen"
 

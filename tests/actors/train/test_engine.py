@@ -22,9 +22,7 @@ def test_the_engine_computes_in_the_dtype_it_is_told_whatever_deepspeed_thinks_o
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)),
         torch.device("cpu"),
         0,
-        2,
         1,
-        1e-3,
         (0.9, 0.99),
         0.0,
         1.0,
@@ -48,9 +46,7 @@ def small(stage: int, accumulation: int = 2) -> Engine:
         nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)),
         torch.device("cpu"),
         stage,
-        5,
         accumulation,
-        0.05,
         (0.9, 0.99),
         0.0,
         1.0,
@@ -126,13 +122,12 @@ def test_a_step_that_deepspeed_made_of_nan_ends_the_run_in_plain_words(process_g
 def test_metrics_over_losses_leave_out_what_is_missing_and_a_maximum_does_not(process_group):
     engine = small(0)
 
-    def told():
-        for (loss, _), metrics in zip(
-            losses(engine, 0), ({"a": 1.0, "max": 3.0, "gone": float("nan")}, {"a": float("nan"), "max": 2.0})
-        ):
-            yield loss, metrics
+    def made_with(*metrics):
+        update = engine.update(((loss, of) for (loss, _), of in zip(losses(engine, 0), metrics, strict=True)), 0.05)
+        return update.metrics
 
-    metrics = engine.update(told(), 0.05).metrics
+    nan = float("nan")
+    metrics = made_with({"a": 1.0, "max": 3.0, "gone": nan}, {"a": nan, "max": 2.0})
     assert metrics["a"] == 1.0 and metrics["max"] == 3.0 and metrics["gone"] != metrics["gone"]
-    assert engine._across_ranks({"max": [1.0, float("nan")]}, torch.tensor(2)) == ({"max": float("inf")}, 2)
+    assert made_with({"max": 1.0}, {"max": nan})["max"] == float("inf")
     engine.close()

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from actors.train import checkpoints, rollback
+from actors.train import rollback
 from actors.train.engine import Engine
 from actors.train.rank import Rank
 from actors.train.saving import RankPlace
 from fixtures.local_actors import local_log
 from rlproxi.algorithms.base import Update
 from rlproxi.config.loading import build_config
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.runlog import read
 
 STEPS = 8
@@ -52,8 +53,7 @@ class OneRank(Rank):
     def build(self):
         torch.manual_seed(0)
         self.engines = {
-            name: Engine(nn.Linear(3, 2), self.device, 1, 4, 1, 0.1, (0.9, 0.99), 0.0, 1.0)
-            for name in ("policy", "fake")
+            name: Engine(nn.Linear(3, 2), self.device, 1, 1, (0.9, 0.99), 0.0, 1.0) for name in ("policy", "fake")
         }
         self.algorithm = Fit(self, self.nan)
 
@@ -149,7 +149,7 @@ def test_without_a_checkpoint_training_begins_anew(make):
     lower = rank.seen[3:]
     assert [seen.lr for seen in lower] == [0.05] * STEPS
     # As a new run that was told of the one rollback by its file.
-    rollback.remember(checkpoints.root(rank.run_dir.parent / "fresh", "rl"), 1)
+    rollback.remember(RunDirectory(rank.run_dir.parent / "fresh").checkpoints("rl"), 1)
     fresh = make(lambda step, rollbacks: False, "fresh")
     assert all(
         torch.equal(one.weights["policy"], two.weights["policy"]) for one, two in zip(lower, fresh.seen, strict=True)
@@ -160,10 +160,7 @@ def test_a_checkpoint_that_leads_nowhere_is_set_aside(make):
     rank = make(lambda step, rollbacks: step >= 4 and not rollbacks)
     assert rank.begun == [0, 2] and rank.ended
     assert (rank.root / "spoilt-step-000004").is_dir() and (rank.root / "step-000008").is_dir()
-    assert any(
-        "step-000004 is set aside as spoilt-step-000004: nothing could be learnt from there" in w
-        for w in warnings(rank)
-    )
+    assert any("step-000004 is set aside as spoilt-step-000004: training from there fails" in w for w in warnings(rank))
 
 
 def test_what_goes_on_ends_the_run_in_words(make):

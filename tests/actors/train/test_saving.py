@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-from actors.train import checkpoints
 from fixtures.small_rank import SmallRank, same
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.runlog import read
 
 
@@ -49,12 +49,12 @@ def test_killed_at_any_point_it_goes_on_as_the_unbroken_run(kill, unbroken, tmp_
             second.run_log.thing.take_announcements() == [("note", said(tmp_path, "note")[0])]
             and second.run_log.thing.take_announcements() == []
         )
-    assert not [p for p in checkpoints.root(tmp_path, "pretrain").iterdir() if p.name.startswith(".")]
+    assert not [p for p in RunDirectory(tmp_path).checkpoints("pretrain").iterdir() if p.name.startswith(".")]
 
 
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_taken(unbroken, tmp_path):
     SmallRank(tmp_path, kill="done 4").live()
-    file = checkpoints.root(tmp_path, "pretrain") / "step-000004" / "fake" / "state-00000.safetensors"
+    file = RunDirectory(tmp_path).checkpoints("pretrain") / "step-000004" / "fake" / "state-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
     file.write_bytes(content)
@@ -117,7 +117,7 @@ class OnDisk(SmallRank):
 
     def __init__(self, run_dir, disk, full=(), **options):
         super().__init__(run_dir, **options)
-        self.checkpointer.root, self.disk, self.full = checkpoints.root(disk.folder, self.stage), disk, full
+        self.checkpointer.root, self.disk, self.full = RunDirectory(disk.folder).checkpoints(self.stage), disk, full
 
     def checkpoint(self, step):
         if step in self.full:
@@ -136,7 +136,7 @@ def test_training_outlives_a_full_disk_and_writes_again_when_there_is_room(unbro
         assert (
             "No space left on device" in warning and f"the disk at {disk.folder} has 0 of 409,600 bytes free" in warning
         )
-    names = sorted(p.name for p in checkpoints.root(disk.folder, "pretrain").iterdir())
+    names = sorted(p.name for p in RunDirectory(disk.folder).checkpoints("pretrain").iterdir())
     assert names == ["step-000002", "step-000006"]
 
 

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 from actors.train import checkpoints
 from fixtures.small_rank import SmallRank, engine_of, state, train
+from rlproxi.run_directory import RunDirectory
 from rlproxi.telemetry.runlog import read
 
 #: (stage of the one rank, stage of the two): each way over.
@@ -116,7 +117,7 @@ def test_both_ranks_learn_that_one_could_not_write(root):
         assert torch.load(root / f"found-{rank}", weights_only=True)["full"] == ["2: 0", "4: 1", "6: 0"]
     warnings = {r["message"] for r in read(root / "run") if r["event"] == "warning"}
     assert len(warnings) == 1 and "no checkpoint of step 4: " in warnings.pop()
-    folder = checkpoints.root(root / "run", "pretrain")
+    folder = RunDirectory(root / "run").checkpoints("pretrain")
     assert sorted(p.name for p in folder.iterdir()) == ["step-000002", "step-000006"]
     newest = checkpoints.latest(folder, pytest.fail)
     assert newest.world == 2 and {"random-00000.safetensors", "random-00001.safetensors"} <= newest.files.keys()
