@@ -232,7 +232,7 @@ def application(
     from rlproxi.models.folders import ModelFolder  # heavy, and the frontend does not need it
 
     found = ModelFolder.find(model)
-    folder, (schedule, sampler, _) = found.path.resolve(), found.settings
+    folder, schedule, sampler = found.path.resolve(), found.settings.schedule, found.settings.sampler
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     painters: Any = serve.deployment(  # its types take it for a decorator with arguments
         Painter,

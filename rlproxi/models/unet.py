@@ -1,8 +1,6 @@
-"""A small text-conditional U-Net for the proximal residual, saved as a diffusers model folder.
+"""A small text-conditional U-Net for the proximal residual.
 
-Made for CPUs: pixel-unshuffle stem, widths that are multiples of 32, plain matmul attention,
-channels_last. Conditioned on t *and* lam, on a pooled text vector (through the time embedding)
-and on the text encoder's states (through cross-attention).
+Made for CPUs: pixel-unshuffle stem, widths that are multiples of 32, plain matmul attention, channels_last.
 """
 
 from __future__ import annotations
@@ -46,10 +44,9 @@ class ResBlock(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Self-attention over the pixels and the text states together, one softmax for both.
+    """Attention from the pixels to the pixels and the text states together, one softmax for both.
 
-    Joint keys cost one attention where separate self- and cross-attention cost two. Plain
-    matmuls: at these sizes the fused kernel's backward is slower on a CPU.
+    Plain matmuls: at these sizes the fused kernel's backward is slower on a CPU.
     """
 
     def __init__(self, channels: int, text_dim: int, head_dim: int = 32):
@@ -139,8 +136,7 @@ class ProximalUNet(Preconditioned):
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""
         emb = F.silu(self.embed_noise(noise_features(t, lam)) + self.embed_text(text.pooled))
-        h = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
-        h = self.stem(h)
+        h = self.stem(F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last))
         skips = []
         down, shrink = iter(self.down), iter(self.shrink)
         for level, count in enumerate(self.config.blocks):
@@ -160,10 +156,9 @@ class ProximalUNet(Preconditioned):
 
     def _block(self, pair: Any, h: Tensor, emb: Tensor, text: TextStates) -> Tensor:
         """A residual block and the attention after it; ``pair`` is an nn.ModuleList of both."""
-        block, attend = pair
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(self._whole_block, block, attend, h, emb, text)
-        return self._whole_block(block, attend, h, emb, text)
+            return self._gradient_checkpointing_func(self._whole_block, *pair, h, emb, text)
+        return self._whole_block(*pair, h, emb, text)
 
     @staticmethod
     def _whole_block(block: nn.Module, attend: nn.Module, h: Tensor, emb: Tensor, text: TextStates) -> Tensor:
