@@ -103,11 +103,7 @@ class ProxT2IPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> ProxT2IPipeline:
-        """Loads a model folder, a run directory's models/final, else its models/pretrained, or a plain diffusers folder
-        (a published checkpoint as the warm-start formula makes it, with the default schedule and sampler).
-
-        Args:
-            options: diffusers' own, for a model folder; a plain diffusers folder takes none.
+        """Loads what ``ModelFolder.find`` finds; ``options`` are diffusers'; a plain diffusers folder takes none.
 
         Raises FileNotFoundError or ValueError naming what is missing or damaged.
         """
@@ -139,13 +135,9 @@ class ProxT2IPipeline(DiffusionPipeline):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, safe_serialization: bool = True
     ) -> None:
-        """Writes a model folder, which ``from_pretrained``, ``TextToImage`` and ``rlproxi sample`` read.
+        """Writes a model folder; what was not trained is linked from the folder this pipeline came from.
 
-        What was not trained is linked from the folder this pipeline came from, where the file system can;
-        ``rlproxi export`` writes a folder that stands alone.
-
-        Raises ValueError where components were replaced since loading, FileExistsError where the folder holds something
-        else.
+        Raises ValueError where components were replaced since loading, FileExistsError as ``TextToImage``.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False: a model folder holds safetensors alone")

@@ -28,8 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: What diffusers calls a file of adapters.
 ADAPTER = "pytorch_lora_weights.safetensors"
 CARD = "README.md"
-#: Tensors that stay in float32 whatever the dtype: the closed-form prox needs its basis orthogonal. The mean does not
-#: stay: it is a network's first tensor, by which diffusers decides whether it casts a file as it loads it.
+#: Tensors that stay in float32: the closed-form prox needs its basis orthogonal. Not the first tensor, the mean:
+#: by its dtype diffusers decides whether it casts a file.
 EXACT = ("gaussian.variance", "gaussian.colors")
 
 USE = [
@@ -59,10 +59,8 @@ def export(
         source: a run directory or a model folder.
         merge: adds adapters to the base's weights; None: where the base is a published network, so that plain tools
             read what was trained. Merged weights give the same images to rounding, kept adapters bit for bit.
-        dtype: of the weights as stored (float32, bfloat16, float16); None leaves them as they are. Loaded, they compute
-            in float32 all the same.
-        adapter_only: writes the adapters alone, as diffusers' ``load_lora_adapter`` and ``load_lora_weights`` read
-            them.
+        dtype: of the weights as stored (float32, bfloat16, float16); None leaves them as they are.
+        adapter_only: writes the adapters alone, in diffusers' own format.
 
     Raises FileExistsError where ``out`` holds something, ValueError for adapters that are not there or a dtype that the
     weights do not fit, FileNotFoundError for a source without a model.

@@ -46,12 +46,10 @@ def load_denoiser(
     """The denoiser of a model folder, run directory or diffusers folder, in float32, for inference (``eval``).
 
     Args:
-        schedule: the proximal schedule of a diffusers folder, which has none of its own; None takes the folder's
-            sampler.json, else the default.
+        schedule: the proximal schedule of a diffusers folder; None takes its sampler.json, else the default.
         size: H = W of its images in pixels, where the network is free to choose; None: the folder's own.
 
-    Raises FileNotFoundError for a folder without one, ValueError for damaged files, weights that do not fit
-    their config.json, or a network that is not supported.
+    Raises FileNotFoundError for a folder without one, ValueError for damaged files or a network that is not supported.
     """
     found = ModelFolder.find(folder)
     denoiser: ProximalNetwork
@@ -125,6 +123,7 @@ def load_encoder(
         for end in ends:
             if not (path / f"tokenizer{end}").is_dir():
                 raise FileNotFoundError(f"{path / f'tokenizer{end}'} is missing, the tokenizer of text_encoder{end}")
+            check_weights(path / f"text_encoder{end}")
         if settings is None:
             return _built_in(found)
         stack = KINDS[settings.kind]
@@ -163,9 +162,8 @@ def training_form(
 ) -> ProximalNetwork:
     """A model folder's denoiser as ``config`` trains it in ``stage`` (pretrain or rl): the same in learner and rollout.
 
-    Without LoRA everything is trained, adapters of the folder merged into it. With it the folder's adapters go on, or
-    new ones are attached, and the frozen base is held in ``dtype``; pre-training trains the lam branch as well.
-    ``trainable`` gives what is trained. Raises as ``load_denoiser``.
+    Without LoRA everything is trained, with the folder's adapters merged. With it the folder's adapters or new ones
+    are trained, the base is held in ``dtype``; pre-training also trains the lam branch. Raises as ``load_denoiser``.
     """
     denoiser = load_denoiser(folder, config.schedule.build(), config.data.size)
     if denoiser.lora and config.model.lora is None:

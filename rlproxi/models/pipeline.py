@@ -85,10 +85,7 @@ class TextToImage:
         return cls(denoiser, load_encoder(path), schedule, sampler, precision, load_autoencoder(path), path)
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
-        """Writes the model folder, atomically: a reader sees the old model or the new one, never a half.
-
-        Raises FileExistsError rather than replace a folder that holds something else.
-        """
+        """Writes the model folder, atomically. Raises FileExistsError where ``folder`` holds something else."""
         folder = Path(folder)
         if folder.exists() and not (folder / INDEX).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists and is not a model folder; choose another name")
@@ -139,8 +136,10 @@ class TextToImage:
 
     def to(self, device: str | torch.device) -> TextToImage:
         """Moves all networks."""
-        for part in filter(None, (self.denoiser, self.text, self.vae)):
-            part.to(device)
+        self.denoiser.to(device)
+        self.text.to(device)
+        if self.vae is not None:
+            self.vae.to(device)
         return self
 
     @torch.no_grad()
@@ -199,10 +198,7 @@ class TextToImage:
         guidance_scale: float | None = None,
         keep_chain: bool = False,
     ) -> Trajectory:
-        """One sampler call from named noise: the one forward path of rollout, evaluation and ``rlproxi sample``.
-
-        ``text`` and ``noise`` have a row for each sample; see ``__call__`` for the rest.
-        """
+        """One sampler call, the same in rollout and evaluation; ``text`` and ``noise`` have a row for each sample."""
         device = self.denoiser.device
         x = noise.start(self.denoiser.sample_shape, device)
         guidance = self.sampler.guidance_scale if guidance_scale is None else guidance_scale

@@ -93,7 +93,7 @@ class Preconditioned(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # dif
 
     Sources: the closed form is ProxDM's (arXiv 2507.08956); scaling by it is EDM's idea (Karras et al. 2022).
 
-    A subclass calls ``precondition`` in its constructor and has ``network(x [B, 2 C, H, W], t, lam, text)``.
+    A subclass calls ``precondition`` first in its constructor.
     """
 
     config: Any  # diffusers' frozen dict, whose keys can be read as attributes
@@ -105,12 +105,7 @@ class Preconditioned(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # dif
     part = "unet"
 
     def precondition(self, channels: int, size: int, data_std: float, schedule: VPSchedule, target: str) -> None:
-        """Sets up what surrounds F; a subclass calls it first in its constructor.
-
-        Args:
-            channels, size, data_std: of the first Gaussian, N(0, data_std^2 I). schedule: gives alpha_bar.
-            target: ``pretrain.target``, on which F's factor depends.
-        """
+        """Sets up what surrounds F: the Gaussian N(0, data_std^2 I) of [channels, size, size], and F's ``target``."""
         self.schedule = schedule
         self.target = target
         self.gaussian = FittedGaussian(channels, size, data_std)

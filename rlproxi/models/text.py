@@ -82,11 +82,7 @@ class TextConditioning(ABC):
 
 
 class TextEncoder(TextConditioning):
-    """A frozen tokenizer and text model of transformers.
-
-    The model returns ``last_hidden_state``, and perhaps ``pooler_output``. Without that, the mean over tokens is the
-    pooled vector, as is usual for T5.
-    """
+    """A frozen tokenizer and text model; without a ``pooler_output``, the mean of the states is the pooled vector."""
 
     KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 

@@ -156,9 +156,10 @@ class ProximalUNet(Preconditioned):
 
     def _block(self, pair: Any, h: Tensor, emb: Tensor, text: TextStates) -> Tensor:
         """A residual block and the attention after it; ``pair`` is an nn.ModuleList of both."""
+        block, attend = pair
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(self._whole_block, *pair, h, emb, text)
-        return self._whole_block(*pair, h, emb, text)
+            return self._gradient_checkpointing_func(self._whole_block, block, attend, h, emb, text)
+        return self._whole_block(block, attend, h, emb, text)
 
     @staticmethod
     def _whole_block(block: nn.Module, attend: nn.Module, h: Tensor, emb: Tensor, text: TextStates) -> Tensor:

@@ -258,13 +258,13 @@ def test_what_cannot_be_loaded_is_named(folders, tmp_path):
 
     folder = changed("no-weights")
     (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="holds no .safetensors file"):
         load_encoder(folder)
 
     folder = changed("cut")
     file = folder / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="text_encoder: the weights are damaged"):
+    with pytest.raises(ValueError, match="model.safetensors is damaged or incomplete"):
         load_encoder(folder)
 
     folder = changed("another")
