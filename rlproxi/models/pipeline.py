@@ -136,10 +136,9 @@ class TextToImage:
 
     def to(self, device: str | torch.device) -> TextToImage:
         """Moves all networks."""
-        self.denoiser.to(device)
-        self.text.to(device)
-        if self.vae is not None:
-            self.vae.to(device)
+        parts: list[Any] = [self.denoiser, self.text, self.vae]
+        for part in filter(None, parts):
+            part.to(device)
         return self
 
     @torch.no_grad()

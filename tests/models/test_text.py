@@ -121,7 +121,7 @@ def test_an_answer_depends_neither_on_the_cache_nor_on_the_company(folders, name
         first = cached.encode(CAPTIONS[:2])
         null = cached.null_like(first)
     mixed = cached.encode(CAPTIONS[::-1] + CAPTIONS)
-    assert not mixed.states.is_inference() and len(cached.cache) == len(CAPTIONS) and len(bare.cache) == 0
+    assert not mixed.states.is_inference() and len(cached.rows) == len(CAPTIONS) and len(bare.rows) == 0
     for i, caption in enumerate(CAPTIONS[::-1] + CAPTIONS):
         alone = bare.encode([caption])
         for part in ("states", "pooled", "mask"):
