@@ -58,10 +58,7 @@ def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
 
 
 def test_sizes_that_do_not_fit(folder):
-    assert (
-        "data.size 60 is not a multiple of 8, the factor of"
-        in one(f"model.init={folder}", "data.size=60")[0]
-    )
+    assert "data.size 60 is not a multiple of 8, the factor of" in one(f"model.init={folder}", "data.size=60")[0]
     assert (
         "data.size 72: model.patch 2 and the levels do not divide 9"
         in one(f"model.encoders={folder}", "data.size=72", "model.patch=2")[0]
