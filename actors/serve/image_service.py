@@ -210,7 +210,7 @@ def application(
     from rlproxi.models.folders import ModelFolder  # heavy, and the frontend does not need it
 
     found = ModelFolder.find(model)
-    folder, (schedule, sampler, _) = found.path.resolve(), found.settings
+    folder, schedule, sampler = found.path.resolve(), found.settings.schedule, found.settings.sampler
     common: dict[str, Any] = {
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "graceful_shutdown_timeout_s": 10,

@@ -90,9 +90,9 @@ class Encoder:
 
             self.autoencoder = Autoencoder.from_pretrained(parts_folder, batch_size=BATCH).to(device)
             if recipe.text:
-                from ..models.loading import load_text
+                from ..models.loading import load_encoder
 
-                self.text = load_text(parts_folder)
+                self.text = load_encoder(parts_folder)
                 # The built-in encoder holds its model beside its tokenizer; a stack of encoders has `to` itself.
                 getattr(self.text, "model", self.text).to(device)
 

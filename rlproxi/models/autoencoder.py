@@ -19,11 +19,7 @@ class Autoencoder:
     ``latents = (z - shift) * scale``, with shift and scale from config.json: shift_factor and scaling_factor, or, where
     a checkpoint has them, latents_mean and scaling_factor / latents_std of each channel.
 
-    Gradients go through both directions to the input; the weights have none.
-
-    Args:
-        vae: an AutoencoderKL.
-        batch_size: images in one forward; bounds the memory only.
+    Gradients go through to the input; the weights have none. ``batch_size`` images go through at once.
     """
 
     def __init__(self, vae: Any, batch_size: int = 8):
@@ -40,12 +36,8 @@ class Autoencoder:
         self._scale = config.scaling_factor / _per_channel(config.latents_std if each else [1.0])
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, batch_size: int = 8) -> Autoencoder:
-        """Loads ``folder``/vae.
-
-        Args:
-            dtype: of the weights; None is float32. A checkpoint with force_upcast, as SDXL's, overflows in float16
-                and is loaded in float32 instead.
+    def from_pretrained(cls, folder: str | Path, batch_size: int = 8) -> Autoencoder:
+        """Loads ``folder``/vae in float32.
 
         Raises FileNotFoundError naming what is missing, ValueError for another class or damaged weights.
         """
@@ -54,13 +46,9 @@ class Autoencoder:
         folder = Path(folder) / "vae"
         config = read_json(folder / "config.json")
         if config.get("_class_name") != AutoencoderKL.__name__:
-            raise ValueError(
-                f"{folder} holds a {config.get('_class_name')}; the supported autoencoder is an "
-                f"{AutoencoderKL.__name__}"
-            )
-        if dtype is None or (dtype is torch.float16 and config.get("force_upcast", True)):
-            dtype = torch.float32
-        return cls(load_network(AutoencoderKL, folder, "diffusion_pytorch_model", torch_dtype=dtype), batch_size)
+            raise ValueError(f"{folder} holds a {config.get('_class_name')}; expected an {AutoencoderKL.__name__}")
+        vae = load_network(AutoencoderKL, folder, "diffusion_pytorch_model", torch_dtype=torch.float32)
+        return cls(vae, batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``folder``/vae."""
@@ -84,10 +72,8 @@ class Autoencoder:
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"images of shape {tuple(x.shape)}: expected [B, 3, H, W]")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
-            raise ValueError(
-                f"images of {x.shape[2]}x{x.shape[3]} pixels: both sides must be multiples of "
-                f"{self.factor}, the autoencoder's factor; crop or resize them"
-            )
+            sides = f"{x.shape[2]}x{x.shape[3]}"
+            raise ValueError(f"images of {sides} pixels: crop or resize both sides to multiples of {self.factor}")
         moments = self._sliced(lambda part: self.vae.encode(part).latent_dist.parameters, x)
         posterior = DiagonalGaussianDistribution(moments)
         z = posterior.mode() if generator is None else posterior.sample(generator)

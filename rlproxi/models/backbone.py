@@ -1,15 +1,14 @@
 """Published diffusion networks as proximal ones: diffusers' own classes inside the warm-start formula.
 
-A checkpoint of any eps-, v- or flow-prediction model is a proximal policy as it stands (``proximal.warmstart``).
-The checkpoint has no input for lam. A zero-initialised branch adds lam to the time embedding. So at load the output
-*is* the formula, and training moves on from there.
+A checkpoint of any eps-, v- or flow-prediction model is a proximal policy as it stands (``proximal.warmstart``). A
+zero-initialised branch, which adds lam to the time embedding, changes nothing until it is trained.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,38 +25,61 @@ from .text import TextStates
 LAM = "lam_embedding"
 
 
-class Interface:
-    """How one of diffusers' networks is called, and which layer makes its time embedding. This one: a plain U-Net."""
+class Interface(ABC):
+    """How one of diffusers' networks is called. A subclass names the class ``network`` and so makes it supported."""
 
+    network: str
+    #: The network's subfolder in a model folder.
+    part = "transformer"
+    #: The layer whose output is the time embedding [B, dim].
+    embedder: str
+
+    def time_embedder(self, net: nn.Module) -> Any:
+        """The layer of ``net`` whose output is the time embedding."""
+        return net.get_submodule(self.embedder)
+
+    def new_branch(self, net: nn.Module) -> LamEmbedding:
+        """A new lam branch, as wide as the time embedding of ``net``."""
+        return LamEmbedding(self.time_embedder(net).linear_2.out_features)
+
+    def check(self, config: Mapping[str, Any]) -> None:  # noqa: B027  # most classes have one form only
+        """Raises ValueError where a network of this config.json takes other inputs."""
+
+    @abstractmethod
+    def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
+        """The prediction of ``net``, like x [B, C, H, W]; time [B] in the network's units."""
+
+
+class UNetInterface(Interface):
+    """The U-Net of Stable Diffusion; SDXL's takes pooled text and six sizes beside the text states."""
+
+    network = "UNet2DConditionModel"
     part = "unet"
     embedder = "time_embedding"
 
-    def time_embedder(self, net: nn.Module) -> nn.Module:
-        """The layer of ``net`` whose output is the time embedding [B, dim]."""
-        return net.get_submodule(self.embedder)
-
-    def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
-        """The prediction of ``net``, like x [B, C, H, W]; time [B] in the network's units."""
-        return net(x, time, encoder_hidden_states=text.states).sample
-
-
-class SDXLInterface(Interface):
-    """SDXL's U-Net: pooled text and six sizes beside the text states."""
+    def check(self, config: Mapping[str, Any]) -> None:
+        """As ``Interface.check``."""
+        if config.get("class_embed_type") or config.get("in_channels") != config.get("out_channels"):
+            raise ValueError("this U-Net takes more than a latent, a time and a text: use a text-to-image checkpoint")
+        if config.get("addition_embed_type") not in (None, "text_time"):
+            raise ValueError(f"addition_embed_type {config['addition_embed_type']!r} is not supported")
 
     def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
         """As ``Interface.call``; without time_ids, those of an image of x's own size that was not cropped."""
-        sizes = text.time_ids
-        if sizes is None:
-            height, width = (8.0 * side for side in x.shape[-2:])
-            sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=x.device).expand(len(x), -1)
-        added = {"text_embeds": text.pooled, "time_ids": sizes}
+        added = None
+        if net.config.addition_embed_type == "text_time":
+            sizes = text.time_ids
+            if sizes is None:
+                height, width = (8.0 * side for side in x.shape[-2:])
+                sizes = torch.tensor([[height, width, 0.0, 0.0, height, width]], device=x.device).expand(len(x), -1)
+            added = {"text_embeds": text.pooled, "time_ids": sizes}
         return net(x, time, encoder_hidden_states=text.states, added_cond_kwargs=added).sample
 
 
 class SD3Interface(Interface):
     """SD3's transformer: joint attention, pooled text in the time embedding."""
 
-    part = "transformer"
+    network = "SD3Transformer2DModel"
     embedder = "time_text_embed.timestep_embedder"
 
     def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
@@ -68,7 +90,7 @@ class SD3Interface(Interface):
 class PixArtInterface(Interface):
     """PixArt's transformer: T5 states under their mask; resolution embeddings where the checkpoint has them."""
 
-    part = "transformer"
+    network = "PixArtTransformer2DModel"
     embedder = "adaln_single.emb.timestep_embedder"
 
     def call(self, net: Any, x: Tensor, time: Tensor, text: TextStates) -> Tensor:
@@ -87,22 +109,13 @@ class PixArtInterface(Interface):
 
 def interface_of(net_config: Mapping[str, Any]) -> Interface:
     """The interface for a network's config.json. Raises ValueError for a class that is not supported."""
-    kind = net_config.get("_class_name")
-    if kind == "UNet2DConditionModel":
-        if net_config.get("class_embed_type") or net_config.get("in_channels") != net_config.get("out_channels"):
-            raise ValueError(
-                "this UNet2DConditionModel takes more than a latent, a time and a text (an inpainting, "
-                "upscaling or image-conditioned checkpoint); use a plain text-to-image one"
-            )
-        if net_config.get("addition_embed_type") not in (None, "text_time"):
-            raise ValueError(f"addition_embed_type {net_config['addition_embed_type']!r} is not supported")
-        return SDXLInterface() if net_config.get("addition_embed_type") == "text_time" else Interface()
-    supported = {"SD3Transformer2DModel": SD3Interface, "PixArtTransformer2DModel": PixArtInterface}
-    if kind not in supported:
-        raise ValueError(
-            f"a {kind} cannot be made a proximal network; supported: UNet2DConditionModel, {', '.join(supported)}"
-        )
-    return supported[kind]()
+    kinds = {kind.network: kind for kind in Interface.__subclasses__()}
+    name = net_config.get("_class_name")
+    if name not in kinds:
+        raise ValueError(f"a {name} cannot be made a proximal network; supported: {', '.join(kinds)}")
+    interface = kinds[name]()
+    interface.check(net_config)
+    return interface
 
 
 class CheckpointNoise:
@@ -129,18 +142,15 @@ class CheckpointNoise:
         scheduler = DDIMScheduler.from_config({key: value for key, value in values.items() if key != "_class_name"})
         self.prediction = scheduler.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(
-                f"{file}: prediction_type {self.prediction!r} is not supported; epsilon, v_prediction and flow are"
-            )
+            raise ValueError(f"{file}: prediction_type {self.prediction!r} is not epsilon, v_prediction or flow")
         self.steps = scheduler.config.num_train_timesteps
         levels = scheduler.alphas_cumprod.double().clamp_min(1e-8)  # 0 at the end with a zero terminal SNR
         self._log_snr = (levels / (1 - levels)).log()
 
     def time(self, level: Tensor) -> Tensor:
-        """The time [B] in the network's units, float64, of the noise level [B].
+        """The time [B] in the network's units, float64, of the noise level [B]: an alpha_bar, or a flow's s.
 
-        A level is an alpha_bar; its time is linear in log SNR between the discrete levels and clamped to them. For a
-        flow a level is s, and its time is s times the number of steps.
+        An alpha_bar's time is linear in log SNR between the discrete levels and clamped to them.
         """
         if self.prediction == "flow":
             return level.double() * self.steps
@@ -207,11 +217,6 @@ class ProximalBackbone(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the network alone; the formula around it is a few operations."""
         self.net.compile(*args, **kwargs)
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Writes the network and the branch as two parts of the model folder ``folder``."""
-        self.net.save_pretrained(Path(folder) / self.part)
-        self.lam_embedding.save_pretrained(Path(folder) / LAM)
 
 
 #: What this project samples from and trains: a network of its own, or a published one under the warm-start formula.

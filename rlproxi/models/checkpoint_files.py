@@ -48,10 +48,7 @@ def check_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(place: Path) -> Iterator[None]:
-    """Turns every error inside into a ValueError that names ``place``, but for FileNotFoundError and MemoryError.
-
-    Folders may come from strangers, and loaders raise KeyError, AttributeError and others for unexpected values.
-    """
+    """Turns every error inside into a ValueError that names ``place``, but for FileNotFoundError and MemoryError."""
     try:
         yield
     except (FileNotFoundError, MemoryError):
@@ -83,10 +80,7 @@ def load_network(kind: Any, folder: Path, stem: str, **options: Any) -> Any:
         raise ValueError(f"{folder}: the weights are damaged or do not fit config.json ({error})") from None
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(
-            f"{folder}: the weights do not fit config.json; missing: {', '.join(missing[:4])}"
-            f"{', ...' if len(missing) > 4 else ''}"
-        )
+        raise ValueError(f"{folder}: the weights do not fit config.json; missing: {', '.join(missing[:4])}")
     return network
 
 
@@ -127,10 +121,8 @@ def _integers(value: object) -> list[int]:
 
 def _variant(folder: Path, stem: str) -> str | None:
     """None, or fp16 where only weights in half precision were downloaded."""
-    for variant, names in (
-        (None, (f"{stem}.safetensors", f"{stem}.safetensors.index.json")),
-        ("fp16", (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")),
-    ):
+    for variant, mark in ((None, ""), ("fp16", ".fp16")):
+        names = (f"{stem}{mark}.safetensors", f"{stem}.safetensors.index{mark}.json")
         if any((folder / name).is_file() for name in names):
             return variant
     raise FileNotFoundError(f"{folder} holds no {stem}.safetensors, the only kind of weights that is loaded")

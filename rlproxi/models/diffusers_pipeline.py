@@ -1,7 +1,5 @@
 """The trained model as a diffusers pipeline: its components, its loading and saving, its call.
 
-There is no second sampler here. The components are assembled to a ``TextToImage``, which samples.
-
 diffusers looks for a pipeline's class among its own names and imports no other module. Importing this module puts
 ``ProxT2IPipeline`` among them. After that ``DiffusionPipeline.from_pretrained`` loads every model folder.
 """
@@ -23,12 +21,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
 
-from ..config.sections import Sampler, Schedule
 from ..seeds import NamedNoise
 from . import lora, transformer, unet
 from .autoencoder import Autoencoder
 from .backbone import LAM, CheckpointNoise, ProximalBackbone, ProximalNetwork
-from .folders import ModelFolder
+from .folders import ModelFolder, Settings
 from .pipeline import TextToImage, to_uint8
 from .preconditioning import Preconditioned
 from .text import TextEncoder
@@ -41,28 +38,17 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class ProximalSampler(SchedulerMixin):
-    """A component for what is not a network in a model folder: schedule, sampler, size, text settings, adapters.
-
-    It has no subfolder, so diffusers gives ``from_pretrained`` the model folder itself.
+    """What is not a network in a model folder. diffusers gives ``from_pretrained`` the model folder itself.
 
     Args:
-        schedule, sampler: the config's sections. size: H = W of the images in pixels.
+        settings: those of sampler.json.
         text: the settings of a published checkpoint's text encoders; None for the built-in encoder.
         folder: the model folder; None for a model that was never saved.
         adapters: whether the network still lacks the folder's adapters.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        sampler: Sampler,
-        size: int | None = None,
-        text: TextSettings | None = None,
-        folder: Path | None = None,
-        adapters: bool = False,
-    ):
-        self.schedule, self.sampler, self.size, self.text = schedule, sampler, size, text
-        self.folder, self.adapters = folder, adapters
+    def __init__(self, settings: Settings, text: TextSettings | None, folder: Path | None, adapters: bool = False):
+        self.settings, self.text, self.folder, self.adapters = settings, text, folder, adapters
 
     # diffusers' schedulers have more arguments, which a component without a subfolder has no use for.
     @classmethod
@@ -70,7 +56,7 @@ class ProximalSampler(SchedulerMixin):
         """Reads a model folder's sampler.json and text.json. Raises ValueError or FileNotFoundError naming the file."""
         found = ModelFolder.at(folder)
         text = found.text if (found.path / TEXT_SETTINGS).is_file() else None
-        return cls(*found.settings, text, found.path, found.has_adapters)
+        return cls(found.settings, text, found.path, found.has_adapters)
 
 
 class ProxT2IPipeline(DiffusionPipeline):
@@ -80,8 +66,7 @@ class ProxT2IPipeline(DiffusionPipeline):
     ``lam_embedding``, ``vae`` (none: the model's samples are pixels), ``text_encoder`` and ``tokenizer`` with their
     ``_2`` and ``_3``, ``scheduler`` (the published network's noise levels) and ``sampler`` (the proximal one).
 
-    Weights stay in the dtype they were loaded in. ``to(torch.bfloat16)`` makes the network compute in bfloat16, as
-    ``model.precision`` of a run does; in float32 it draws what ``TextToImage`` draws, bit for bit.
+    The components are assembled to a ``TextToImage``, which samples. In float32 it draws the same, bit for bit.
     """
 
     _optional_components = list(COMPONENTS)  # noqa: RUF012  # no ClassVar in diffusers
@@ -107,10 +92,7 @@ class ProxT2IPipeline(DiffusionPipeline):
     ):
         super().__init__()
         if sampler is None:
-            raise ValueError(
-                "this model_index.json names no sampler: the folder is a plain diffusers one, or older "
-                "than this version; ProxT2IPipeline.from_pretrained(folder) loads it"
-            )
+            raise ValueError("this model_index.json names no sampler: use ProxT2IPipeline.from_pretrained(folder)")
         given = locals()
         self.register_modules(**{name: given[name] for name in COMPONENTS})
         self.precision = "float32"
@@ -121,11 +103,7 @@ class ProxT2IPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> ProxT2IPipeline:
-        """Loads a model folder, a run directory's models/final, else its models/pretrained, or a plain diffusers folder
-        (a published checkpoint as the warm-start formula makes it, with the default schedule and sampler).
-
-        Args:
-            options: diffusers' own, for a model folder; a plain diffusers folder takes none.
+        """Loads what ``ModelFolder.find`` finds; ``options`` are diffusers'; a plain diffusers folder takes none.
 
         Raises FileNotFoundError or ValueError naming what is missing or damaged.
         """
@@ -133,10 +111,8 @@ class ProxT2IPipeline(DiffusionPipeline):
         if "sampler" in folder.index:
             return super().from_pretrained(folder.path, **options)
         if options:
-            raise ValueError(
-                f"{folder.path} is a plain diffusers folder, loaded in float32 without options; "
-                f"given: {', '.join(options)}"
-            )
+            given = ", ".join(options)
+            raise ValueError(f"{folder.path} is a plain diffusers folder, loaded without options; given: {given}")
         return cls.from_model(TextToImage.from_pretrained(folder))
 
     @classmethod
@@ -150,9 +126,7 @@ class ProxT2IPipeline(DiffusionPipeline):
             denoiser.net.lora = denoiser.lora
             parts[LAM], parts["scheduler"] = denoiser.lam_embedding, _scheduler(model.origin)
         parts["vae"] = model.vae.vae if model.vae is not None else None
-        parts["sampler"] = ProximalSampler(
-            model.schedule, model.sampler, model.size, getattr(model.text, "settings", None), model.origin
-        )
+        parts["sampler"] = ProximalSampler(model.settings, getattr(model.text, "settings", None), model.origin)
         pipeline = cls(**parts)
         pipeline.precision = model.precision
         return pipeline
@@ -161,21 +135,14 @@ class ProxT2IPipeline(DiffusionPipeline):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | os.PathLike, safe_serialization: bool = True
     ) -> None:
-        """Writes a model folder, which ``from_pretrained``, ``TextToImage`` and ``rlproxi sample`` read.
+        """Writes a model folder; what was not trained is linked from the folder this pipeline came from.
 
-        What was not trained is linked from the folder this pipeline came from, where the file system can;
-        ``rlproxi export`` writes a folder that stands alone.
-
-        Raises ValueError where components were replaced since loading, FileExistsError where the folder holds something
-        else.
+        Raises ValueError where components were replaced since loading, FileExistsError as ``TextToImage``.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False: a model folder holds safetensors alone")
         if self._identities() != self._loaded:
-            raise ValueError(
-                "components were replaced since loading, and the parts of a model folder belong together: "
-                "save the new component with its own save_pretrained"
-            )
+            raise ValueError("components were replaced since loading: save the new one with its own save_pretrained")
         self.model.save_pretrained(save_directory)
 
     def to(self, *args: Any, **kwargs: Any) -> ProxT2IPipeline:
@@ -201,7 +168,7 @@ class ProxT2IPipeline(DiffusionPipeline):
         return tuple(id(getattr(self, name)) for name in COMPONENTS)
 
     def _assemble(self) -> TextToImage:
-        s = self.sampler
+        s, settings = self.sampler, self.sampler.settings
         vae = Autoencoder(self.vae) if self.vae is not None else None
         text: TextEncoder | CheckpointText
         if s.text is None:
@@ -211,17 +178,16 @@ class ProxT2IPipeline(DiffusionPipeline):
             text = stack({name: getattr(self, name) for name in TEXT_PARTS[: 2 * len(stack.ENCODERS)]}, s.text)
         network = self.unet if self.unet is not None else self.transformer
         if not isinstance(network, Preconditioned):
-            size = s.size // (vae.factor if vae is not None else 1) if s.size else None
+            size = settings.size // (vae.factor if vae is not None else 1) if settings.size else None
             adapters = getattr(network, "lora", None)
             noise = CheckpointNoise(json.loads(self.scheduler.to_json_string()))
-            network = ProximalBackbone(network, self.lam_embedding, noise, s.schedule.build(), size)
+            network = ProximalBackbone(network, self.lam_embedding, noise, settings.schedule.build(), size)
             network.lora = adapters
-        return TextToImage(network, text, s.schedule, s.sampler, vae=vae, origin=s.folder)
+        return TextToImage(network, text, settings.schedule, settings.sampler, vae=vae, origin=s.folder)
 
     def _arithmetic(self, denoiser: ProximalNetwork) -> str:
         """The network's arithmetic; its own dtype where it was loaded in another than float32."""
-        network = lora.network_of(denoiser)
-        dtype = next(network.parameters()).dtype
+        dtype = next(lora.network_of(denoiser).parameters()).dtype
         if dtype is torch.float32:
             return self.precision
         if isinstance(denoiser, Preconditioned):  # its closed form is exact in float32 only
@@ -264,9 +230,8 @@ class ProxT2IPipeline(DiffusionPipeline):
             raise ValueError(f"num_images_per_prompt is {num_images_per_prompt}: give at least 1")
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type {output_type!r} is unknown; choose one of {', '.join(OUTPUTS)}")
-        for name, value in (("height", height), ("width", width)):
-            if value not in (None, model.size):
-                raise ValueError(f"{name}={value}: this model draws {model.size} pixels, no other size")
+        if {height, width} - {None, model.size}:
+            raise ValueError(f"height={height}, width={width}: this model draws {model.size} pixels, no other size")
         steps = len(model.steps(num_inference_steps))
         seeds = seeds_of(generator, len(prompts), num_images_per_prompt)
         prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
@@ -292,8 +257,7 @@ class ProxT2IPipeline(DiffusionPipeline):
 def seeds_of(generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, each: int) -> list[int]:
     """A seed for each of prompts * each images. Raises ValueError for a list of another length.
 
-    A generator is a name here, not a source of noise. The noise is drawn on the CPU from the seed, so an image is the
-    same on every device and in every batch. The generator is advanced, so that using it again gives other images.
+    The noise is drawn on the CPU from the seed, so an image is the same on every device. Each generator is advanced.
     """
     if generator is None:
         return torch.randint(2**31, (prompts * each,)).tolist()
@@ -328,10 +292,7 @@ def _as(output_type: str, images: Tensor) -> list[Image.Image] | np.ndarray | Te
 def _precision(dtype: torch.dtype) -> str:
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
     if dtype not in names:
-        raise ValueError(
-            f"{dtype} is not an arithmetic of this model: load it without dtype, then use "
-            "to(torch.bfloat16) or leave it in float32"
-        )
+        raise ValueError(f"{dtype} is not an arithmetic of this model: load it without dtype, then to(torch.bfloat16)")
     return names[dtype]
 
 

@@ -1,7 +1,6 @@
 """``rlproxi export``: from a run to a folder that stands alone.
 
-A run's model folders share their frozen files by hard links, and keep adapters apart from the base. An export shares
-no file. It can merge adapters, change the weights' dtype, or write the adapters alone in diffusers' own format.
+An export shares no file with the run. It can merge adapters, change the weights' dtype, or write the adapters alone.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: What diffusers calls a file of adapters.
 ADAPTER = "pytorch_lora_weights.safetensors"
 CARD = "README.md"
-#: Tensors that stay in float32 whatever the dtype: the closed-form prox needs its basis orthogonal. The mean does not
-#: stay: it is a network's first tensor, by which diffusers decides whether it casts a file as it loads it.
+#: Tensors that stay in float32: the closed-form prox needs its basis orthogonal. Not the first tensor, the mean:
+#: by its dtype diffusers decides whether it casts a file.
 EXACT = ("gaussian.variance", "gaussian.colors")
 
 USE = [
@@ -60,10 +59,8 @@ def export(
         source: a run directory or a model folder.
         merge: adds adapters to the base's weights; None: where the base is a published network, so that plain tools
             read what was trained. Merged weights give the same images to rounding, kept adapters bit for bit.
-        dtype: of the weights as stored (float32, bfloat16, float16); None leaves them as they are. Loaded, they compute
-            in float32 all the same.
-        adapter_only: writes the adapters alone, as diffusers' ``load_lora_adapter`` and ``load_lora_weights`` read
-            them.
+        dtype: of the weights as stored (float32, bfloat16, float16); None leaves them as they are.
+        adapter_only: writes the adapters alone, in diffusers' own format.
 
     Raises FileExistsError where ``out`` holds something, ValueError for adapters that are not there or a dtype that the
     weights do not fit, FileNotFoundError for a source without a model.
@@ -76,14 +73,10 @@ def export(
     found = ModelFolder.find(source)
     folder, has_adapters = found.path, found.has_adapters
     if not has_adapters and (merge or adapter_only):
-        raise ValueError(
-            f"{folder} has no adapters (no {lora.FOLDER}/ in it): it was trained whole; export it without "
-            f"{'--adapter-only' if adapter_only else '--merge'}"
-        )
+        option = "--adapter-only" if adapter_only else "--merge"
+        raise ValueError(f"{folder} has no adapters (no {lora.FOLDER}/ in it): export it without {option}")
     if merge and adapter_only:
-        raise ValueError(
-            "--merge and --adapter-only exclude each other: merged adapters no longer exist apart from the base"
-        )
+        raise ValueError("--merge and --adapter-only exclude each other: give one of them")
     model = TextToImage.from_pretrained(found)
     published = isinstance(model.denoiser, ProximalBackbone)
     if adapter_only and not published:
@@ -94,15 +87,16 @@ def export(
     merged = has_adapters and not adapter_only and (published if merge is None else merge)
     if merged:
         model.merged()
+    adapter = model.denoiser.lora if adapter_only else None
     with folder_draft(out) as fresh:
-        if adapter_only:
-            _write_adapter(model, fresh)
+        if adapter is not None:
+            _write_adapter(model, adapter, fresh)
         else:
             model.save_pretrained(fresh)
             _stand_alone(fresh)
         if dtype is not None:
             _cast(fresh, DTYPES[dtype])
-        text = card(model, folder, out.name, has_adapters, merged, adapter_only, dtype)
+        text = card(model, folder, out.name, merged, adapter, dtype)
         (fresh / CARD).write_text(text, encoding="utf-8")
     return out
 
@@ -117,10 +111,7 @@ def _stand_alone(folder: Path) -> None:
 
 
 def _cast(folder: Path, dtype: torch.dtype) -> None:
-    """Rewrites the weights of ``folder`` in ``dtype``. A model's adapters stay in float32: they are small.
-
-    Raises ValueError naming a tensor that has no finite value in ``dtype``.
-    """
+    """Rewrites the weights but for the adapters in ``dtype``. Raises ValueError for a tensor that does not fit it."""
     for file in sorted(folder.rglob("*.safetensors")):
         if file.parent.name == lora.FOLDER:
             continue
@@ -132,10 +123,8 @@ def _cast(folder: Path, dtype: torch.dtype) -> None:
             if value.is_floating_point() and name not in EXACT:
                 tensors[name] = value.to(dtype).contiguous()
                 if value.isfinite().all() and not tensors[name].isfinite().all():
-                    raise ValueError(
-                        f"{file.parent.name}: {name} does not fit {dtype}: its largest value is "
-                        f"{value.abs().max():.3g}; choose bfloat16"
-                    )
+                    largest = f"{value.abs().max():.3g}"
+                    raise ValueError(f"{file.parent.name}: {name} has {largest}, too large for {dtype}: use bfloat16")
         save_file(tensors, file, metadata=facts)
     for file in sorted(folder.rglob("*.safetensors.index.json")):  # of weights in several files
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -144,11 +133,11 @@ def _cast(folder: Path, dtype: torch.dtype) -> None:
         file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_adapter(model: TextToImage, folder: Path) -> None:
+def _write_adapter(model: TextToImage, settings: LoRA, folder: Path) -> None:
     """The adapters in diffusers' format: names with the part in front, rank and alpha in the file's header."""
     from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
 
-    part, settings = model.denoiser.part, _settings(model)
+    part = model.denoiser.part
     found = lora.adapter_weights(model.denoiser)
     weights = {name.replace(".default.", "."): p.detach().contiguous() for name, p in found.items()}
     targets = sorted({name.rsplit(".lora_", 1)[0] for name in weights})
@@ -159,25 +148,30 @@ def _write_adapter(model: TextToImage, folder: Path) -> None:
     writer.save_lora_weights(folder, weight_name=ADAPTER, **contents)
 
 
-def card(
-    model: TextToImage, folder: Path, name: str, has_adapters: bool, merged: bool, adapter_only: bool, dtype: str | None
-) -> str:
-    """README.md of an export: what it is, how it is loaded, how it was trained and what was measured."""
-    tags = ["rlproxi", "proximal-diffusion", *(["lora"] if adapter_only else [])]
+def card(model: TextToImage, folder: Path, name: str, merged: bool, adapter: LoRA | None, dtype: str | None) -> str:
+    """README.md of an export: what it is, how it is loaded, how it was trained and what was measured.
+
+    ``adapter`` has the settings of adapters that are exported without their base.
+    """
+    tags = ["rlproxi", "proximal-diffusion", *(["lora"] if adapter else [])]
     network = type(lora.network_of(model.denoiser) if isinstance(model.denoiser, ProximalBackbone) else model.denoiser)
-    s, schedule = model.sampler, model.schedule
+    s, schedule, kept = model.sampler, model.schedule, model.denoiser.lora
+    adapters = "merged into the network" if merged else "none"
+    if kept:
+        place = "this file" if adapter else f"in {lora.FOLDER}/"
+        adapters = f"rank {kept.rank}, alpha {kept.alpha:g}, {place}"
     rows = [
         ("network", f"{network.__name__} ({model.denoiser.part}/)"),
         ("images", f"{model.size} x {model.size} pixels"),
         ("sampler", f"{s.name}, {s.num_inference_steps} steps from t = {s.start_time:g} on the {s.grid} grid"),
         ("guidance scale", f"{s.guidance_scale:g}{' (none)' if s.guidance_scale == 1 else ''}"),
         ("schedule", f"VP, beta from {schedule.beta_min:g} to {schedule.beta_max:g}"),
-        ("adapters", _adapters(model, has_adapters, merged, adapter_only)),
+        ("adapters", adapters),
         ("weights", dtype or "as trained"),
     ]
     lines = [
         "---",
-        f"library_name: {'diffusers' if not adapter_only else 'peft'}",
+        f"library_name: {'peft' if adapter else 'diffusers'}",
         "pipeline_tag: text-to-image",
         f"tags: [{', '.join(tags)}]",
         "---",
@@ -192,30 +186,14 @@ def card(
         "",
         "## Use",
         "",
-        *(_adapter_use(model) if adapter_only else USE),
+        *(_adapter_use(model, adapter) if adapter else USE),
         *_results(folder),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _adapters(model: TextToImage, has_adapters: bool, merged: bool, adapter_only: bool) -> str:
-    if not has_adapters:
-        return "none"
-    if merged:
-        return "merged into the network"
-    settings = _settings(model)
-    place = "this file" if adapter_only else f"in {lora.FOLDER}/"
-    return f"rank {settings.rank}, alpha {settings.alpha:g}, {place}"
-
-
-def _settings(model: TextToImage) -> LoRA:
-    if model.denoiser.lora is None:
-        raise ValueError("this model has no adapters")
-    return model.denoiser.lora
-
-
-def _adapter_use(model: TextToImage) -> list[str]:
-    part, settings = model.denoiser.part, _settings(model)
+def _adapter_use(model: TextToImage, settings: LoRA) -> list[str]:
+    part = model.denoiser.part
     if hasattr(lora.network_of(model.denoiser), "load_lora_adapter"):
         code = [f'pipe.{part}.load_lora_adapter("path/to/this/folder", prefix="{part}", weight_name="{ADAPTER}")']
     else:  # a network without that method in diffusers
@@ -230,18 +208,11 @@ def _adapter_use(model: TextToImage) -> list[str]:
             f"inject_adapter_in_model(config, pipe.{part})",
             f"set_peft_model_state_dict(pipe.{part}, weights)",
         ]
-    lines = [
-        "```python",
-        *code,
-        "```",
-        "",
-        "on the pipeline of the base. The adapters were trained for the proximal sampler named above; under an "
-        "ordinary sampler the network is the base's with what training changed in it.",
-    ]
+    note = "on the pipeline of the base. The adapters were trained for the proximal sampler named above."
+    lines = ["```python", *code, "```", "", note]
     if isinstance(model.denoiser, ProximalBackbone) and model.denoiser.lam_embedding.linear_2.weight.any():
         lines.append(
-            "The network's branch for lam was trained too and is not in this file. To get the policy as trained, "
-            "run `rlproxi export` without `--adapter-only`."
+            "The branch for lam was trained too and is in no file here: export without `--adapter-only` has it."
         )
     return lines
 
@@ -268,17 +239,10 @@ def _results(folder: Path) -> list[str]:
         lines.append(f"| held-out {judge or 'judge'}, {steps} steps | {cells[0]} | {cells[1]} |")
     if not lines:
         return []
-    return [
-        "",
-        "## Measured in training",
-        "",
-        "| | before RL | after RL |",
-        "|---|---|---|",
-        *lines,
-        "",
-        f"Run `{run.path.resolve().name}`, seed {summary.get('seed')}. The held-out reward is the "
-        "mean over fixed prompts and seeds, with its standard error; nothing was trained on it.",
-    ]
+    head = ["", "## Measured in training", "", "| | before RL | after RL |", "|---|---|---|"]
+    source = f"Run `{run.path.resolve().name}`, seed {summary.get('seed')}."
+    note = "The held-out reward is the mean over fixed prompts and seeds, with its standard error."
+    return [*head, *lines, "", f"{source} {note}"]
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ..config.loading import Config
 from ..config.sections import LoRA, Sampler, Schedule
@@ -41,12 +41,12 @@ class Latents(NamedTuple):
     factor: int
 
 
-class Settings(NamedTuple):
+class Settings(BaseModel):
     """sampler.json: the proximal schedule, the sampler, and H = W of the images in pixels."""
 
     schedule: Schedule
     sampler: Sampler
-    size: int | None
+    size: int | None = None
 
 
 class ModelFolder:
@@ -151,16 +151,11 @@ class ModelFolder:
         if not self.has_settings:
             if self.is_ours:
                 raise FileNotFoundError(f"{file} is missing: {EXPECTED}")
-            return Settings(Schedule(), Sampler(), None)
-        values = self.json(SETTINGS)
-        for key in ("schedule", "sampler"):
-            if not isinstance(values.get(key), dict):
-                raise ValueError(f"{file} is not readable: no {key!r} in it")
+            return Settings(schedule=Schedule(), sampler=Sampler())
         try:
-            schedule, sampler = Schedule.model_validate(values["schedule"]), Sampler.model_validate(values["sampler"])
+            return Settings.model_validate(self.json(SETTINGS))
         except ValidationError as error:
             raise ValueError(f"{file} is not readable: {' '.join(str(error).split())}") from None
-        return Settings(schedule, sampler, values.get("size"))
 
     @property
     def has_adapters(self) -> bool:
@@ -200,17 +195,16 @@ class ModelFolder:
         return tuple(self.json(f"text_encoder{end}/config.json") for end in self.text_ends)
 
     @cached_property
-    def text_classes(self) -> tuple[str, ...]:
-        """transformers' class of each text encoder, in the order of ``text_ends``."""
-        pairs = zip(self.text_ends, self.text_configs, strict=True)
-        return tuple(self._text_class(f"text_encoder{end}", values) for end, values in pairs)
-
-    def _text_class(self, part: str, values: dict[str, Any]) -> str:
-        """The class that a text encoder was saved from."""
-        named = (values.get("architectures") or [None])[0] or (self.index.get(part) or [None, None])[1]
-        if not isinstance(named, str):
-            raise ValueError(f"{self.path / part / 'config.json'} names no class: it has no 'architectures'")
-        return named
+    def text_classes(self) -> dict[str, str]:
+        """transformers' class of each text encoder, by the name of its folder."""
+        classes = {}
+        for end, values in zip(self.text_ends, self.text_configs, strict=True):
+            part = f"text_encoder{end}"
+            named = (values.get("architectures") or [None])[0] or (self.index.get(part) or [None, None])[1]
+            if not isinstance(named, str):
+                raise ValueError(f"{self.path / part / 'config.json'} names no class: it has no 'architectures'")
+            classes[part] = named
+        return classes
 
     @cached_property
     def text(self) -> TextSettings | None:
@@ -247,51 +241,38 @@ class ModelFolder:
             )
         settings = TextSettings(**values)
         if not self._has_encoders_of(settings.kind):
-            raise ValueError(
-                f"{self.path} holds {self._encoder_names()}, which are not the text encoders of the kind "
-                f"{settings.kind} that {TEXT_SETTINGS} names"
-            )
+            names = self._encoder_names()
+            raise ValueError(f"{self.path} holds {names}, but {TEXT_SETTINGS} says {settings.kind}")
         return settings
 
     def _has_encoders_of(self, kind: str) -> bool:
         """Whether the encoders are those of a kind of stack. T5 may be left out of Stable Diffusion 3."""
         wanted = KINDS[kind].ENCODERS
         allowed = [wanted, wanted[:-1]] if kind == "sd3" else [wanted]
-        return self.text_classes in allowed and self.text_ends == ENDS[: len(self.text_ends)]
+        return tuple(self.text_classes.values()) in allowed and self.text_ends == ENDS[: len(self.text_ends)]
 
     def _encoder_names(self) -> str:
-        pairs = zip(self.text_ends, self.text_classes, strict=True)
-        return ", ".join(f"text_encoder{end} of class {name}" for end, name in pairs)
+        return ", ".join(f"{part} of class {name}" for part, name in self.text_classes.items())
 
     @cached_property
     def text_shape(self) -> tuple[int, int, int]:
         """(tokens, width of the states, width of the pooled vector) of an encoded caption."""
+        configs = self.text_configs
+        length = configs[0].get("max_position_embeddings", 0)
         try:
-            widths = self._text_widths()
+            text = self.text or TextSettings("clip")
+            width = [values["hidden_size"] if "hidden_size" in values else values["d_model"] for values in configs]
+            if text.kind == "sdxl":
+                return length, sum(width), configs[1]["projection_dim"]
+            if text.kind == "sd3":  # CLIP's states, then T5's
+                pooled = configs[0]["projection_dim"] + configs[1]["projection_dim"]
+                return length + text.t5_length, text.t5_width, pooled
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{self.path}: a text encoder's config.json lacks {error}") from None
-        length = self.text_configs[0].get("max_position_embeddings", 0)
-        if self.text is not None:
-            # CLIP's states, then T5's; a T5 alone has no position embeddings.
-            length = (0 if self.text.kind == "pixart" else length) + self.text.t5_length
-        return (length, *widths)
-
-    def _text_widths(self) -> tuple[int, int]:
-        configs = self.text_configs
-        width = [values["hidden_size"] if "hidden_size" in values else values["d_model"] for values in configs]
-        if self.text is None or self.text.kind == "clip":
-            return width[0], width[0]
-        if self.text.kind == "sdxl":
-            return sum(width), configs[1]["projection_dim"]
-        if self.text.kind == "sd3":
-            return self.text.t5_width, configs[0]["projection_dim"] + configs[1]["projection_dim"]
-        return width[0], 0
+        return (text.t5_length, width[0], 0) if text.kind == "pixart" else (length, width[0], width[0])
 
     def check(self, network: bool = True) -> None:
-        """Reads every config.json that a run needs, and none of the weights.
-
-        Args:
-            network: whether the run needs the denoiser's network too, not the autoencoder and text encoders alone.
+        """Reads every config.json that a run needs; without ``network``, those of autoencoder and text encoders alone.
 
         Raises FileNotFoundError or ValueError for what is missing, damaged or not supported.
         """
@@ -325,16 +306,11 @@ def latent_space(config: Config) -> tuple[int, int]:
         return 3, config.data.size
     channels, factor = folder.latents
     if config.data.size % factor:
-        raise ValueError(
-            f"data.size {config.data.size} is not a multiple of {factor}, the autoencoder's factor ({folder.path})"
-        )
+        raise ValueError(f"data.size {config.data.size} is not a multiple of {factor}, the factor of {folder.path}/vae")
     return channels, config.data.size // factor
 
 
 def published_shapes(folder: str | os.PathLike) -> Path | None:
-    """The config.json files, without weights, of the published checkpoint whose name ``folder`` has; None for others.
-
-    With them a run can be planned before its checkpoint is downloaded.
-    """
+    """The config.json files of the published checkpoint whose name ``folder`` has, to plan a run; None for others."""
     shapes = Path(__file__).parent / "published" / Path(folder).name
     return shapes if shapes.is_dir() else None

@@ -14,9 +14,7 @@ from .preconditioning import noise_features
 
 
 class LamEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers declares config_name in both
-    """(t, lam) -> a vector that is added to a network's time embedding.
-
-    Its last layer starts at zero, so the network it is added to computes at first what it computed without it.
+    """(t, lam) -> a vector that is added to a network's time embedding, 0 before it is trained.
 
     Args:
         dim: width of the time embedding. hidden: of its one hidden layer.

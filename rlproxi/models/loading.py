@@ -27,13 +27,9 @@ from .text_stacks import CACHE_BYTES, ENDS, KINDS, CheckpointText
 
 
 def own_network(name: object) -> Any:
-    """The class ``name`` of our own networks; None for a class of another's.
-
-    Imported when it is asked for: ``ProximalTransformer`` imports all of diffusers' transformers, which takes seconds.
-    """
-    if not isinstance(name, str) or name not in OWN:
-        return None
-    return getattr(import_module(f".{OWN[name]}", __package__), name)
+    """The class ``name`` of our own networks, imported now because it takes seconds; None for a class of another's."""
+    module = OWN.get(name) if isinstance(name, str) else None
+    return getattr(import_module(f".{module}", __package__), str(name)) if module else None
 
 
 def load_part(kind: type, folder: Path) -> Any:
@@ -50,12 +46,10 @@ def load_denoiser(
     """The denoiser of a model folder, run directory or diffusers folder, in float32, for inference (``eval``).
 
     Args:
-        schedule: the proximal schedule of a diffusers folder, which has none of its own; None takes the folder's
-            sampler.json, else the default.
+        schedule: the proximal schedule of a diffusers folder; None takes its sampler.json, else the default.
         size: H = W of its images in pixels, where the network is free to choose; None: the folder's own.
 
-    Raises FileNotFoundError for a folder without one, ValueError for damaged files, weights that do not fit
-    their config.json, or a network that is not supported.
+    Raises FileNotFoundError for a folder without one, ValueError for damaged files or a network that is not supported.
     """
     found = ModelFolder.find(folder)
     denoiser: ProximalNetwork
@@ -70,44 +64,32 @@ def load_denoiser(
 def _backbone(folder: ModelFolder, schedule: VPSchedule | None, size: int | None) -> ProximalBackbone:
     import diffusers
 
-    try:
-        interface = folder.interface
-    except ValueError as error:
-        raise ValueError(f"{folder.path / folder.part}: {error}") from None
-    noise = folder.noise()
+    interface, noise = folder.interface, folder.noise()
     net = load_part(getattr(diffusers, folder.network["_class_name"]), folder.path / folder.part)
     if (folder.path / LAM).is_dir():
         branch = load_part(LamEmbedding, folder.path / LAM)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(LAM_BRANCH))
-            branch = LamEmbedding(_time_width(interface.time_embedder(net)))
+            branch = interface.new_branch(net)
     schedule = schedule or folder.settings.schedule.build()
     size = size or folder.settings.size
     return ProximalBackbone(net, branch, noise, schedule, size // folder.latents.factor if size else None)
 
 
-def _time_width(time_embedder: Any) -> int:
-    """Width of the time embedding that one of diffusers' layers makes."""
-    return time_embedder.linear_2.out_features
-
-
 def save_denoiser(denoiser: ProximalNetwork, folder: Path, origin: Path | None) -> None:
-    """Writes the network's parts into the model folder ``folder``.
+    """Writes the network's parts into ``folder``; with adapters, the frozen base is linked from the folder ``origin``.
 
-    With adapters, the base is linked from ``origin``, the folder it came from: it was frozen, so it is not written
-    again. Raises ValueError for adapters without an origin.
+    Raises ValueError for adapters without an origin.
     """
     if denoiser.lora is None:
-        denoiser.save_pretrained(folder if isinstance(denoiser, ProximalBackbone) else folder / denoiser.part)
-        return
-    if origin is None:
-        raise ValueError(
-            "adapters are saved beside the base they belong to, and this base was never saved: save the model "
-            "before model.lora is attached"
-        )
-    link(origin / denoiser.part, folder / denoiser.part)
-    lora.save(denoiser, folder)
+        network = denoiser.net if isinstance(denoiser, ProximalBackbone) else denoiser
+        network.save_pretrained(folder / denoiser.part)
+    elif origin is None:
+        raise ValueError("adapters need a saved base beside them: save the model before model.lora is attached")
+    else:
+        link(origin / denoiser.part, folder / denoiser.part)
+        lora.save(denoiser, folder)
     if isinstance(denoiser, ProximalBackbone):
         denoiser.lam_embedding.save_pretrained(folder / LAM)
 
@@ -119,50 +101,50 @@ def load_autoencoder(folder: str | os.PathLike) -> Autoencoder | None:
         return Autoencoder.from_pretrained(found.path) if found.has_vae else None
 
 
-def load_encoder(folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> TextEncoder | CheckpointText:
-    """The text encoders of a model folder.
-
-    Large frozen stacks are held in the network's ``dtype``; rollout and learner must pass the same one.
-
-    Raises as ``load_text``, and ValueError naming a file of weights that is damaged.
-    """
-    path = Path(folder)
-    for part in sorted(path.glob("text_encoder*")):
-        check_weights(part)
-    with naming(path):
-        return load_text(path, dtype)
-
-
-def load_text(
-    folder: str | os.PathLike, dtype: torch.dtype | None = None, cache_bytes: int = CACHE_BYTES
+def load_encoder(
+    folder: str | os.PathLike, dtype: torch.dtype = torch.float32, cache_bytes: int = CACHE_BYTES
 ) -> TextEncoder | CheckpointText:
     """The text encoders of a model folder: a published checkpoint's stack, one saved from it, or the built-in encoder.
 
     Args:
         folder: a diffusers pipeline's folder, or what ``save_pretrained`` of one of the classes wrote.
-        dtype: of a stack's weights; None is float32. bfloat16 halves a T5-XXL to 9.5 GB. States are float32 anyway.
+        dtype: of a stack's weights, the same in rollout and learner. bfloat16 halves a T5-XXL to 9.5 GB. The states are
+            float32 anyway.
         cache_bytes: of encoded captions that a stack keeps.
 
     Raises FileNotFoundError naming what is missing, ValueError for encoders that are not supported or damaged files.
     """
-    found = ModelFolder.at(folder)
-    path, settings, ends = found.path, found.text, found.text_ends
-    if settings is None:
-        return TextEncoder.from_pretrained(path)
-    for end in ends:
-        if not (path / f"tokenizer{end}").is_dir():
-            raise FileNotFoundError(f"{path / f'tokenizer{end}'} is missing, the tokenizer of text_encoder{end}")
     import transformers
 
-    stack, dtype = KINDS[settings.kind], dtype or torch.float32
-    parts: dict[str, Any] = {}
-    for end, kind in zip(ENDS, stack.ENCODERS, strict=False):
-        tokenizer, encoder = path / f"tokenizer{end}", path / f"text_encoder{end}"
-        parts[tokenizer.name] = _tokenizer(tokenizer) if end in ends else None
-        parts[encoder.name] = None
-        if end in ends:
-            parts[encoder.name] = load_network(getattr(transformers, kind), encoder, "model", dtype=dtype)
-    return stack(parts, settings, cache_bytes)
+    found = ModelFolder.at(folder)
+    path = found.path
+    with naming(path):
+        settings, ends = found.text, found.text_ends
+        for end in ends:
+            if not (path / f"tokenizer{end}").is_dir():
+                raise FileNotFoundError(f"{path / f'tokenizer{end}'} is missing, the tokenizer of text_encoder{end}")
+            check_weights(path / f"text_encoder{end}")
+        if settings is None:
+            return _built_in(found)
+        stack = KINDS[settings.kind]
+        parts: dict[str, Any] = {}
+        for end, kind in zip(ENDS, stack.ENCODERS, strict=False):
+            tokenizer, encoder = path / f"tokenizer{end}", path / f"text_encoder{end}"
+            parts[tokenizer.name] = parts[encoder.name] = None
+            if end in ends:
+                parts[tokenizer.name] = _tokenizer(tokenizer)
+                parts[encoder.name] = load_network(getattr(transformers, kind), encoder, "model", dtype=dtype)
+        return stack(parts, settings, cache_bytes)
+
+
+def _built_in(folder: ModelFolder) -> TextEncoder:
+    import transformers
+
+    part, kind = folder.path / "text_encoder", folder.text_classes["text_encoder"]
+    if kind not in TextEncoder.KINDS:
+        raise ValueError(f"{part} holds a {kind}; supported text encoders: {', '.join(TextEncoder.KINDS)}")
+    tokenizer, model = _tokenizer(folder.path / "tokenizer"), load_network(getattr(transformers, kind), part, "model")
+    return TextEncoder(tokenizer, model, min(tokenizer.model_max_length, 512))  # some give 1e30 for no limit
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -171,10 +153,8 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers' Rust has an error without a class, and converters raise anything
-        raise ValueError(
-            f"{folder} is not a tokenizer that can be loaded here ({error}); one that is a spiece.model "
-            "alone needs the package sentencepiece"
-        ) from None
+        hint = "a spiece.model alone needs the package sentencepiece"
+        raise ValueError(f"{folder} is not a tokenizer that can be loaded ({error}); {hint}") from None
 
 
 def training_form(
@@ -182,9 +162,8 @@ def training_form(
 ) -> ProximalNetwork:
     """A model folder's denoiser as ``config`` trains it in ``stage`` (pretrain or rl): the same in learner and rollout.
 
-    Without LoRA everything is trained, adapters of the folder merged into it. With it the folder's adapters go on, or
-    new ones are attached, and the frozen base is held in ``dtype``; pre-training trains the lam branch as well.
-    ``trainable`` gives what is trained. Raises as ``load_denoiser``.
+    Without LoRA everything is trained, with the folder's adapters merged. With it the folder's adapters or new ones
+    are trained, the base is held in ``dtype``; pre-training also trains the lam branch. Raises as ``load_denoiser``.
     """
     denoiser = load_denoiser(folder, config.schedule.build(), config.data.size)
     if denoiser.lora and config.model.lora is None:
@@ -217,17 +196,11 @@ def trainable(module: nn.Module) -> dict[str, Tensor]:
 
 
 def build_denoiser(config: Config) -> Preconditioned:
-    """A new network as the config describes it; the run's seed names its initial weights.
-
-    Raises ValueError for a size that the network's levels do not divide, else as ``latent_space``.
-    """
+    """A new network as the config describes it. Raises ValueError for a size that its levels do not divide."""
     m, s = config.model, config.schedule
     channels, size = latent_space(config)
     if size % (2 ** (len(m.channels) - 1) * m.patch if m.kind == "unet" else m.patch):
-        raise ValueError(
-            f"a sample is {size} wide (data.size {config.data.size}), which model.patch {m.patch} and the "
-            "levels do not divide"
-        )
+        raise ValueError(f"data.size {config.data.size}: model.patch {m.patch} and the levels do not divide {size}")
     folder = ModelFolder.of(config)
     text_dim, pooled_dim = (m.text_dim, m.text_dim) if folder is None else folder.text_shape[1:]
     with torch.random.fork_rng(devices=[]):
@@ -241,10 +214,7 @@ def build_denoiser(config: Config) -> Preconditioned:
 
 
 def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> ProximalNetwork:
-    """What ``config`` trains in ``stage``, as ``training_form`` gives it, but on the meta device: shapes without data.
-
-    Built from config.json files alone, in seconds at any size. Raises FileNotFoundError or ValueError as loading does.
-    """
+    """As ``training_form``, but on the meta device, from config.json files alone: shapes without data."""
     folder = None if config.model.init is None else ModelFolder.find(config.model.init)
     with torch.device("meta"):
         denoiser = build_denoiser(config) if folder is None else _empty_denoiser(folder, config)
@@ -269,5 +239,6 @@ def _empty_denoiser(folder: ModelFolder, config: Config) -> ProximalNetwork:
         raise ValueError(f"{file} describes no network that is supported: {error}") from None
     with torch.device("cpu"):
         noise = folder.noise()
-    branch = LamEmbedding(_time_width(interface.time_embedder(net)))
-    return ProximalBackbone(net, branch, noise, config.schedule.build(), config.data.size // folder.latents.factor)
+    return ProximalBackbone(
+        net, interface.new_branch(net), noise, config.schedule.build(), config.data.size // folder.latents.factor
+    )

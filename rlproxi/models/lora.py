@@ -1,7 +1,6 @@
 """Low-rank adapters, by peft. Few weights are trained, and the reference policy is the network with adapters off.
 
-A model folder keeps the adapters apart from the base, in ``lora/``. So sampling computes exactly what training did, and
-the base is not written again.
+A model folder keeps the adapters apart from the base, in ``lora/``, so sampling computes exactly what training did.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ def network_of(denoiser: nn.Module) -> Any:
 
 
 def attach(denoiser: ProximalNetwork, lora: LoRA, seed: int = 0) -> None:
-    """Adds adapters that change nothing yet (B = 0) and freezes everything else.
-
-    The adapters are float32, whatever dtype the base has. ``seed`` names their initial weights.
+    """Adds float32 adapters that change nothing yet (B = 0) and freezes everything else; ``seed`` names their weights.
 
     Raises ValueError where ``lora.targets`` names no layer of the network.
     """
@@ -46,13 +43,13 @@ def attach(denoiser: ProximalNetwork, lora: LoRA, seed: int = 0) -> None:
 
     net = network_of(denoiser)
     denoiser.requires_grad_(False)
-    found = _targets(net, lora.targets or ATTENTION)
+    layers = [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    ends = tuple("." + end for end in lora.targets or ATTENTION)
+    found = [name for name in layers if ("." + name).endswith(ends)]
     if not found:
         names = sorted({name.rsplit(".", 1)[-1] for name, m in net.named_modules() if isinstance(m, nn.Linear)})
-        raise ValueError(
-            f"model.lora.targets {lora.targets} name no layer of {type(net).__name__}; its linear layers end "
-            f"in {', '.join(names)}"
-        )
+        message = f"model.lora.targets {lora.targets} name no layer of {type(net).__name__}"
+        raise ValueError(f"{message}; its linear layers end in {', '.join(names)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, Purpose.LORA))
         # peft annotates alpha as int and only divides by the rank.
@@ -63,14 +60,6 @@ def attach(denoiser: ProximalNetwork, lora: LoRA, seed: int = 0) -> None:
             p.data = p.data.float()
             p.requires_grad_(True)
     denoiser.lora = lora
-
-
-def _targets(net: nn.Module, ends: tuple[str, ...] | list[str]) -> list[str]:
-    return [
-        name
-        for name, module in net.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and any(name == end or name.endswith("." + end) for end in ends)
-    ]
 
 
 def _layers(denoiser: nn.Module) -> list[Any]:
@@ -121,10 +110,7 @@ def adapter_weights(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def save(denoiser: ProximalNetwork, folder: str | os.PathLike) -> None:
-    """Writes ``folder``/lora: rank, alpha and targets as JSON, the adapters as safetensors.
-
-    Raises ValueError for a denoiser without adapters.
-    """
+    """Writes ``folder``/lora. Raises ValueError for a denoiser without adapters."""
     if denoiser.lora is None:
         raise ValueError(f"{type(denoiser).__name__} has no adapters to save: attach some first (lora.attach)")
     folder = Path(folder) / FOLDER

@@ -30,7 +30,7 @@ from ..seeds import NamedNoise
 from . import lora
 from .autoencoder import Autoencoder
 from .backbone import LAM, ProximalBackbone, ProximalNetwork
-from .folders import INDEX, SETTINGS, ModelFolder
+from .folders import INDEX, SETTINGS, ModelFolder, Settings
 from .loading import load_autoencoder, load_denoiser, load_encoder, save_denoiser
 from .precision import autocast, compute_dtype
 from .text import TextEncoder, TextStates, operator
@@ -77,8 +77,7 @@ class TextToImage:
     ) -> TextToImage:
         """Loads a model folder, a run directory's models/final, else its models/pretrained, or a diffusers folder.
 
-        ``size`` (pixels), ``schedule`` and ``sampler`` are for a diffusers folder, which has none of them; None takes
-        the folder's own, else the defaults.
+        ``size`` (pixels), ``schedule`` and ``sampler``: None takes the folder's own, else the defaults.
 
         Raises FileNotFoundError naming what is missing where, ValueError naming a file that is damaged.
         """
@@ -88,10 +87,7 @@ class TextToImage:
         return cls(denoiser, load_encoder(path), schedule, sampler, precision, load_autoencoder(path), path)
 
     def save_pretrained(self, folder: str | os.PathLike) -> Path:
-        """Writes the model folder, atomically: a reader sees the old model or the new one, never a half.
-
-        Raises FileExistsError rather than replace a folder that holds something else.
-        """
+        """Writes the model folder, atomically. Raises FileExistsError where ``folder`` holds something else."""
         folder = Path(folder)
         if folder.exists() and not (folder / INDEX).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists and is not a model folder; choose another name")
@@ -121,8 +117,7 @@ class TextToImage:
         kept = {name: entry for name, entry in index.items() if not name.startswith("_") and (folder / name).is_dir()}
         index = {"_class_name": PIPELINE, "_rlproxi_version": __version__, **kept, **_denoiser_classes(self.denoiser)}
         index["sampler"] = ["rlproxi.models.diffusers_pipeline", "ProximalSampler"]
-        settings = {"schedule": self.schedule.model_dump(), "sampler": self.sampler.model_dump(), "size": self.size}
-        for name, values in ((SETTINGS, settings), (INDEX, index)):
+        for name, values in ((SETTINGS, self.settings.model_dump()), (INDEX, index)):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def merged(self) -> TextToImage:
@@ -132,6 +127,11 @@ class TextToImage:
         return self
 
     @property
+    def settings(self) -> Settings:
+        """What sampler.json holds."""
+        return Settings(schedule=self.schedule, sampler=self.sampler, size=self.size)
+
+    @property
     def size(self) -> int:
         """H = W of the images in pixels."""
         return self.denoiser.sample_shape[-1] * (1 if self.vae is None else self.vae.factor)
@@ -139,9 +139,8 @@ class TextToImage:
     def to(self, device: str | torch.device) -> TextToImage:
         """Moves all networks."""
         parts: list[Any] = [self.denoiser, self.text, self.vae]
-        for part in parts:
-            if part is not None:
-                part.to(device)
+        for part in filter(None, parts):
+            part.to(device)
         return self
 
     @torch.no_grad()
@@ -155,8 +154,8 @@ class TextToImage:
     ) -> np.ndarray:
         """Prompts -> images, uint8 [B, H, W, 3].
 
-        An image's noise depends on its own seed alone, not on its neighbours or their number; rounding in
-        the network may still move a pixel by 1 between batch sizes.
+        An image's noise depends on its own seed alone. Rounding in the network may move a pixel by 1 between batch
+        sizes.
 
         Args:
             num_inference_steps, guidance_scale: None takes the model's own.
@@ -182,10 +181,7 @@ class TextToImage:
         return np.concatenate(parts)
 
     def images(self, x: torch.Tensor) -> np.ndarray:
-        """Samples [B, C, H, W] -> images, uint8 [B, H, W, 3]: through the autoencoder, where there is one.
-
-        Raises ValueError for NaN or Inf.
-        """
+        """Samples [B, C, H, W] -> images, uint8 [B, H, W, 3]. Raises ValueError for NaN or Inf."""
         return to_uint8(self.pixels(x))
 
     def pixels(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,10 +200,7 @@ class TextToImage:
         guidance_scale: float | None = None,
         keep_chain: bool = False,
     ) -> Trajectory:
-        """One sampler call from named noise: the one forward path of rollout, evaluation and ``rlproxi sample``.
-
-        ``text`` and ``noise`` have a row for each sample; see ``__call__`` for the rest.
-        """
+        """One sampler call, the same in rollout and evaluation; ``text`` and ``noise`` have a row for each sample."""
         device = self.denoiser.device
         x = noise.start(self.denoiser.sample_shape, device)
         guidance = self.sampler.guidance_scale if guidance_scale is None else guidance_scale

@@ -22,11 +22,10 @@ def compute_dtype(precision: str, device: str | torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
-def _cache_keeps_gradients() -> bool:
-    """Whether weights whose rounded copy was cached by a forward without gradients still get one from the next forward.
+def cache_keeps_gradients() -> bool:
+    """Whether weights whose rounded copy a forward without gradients cached still get gradients from the next one.
 
-    With torch of before 2026 they silently do not (PyTorch issue 112583), and an update of R0 or DIDR begins with such
-    forwards. Draws no random numbers: importing this must leave torch's generator as it was.
+    With torch of before 2026 they do not (PyTorch issue 112583). Draws no random numbers.
     """
     x, weight = torch.zeros(1, 1, device="cpu"), torch.zeros(1, 1, device="cpu", requires_grad=True)
     with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
@@ -35,14 +34,11 @@ def _cache_keeps_gradients() -> bool:
         return torch.mm(x, weight).requires_grad
 
 
-_CACHES = _cache_keeps_gradients()
+CACHES = cache_keeps_gradients()
 
 
 def autocast(dtype: torch.dtype, device: str | torch.device) -> torch.autocast:
-    """The context of a forward: autocast to bfloat16, or nothing for float32.
-
-    Rounded weights are cached for later forwards, where this version of torch does so without losing gradients.
-    """
+    """The context of a forward: autocast to bfloat16, or nothing for float32."""
     return torch.autocast(
-        torch.device(device).type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=_CACHES
+        torch.device(device).type, dtype=torch.bfloat16, enabled=dtype is torch.bfloat16, cache_enabled=CACHES
     )

@@ -6,6 +6,7 @@ The network F only has to learn what the data have beyond that Gaussian; F = 0 i
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -33,9 +34,7 @@ def noise_features(t: Tensor, lam: Tensor) -> Tensor:
 
 
 class FittedGaussian(nn.Module):
-    """The Gaussian N(mean, Sigma) fitted to the data. Its prox is known in closed form, a Wiener filter.
-
-    Sigma is diagonal in a fixed basis: principal colours times the discrete cosine transform.
+    """The Gaussian N(mean, Sigma) fitted to the data, Sigma diagonal in principal colours times cosine transform.
 
     Buffers: ``mean`` [C, H, W]; ``variance`` [C, H, W], of each colour and frequency; ``colors`` [C, C], orthogonal.
     Starts as N(0, data_std^2 I).
@@ -60,10 +59,9 @@ class FittedGaussian(nn.Module):
     def fit(self, images: Tensor) -> None:
         """Estimates mean, colours and variances from images [B, C, H, W].
 
-        Variances are kept between 1e-4 and the mean variance of a pixel. The lower bound keeps the filter
-        invertible. The upper one matters more: with the true, very large variances of the lowest frequencies the
-        linear part explains layout and colour from y alone, and the network learns much later to take them from the
-        caption (docs/quickstart.md has the figures).
+        Variances are kept between 1e-4, so that the filter is invertible, and the mean variance of a pixel. With the
+        true, very large ones of low frequencies the linear part would explain layout and colour from y alone, and the
+        network would learn late to take them from the caption (docs/quickstart.md has the figures).
         """
         self.mean.copy_(images.mean(0))
         centered = images - self.mean
@@ -81,7 +79,7 @@ class FittedGaussian(nn.Module):
         return torch.einsum("dc,bdhw->bchw", self.colors, self.dct.T @ x @ self.dct)
 
 
-class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers declares config_name in both
+class Preconditioned(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # diffusers declares config_name in both
     """eps_theta(y, t, lam, text) for samples [B, C, H, W] of about unit spread; a subclass is the network F.
 
     The network is *preconditioned* with the closed form of a Gaussian p_0 = N(m, Sigma). In the basis where
@@ -91,14 +89,13 @@ class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
 
     so F = 0 is the exact prox of that Gaussian, and F's target has unit variance at every frequency and every
     (t, lam): the part of n2 that y does not determine. Where the network is trained for E[n2 | y, x_0] (``target``
-    "expected") that part is smaller, and F's factor is sqrt(lam / (1 - alpha_bar + lam)) sqrt(alpha_bar S / (v + lam)).
-    Where a frequency carries nothing but noise, F's factor is 0: flat areas are clean from the first step. F sees y and
-    the Gaussian's prox, both scaled to unit variance by lam as well as t. So a few large steps, which spread z far
-    beyond the data, do not leave F's range.
+    "expected"), F's factor is sqrt(lam / (1 - alpha_bar + lam)) sqrt(alpha_bar S / (v + lam)). It is 0 where a
+    frequency carries nothing but noise: flat areas are clean from the first step. F sees y and the Gaussian's prox,
+    both scaled to unit variance, so that a few large steps, which spread z far beyond the data, stay in its range.
 
     Sources: the closed form is ProxDM's (arXiv 2507.08956); scaling by it is EDM's idea (Karras et al. 2022).
 
-    A subclass calls ``precondition`` in its constructor and has ``network(x [B, 2 C, H, W], t, lam, text)``.
+    A subclass calls ``precondition`` first in its constructor.
     """
 
     config: Any  # diffusers' frozen dict, whose keys can be read as attributes
@@ -110,12 +107,7 @@ class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
     part = "unet"
 
     def precondition(self, channels: int, size: int, data_std: float, schedule: VPSchedule, target: str) -> None:
-        """Sets up what surrounds F; a subclass calls it first in its constructor.
-
-        Args:
-            channels, size, data_std: of the first Gaussian, N(0, data_std^2 I). schedule: gives alpha_bar.
-            target: ``pretrain.target``, on which F's factor depends.
-        """
+        """Sets up what surrounds F: the Gaussian N(0, data_std^2 I) of [channels, size, size], and F's ``target``."""
         self.schedule = schedule
         self.target = target
         self.gaussian = FittedGaussian(channels, size, data_std)
@@ -156,6 +148,6 @@ class Preconditioned(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         with torch.autocast(y.device.type, enabled=False):
             return linear + g.from_basis((share / total).sqrt() * g.to_basis(residual))
 
+    @abstractmethod
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""
-        raise NotImplementedError

@@ -1,17 +1,16 @@
-"""Text conditioning: one small interface for the built-in encoder, CLIP and T5.
+"""Text conditioning: a denoiser's text input, and one tokenizer and text model of transformers that make it.
 
-``TextStates`` is a denoiser's text input. ``TextEncoder`` makes it from captions with a transformers tokenizer and text
-model. The built-in one is a two-layer CLIP text model with a word tokenizer. ``text_stacks`` has the same methods for
-the text encoders of published checkpoints.
+``text_stacks`` has the same methods for the text encoders of published checkpoints.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -66,24 +65,24 @@ class TextStates:
         return TextStates(change(self.states), change(self.pooled), change(self.mask), sizes)
 
 
-class TextConditioning(Protocol):
-    """What losses and samplers need of a text encoder; ``TextEncoder`` and ``CheckpointText`` have it."""
+class TextConditioning(ABC):
+    """What losses and samplers need of a text encoder."""
+
+    @abstractmethod
+    def encode(self, captions: Sequence[str]) -> TextStates:
+        """Captions -> TextStates, without gradient and in the model's own precision, whatever the caller's autocast."""
+
+    @abstractmethod
+    def null_like(self, text: TextStates) -> TextStates:
+        """The unconditional input, as many rows as ``text`` and on its device."""
 
     def groups(self, captions: Sequence[str], size: int) -> TextStates:
         """P captions -> P * size rows, each caption's rows side by side."""
-        ...
-
-    def null_like(self, text: TextStates) -> TextStates:
-        """The unconditional input, as many rows as ``text`` and on its device."""
-        ...
+        return self.encode(captions).repeat(size)
 
 
-class TextEncoder:
-    """A frozen tokenizer and text model of transformers.
-
-    The model returns ``last_hidden_state``, and perhaps ``pooler_output``. Without that, the mean over tokens is the
-    pooled vector, as is usual for T5.
-    """
+class TextEncoder(TextConditioning):
+    """A frozen tokenizer and text model; without a ``pooler_output``, the mean of the states is the pooled vector."""
 
     KINDS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
@@ -102,27 +101,6 @@ class TextEncoder:
         self.model.to(device)
         return self
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> TextEncoder:
-        """Loads ``folder``/tokenizer and ``folder``/text_encoder, diffusers' layout.
-
-        Raises FileNotFoundError naming what is missing, ValueError for a class that is not in ``KINDS``.
-        """
-        import transformers
-
-        folder = Path(folder)
-        for part in (folder / "tokenizer", folder / "text_encoder"):
-            if not part.is_dir():
-                raise FileNotFoundError(f"{part} is missing: not a diffusers-shaped model folder")
-        part, options = folder / "text_encoder", {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer", **options)
-        kind = (transformers.AutoConfig.from_pretrained(part, **options).architectures or ["?"])[0]
-        if kind not in cls.KINDS:
-            raise ValueError(f"{part} holds a {kind}; supported text encoders: {', '.join(cls.KINDS)}")
-        model = getattr(transformers, kind).from_pretrained(part, use_safetensors=True, local_files_only=True)
-        # Some tokenizers give 1e30 for no limit.
-        return cls(tokenizer, model, min(tokenizer.model_max_length, 512))
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``folder``/tokenizer and ``folder``/text_encoder."""
         self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
@@ -132,20 +110,18 @@ class TextEncoder:
         """The words the tokenizer has no token for: the model cannot tell them from each other."""
         return unknown_words(self.tokenizer, prompt)
 
-    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(ids, mask), each [B, L] int64, L = max_length."""
         tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+            list(captions), padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
         )
         return tokens["input_ids"], tokens["attention_mask"]
 
-    def encode(self, captions: list[str]) -> TextStates:
-        """Captions -> TextStates, without gradient and in the model's own precision.
-
-        A caller's autocast changes nothing: rollout and learner enter theirs at different places.
-        """
+    def encode(self, captions: Sequence[str]) -> TextStates:
+        """As ``TextConditioning.encode``."""
         ids, mask = self.tokenize(captions)
         device = next(self.model.parameters()).device
+        # Rollout and learner enter their autocast at different places.
         with torch.no_grad(), autocast(torch.float32, device):
             out = self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
         states = out.last_hidden_state.float()
@@ -154,10 +130,6 @@ class TextEncoder:
         if pooled is None:
             pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return TextStates(states, pooled.float(), mask)
-
-    def groups(self, captions: Sequence[str], size: int) -> TextStates:
-        """P captions -> P * size rows, each caption's rows side by side."""
-        return self.encode(list(captions)).repeat(size)
 
     def null_like(self, text: TextStates) -> TextStates:
         """The unconditional input, the empty caption, as many rows as ``text`` and on its device."""
@@ -198,11 +170,7 @@ def word_tokenizer(captions: list[str], max_length: int) -> PreTrainedTokenizerF
 def build_text_encoder(
     captions: list[str], dim: int = 64, layers: int = 2, max_length: int = 40, seed: int = 0
 ) -> TextEncoder:
-    """A new, untrained CLIP-shaped text encoder whose words are those of ``captions``.
-
-    Args:
-        dim, layers: width and depth. max_length: tokens of a caption. seed: names the initial weights.
-    """
+    """A new CLIP-shaped text encoder for the words of ``captions``; ``seed`` names its initial weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = word_tokenizer(captions, max_length)

@@ -1,7 +1,6 @@
 """The text encoders of published checkpoints: Stable Diffusion 1 and 2, SDXL, Stable Diffusion 3, PixArt.
 
-Each is a stack of tokenizers and text models in diffusers' folders (text_encoder/, tokenizer/, text_encoder_2/, ...).
-``CheckpointText`` has the methods of ``TextEncoder``, and gives what diffusers' ``encode_prompt`` gives.
+Each is a stack of tokenizers and text models, which gives what diffusers' ``encode_prompt`` gives.
 
 A caption is encoded alone, never in a batch. In a batch its states would depend, in the last digits, on the other
 captions, and rollout and learner have different ones. So encoded captions can also be cached.
@@ -10,7 +9,7 @@ captions, and rollout and learner have different ones. So encoded captions can a
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .precision import autocast
-from .text import TextStates, as_null, unknown_words
+from .text import TextConditioning, TextStates, as_null, unknown_words
 
 #: Bytes of encoded captions that are kept: 1,100 of Stable Diffusion 1, 425 of SDXL, 49 of Stable Diffusion 3.
 CACHE_BYTES = 256 * 2**20
@@ -29,41 +28,6 @@ CACHE_BYTES = 256 * 2**20
 SETTINGS = "text.json"
 #: The ends of the names of the folders tokenizer*/ and text_encoder*/, in the order of a stack's encoders.
 ENDS = ("", "_2", "_3")
-
-
-class CaptionCache:
-    """Encoded captions on the CPU, in float32. The least recently used is dropped first.
-
-    Args:
-        limit: bytes kept; a row larger than that is not kept, 0 keeps nothing.
-    """
-
-    def __init__(self, limit: int = CACHE_BYTES):
-        self.limit = limit
-        self.bytes = 0
-        self._rows: OrderedDict[str, TextStates] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def get(self, caption: str) -> TextStates | None:
-        """The caption's states; None where they are not kept."""
-        if caption in self._rows:
-            self._rows.move_to_end(caption)
-        return self._rows.get(caption)
-
-    def put(self, caption: str, row: TextStates) -> None:
-        """Keeps the states of a new caption, and drops old ones beyond the limit."""
-        if self._size(row) > self.limit:
-            return
-        self._rows[caption] = row
-        self.bytes += self._size(row)
-        while self.bytes > self.limit:
-            self.bytes -= self._size(self._rows.popitem(last=False)[1])
-
-    @staticmethod
-    def _size(row: TextStates) -> int:
-        return sum(x.nbytes for x in (row.states, row.pooled, row.mask))
 
 
 @dataclass(frozen=True)
@@ -82,12 +46,12 @@ class TextSettings:
     zero_null: bool = False
 
 
-class CheckpointText:
+class CheckpointText(TextConditioning):
     """A frozen stack of text encoders.
 
     Args:
         parts: tokenizers and transformers models by the names of their folders; None for one left out.
-        cache_bytes: see ``CaptionCache``.
+        cache_bytes: of encoded captions that are kept on the CPU, the last used ones; 0 keeps none.
     """
 
     #: The classes of text_encoder, text_encoder_2, ...
@@ -96,7 +60,9 @@ class CheckpointText:
     def __init__(self, parts: dict[str, Any], settings: TextSettings, cache_bytes: int = CACHE_BYTES):
         self.parts = parts
         self.settings = settings
-        self.cache = CaptionCache(cache_bytes)
+        self.cache_bytes = cache_bytes
+        #: The encoded captions, the least recently used first.
+        self.rows: dict[str, TextStates] = {}
         for model in self._parts("text_encoder"):
             model.eval().requires_grad_(False)
 
@@ -135,18 +101,11 @@ class CheckpointText:
         return [word for word in unknown[0] if all(word in words for words in unknown)]
 
     def encode(self, captions: Sequence[str]) -> TextStates:
-        """Captions -> TextStates on the stack's device, without gradient; the same whatever else is in the batch.
-
-        Raises ValueError for no captions.
-        """
+        """As ``TextConditioning.encode``, on the stack's device. Raises ValueError for no captions."""
         if not captions:
             raise ValueError("no captions to encode: give at least one (an empty string is the unconditional one)")
         rows = {caption: self._known(caption) for caption in dict.fromkeys(captions)}
         return TextStates.join(*(rows[caption] for caption in captions)).to(self.device)
-
-    def groups(self, captions: Sequence[str], size: int) -> TextStates:
-        """P captions -> P * size rows, each caption's rows side by side."""
-        return self.encode(captions).repeat(size)
 
     def null_like(self, text: TextStates) -> TextStates:
         """The unconditional input, as many rows as ``text`` and on its device: the empty caption, or SDXL's zeros."""
@@ -156,18 +115,21 @@ class CheckpointText:
         return as_null(null, text)
 
     def _known(self, caption: str) -> TextStates:
-        row = self.cache.get(caption)
+        row = self.rows.pop(caption, None)
         if row is None:
             # Kept beyond this call, perhaps for one with gradients; and the same under a caller's autocast.
             with torch.inference_mode(False), torch.no_grad(), autocast(torch.float32, self.device):
                 states, pooled, mask = self._row(caption)
                 row = TextStates(states.float().cpu(), pooled.float().cpu(), mask.float().cpu())
-            self.cache.put(caption, row)
+        self.rows[caption] = row
+        size = row.states.nbytes + row.pooled.nbytes + row.mask.nbytes  # all rows of a stack have the same
+        while len(self.rows) * size > self.cache_bytes:
+            del self.rows[next(iter(self.rows))]
         return row
 
+    @abstractmethod
     def _row(self, caption: str) -> tuple[Tensor, Tensor, Tensor]:
         """(states [1, L, D], pooled [1, P], mask [1, L]) of one caption."""
-        raise NotImplementedError
 
     def _parts(self, kind: str) -> list[Any]:
         return [part for name, part in self.parts.items() if name.startswith(kind) and part is not None]

@@ -67,10 +67,6 @@ class ProximalTransformer(Preconditioned):
         with added_to_time(calls.time_embedder(self.net), self.lam_embedding(t, lam)):
             return calls.call(self.net, x, 1000 * t, text)
 
-    def enable_gradient_checkpointing(self, *args: Any) -> None:
-        """As diffusers' ``ModelMixin``, for the transformer inside."""
-        self.net.enable_gradient_checkpointing(*args)
-
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the transformer alone; the closed form around it is a few operations."""
         self.net.compile(*args, **kwargs)

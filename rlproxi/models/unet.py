@@ -1,8 +1,7 @@
-"""A small text-conditional U-Net for the proximal residual, saved as a diffusers model folder.
+"""A small text-conditional U-Net for the proximal residual.
 
-Made for CPUs: pixel-unshuffle stem, widths that are multiples of 32, plain matmul attention,
-channels_last. Conditioned on t *and* lam, on a pooled text vector (through the time embedding)
-and on the text encoder's states (through cross-attention).
+Made for CPUs: pixel-unshuffle stem, widths that are multiples of 32, plain matmul attention, channels_last.
+Conditioned on t and lam, on a pooled text vector (through the time embedding) and on the text states (by attention).
 """
 
 from __future__ import annotations
@@ -46,10 +45,9 @@ class ResBlock(nn.Module):
 
 
 class TextAttention(nn.Module):
-    """Self-attention over the pixels and the text states together, one softmax for both.
+    """Attention from the pixels to the pixels and the text states together, one softmax for both.
 
-    Joint keys cost one attention where separate self- and cross-attention cost two. Plain
-    matmuls: at these sizes the fused kernel's backward is slower on a CPU.
+    Plain matmuls: at these sizes the fused kernel's backward is slower on a CPU.
     """
 
     def __init__(self, channels: int, text_dim: int, head_dim: int = 32):
@@ -139,8 +137,7 @@ class ProximalUNet(Preconditioned):
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
         """F: the bare network, [B, 2 C, H, W] -> [B, C, H, W]."""
         emb = F.silu(self.embed_noise(noise_features(t, lam)) + self.embed_text(text.pooled))
-        h = F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last)
-        h = self.stem(h)
+        h = self.stem(F.pixel_unshuffle(x, self.config.patch).contiguous(memory_format=torch.channels_last))
         skips = []
         down, shrink = iter(self.down), iter(self.shrink)
         for level, count in enumerate(self.config.blocks):

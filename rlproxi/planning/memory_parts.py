@@ -46,9 +46,9 @@ def text_encoders(config: Config, folder: ModelFolder | None) -> list[nn.Module]
         m = config.model
         return [build_text_encoder([*captions, ""], m.text_dim, m.text_layers, m.text_length).model]
     models = []
-    for end, name in zip(folder.text_ends, folder.text_classes, strict=True):
+    for part, name in folder.text_classes.items():
         kind = getattr(transformers, name)
-        models.append(kind(kind.config_class.from_dict(folder.json(f"text_encoder{end}/config.json"))))
+        models.append(kind(kind.config_class.from_dict(folder.json(f"{part}/config.json"))))
     return models
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from ..data import faces
 from ..models.autoencoder import Autoencoder
 from ..models.folders import latent_space
 from ..models.precision import autocast
-from ..models.text import TextEncoder, TextStates, operator
+from ..models.text import TextConditioning, TextStates, operator
 from ..proximal.operator import Denoiser, ProximalOperator
 from ..rewards.gradients import RewardGradients
 from .memory_parts import text_shape
@@ -30,21 +29,21 @@ from .memory_trace import traced, without_data
 Losses = Iterator[tuple[Tensor, dict[str, float]]]
 
 
-class Captions:
+class Captions(TextConditioning):
     """Stands in for a text encoder: zeros of the shapes that the config gives, for any caption."""
 
     def __init__(self, config: Config, device: torch.device):
         self.shape, self.device = text_shape(config), device
 
-    def groups(self, captions: Sequence[str], size: int) -> TextStates:
-        """As ``TextEncoder.groups``."""
-        (length, width, pooled), rows = self.shape, len(captions) * size
+    def encode(self, captions: Sequence[str]) -> TextStates:
+        """As ``TextConditioning.encode``."""
+        (length, width, pooled), rows = self.shape, len(captions)
         made = TextStates(torch.zeros(rows, length, width), torch.zeros(rows, pooled), torch.ones(rows, length))
         return made.to(self.device)
 
     def null_like(self, text: TextStates) -> TextStates:
-        """As ``TextEncoder.null_like``."""
-        return self.groups([""], len(text))
+        """As ``TextConditioning.null_like``."""
+        return self.encode([""] * len(text))
 
 
 def first_updates(
@@ -64,7 +63,7 @@ def first_updates(
     device = next(next(iter(networks.values())).parameters()).device
     channels, side = latent_space(config)
     shape = (channels, side, side)
-    text, ours = cast(TextEncoder, Captions(config, device)), dict(networks)
+    text, ours = Captions(config, device), dict(networks)
     algorithm.connect(Parts({**ours}, ours, reference, text, gradients, shape, device, reference_scope))
     g, kept = config.rl, len(algorithm.kept_steps(0))
     prompts = tuple(faces.portrait(0, i, 0.5).caption for i in range(g.groups))

@@ -108,7 +108,7 @@ def test_every_kind_of_bad_sample_is_skipped_counted_and_listed(tmp_path):
 
 def test_latents_and_text_are_what_the_checkpoint_gives(tmp_path):
     from rlproxi.models.autoencoder import Autoencoder
-    from rlproxi.models.loading import load_text
+    from rlproxi.models.loading import load_encoder
 
     parts = str(tiny_checkpoints.sdxl(tmp_path / "sdxl"))
     (tmp_path / "data").mkdir()
@@ -118,7 +118,7 @@ def test_latents_and_text_are_what_the_checkpoint_gives(tmp_path):
     )
     run(config, url, tmp_path / "c.safetensors", parts)
     cached = CachedShard(tmp_path / "c.safetensors")
-    vae, text = Autoencoder.from_pretrained(parts), load_text(parts)
+    vae, text = Autoencoder.from_pretrained(parts), load_encoder(parts)
     fit = build_fit(64, False, "center", 0)
     for row in (0, 8, 9):  # of the first batch, and of the last, which is not full
         got = cached.row((64, 64), row)

@@ -79,19 +79,15 @@ def test_gradients_go_through_to_the_input_and_not_to_the_weights(folders):
 
 
 @torch.no_grad()
-def test_arithmetic(folders, tmp_path):
+def test_arithmetic(folders):
     full = Autoencoder.from_pretrained(folders["sdxl"])
     latents = full.encode(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):  # a caller's, as around a sampler
         assert torch.equal(full.encode(images()), latents)
-    half = Autoencoder.from_pretrained(folders["sdxl"], dtype=torch.bfloat16)
+    half = Autoencoder(Autoencoder.from_pretrained(folders["sdxl"]).vae.bfloat16())
     assert half.vae.dtype == torch.bfloat16 and half.decode(latents).dtype == torch.float32
     error = (half.encode(images()) - latents).norm() / latents.norm()
     assert half.encode(images()).dtype == torch.float32 and 0 < error < 0.05
-    # SDXL's overflows in float16 and says so; one that was mended says the contrary.
-    assert Autoencoder.from_pretrained(folders["sdxl"], dtype=torch.float16).vae.dtype == torch.float32
-    mended = change_config(shutil.copytree(folders["sdxl"], tmp_path / "mended"), force_upcast=False)
-    assert Autoencoder.from_pretrained(mended, dtype=torch.float16).vae.dtype == torch.float16
 
 
 @torch.no_grad()
@@ -104,7 +100,7 @@ def test_a_saved_autoencoder_is_the_same(folders, tmp_path):
 
 def test_what_is_wrong_is_named(folders, tmp_path):
     mine = Autoencoder.from_pretrained(folders["sd15"])
-    with pytest.raises(ValueError, match="33x48 pixels: both sides must be multiples of 8"):
+    with pytest.raises(ValueError, match="33x48 pixels: .* to multiples of 8"):
         mine.encode(images(1, 33, 48))
     with pytest.raises(ValueError, match=r"\(3, 32, 48\): expected \[B, 3, H, W\]"):
         mine.encode(images()[0])

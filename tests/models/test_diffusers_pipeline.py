@@ -190,7 +190,7 @@ def test_steps_guidance_and_batches(pipe, folder, capsys):
         ({"prompt": [3]}, "prompt: give a string"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
         ({"output_type": "jpg"}, "output_type 'jpg' is unknown"),
-        ({"height": 512}, "height=512: this model draws 16 pixels"),
+        ({"height": 512}, "height=512, width=16: this model draws 16 pixels"),
         ({"num_inference_steps": 0}, "at least 1 step"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
     ],
@@ -216,7 +216,7 @@ def test_run_directories_and_plain_diffusers_folders_load(folders, tmp_path):
     plain = tiny_checkpoints.sdxl(tmp_path / "sdxl")
     image = ProxT2IPipeline.from_pretrained(plain)(PROMPTS[0], 2, generator=seeded(3)).images[0]
     assert np.array_equal(image, TextToImage.from_pretrained(plain)(PROMPTS[0], 2, seeds=[3])[0])
-    with pytest.raises(ValueError, match="plain diffusers folder, loaded in float32 without options; given: variant"):
+    with pytest.raises(ValueError, match="plain diffusers folder, loaded without options; given: variant"):
         ProxT2IPipeline.from_pretrained(plain, variant="fp16")
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         ProxT2IPipeline.from_pretrained(tmp_path / "nowhere")

@@ -155,7 +155,7 @@ def test_our_own_network_takes_adapters_too(tmp_path):
     denoiser = training_form(folder, config_of(folder), "rl")
     layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trainable(denoiser)}
     assert layers == {"qkv", "text_kv", "out"}
-    with pytest.raises(ValueError, match="saved beside the base they belong to"):
+    with pytest.raises(ValueError, match="adapters need a saved base beside them"):
         lora.attach(model.denoiser, LoRA(rank=2))
         model.save_pretrained(tmp_path / "other")
 

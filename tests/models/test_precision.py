@@ -18,9 +18,9 @@ def gradients(net: nn.Module, x: torch.Tensor, without_first: bool) -> list[torc
     return [p.grad.clone() for p in net.parameters()]
 
 
-@pytest.mark.parametrize("caches", [precision._CACHES, False])
+@pytest.mark.parametrize("caches", [precision.CACHES, False])
 def test_a_forward_without_gradients_takes_none_from_the_next(caches, monkeypatch):
-    monkeypatch.setattr(precision, "_CACHES", caches)
+    monkeypatch.setattr(precision, "CACHES", caches)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 4))
     x = torch.randn(2, 3, 8, 8)
     for alone, after in zip(gradients(net, x, False), gradients(net, x, True), strict=True):
@@ -30,12 +30,12 @@ def test_a_forward_without_gradients_takes_none_from_the_next(caches, monkeypatc
 def test_a_torch_that_loses_gradients_is_known_by_it(monkeypatch):
     """A product of weights that have no history, as they are cached there; torch's generator is left alone."""
     before = torch.get_rng_state()
-    assert precision._cache_keeps_gradients() == precision._CACHES
+    assert precision.cache_keeps_gradients() == precision.CACHES
     assert torch.equal(torch.get_rng_state(), before)
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda x, weight: mm(x, weight.detach()))
-    assert not precision._cache_keeps_gradients()
-    monkeypatch.setattr(precision, "_CACHES", False)
+    assert not precision.cache_keeps_gradients()
+    monkeypatch.setattr(precision, "CACHES", False)
     with precision.autocast(torch.bfloat16, "cpu"):
         assert not torch.is_autocast_cache_enabled()
 

@@ -13,9 +13,8 @@ from diffusers import (
 
 from fixtures import tiny_checkpoints as tiny
 from rlproxi.models.folders import ModelFolder
-from rlproxi.models.loading import load_text
+from rlproxi.models.loading import load_encoder
 from rlproxi.models.text import TextEncoder, TextStates, build_text_encoder
-from rlproxi.models.text_stacks import CaptionCache
 
 CAPTIONS = ["A photo of a cat", "", " An ASTRONAUT riding a horse, 8k", "a very long prompt " * 200, "£ 猫"]
 
@@ -75,7 +74,7 @@ KINDS = [
 @pytest.mark.parametrize("name, options", KINDS)
 def test_a_stack_gives_what_the_pipeline_of_diffusers_gives(folders, tmp_path, name, options):
     folder = folders(name, **options)
-    stack = load_text(folder)
+    stack = load_encoder(folder)
     text, null = diffusers_answer(folder, CAPTIONS)
     mine = stack.encode(CAPTIONS)
     assert_same(mine, text, pooled=name != "sd15")  # Stable Diffusion 1's pipeline has no pooled vector
@@ -87,7 +86,7 @@ def test_a_stack_gives_what_the_pipeline_of_diffusers_gives(folders, tmp_path, n
 
     # Saved alone, without the pipeline's index and denoiser, it is the same stack.
     stack.save_pretrained(tmp_path / "text")
-    again = load_text(tmp_path / "text")
+    again = load_encoder(tmp_path / "text")
     assert type(again) is type(stack) and again.settings == stack.settings
     for a, b in zip((again.encode(CAPTIONS), again.null_like(mine)), (mine, stack.null_like(mine))):
         assert torch.equal(a.states, b.states) and torch.equal(a.pooled, b.pooled) and torch.equal(a.mask, b.mask)
@@ -99,7 +98,7 @@ def test_a_stack_gives_what_the_pipeline_of_diffusers_gives(folders, tmp_path, n
 
 
 def test_the_pooled_vector_of_stable_diffusion_1_is_that_of_its_end_token(folders):
-    stack = load_text(folders("sd15"))
+    stack = load_encoder(folders("sd15"))
     text = stack.encode(["a photo of a cat"])
     end = stack.parts["tokenizer"]("a photo of a cat")["input_ids"]
     assert end[-1] == stack.parts["tokenizer"].eos_token_id
@@ -110,19 +109,19 @@ def test_an_attention_mask_is_passed_where_the_checkpoint_asks_for_one(folders, 
     folder = shutil.copytree(folders("sd15"), tmp_path / "masked")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"use_attention_mask": True}))
-    mine, theirs = load_text(folder).encode(CAPTIONS), diffusers_answer(folder, CAPTIONS)[0]
+    mine, theirs = load_encoder(folder).encode(CAPTIONS), diffusers_answer(folder, CAPTIONS)[0]
     assert_same(mine, theirs, pooled=False)
-    assert not torch.allclose(mine.states, load_text(folders("sd15")).encode(CAPTIONS).states, atol=1e-3)
+    assert not torch.allclose(mine.states, load_encoder(folders("sd15")).encode(CAPTIONS).states, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "pixart"])
 def test_an_answer_depends_neither_on_the_cache_nor_on_the_company(folders, name):
-    cached, bare = load_text(folders(name)), load_text(folders(name), cache_bytes=0)
+    cached, bare = load_encoder(folders(name)), load_encoder(folders(name), cache_bytes=0)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):  # as a sampler calls it
         first = cached.encode(CAPTIONS[:2])
         null = cached.null_like(first)
     mixed = cached.encode(CAPTIONS[::-1] + CAPTIONS)
-    assert not mixed.states.is_inference() and len(cached.cache) == len(CAPTIONS) and len(bare.cache) == 0
+    assert not mixed.states.is_inference() and len(cached.rows) == len(CAPTIONS) and len(bare.rows) == 0
     for i, caption in enumerate(CAPTIONS[::-1] + CAPTIONS):
         alone = bare.encode([caption])
         for part in ("states", "pooled", "mask"):
@@ -144,7 +143,7 @@ def test_the_built_in_encoders_answer_does_not_depend_on_a_callers_autocast():
 
 
 def test_a_kept_caption_is_not_encoded_again_and_not_changed_by_its_reader(folders):
-    stack = load_text(folders("sd15"))
+    stack = load_encoder(folders("sd15"))
     calls = []
     stack.parts["text_encoder"].register_forward_hook(lambda *_: calls.append(1))
     first = stack.encode(["cat", "dog", "cat"])
@@ -154,24 +153,22 @@ def test_a_kept_caption_is_not_encoded_again_and_not_changed_by_its_reader(folde
     assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
 
 
-def test_the_cache_holds_at_most_its_bytes_and_forgets_the_least_recently_used():
-    row = TextStates(torch.ones(1, 10, 8), torch.ones(1, 8), torch.ones(1, 10))
-    size = 4 * (80 + 8 + 10)
-    cache = CaptionCache(3 * size)
-    for name in "abc":
-        cache.put(name, row)
-    assert cache.get("a") is row and cache.bytes == 3 * size
-    cache.put("d", row)
-    assert cache.get("b") is None and len(cache) == 3 and cache.bytes == 3 * size
-    assert all(cache.get(name) is row for name in "acd")
-    small = CaptionCache(size - 1)
-    small.put("a", row)
-    assert len(small) == 0 and small.bytes == 0
+def test_the_cache_holds_at_most_its_bytes_and_forgets_the_least_recently_used(folders):
+    row = load_encoder(folders("sd15")).encode(["a"])
+    size = row.states.nbytes + row.pooled.nbytes + row.mask.nbytes
+    stack = load_encoder(folders("sd15"), cache_bytes=3 * size)
+    for name in "abca":
+        stack.encode([name])
+    assert list(stack.rows) == ["b", "c", "a"]
+    stack.encode(["d"])
+    assert list(stack.rows) == ["c", "a", "d"]
+    small = load_encoder(folders("sd15"), cache_bytes=size - 1)
+    assert torch.equal(small.encode(["a"]).states, row.states) and not small.rows
 
 
 def test_bfloat16_weights_give_float32_states_near_those_of_float32(folders):
     for name in ("sd3", "pixart"):
-        full, half = load_text(folders(name)), load_text(folders(name), dtype=torch.bfloat16)
+        full, half = load_encoder(folders(name)), load_encoder(folders(name), dtype=torch.bfloat16)
         # Layer norms aside, where T5 keeps a precision of its own.
         assert all(p.dtype == torch.bfloat16 for p in half.parts["text_encoder"].parameters() if p.ndim > 1)
         a, b = full.encode(CAPTIONS).states, half.encode(CAPTIONS).states
@@ -179,7 +176,7 @@ def test_bfloat16_weights_give_float32_states_near_those_of_float32(folders):
 
 
 def test_the_weights_are_frozen(folders):
-    stack = load_text(folders("sd3"))
+    stack = load_encoder(folders("sd3"))
     for model in (stack.parts["text_encoder"], stack.parts["text_encoder_2"], stack.parts["text_encoder_3"]):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert not stack.encode(["a cat"]).states.requires_grad
@@ -187,17 +184,17 @@ def test_the_weights_are_frozen(folders):
 
 def test_half_precision_files_alone_are_found_and_held_in_float32(folders, tmp_path):
     folder = shutil.copytree(folders("sd15"), tmp_path / "half")
-    load_text(folder).parts["text_encoder"].half().save_pretrained(folder / "text_encoder", variant="fp16")
+    load_encoder(folder).parts["text_encoder"].half().save_pretrained(folder / "text_encoder", variant="fp16")
     (folder / "text_encoder" / "model.safetensors").unlink()
-    stack = load_text(folder)
+    stack = load_encoder(folder)
     assert stack.parts["text_encoder"].dtype == torch.float32
-    a, b = stack.encode(CAPTIONS).states, load_text(folders("sd15")).encode(CAPTIONS).states
+    a, b = stack.encode(CAPTIONS).states, load_encoder(folders("sd15")).encode(CAPTIONS).states
     assert 0 < (a - b).norm() / b.norm() < 0.003
 
 
 def test_unknown_words(folders):
-    assert load_text(folders("pixart")).unknown_words("a cat Größe") == ["Größe"]
-    assert load_text(folders("sd3")).unknown_words("a cat Größe") == []  # its CLIPs spell by bytes
+    assert load_encoder(folders("pixart")).unknown_words("a cat Größe") == ["Größe"]
+    assert load_encoder(folders("sd3")).unknown_words("a cat Größe") == []  # its CLIPs spell by bytes
     assert build_text_encoder(["a cat"]).unknown_words("a dog") == ["dog"]
 
 
@@ -207,7 +204,7 @@ def test_the_built_in_encoder_is_loaded_as_before(tmp_path):
     for index in (None, {"_class_name": "TextToImage"}):
         if index:
             (tmp_path / "model_index.json").write_text(json.dumps(index))
-        loaded = load_text(tmp_path)
+        loaded = load_encoder(tmp_path)
         assert type(loaded) is TextEncoder
         assert torch.equal(loaded.encode(["a cat"]).states, encoder.encode(["a cat"]).states)
     assert ModelFolder.at(tmp_path).text_shape[1:] == (64, 64)
@@ -229,7 +226,7 @@ def test_sizes_of_the_image_go_where_the_text_goes():
 
 def test_the_null_is_told_of_the_same_sizes(folders):
     """As diffusers does, where no negative sizes are given."""
-    stack = load_text(folders("sdxl"))
+    stack = load_encoder(folders("sdxl"))
     text = stack.encode(["a cat", "a dog"])
     sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64], [80, 64, 8, 0, 64, 64]])
     text = TextStates(text.states, text.pooled, text.mask, sizes)
@@ -239,7 +236,7 @@ def test_the_null_is_told_of_the_same_sizes(folders):
 
 def test_what_cannot_be_loaded_is_named(folders, tmp_path):
     with pytest.raises(FileNotFoundError, match="text_encoder is missing"):
-        load_text(tmp_path)
+        load_encoder(tmp_path)
 
     def changed(name, source="sd15", **index):
         folder = shutil.copytree(folders(source), tmp_path / name)
@@ -250,38 +247,38 @@ def test_what_cannot_be_loaded_is_named(folders, tmp_path):
     flux = changed("flux", _class_name="FluxPipeline")
     shutil.copytree(folders("pixart") / "text_encoder", flux / "text_encoder_2")
     with pytest.raises(ValueError, match="FluxPipeline with text_encoder of class CLIPTextModel, text_encoder_2 of"):
-        load_text(flux)
+        load_encoder(flux)
     with pytest.raises(ValueError, match="IFPipeline .* not supported"):
-        load_text(changed("if", "pixart", _class_name="IFPipeline"))
+        load_encoder(changed("if", "pixart", _class_name="IFPipeline"))
 
     folder = changed("no-tokenizer", "sdxl")
     shutil.rmtree(folder / "tokenizer_2")
     with pytest.raises(FileNotFoundError, match="tokenizer_2 is missing, the tokenizer of text_encoder_2"):
-        load_text(folder)
+        load_encoder(folder)
 
     folder = changed("no-weights")
     (folder / "text_encoder" / "model.safetensors").rename(folder / "text_encoder" / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
-        load_text(folder)
+    with pytest.raises(FileNotFoundError, match="holds no .safetensors file"):
+        load_encoder(folder)
 
     folder = changed("cut")
     file = folder / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="text_encoder: the weights are damaged"):
-        load_text(folder)
+    with pytest.raises(ValueError, match="model.safetensors is damaged or incomplete"):
+        load_encoder(folder)
 
     folder = changed("another")
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match="missing.*layers.2"):
-        load_text(folder)
+        load_encoder(folder)
 
-    load_text(folders("sdxl")).save_pretrained(tmp_path / "ours")
+    load_encoder(folders("sdxl")).save_pretrained(tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours" / "text_encoder_2")
-    with pytest.raises(ValueError, match="not the text encoders of the kind sdxl"):
-        load_text(tmp_path / "ours")
+    with pytest.raises(ValueError, match="but text.json says sdxl"):
+        load_encoder(tmp_path / "ours")
     (tmp_path / "ours" / "text.json").write_text('{"kind": "sd9"}')
     with pytest.raises(ValueError, match="text.json is not of this version"):
-        load_text(tmp_path / "ours")
+        load_encoder(tmp_path / "ours")
     with pytest.raises(ValueError, match="no captions"):
-        load_text(folders("sd15")).encode([])
+        load_encoder(folders("sd15")).encode([])

@@ -58,12 +58,9 @@ def test_folders_that_are_missing_or_of_another_kind(folder, tmp_path):
 
 
 def test_sizes_that_do_not_fit(folder):
+    assert "data.size 60 is not a multiple of 8, the factor of" in one(f"model.init={folder}", "data.size=60")[0]
     assert (
-        "data.size 60 is not a multiple of 8, the autoencoder's factor"
-        in one(f"model.init={folder}", "data.size=60")[0]
-    )
-    assert (
-        "a sample is 9 wide (data.size 72), which model.patch 2"
+        "data.size 72: model.patch 2 and the levels do not divide 9"
         in one(f"model.encoders={folder}", "data.size=72", "model.patch=2")[0]
     )
     assert one("data.buckets=true")[0].startswith("data.buckets is true, but networks of our own have one size")

@@ -42,10 +42,11 @@ from rlproxi.data import faces
 from rlproxi.data.faces import collection
 from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation.heldout import mean_and_error
+from rlproxi.models.loading import load_encoder
 from rlproxi.models.pipeline import to_uint8
 from rlproxi.models.precision import autocast, compute_dtype
 from rlproxi.models.preconditioning import noise_features
-from rlproxi.models.text import TextEncoder, operator
+from rlproxi.models.text import operator
 from rlproxi.models.unet import ProximalUNet
 from rlproxi.proximal.samplers import plan, sample
 from rlproxi.proximal.warmstart import WarmStart
@@ -88,7 +89,7 @@ class Judged:
 
     def __init__(self, config: Config, run_dir: Path):
         self.size, self.sampler, self.schedule = config.data.size, config.sampler, config.schedule.build()
-        self.text = TextEncoder.from_pretrained(run_dir / "models" / "text")
+        self.text = load_encoder(run_dir / "models" / "text")
         self.judge = AttributeJudge(str(run_dir / "models" / "judge.safetensors"))
         self.prompts = heldout_prompts(config)[1]
         self.dtype = compute_dtype(config.model.precision, "cpu")
