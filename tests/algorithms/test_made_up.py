@@ -6,8 +6,8 @@ from fixtures.made_up_algorithm import RewardWeighted
 from rlproxi.algorithms.base import build_algorithm
 from rlproxi.algorithms.guards.over_optimisation import Evaluated, OverOptimisation
 from rlproxi.config import build_config, dump_config, load_config
-from rlproxi.config.reference import describe as reference
 from rlproxi.errors import ConfigError
+from rlproxi.pages.reference import describe as reference
 from rlproxi.pages.report import render
 from rlproxi.planning.dry_run import describe
 from rlproxi.planning.memory import estimate

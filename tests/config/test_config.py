@@ -16,7 +16,7 @@ from rlproxi.config.loading import (
     schema,
     smaller_micro_batch,
 )
-from rlproxi.config.reference import describe
+from rlproxi.pages.reference import describe
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,7 +171,7 @@ def test_every_key_is_documented_and_the_page_is_current():
     for section in schema().values():
         assert all(field.description for field in section.model_fields.values())
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == describe(), "run: python -m rlproxi.config.reference > docs/configuration.md"
+    assert page == describe(), "run: python -m rlproxi.pages.reference > docs/configuration.md"
     assert "| `pretrain.candidates` | list of int, >= 1, &lt;= 10000 |" in page and "Annotated" not in page
 
 

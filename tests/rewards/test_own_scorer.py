@@ -9,6 +9,7 @@ import torch
 from fixtures.made_up_scorer import Redness
 from rlproxi.cli import main as cli
 from rlproxi.config.loading import build_config
+from rlproxi.pages.reference import describe as reference
 from rlproxi.pages.report import write_report
 from rlproxi.planning.dry_run import describe
 from rlproxi.planning.memory import estimate
@@ -105,6 +106,14 @@ def test_the_report_and_the_live_page_have_it_by_the_name_that_the_run_gave_it(t
     live = LiveRun(tmp_path)
     live.open()
     assert "reward/crimson" in json.dumps(live.snapshot())
+
+
+def test_the_generated_reference_has_it_with_its_parameters():
+    (row,) = [line for line in reference(scorers=[NAME]).splitlines() if line.startswith(f"| `{NAME}`")]
+    assert "`weights`: text, a file; required<br>`sign`: float; `1.0` | yes | The pixels' mean, weighted by col" in row
+    page = reference()
+    assert NAME not in page and "| `hpsv2`, `hpsv2.1` | `checkpoint`: text, or null, a file; `null`" in page
+    assert "| `judge` | `path`: text, a file; the stage `prepare` makes it | no |" in page
 
 
 def test_what_it_raises_is_a_missing_score(weights):

@@ -1,25 +1,28 @@
-"""docs/configuration.md from the schema: ``python -m rlproxi.config.reference > docs/configuration.md``.
+"""docs/configuration.md, from schema and scorers: ``python -m rlproxi.pages.reference > docs/configuration.md``.
 
-With an algorithm of your own, ``python -m rlproxi.config.reference package.module:Class``, `custom` has its keys.
+With ``--algorithm package.module:Class`` the section `custom` has that class's keys; ``--scorer`` adds your scorers.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import typing
+from collections.abc import Sequence
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from .algorithms import ALGORITHMS, configured
-from .loading import model_of, schema
-from .section import Section
+from ..config.algorithms import ALGORITHMS, configured
+from ..config.loading import model_of, schema
+from ..config.section import Section
+from ..rewards import TorchScorer, facts, is_differentiable, registry
+from ..rewards.base import parameter_schema
 
 _HEAD = """\
 # Configuration
 
-Generated from `rlproxi/config/` by `python -m rlproxi.config.reference > docs/configuration.md`; do not edit.
+Generated from `rlproxi/` by `python -m rlproxi.pages.reference > docs/configuration.md`; do not edit.
 
 A config is a YAML file of the sections below. Every key has a default, so a file holds only what differs, and every key
 can be given on the command line: `python -m rlproxi.run configs/quickstart.yaml rl.lr=1e-5 run.seed=3`. Unknown keys
@@ -27,15 +30,47 @@ and combinations that cannot be run are refused before anything starts. The conf
 `config.yaml` in the run directory.
 """
 
+_SCORERS = """\
+## Scorers
 
-def describe(algorithm: str | None = None) -> str:
-    """The page in Markdown, with a newline at its end; ``custom`` is as ``algorithm`` defines it."""
+What `scorer` of a reward may name (without it, `name` does), and the `params` of each. Beside the built-in ones it may
+be a class of your own, `package.module:Class` ([docs/rewards/](rewards/README.md)). A differentiable scorer can train
+R0 and DIDR by its gradients.
+"""
+
+
+def describe(algorithm: str | None = None, scorers: Sequence[str] = ()) -> str:
+    """The page in Markdown, with a newline at its end; ``custom`` is as ``algorithm`` defines it.
+
+    ``scorers`` are ``package.module:Class`` of your own, listed behind the registered ones.
+    """
     parts = [_HEAD]
     for name, section in schema(algorithm).items():
         parts += _sections(name, section, f"`{name}`", f"{name}.", 2)
         if name == "rl":
             parts += [_other_defaults(algorithm)]
-    return "\n".join(parts)
+    return "\n".join([*parts, _SCORERS, *_scorers([*registry.names(), *scorers])]) + "\n"
+
+
+def _scorers(names: Sequence[str]) -> list[str]:
+    """A table of scorers, one line for all names of a class."""
+    by_class: dict[type, list[str]] = {}
+    for name in names:
+        by_class.setdefault(registry.get(name), []).append(name)
+    shared = parameter_schema(TorchScorer).model_fields
+    lines = ["| scorer | params | gradients | score |", "|---|---|---|---|"]
+    for kind, (name, *aliases) in by_class.items():
+        known, params = facts(name), []
+        for key, field in parameter_schema(kind).model_fields.items():
+            note = ", a file" if key in known.file_parameters else ""
+            default = "the stage `prepare` makes it" if note and known.prepared_as else _default(field)
+            params += [f"`{key}`: {_type(field)}{note}; {default}"] if key not in shared else []
+        meaning = " ".join((kind.__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
+        gradients = "yes" if is_differentiable(name) else "no"
+        cells = (", ".join(f"`{n}`" for n in (name, *aliases)), "<br>".join(params), gradients, meaning)
+        lines.append("| " + " | ".join(cells) + " |")
+    options = "; ".join(f"`{key}`: {_type(field)}; {_default(field)}" for key, field in shared.items())
+    return [*lines, "", f"Scorers that are networks also take {options}."]
 
 
 def _other_defaults(algorithm: str | None) -> str:
@@ -139,4 +174,8 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    print(describe(*sys.argv[1:]), end="")
+    parser = argparse.ArgumentParser("python -m rlproxi.pages.reference", description=__doc__)
+    parser.add_argument("--algorithm", help="an algorithm of your own, package.module:Class")
+    parser.add_argument("--scorer", action="append", default=[], help="a scorer of your own, package.module:Class")
+    given = parser.parse_args()
+    print(describe(given.algorithm, given.scorer), end="")
