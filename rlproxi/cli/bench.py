@@ -32,7 +32,7 @@ from ..proximal.samplers import sample
 from ..run_directory import RunDirectory
 
 
-def _median_ratio(ours: Callable[[], None], bare: Callable[[], None], repeats: int) -> float:
+def median_ratio(ours: Callable[[], None], bare: Callable[[], None], repeats: int) -> float:
     """Median of the ratios of rounds in which both are called, so that each ratio's two halves see the same machine."""
 
     def seconds(function: Callable[[], None]) -> float:
@@ -96,7 +96,7 @@ def sampler_ratio(config: Config, repeats: int = 25) -> float:
     """An N-step sampler call over N bare forwards of the network."""
     shapes = _Shapes(config)
     n = config.sampler.num_inference_steps
-    return _median_ratio(shapes.sample, lambda: shapes.forward(n), repeats)
+    return median_ratio(shapes.sample, lambda: shapes.forward(n), repeats)
 
 
 def bfloat16_speedup(config: Config, repeats: int = 15) -> float:
@@ -109,7 +109,7 @@ def bfloat16_speedup(config: Config, repeats: int = 15) -> float:
             loss = unet(shapes.y, shapes.t, shapes.lam, shapes.text).square().mean()
         loss.backward()
 
-    return _median_ratio(lambda: run(shapes.unet, torch.float32), lambda: run(low, torch.bfloat16), repeats)
+    return median_ratio(lambda: run(shapes.unet, torch.float32), lambda: run(low, torch.bfloat16), repeats)
 
 
 def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, str]:
@@ -123,7 +123,7 @@ def iteration_ratio(config: Config, iterations: int = 8) -> tuple[float, str]:
     nothing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        reward_file = _random_classifier(config, Path(folder))
+        reward_file = random_classifier(config, Path(folder))
         before = _bare_seconds(config, reward_file)
         real = _real_iterations(config, Path(folder), reward_file, iterations)
         after = _bare_seconds(config, reward_file)
@@ -137,12 +137,12 @@ def _bare_seconds(config: Config, reward_file: Path) -> list[float]:
     spawn = multiprocessing.get_context("spawn")
     barrier = spawn.Barrier(workers)
     with ProcessPoolExecutor(workers, spawn, initializer=_keep_barrier, initargs=(barrier,)) as pool:
-        jobs = [pool.submit(_bare_iterations, config, reward_file) for _ in range(workers)]
+        jobs = [pool.submit(bare_iterations, config, reward_file) for _ in range(workers)]
         # An iteration is done when its slowest process is.
         return [max(times) for times in zip(*(job.result() for job in jobs), strict=True)]
 
 
-_barrier: Barrier  # of the processes that run _bare_iterations
+_barrier: Barrier  # of the processes that run bare_iterations
 
 
 def _keep_barrier(barrier: Barrier) -> None:
@@ -150,7 +150,7 @@ def _keep_barrier(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _bare_iterations(config: Config, reward_file: Path, repeats: int = 7) -> list[float]:
+def bare_iterations(config: Config, reward_file: Path, repeats: int = 7) -> list[float]:
     """Seconds of each repetition of one process's share of an iteration, all processes beginning together."""
     from ..rewards import build
 
@@ -189,7 +189,8 @@ def _bare_micro_batch(config: Config, shapes: _Shapes, scorer, work: Work) -> No
             scorer.rewards(pixels, rows)
 
 
-def _random_classifier(config: Config, folder: Path) -> Path:
+def random_classifier(config: Config, folder: Path) -> Path:
+    """The file of an untrained attribute classifier, written into ``folder``."""
     from ..rewards.attributes import AttributeClassifier
 
     file = folder / "reward.safetensors"

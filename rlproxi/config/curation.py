@@ -102,7 +102,7 @@ class Caption(Section):
     max_tokens: int = Field(128, ge=1, description="Longest caption, in the model's tokens.")
     batch: int = Field(8, ge=1, description="Images captioned in one call.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="The model's arithmetic. auto: bfloat16 where the chip has it."
+        "auto", description="The model's arithmetic. auto: bfloat16 where it is fast."
     )
 
 

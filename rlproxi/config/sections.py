@@ -140,7 +140,7 @@ class Model(Section):
     text_layers: int = Field(2, ge=1, description="Layers of the built-in text encoder.")
     text_length: int = Field(40, ge=8, description="Tokens of a caption; longer ones are cut.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="The network's arithmetic (float32 masters always). auto: bfloat16 where the chip has it."
+        "auto", description="The network's arithmetic (float32 masters always). auto: bfloat16 where it is fast."
     )
     lora: LoRA | None = Field(
         None,

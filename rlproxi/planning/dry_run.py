@@ -24,7 +24,7 @@ def describe(config: Config) -> Iterator[str]:
         yield from _curation(config)
         return
     memory = estimate(config)
-    yield from [*_plan(config, memory), *map(_memory, memory.roles)]
+    yield from [*plan(config, memory), *map(_memory, memory.roles)]
     yield from (f"memory     not counted: {note}" for note in memory.notes)
 
 
@@ -39,7 +39,8 @@ def _curation(config: Config) -> list[str]:
     ]
 
 
-def _plan(config: Config, memory: Estimate) -> list[str]:
+def plan(config: Config, memory: Estimate) -> list[str]:
+    """The lines of the plan ahead of those of the memory, each with its topic in the first ten columns."""
     p, r, s, stages = config.pretrain, config.resources, config.sampler, config.run.stages
     algorithm = build_algorithm(config) if "rl" in stages else None
     sampled = algorithm is None or algorithm.needs_rollouts

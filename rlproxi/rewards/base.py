@@ -89,7 +89,7 @@ class TorchScorer(ScorerFacts, ABC):
         model: the network; frozen, in evaluation mode, moved to ``device``.
         files: the checkpoint's files: ``provenance`` hashes them.
         device: None is the first GPU that is visible, else the CPU.
-        precision: of the network: auto (bfloat16 where the chip has it), float32 or bfloat16. Scores are made from
+        precision: of the network: auto (bfloat16 where it is fast), float32 or bfloat16. Scores are made from
             its features in float32.
         micro_batch: images of one forward in ``score``; bounds the memory, changes nothing else.
     """

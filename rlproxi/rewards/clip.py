@@ -100,14 +100,14 @@ def shortest_side(pixels: Tensor, size: int = 224, eight_bit: bool = True, crop_
     short = min(height, width)
     new_height, new_width = (size if side == short else int(size * side / short) for side in (height, width))
     if eight_bit:
-        pixels = _pillow_resize(pixels, new_height, new_width)
+        pixels = pillow_resize(pixels, new_height, new_width)
     elif (new_height, new_width) != (height, width):
         pixels = F.interpolate(pixels, (new_height, new_width), mode="bicubic", antialias=True)
     top, left = ((side - size) // 2 if crop_down else round((side - size) / 2) for side in (new_height, new_width))
     return normalise(pixels[..., top : top + size, left : left + size])
 
 
-def _pillow_resize(pixels: Tensor, height: int, width: int) -> Tensor:
+def pillow_resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """Bicubic resize as Pillow's for 8-bit images, to the last bit, with a gradient.
 
     Pillow's weights are multiples of 2^-22 and its sums integers; both are exact in float64.

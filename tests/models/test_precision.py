@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from rlproxi.models import precision
+from rlproxi.rewards import build
+from rlproxi.rewards.attributes import AttributeClassifier
 
 
 def gradients(net: nn.Module, x: torch.Tensor, without_first: bool) -> list[torch.Tensor]:
@@ -38,6 +40,22 @@ def test_a_torch_that_loses_gradients_is_known_by_it(monkeypatch):
     monkeypatch.setattr(precision, "CACHES", False)
     with precision.autocast(torch.bfloat16, "cpu"):
         assert not torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize(
+    "avx512_bf16, amx, dtype",
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
+)
+def test_auto_takes_bfloat16_only_where_it_is_fast(avx512_bf16, amx, dtype, tmp_path, monkeypatch):
+    """A CPU with plain AVX-512, where oneDNN says that bfloat16 is supported and emulates it, computes in float32."""
+    monkeypatch.setattr(precision.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert precision.compute_dtype("auto", "cpu") is dtype
+    AttributeClassifier(16, 8).save(tmp_path / "classifier.safetensors")
+    params = {"path": str(tmp_path / "classifier.safetensors"), "precision": "auto", "device": "cpu"}
+    assert build("attributes", params).dtype is dtype
 
 
 def test_float32_is_left_alone():

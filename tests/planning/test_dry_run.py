@@ -8,7 +8,7 @@ from fixtures.memory import small_folder
 from fixtures.sections import sections
 from rlproxi.config.loading import build_config, config_folder, load_config
 from rlproxi.errors import ConfigError
-from rlproxi.planning.dry_run import _plan, describe
+from rlproxi.planning.dry_run import describe, plan
 from rlproxi.planning.memory import Estimate
 
 
@@ -107,7 +107,7 @@ def page_of(algorithm: str, overrides: list[str] = (), traced: bool = False, **s
     config = build_config(values, list(overrides))
     if traced:
         return lines(config)
-    return {line[:10].strip(): [line[11:]] for line in _plan(config, Estimate(10**6, 10**6, [], []))}
+    return {line[:10].strip(): [line[11:]] for line in plan(config, Estimate(10**6, 10**6, [], []))}
 
 
 def test_plan_of_r0():

@@ -11,7 +11,7 @@ from fixtures.clip_models import save_tokenizer, weights
 from rlproxi.models.precision import autocast
 from rlproxi.rewards import build, checked_params, hpsv2, names, provenance
 from rlproxi.rewards.base import to_pixels
-from rlproxi.rewards.clip import MEAN, STD, _pillow_resize, longest_side, shortest_side
+from rlproxi.rewards.clip import MEAN, STD, longest_side, pillow_resize, shortest_side
 from rlproxi.rewards.clip_text import load_tokens, open_clip_clean
 from rlproxi.rewards.open_clip import clip_model, load_open_clip, open_clip_config, open_clip_to_transformers
 
@@ -33,14 +33,14 @@ def test_the_eight_bit_resize_is_pillows(old, new):
     image = np.random.default_rng(sum(old)).integers(0, 256, (*old, 3), np.uint8)
     image[: old[0] // 2, : old[1] // 2] = 255 * (np.indices((old[0] // 2, old[1] // 2)).sum(0) % 2)[..., None]
     theirs = np.asarray(Image.fromarray(image).resize(new[::-1], Image.Resampling.BICUBIC))
-    ours = _pillow_resize(to_pixels(image[None]), *new)[0].permute(1, 2, 0) * 255
+    ours = pillow_resize(to_pixels(image[None]), *new)[0].permute(1, 2, 0) * 255
     assert np.array_equal(ours.round().numpy().astype(np.uint8), theirs)
 
 
 def test_the_gradient_passes_the_rounding_unchanged():
     x = torch.rand(1, 3, 40, 60, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(1, 3, 25, 31, dtype=torch.float64)
-    (rounded,) = torch.autograd.grad(_pillow_resize(x, 25, 31), x, upstream)
+    (rounded,) = torch.autograd.grad(pillow_resize(x, 25, 31), x, upstream)
     (smooth,) = torch.autograd.grad(F.interpolate(x, (25, 31), mode="bicubic", antialias=True), x, upstream)
     assert (rounded - smooth).abs().max() < 1e-5 < smooth.abs().max()
 

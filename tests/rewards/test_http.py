@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rlproxi.evaluation.images import png_bytes
 from rlproxi.rewards import RewardError, build, checked_scores, wire
 from rlproxi.rewards import http as http_reward  # noqa: F401  (registration)
 from rlproxi.rewards.serve_http import ScoringServer, main
@@ -268,7 +269,7 @@ def test_pictures_of_two_sizes_or_cut_short_are_refused(server):
     def body(*images):
         return json.dumps({"images": [base64.b64encode(i).decode() for i in images], "prompts": ["x"] * len(images)})
 
-    one, two = wire._png(pictures(1, 8, 8)[0]), wire._png(pictures(1, 8, 9)[0])
+    one, two = png_bytes(pictures(1, 8, 8)[0]), png_bytes(pictures(1, 8, 9)[0])
     status, words, _ = post(server, body(one, two).encode(), wire.JSON)
     assert status == 400 and words == "images of one request have one size, got [(8, 8), (9, 8)]"
     status, words, _ = post(server, body(one[:-60]).encode(), wire.JSON)

@@ -25,7 +25,7 @@ def test_a_ratio_is_of_calls_of_the_same_moment(monkeypatch):
         calls.append(name)
         now[0] += seconds * (3 if len(calls) > 6 else 1) + 100 * (len(calls) == 9)
 
-    assert bench._median_ratio(lambda: work("ours", 3.0), lambda: work("bare", 2.0), 5) == 1.5
+    assert bench.median_ratio(lambda: work("ours", 3.0), lambda: work("bare", 2.0), 5) == 1.5
     assert calls == ["ours", "bare"] * 6
 
 
@@ -60,6 +60,6 @@ def test_bare_work_is_one_iterations_forwards_and_backwards(monkeypatch, tmp_pat
             }
         )
         calls.clear()
-        seconds = bench._bare_iterations(config, bench._random_classifier(config, tmp_path), repeats=1)
+        seconds = bench.bare_iterations(config, bench.random_classifier(config, tmp_path), repeats=1)
         assert len(seconds) == 1 and seconds[0] > 0
         assert calls == ["5 forwards", "backward", "backward"] * micro_batches * 2
