@@ -18,8 +18,9 @@ SMOKE = str(Path(__file__).parents[2] / "configs" / "smoke.yaml")
 @pytest.mark.parametrize(
     "points, stages",
     [
-        # RL is in every test run asked to end and resumed by test_faults.py.
-        (("pretrain 11",), ("prepare", "pretrain")),
+        # Each starts a Ray of its own twice or more. In every test run test_faults.py resumes RL on real Ray, and
+        # tests/actors/train/ kills and resumes both stages at any point.
+        pytest.param(("pretrain 11",), ("prepare", "pretrain"), marks=pytest.mark.exhaustive),
         pytest.param(
             ("prepare", "pretrain 11", "before", "rl 3", "after"),
             ("prepare", "pretrain", "before", "rl", "after", "report"),

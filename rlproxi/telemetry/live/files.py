@@ -142,7 +142,7 @@ def evaluation_picture(run_dir: Path, tag: str, steps: int, prompt: int) -> byte
 
     images = _of_prompt(run_dir, tag, steps, prompt, "images.npy")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise NotThere(f"evaluation {tag} holds no images")
+        raise NotThere(f"{INSIDE.evaluation_samples(tag, steps)} holds no images")
     stream = io.BytesIO()
     Image.fromarray(np.concatenate(list(images), axis=1)).save(stream, "PNG", compress_level=3)
     return stream.getvalue()
@@ -152,7 +152,7 @@ def evaluation_scores(run_dir: Path, tag: str, steps: int, prompt: int) -> list[
     """The held-out scores of one prompt's samples. Raises NotThere."""
     scores = _of_prompt(run_dir, tag, steps, prompt, "heldout.npy")
     if scores.dtype.kind != "f":
-        raise NotThere(f"evaluation {tag} holds no scores")
+        raise NotThere(f"{INSIDE.evaluation_samples(tag, steps)} holds no scores")
     return _numbers(scores.astype(float).ravel().tolist())
 
 
