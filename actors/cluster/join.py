@@ -17,20 +17,30 @@ from rlproxi.errors import ConfigError
 from .plan import Cluster, NodeGroup, place, problems
 from .resources import RoleDemand, bundles, stage_demand, total_resources
 
+#: Ray's environment variables for a Ray that a run starts for itself; what the user has set stays.
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray runs its workers at nice 15. Beside any other busy process a run on this machine would hardly proceed.
+    "RAY_worker_niceness": "0",
+    # By default Serve's controller checks everything ten times a second, which takes an eighth of a core.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    # The control store would keep 100,000 past calls, 100 MB, and nothing here reads them (docs/reliability.md).
+    "RAY_task_events_max_num_task_in_gcs": "10000",
+    # Workers' output stays in Ray's log files. By default a process looks for new files ten times a second.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "10",
+    # How often the node's agent reads the state of every process, for Ray's own metrics.
+    "REPORTER_UPDATE_INTERVAL_MS": "15000",
+}
+
 
 def connect() -> str:
     """Join the running cluster (RAY_ADDRESS, ``ray job submit``, ``ray start``); without one, start Ray here.
 
     Returns 'joined' or 'started'. Raises ConfigError where a cluster is named and cannot be joined.
     """
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray runs its workers at nice 15. Beside any other busy process a run on this machine would hardly proceed.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # By default Serve's controller checks everything ten times a second, which takes an eighth of a core.
-    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
-    # The control store would keep 100,000 past calls, 100 MB, and nothing here reads them (docs/reliability.md).
-    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "10000")
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     if ray.is_initialized():
         return "joined"
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

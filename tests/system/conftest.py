@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.cluster.join import ENVIRONMENT
 from rlproxi.run import main
 from rlproxi.telemetry.runlog import read, series
 
@@ -37,12 +38,8 @@ def ray_session():
 
     # Workers import tests/fixtures/reward_functions.py by name.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    for name, value in (
-        ("RAY_worker_niceness", "0"),
-        ("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"),
-        ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5"),
-    ):
-        os.environ.setdefault(name, value)  # as cluster.connect does
+    for name, value in {**ENVIRONMENT, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}.items():
+        os.environ.setdefault(name, value)
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield ray
     from ray import serve

@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray.data.dataset import MaterializedDataset
 
+from actors.cluster.join import ENVIRONMENT
 from actors.data import encoder
 from actors.run.log_writer import RunLogWriter
 from actors.train import datasets as ingest
@@ -29,7 +30,7 @@ SIZES = [(40, 40), (30, 60), (60, 30)]
 def ray_here():
     ours = not ray.is_initialized()
     if ours:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # as cluster.connect does
+        os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     if ours:
