@@ -64,10 +64,10 @@ def _scorers(names: Sequence[str]) -> list[str]:
         for key, field in parameter_schema(kind).model_fields.items():
             note = ", a file" if key in known.file_parameters else ""
             default = "the stage `prepare` makes it" if note and known.prepared_as else _default(field)
-            params += [f"`{key}`: {_type(field)}{note}; {default}"] if key not in shared else []
+            params += [_escape(f"`{key}`: {_type(field)}{note}; {default}")] if key not in shared else []
         meaning = " ".join((kind.__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
         gradients = "yes" if is_differentiable(name) else "no"
-        cells = (", ".join(f"`{n}`" for n in (name, *aliases)), "<br>".join(params), gradients, meaning)
+        cells = (", ".join(f"`{n}`" for n in (name, *aliases)), "<br>".join(params), gradients, _escape(meaning))
         lines.append("| " + " | ".join(cells) + " |")
     options = "; ".join(f"`{key}`: {_type(field)}; {_default(field)}" for key, field in shared.items())
     return [*lines, "", f"Scorers that are networks also take {options}."]
