@@ -153,8 +153,8 @@ class Evaluator:
             self.guard.see(seen)
         alarm = self.guard.see(now)
         best = self.guard.best
-        if alarm and best is not None:
-            fields = {"stage": "rl", "step": now.iteration, "message": alarm, "best": best.iteration}
+        if alarm:
+            fields = {"stage": "rl", "step": now.iteration, "message": alarm, "best": best and best.iteration}
             self.log.append.remote("alarm", fields)
         if best is now and now.iteration > 0:
             await self.pool.save(now.iteration, str(RunDirectory(self.run_dir).best))

@@ -113,8 +113,10 @@ class Driver:
         alarms = [r for r in read(self.run_dir) if r["event"] == "alarm"]
         if alarms:
             message, best = alarms[-1]["message"], alarms[-1]["best"]
-            where = self.files.best if best else self.files.pretrained
-            print(f"ALARM          {message}\n               the best model, of iteration {best}: {where}")
+            print(f"ALARM          {message}")
+            if best is not None:
+                where = self.files.best if best else self.files.pretrained
+                print(f"               the best model, of iteration {best}: {where}")
         costs = measured(self.run_dir, config)
         for line in describe(costs) if costs else []:
             print(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +62,21 @@ def summarise(
 def headline(evaluation: dict, config: Config) -> Evaluated | None:
     """Return the figures that the over-optimisation guard compares, at the config's number of denoising steps.
 
-    They are the first held-out reward, the weighted training rewards, distance and diversity. None where the evaluation
-    lacks a reward.
+    They are the first held-out reward, the weighted training rewards, distance and diversity. A reward without a score
+    is NaN in them. Returns None where the evaluation lacks that number of steps.
     """
     entry = evaluation["by_steps"].get(str(config.sampler.num_inference_steps))
-    if not entry or not config.rewards.heldout or "iteration" not in evaluation:
+    if not entry or "iteration" not in evaluation:
         return None
-    judge = entry["heldout"][config.rewards.heldout[0].name]
-    train = [entry["train"][r.name]["mean"] for r in config.rewards.train]
-    if judge["mean"] is None or None in train:
-        return None
-    total = sum(r.weight * mean for r, mean in zip(config.rewards.train, train, strict=True))
-    return Evaluated(
-        evaluation["iteration"],
-        total,
-        judge["mean"],
-        judge["sem"],
-        entry.get("distance", {}).get("total"),
-        entry.get("diversity"),
-    )
+
+    def figure(scores: dict, key: str) -> float:
+        return math.nan if scores.get(key) is None else scores[key]
+
+    judges = config.rewards.heldout
+    judge = entry["heldout"][judges[0].name] if judges else {}
+    train = sum(r.weight * figure(entry["train"][r.name], "mean") for r in config.rewards.train)
+    distance, diversity = entry.get("distance", {}).get("total"), entry.get("diversity")
+    return Evaluated(evaluation["iteration"], train, figure(judge, "mean"), figure(judge, "sem"), distance, diversity)
 
 
 def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:

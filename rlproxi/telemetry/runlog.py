@@ -10,7 +10,7 @@ evaluation  "tag", "stage", "step", and the figures
 reward      "name", "scorer", and where its scores come from (class, checkpoint hashes)
 samples     "stage", "step", "file": a gallery of training samples was written, see ``gallery``
 best        "stage", "step", "heldout": the best held-out reward so far, saved as models/best
-alarm       "stage", "step", "message", "best": over-optimisation, and the iteration to go back to
+alarm       "stage", "step", "message", "best": over-optimisation, and the iteration to go back to, or null
 warning     "message"
 note        "message"
 =========== ==================================================================================

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def test_the_headline_is_the_first_judge_and_the_weighted_training_rewards():
     seen = headline({"iteration": 30, "by_steps": {"2": entry(0.1, 0.1), "4": entry()}}, CONFIG)
     assert seen == Evaluated(30, pytest.approx(2 * 0.5 - 0.5 * 2), pytest.approx(0.6), 0.0)
     assert headline({"iteration": 30, "by_steps": {"2": entry()}}, CONFIG) is None
-    assert headline({"iteration": 30, "by_steps": {"4": entry(judge=NAN)}}, CONFIG) is None
+    unread = headline({"iteration": 30, "by_steps": {"4": entry(judge=NAN)}}, CONFIG)
+    assert math.isnan(unread.heldout) and math.isnan(unread.sem) and unread.train == seen.train
     assert headline({"by_steps": {"4": entry()}}, CONFIG) is None, "written before evaluations knew their iteration"
 
 

@@ -18,7 +18,7 @@ from ...config.loading import Config
 class Evaluated:
     """One evaluation on the fixed held-out prompts: mean rewards, and distance to data and diversity if known.
 
-    sem: the standard error of the held-out reward.
+    sem: the standard error of the held-out reward. A reward without a score is NaN.
     """
 
     iteration: int
@@ -41,7 +41,7 @@ class OverOptimisation:
 
     A held-out reward does not see everything. So there is an alarm as well where the distance to the data has grown to
     ``alarm_drift`` times its smallest value, or the diversity has fallen to ``alarm_sameness`` of its largest. It stops
-    no run.
+    no run, and needs no held-out reward.
     """
 
     def __init__(self, config: Config):
@@ -49,13 +49,15 @@ class OverOptimisation:
         self.best: Evaluated | None = None
         self.extremes: dict[str, tuple[float, int]] = {}  # smallest distance, largest diversity, with their iterations
         self.below = 0
+        self.judged = False  # whether the newest evaluation has both rewards
         self.remedy = f"lower rl.lr or {configured(config.run.algorithm).hold_back}"
 
     def see(self, now: Evaluated) -> str | None:
         """Take the next evaluation; return the alarm's message, or None. ``best is now`` if it is the best so far."""
         # Each check runs on each evaluation, because it also remembers it.
+        self.judged = math.isfinite(now.heldout + now.train)
         messages = [
-            self._check_reward(now),
+            self._check_reward(now) if self.judged else None,
             self._check_unseen(now, "drift", "distance", "the distance to the data", operator.gt),
             self._check_unseen(now, "sameness", "diversity", "the diversity of a prompt's samples", operator.lt),
         ]
@@ -73,17 +75,19 @@ class OverOptimisation:
         self.extremes[measure] = best, at
         if not worse(value, bound * best):
             return None
+        held = f"while the held-out reward is {now.heldout:.3f}, which may not see it"
+        if math.isnan(now.heldout):
+            held = "and there is no held-out score"
         return (
-            f"{alarm}: {what} went from {best:.3f} at iteration {at} to {value:.3f} at {now.iteration}, while the "
-            f"held-out reward is {now.heldout:.3f}, which may not see it: look at the images; {self.remedy} "
-            f"(evaluate.alarm_{alarm})"
+            f"{alarm}: {what} went from {best:.3f} at iteration {at} to {value:.3f} at {now.iteration}, {held}: "
+            f"look at the images; {self.remedy} (evaluate.alarm_{alarm})"
         )
 
     def _check_reward(self, now: Evaluated) -> str | None:
-        if self.best is None or now.heldout > self.best.heldout:
+        best = self.best
+        if best is None or now.heldout > best.heldout:
             self.best, self.below = now, 0
             return None
-        best = self.best
         fall, error = best.heldout - now.heldout, math.hypot(best.sem, now.sem)
         if fall <= self.settings.alarm_sigmas * error:
             self.below = 0
@@ -100,6 +104,6 @@ class OverOptimisation:
 
     @property
     def should_stop(self) -> bool:
-        """Whether ``patience`` is used up."""
+        """Whether ``patience`` is used up; never at an evaluation without a reward."""
         patience = self.settings.patience
-        return patience is not None and self.below >= patience
+        return patience is not None and self.judged and self.below >= patience

@@ -45,9 +45,10 @@ class Client:
 class Run:
     """An evaluator on a run directory, and what it asked for."""
 
-    def __init__(self, folder):
-        self.folder, self.requests, self.saved, self.client, self.diary = folder, [], [], Client(), Diary()
-        self.evaluator = Evaluator(CONFIG, folder, local_log(folder), self.client, self)
+    def __init__(self, folder, config=CONFIG, client=None):
+        self.folder, self.requests, self.saved, self.diary = folder, [], [], Diary()
+        self.client = client or Client()
+        self.evaluator = Evaluator(config, folder, local_log(folder), self.client, self)
 
     async def sample(self, request, version):
         self.requests.append((request, version))
@@ -139,6 +140,46 @@ def test_the_best_is_kept_and_a_fall_raises_the_alarm(run):
     assert run.saved == [(10, str(run.folder / "models" / "best"))], "iteration 0 is models/pretrained"
     assert [(r["step"], round(r["heldout"])) for r in run.events("best")] == [(10, 30)]
     assert [(r["step"], r["best"]) for r in run.events("alarm")] == [(20, 10), (30, 10)]
+
+
+class Unread(Client):
+    """A judge that cannot read the prompts."""
+
+    async def score(self, name, images, prompt):
+        if name == "judge":
+            raise RewardError("it knows no such prompt")
+        return await super().score(name, images, prompt)
+
+
+class Seen:
+    """Distance and diversity of evaluations, one after another."""
+
+    note, data = None, None
+
+    def __init__(self, *rows):
+        self.rows = iter(rows)
+
+    def __call__(self, images):
+        distance, diversity = next(self.rows)
+        return {"distance": {"total": distance}, "diversity": diversity}
+
+
+@pytest.mark.parametrize("heldout", [[], [{"name": "judge"}]])
+def test_without_a_held_out_score_distance_and_diversity_raise_the_alarm(heldout, tmp_path):
+    """A user's own prompts and reward: nothing is held out, or the judge cannot read the prompts."""
+    values = CONFIG.model_dump(exclude_unset=True)
+    config = build_config({**values, "rewards": {**values["rewards"], "heldout": heldout}})
+    run = Run(tmp_path, config, Unread())
+    run.evaluator.comparison = Seen((1.0, 0.1), (1.9, 0.1), (1.0, 0.02))
+    for version in (0, 10, 20):
+        run.evaluate(version)
+    alarms = run.events("alarm")
+    assert [(r["step"], r["best"], r["message"].split(":")[0]) for r in alarms] == [
+        (10, None, "drift"),
+        (20, None, "sameness"),
+    ]
+    assert "and there is no held-out score: look at the images" in alarms[0]["message"]
+    assert run.saved == [] and run.events("best") == [] and run.evaluator.early_end is None
 
 
 @pytest.mark.parametrize("again", [10, 20])
