@@ -17,7 +17,7 @@ from rlproxi.errors import ConfigError
 from .plan import Cluster, NodeGroup, place, problems
 from .resources import RoleDemand, bundles, stage_demand, total_resources
 
-#: Ray's environment variables for a Ray that a run starts for itself; what the user has set stays.
+#: What a run sets of Ray's environment variables; what the user has set stays.
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -30,8 +30,6 @@ ENVIRONMENT = {
     # Workers' output stays in Ray's log files. By default a process looks for new files ten times a second.
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "10",
-    # How often the node's agent reads the state of every process, for Ray's own metrics.
-    "REPORTER_UPDATE_INTERVAL_MS": "15000",
 }
 
 

@@ -62,15 +62,17 @@ def _scorers(names: Sequence[str]) -> list[str]:
     for kind, (name, *aliases) in by_class.items():
         known, params = facts(name), []
         for key, field in parameter_schema(kind).model_fields.items():
+            if key in shared and field.default == shared[key].default:
+                continue
             note = ", a file" if key in known.file_parameters else ""
             default = "the stage `prepare` makes it" if note and known.prepared_as else _default(field)
-            params += [_escape(f"`{key}`: {_type(field)}{note}; {default}")] if key not in shared else []
+            params.append(_escape(f"`{key}`: {_type(field)}{note}; {default}"))
         meaning = " ".join((kind.__doc__ or "").split("\n\n")[0].split()).replace("``", "`")
         gradients = "yes" if is_differentiable(name) else "no"
         cells = (", ".join(f"`{n}`" for n in (name, *aliases)), "<br>".join(params), gradients, _escape(meaning))
         lines.append("| " + " | ".join(cells) + " |")
     options = "; ".join(f"`{key}`: {_type(field)}; {_default(field)}" for key, field in shared.items())
-    return [*lines, "", f"Scorers that are networks also take {options}."]
+    return [*lines, "", f"Networks also take the following, unless the table has another default: {options}."]
 
 
 def _other_defaults(algorithm: str | None) -> str:
