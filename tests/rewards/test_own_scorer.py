@@ -113,7 +113,7 @@ def test_the_generated_reference_has_it_with_its_parameters():
     assert "`weights`: text, a file; required<br>`sign`: float; `1.0` | yes | The pixels' mean, weighted by col" in row
     page = reference()
     assert NAME not in page and "| `hpsv2`, `hpsv2.1` | `checkpoint`: text, or null, a file; `null`" in page
-    assert "| `judge` | `path`: text, a file; the stage `prepare` makes it<br>`precision`: text; `\"float32\"`" in page
+    assert '| `judge` | `path`: text, a file; the stage `prepare` makes it<br>`precision`: text; `"float32"`' in page
 
 
 def test_what_it_raises_is_a_missing_score(weights):
