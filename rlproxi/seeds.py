@@ -55,6 +55,8 @@ class Collection(IntEnum):
     PRETRAIN = 4  #: images and captions of pre-training
     TRAIN_PROMPTS = 5  #: captions that are prompts of RL
     HELDOUT_PROMPTS = 6  #: captions that are held-out prompts
+    PREFERENCE = 7  #: images of mixed quality that the preference model compares
+    QUALITY = 8  #: images of mixed quality that the held-out judge of quality is trained on
 
 
 #: Names the initial weights of a published network's new lam branch: alike in every run, so without a run's seed.

@@ -193,9 +193,9 @@ class Stages:
     def prepare(self) -> None:
         """Trains the text encoder and the classifiers that the run needs."""
         bars = [(f"prepare/{name}", steps) for name, steps in needs(self.config).items()]
-        accuracies = self._supervisor().watch(lambda: prepare(self.config, self.run_dir, self.log), bars)
-        for name, accuracy in accuracies.items():
-            print(f"               {name} classifier: {accuracy:.3f} of attributes right on fresh portraits")
+        trained = self._supervisor().watch(lambda: prepare(self.config, self.run_dir, self.log), bars)
+        for name, words in trained.items():
+            print(f"               {name}: {words}")
 
     def pretrain(self) -> None:
         """Pre-trains, which writes models/pretrained."""

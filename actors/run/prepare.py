@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from rlproxi.algorithms.preparation import train_classifier, train_text_encoder
+from rlproxi.algorithms.preparation import train_scorer, train_text_encoder
 from rlproxi.config.loading import Config
 from rlproxi.errors import ConfigError
-from rlproxi.models.folders import ModelFolder
+from rlproxi.files import folder_draft
+from rlproxi.models.folders import ModelFolder, is_builtin
 from rlproxi.rewards import facts
 from rlproxi.run_directory import RunDirectory
 from rlproxi.seeds import Collection
 
 
 @ray.remote(num_cpus=1)
-def _train(config: Config, name: str, steps: int, path: str, log: Any) -> float | None:
-    """Trains the text encoder or a classifier, and saves it at ``path``; returns the accuracy of a classifier."""
+def _train(config: Config, name: str, steps: int, path: str, log: Any) -> str | None:
+    """Trains the text encoder or a scorer's network, and saves it at ``path``; returns how good a scorer is."""
     import torch
 
     def progress(step: int, loss: float) -> None:
@@ -27,32 +29,32 @@ def _train(config: Config, name: str, steps: int, path: str, log: Any) -> float 
 
     torch.set_num_threads(1)
     if name != "text":
-        return train_classifier(config, name, Path(path), progress)
+        return train_scorer(config, name, Path(path), progress)
     train_text_encoder(config, progress).save_pretrained(path)
     return None
 
 
 def needs(config: Config) -> dict[str, int]:
-    """Which of text, reward and judge the stage trains -> steps: what the config's network and scorers lack."""
+    """Which parts the stage trains -> steps: the text encoder and scorers that the config lacks."""
     used = {facts(r.kind).prepared_as for r in config.rewards.all}
     names = [member.name.lower() for member in Collection]
-    classifiers = {name: config.prepare.classifier_steps for name in names if name in used}
+    scorers = {name: config.prepare.classifier_steps for name in names if name in used}
     own_text = not (config.model.init or config.model.encoders)
-    return {**({"text": config.prepare.text_steps} if own_text else {}), **classifiers}
+    return {**({"text": config.prepare.text_steps} if own_text else {}), **scorers}
 
 
-def prepare(config: Config, run_dir: Path, log: Any) -> dict[str, float]:
-    """Trains what ``needs`` names, side by side; returns the accuracy of each classifier. Blocks.
+def prepare(config: Config, run_dir: Path, log: Any) -> dict[str, str]:
+    """Trains what ``needs`` names, side by side; returns in words how good each scorer is. Blocks.
 
-    Writes models/text, models/reward.safetensors and models/judge.safetensors.
+    Writes models/text, and models/<name>.safetensors for reward, judge, preference and quality.
     """
     files = RunDirectory(run_dir)
     tasks = {}
     for name, steps in needs(config).items():
         path = files.text if name == "text" else files.scorer(name)
         tasks[name] = _train.remote(config, name, steps, str(path), log)
-    accuracies = {name: ray.get(task) for name, task in tasks.items()}
-    return {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
+    words = {name: ray.get(task) for name, task in tasks.items()}
+    return {name: said for name, said in words.items() if said is not None}
 
 
 @ray.remote(num_cpus=1)
@@ -108,6 +110,12 @@ def _without_adapters(path: Path | str, config: Config, run_dir: Path) -> Path:
         folder = ModelFolder.find(path)
     except FileNotFoundError as error:
         raise ConfigError(f"no starting model: {error}") from None
+    if is_builtin(path):  # into the run directory, which other nodes see under the same path
+        own = RunDirectory(run_dir).start
+        if not own.is_dir():
+            with folder_draft(own) as fresh:
+                shutil.copytree(folder.path, fresh)
+        folder = ModelFolder.at(own)
     if config.model.lora is None or not folder.has_adapters:
         return folder.path
     merged = RunDirectory(run_dir).merged(folder.path.name)

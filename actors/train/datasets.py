@@ -39,7 +39,9 @@ def portraits(config: Config, start: int, rank: int) -> ray.data.Dataset:
     def draw(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         step, row = np.divmod(rows["id"] + start * share, share)
         index = step * p.batch_size + rank * share + row
-        images, captions, _ = faces.batch(source, index, config.data.size, config.data.hand_fraction)
+        images, captions, _ = faces.batch(
+            source, index, config.data.size, config.data.hand_fraction, config.data.degraded
+        )
         return {"image": images, "caption": np.array(captions)}
 
     count = (p.steps - start) * share

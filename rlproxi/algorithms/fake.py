@@ -61,7 +61,7 @@ class LevelSampler:
 
     def __init__(self, config: Config):
         s, self.settings = config.sampler, config.part("fake", FakeSettings)
-        self.expected = config.pretrain.target == "expected"
+        self.expected = config.pretrain.target != "noise"
         self.schedule, self.seed = config.schedule.build(), config.run.seed
         self.candidates = self.settings.candidates or config.pretrain.candidates
         times = TimeTable(self.schedule, self.candidates, s.name, s.start_time, s.grid)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config.loading import Config
-from ..data import faces
+from ..data import degradations, faces
 from ..models.text import TextEncoder, build_text_encoder
 from ..rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
+from ..rewards.preference import PreferenceModel, QualityModel, bradley_terry_loss, quality_loss
 from ..seeds import Collection, generator, rng
 
 #: Gets (steps taken, loss).
@@ -65,6 +66,15 @@ def train_text_encoder(config: Config, progress: Progress) -> TextEncoder:
     return encoder
 
 
+def train_scorer(config: Config, purpose: str, file: Path, progress: Progress) -> str:
+    """Train the network ``purpose`` (reward, judge, preference or quality), save it in ``file``; say how good it is."""
+    if purpose == "preference":
+        return f"prefers the better of two new portraits in {train_preference(config, file, progress):.0%} of cases"
+    if purpose == "quality":
+        return f"{train_quality(config, file, progress):.3f} off the quality of new portraits on average"
+    return f"{train_classifier(config, purpose, file, progress):.3f} of attributes right on new portraits"
+
+
 def train_classifier(config: Config, purpose: str, file: Path, progress: Progress) -> float:
     """Train the ``reward`` or the ``judge`` classifier, save it in ``file`` and return its accuracy on new portraits.
 
@@ -95,6 +105,61 @@ def train_classifier(config: Config, purpose: str, file: Path, progress: Progres
     model.eval()
     model.save(file)
     return _accuracy(model, source, p.samples, size)
+
+
+def train_preference(config: Config, file: Path, progress: Progress) -> float:
+    """Train the preference model, save it in ``file``; return how often it prefers the better of two new portraits."""
+
+    def loss_of(model: nn.Module, pixels: Tensor, strengths: Tensor, draw: np.random.Generator) -> Tensor:
+        numbers = torch.from_numpy(draw.random((len(pixels), len(pixels)), np.float32))
+        return bradley_terry_loss(model(pixels), strengths, numbers)
+
+    model, pixels, strengths = _train_on_quality(config, "preference", PreferenceModel, loss_of, progress)
+    model.save(file)
+    with torch.no_grad():
+        scores = model(pixels)
+    i, j = torch.triu_indices(len(scores), len(scores), 1)
+    differ = (strengths[i] - strengths[j]).abs() > 1e-3
+    right = (scores[i] > scores[j]) == (strengths[i] < strengths[j])
+    return float(right[differ].float().mean())
+
+
+def train_quality(config: Config, file: Path, progress: Progress) -> float:
+    """Train the held-out judge of quality, save it in ``file``; return its mean absolute error on new portraits."""
+
+    def loss_of(model: nn.Module, pixels: Tensor, strengths: Tensor, draw: np.random.Generator) -> Tensor:
+        return quality_loss(model(pixels), strengths)
+
+    model, pixels, strengths = _train_on_quality(config, "quality", QualityModel, loss_of, progress)
+    model.save(file)
+    with torch.no_grad():
+        return float((model(pixels).sigmoid() - torch.exp(-strengths)).abs().mean())
+
+
+def _train_on_quality(config: Config, purpose: str, kind: type, loss_of, progress: Progress):
+    """Train a new ``kind`` on portraits of mixed quality; return it with 1024 new portraits and their strengths."""
+    p, size = config.prepare, config.data.size
+    source = faces.collection(config.run.seed, purpose)
+
+    def drawn(first: int, count: int) -> tuple[Tensor, Tensor]:
+        indices = np.arange(first, first + count)
+        images, strengths = degradations.degraded(faces.batch(source, indices, size, 0.25)[0], source, indices, 0.85)
+        return _pixels(images), torch.from_numpy(np.abs(strengths).sum(1))
+
+    pixels, strengths = drawn(0, p.samples)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source)
+        model = kind(size).to(memory_format=torch.channels_last)
+
+    def loss(step: int) -> Tensor:
+        draw = rng(source, step)
+        index = torch.from_numpy(draw.integers(p.samples, size=p.batch_size))
+        images, more = degradations.spoil(pixels[index], draw)
+        return loss_of(model, images, strengths[index] + more, draw)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=p.lr, weight_decay=1e-2)
+    _train(optimizer, p.lr, p.classifier_steps, loss, progress)
+    return model.eval(), *drawn(p.samples, 1024)
 
 
 def _pixels(images: np.ndarray) -> Tensor:

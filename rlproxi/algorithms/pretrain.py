@@ -78,7 +78,7 @@ class Matching:
 
     def _raw_weight(self, t: Tensor, lam: Tensor, zeta: float | None) -> Tensor:
         s = self.settings
-        if s.weight == "level" and s.target == "expected" and not looks_for_mode(zeta):
+        if s.weight == "level" and s.target != "noise" and not looks_for_mode(zeta):
             return level_weight(self.schedule, t, lam, s.lam_power, zeta)
         return lam**s.lam_power
 
@@ -107,7 +107,7 @@ class Matching:
             noise = torch.randn((2, *x0.shape), generator=generator(*name)).to(x0.device)
             y = corrupt(self.schedule, x0, t, lam, noise[0], noise[1])
             zeta = self.zeta(step)
-            target = matching_target(self.settings.target == "expected", zeta, self.schedule, y, x0, t, lam, noise[1])
+            target = matching_target(self.settings.target != "noise", zeta, self.schedule, y, x0, t, lam, noise[1])
             each = matching_loss(denoiser(y, t, lam, text[part]), target, zeta)
             loss = (self.weight(t, lam, zeta) * each).mean()
             yield loss, {"loss": loss.item()}
@@ -125,7 +125,7 @@ def first_samples(config: Config, vae: Autoencoder | None, cache: str | None, co
     if cache is not None:
         return torch.from_numpy(cached.first_samples(config, Path(cache), count))
     source, indices = faces.collection(config.run.seed, "pretrain"), np.arange(count if vae is None else count // 8)
-    images, _, _ = faces.batch(source, indices, config.data.size, config.data.hand_fraction)
+    images, _, _ = faces.batch(source, indices, config.data.size, config.data.hand_fraction, config.data.degraded)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixels if vae is None else vae.encode(pixels)
 

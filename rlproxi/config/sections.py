@@ -83,6 +83,13 @@ class Data(Section):
         description="Prompts of the evaluations, a file of the same kinds; null: one in sixteen of the prompts, by "
         "hash, never trained on by RL.",
     )
+    degraded: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the embedded portraits that pre-training sees dull, tilted, off-centre, blurred or "
+        "noisy, as pictures on the web are. Evaluations compare with clean ones.",
+    )
     hand_fraction: float = Field(
         0.25, ge=0, le=1, description="Share of the hand-focused subset among the embedded portraits."
     )
@@ -119,7 +126,7 @@ class Model(Section):
         None,
         description="What to start from instead of a new network: a model folder or run directory of ours, or any "
         "diffusers folder of an eps-, v- or flow-model (SD1.x, SD2.x, SDXL, SD3, PixArt), which becomes a proximal "
-        "one.",
+        "one; or builtin:portraits, which comes with rlproxi.",
     )
     encoders: str | None = Field(
         None,
@@ -133,6 +140,12 @@ class Model(Section):
     channels: list[int] = Field([128, 256], description="U-Net: width of each level; multiples of 32 are fast.")
     blocks: list[int] = Field([1, 0], description="U-Net: residual blocks at each level, down and again up.")
     attention: list[bool] = Field([True, False], description="U-Net: text and self-attention at each level.")
+    refine: int = Field(
+        0,
+        ge=0,
+        description="U-Net: channels at full resolution behind the patches, which finish the image without the "
+        "patches' grid; 0: none.",
+    )
     layers: int = Field(12, ge=1, description="Transformer: number of blocks.")
     heads: int = Field(6, ge=1, description="Transformer: attention heads, each 64 wide.")
     data_std: float = Field(0.55, gt=0, description="Standard deviation of the data where no Gaussian is fitted to it.")
@@ -325,11 +338,12 @@ class Pretrain(Section):
         "(docs/few-steps.md). With sampler.name ddim or euler it is denoising score matching, and the network a score "
         "model. matching: ProxDM's, the L1 phase and then the zetas.",
     )
-    target: Literal["noise", "expected"] = Field(
+    target: Literal["noise", "expected", "clean"] = Field(
         "expected",
         description="What the network predicts. noise: n2 as it was drawn, ProxDM's. expected: the mean of n2 given y "
         "and x_0, which is the same on average without the part that n1 hides; it learns captions in two fifths of the "
-        "steps (docs/few-steps.md). The zetas always take n2, which alone has the mode that they look for. It also "
+        "steps (docs/few-steps.md). clean: as expected, and a new network predicts x_0 itself, which leaves flat areas "
+        "clean. The zetas always take n2, which alone has the mode that they look for. It also "
         "scales a new network, and fake scores are trained on it.",
     )
     steps: int = Field(1500, ge=1, description="Optimizer steps.")

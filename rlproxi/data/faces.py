@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..seeds import Collection, seed_of
+from . import degradations
 
 #: attribute -> its values, in the order of the classifier's logits.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -265,9 +266,14 @@ def _paint_hand(canvas: _Canvas, pose: np.ndarray, skin: np.ndarray, hand: np.nd
     canvas.paint(palm, frame, skin, on, around)
 
 
-def batch(seed: int, indices: np.ndarray, size: int = 32, hand_fraction: float = 0.25):
-    """Draw portraits ``indices`` of collection ``seed``: (images [B, size, size, 3] uint8, captions, labels [B, 8])."""
+def batch(seed: int, indices: np.ndarray, size: int = 32, hand_fraction: float = 0.25, degraded: float = 0.0):
+    """Draw portraits ``indices`` of collection ``seed``: (images [B, size, size, 3] uint8, captions, labels [B, 8]).
+
+    ``degraded``: the share of them that is degraded (``degradations``).
+    """
     drawn = [portrait(seed, int(i), hand_fraction) for i in indices]
     # Chunks of 32 stay in the processor's cache, which is twice as fast as 512 at once.
     images = np.concatenate([render(drawn[i : i + 32], size) for i in range(0, len(drawn), 32)])
+    if degraded:
+        images, _ = degradations.degraded(images, seed, indices, degraded)
     return images, [p.caption for p in drawn], np.stack([labels(p.attributes) for p in drawn])

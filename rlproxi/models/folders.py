@@ -28,6 +28,8 @@ INDEX, SETTINGS = "model_index.json", "sampler.json"
 NETWORKS = ("unet", "transformer")
 #: The classes of our own networks, and their modules.
 OWN = {"ProximalUNet": "unet", "ProximalTransformer": "transformer"}
+#: Models that come with the package: builtin:<folder>.
+BUILTIN, BUILTIN_FOLDER = "builtin:", Path(__file__).parent / "builtin"
 EXPECTED = (
     "expected a model folder (unet/ or transformer/, text_encoder/, tokenizer/, as diffusers lays them out) "
     "or a run directory that holds one as models/final or models/pretrained"
@@ -47,6 +49,11 @@ class Settings(BaseModel):
     schedule: Schedule
     sampler: Sampler
     size: int | None = None
+
+
+def is_builtin(path: str | os.PathLike) -> bool:
+    """Whether ``path`` names a model that comes with the package (``builtin:NAME``)."""
+    return str(path).startswith(BUILTIN)
 
 
 class ModelFolder:
@@ -70,8 +77,14 @@ class ModelFolder:
     def find(cls, path: str | os.PathLike) -> ModelFolder:
         """The model folder ``path``, or that of the run directory ``path``: models/final, else models/pretrained.
 
-        Raises FileNotFoundError that names ``path`` and what was expected there.
+        ``builtin:NAME`` is a model that comes with the package. Raises FileNotFoundError that names ``path`` and what
+        was expected there.
         """
+        if is_builtin(path):
+            name, known = str(path).removeprefix(BUILTIN), sorted(p.name for p in BUILTIN_FOLDER.iterdir())
+            if name not in known:
+                raise FileNotFoundError(f"{path} is no model of this package, which has {BUILTIN}{', '.join(known)}")
+            return cls.at(BUILTIN_FOLDER / name)
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"{path} is not a folder: {EXPECTED}")

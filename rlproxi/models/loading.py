@@ -210,7 +210,7 @@ def build_denoiser(config: Config) -> Preconditioned:
         if m.kind == "transformer":
             return own_network("ProximalTransformer")(layers=m.layers, heads=m.heads, **common)
         levels = {"channels": tuple(m.channels), "blocks": tuple(m.blocks), "attention": tuple(m.attention)}
-        return own_network("ProximalUNet")(**levels, pooled_dim=pooled_dim, **common)
+        return own_network("ProximalUNet")(**levels, pooled_dim=pooled_dim, refine=m.refine, **common)
 
 
 def empty_form(config: Config, stage: str, dtype: torch.dtype = torch.float32) -> ProximalNetwork:

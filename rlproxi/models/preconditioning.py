@@ -93,6 +93,13 @@ class Preconditioned(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # dif
     frequency carries nothing but noise: flat areas are clean from the first step. F sees y and the Gaussian's prox,
     both scaled to unit variance, so that a few large steps, which spread z far beyond the data, stay in its range.
 
+    With ``target`` "clean", F is the clean image instead: x_0 = m + s F, s^2 the largest of S, and
+
+        eps = sqrt(lam) (y - sqrt(alpha_bar) x_0) / (1 - alpha_bar + lam)
+
+    which is E[n2 | y, x_0]. F sees the Gaussian's estimate of x_0 in the place of its prox. The other two frames pass
+    the noise of y on wherever F does not cancel it, and a network trained for a few minutes leaves grain on flat areas.
+
     Sources: the closed form is ProxDM's (arXiv 2507.08956); scaling by it is EDM's idea (Karras et al. 2022).
 
     A subclass calls ``precondition`` first in its constructor.
@@ -124,6 +131,8 @@ class Preconditioned(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # dif
         alpha_bar, noise = expand(self.schedule.alpha_bar(t), y), expand(lam, y)
         data = alpha_bar * self.gaussian.variance
         signal = data + 1 - alpha_bar
+        if self.target == "clean":
+            return self._noise_of_clean(y, alpha_bar, signal + noise, noise, (t, lam, text))
         share = noise / (1 - alpha_bar + noise).clamp(min=1e-8) * data if self.target == "expected" else signal
         return self.estimate_noise(y, alpha_bar, signal, noise, share, (t, lam, text))
 
@@ -147,6 +156,18 @@ class Preconditioned(ModelMixin, ConfigMixin, ABC):  # type: ignore[misc]  # dif
         residual = self.network(x, *cond).float()
         with torch.autocast(y.device.type, enabled=False):
             return linear + g.from_basis((share / total).sqrt() * g.to_basis(residual))
+
+    def _noise_of_clean(self, y: Tensor, alpha_bar: Tensor, total: Tensor, noise: Tensor, cond: tuple) -> Tensor:
+        """As ``estimate_noise``, by way of x_0; ``total`` [B, C, H, W] is the variance of y in the Gaussian's basis."""
+        g, alpha = self.gaussian, alpha_bar.sqrt()
+        with torch.autocast(y.device.type, enabled=False):
+            centered = y - alpha * g.mean
+            fitted = g.from_basis(alpha * g.variance / total * g.to_basis(centered))
+            x = torch.cat([y * total.mean((1, 2, 3), keepdim=True).rsqrt(), g.mean + fitted], 1)
+        residual = self.network(x, *cond).float()
+        with torch.autocast(y.device.type, enabled=False):
+            scale = alpha * g.variance.max().sqrt()
+            return noise.sqrt() / (1 - alpha_bar + noise).clamp(min=1e-8) * (centered - scale * residual)
 
     @abstractmethod
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:

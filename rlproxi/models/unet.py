@@ -77,6 +77,29 @@ class TextAttention(nn.Module):
         return x + self.out(y).reshape(b, h, w, c).permute(0, 3, 1, 2)
 
 
+class Subpixels(nn.Module):
+    """Features of patches -> features of pixels: [B, c_in, H, W] -> [B, c_out, patch H, patch W].
+
+    A 3x3 convolution and a pixel shuffle, whose kernels for the pixels of a patch have equal sums and equal biases. So
+    features that do not vary from patch to patch give pixels that do not vary either: a grid takes more than a bias.
+    """
+
+    def __init__(self, c_in: int, c_out: int, patch: int):
+        super().__init__()
+        self.patch = patch
+        self.weight = nn.Parameter(torch.empty(c_out * patch**2, c_in, 3, 3))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.bias = nn.Parameter(torch.zeros(c_out, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, c_in, H, W] -> [B, c_out, patch H, patch W]."""
+        count = self.patch**2
+        sums = self.weight.sum((2, 3)).unflatten(0, (-1, count))  # [c_out, patch^2, c_in]
+        off = (sums - sums.mean(1, keepdim=True)).flatten(0, 1)
+        weight, bias = self.weight - off[:, :, None, None] / 9, self.bias.expand(-1, count).flatten()
+        return F.pixel_shuffle(F.conv2d(x, weight, bias, padding=1), self.patch)
+
+
 class ProximalUNet(Preconditioned):
     """eps_theta(y, t, lam, text) for images [B, C, H, W] in about [-1, 1].
 
@@ -85,6 +108,8 @@ class ProximalUNet(Preconditioned):
         channels: width of each level; each further level halves the resolution.
         blocks: residual blocks at each level, down and again up; skips are added. attention: at which levels.
         text_dim, pooled_dim: widths of the text states and of the pooled text vector.
+        refine: channels at full resolution behind the patches, where two 3x3 convolutions finish the image from them
+            and from the input; 0: the last convolution of patches is the output.
         data_std: standard deviation of p_0 before ``gaussian.fit``.
         beta_min, beta_max: the VP schedule, for alpha_bar in the preconditioning.
     """
@@ -104,6 +129,7 @@ class ProximalUNet(Preconditioned):
         beta_min: float = 0.1,
         beta_max: float = 20.0,
         target: str = "noise",
+        refine: int = 0,
     ):
         super().__init__()
         self.precondition(in_channels, sample_size, data_std, VPSchedule(beta_min, beta_max), target)
@@ -131,7 +157,10 @@ class ProximalUNet(Preconditioned):
                 self.grow.append(nn.Conv2d(channels[level], channels[level - 1], 1))
         width = channels[0]
         self.norm = nn.GroupNorm(8, width)
-        self.head = nn.Conv2d(width, stem, 3, padding=1)
+        if refine:
+            self.subpixels = Subpixels(width, refine, patch)
+            self.finish = nn.Conv2d(refine + 2 * in_channels, refine, 3, padding=1)
+        self.head = nn.Conv2d(refine or width, in_channels if refine else stem, 3, padding=1)
         _zero(self.head)
 
     def network(self, x: Tensor, t: Tensor, lam: Tensor, text: TextStates) -> Tensor:
@@ -153,7 +182,11 @@ class ProximalUNet(Preconditioned):
                 h = self._block(next(up), h + skips.pop(), emb, text)
             if level:
                 h = F.interpolate(next(grow)(h), scale_factor=2.0, mode="nearest")
-        return F.pixel_shuffle(self.head(F.silu(self.norm(h))), self.config.patch)
+        h = F.silu(self.norm(h))
+        if not self.config.refine:
+            return F.pixel_shuffle(self.head(h), self.config.patch)
+        pixels = torch.cat([self.subpixels(h), x], 1).contiguous(memory_format=torch.channels_last)
+        return self.head(F.silu(self.finish(pixels)))
 
     def _block(self, pair: Any, h: Tensor, emb: Tensor, text: TextStates) -> Tensor:
         """A residual block and the attention after it; ``pair`` is an nn.ModuleList of both."""

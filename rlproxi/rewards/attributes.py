@@ -7,34 +7,29 @@ judge, which nothing ever optimises.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.faces import ATTRIBUTES, labels, parse_caption
 from ..models.precision import autocast
 from .base import ScorerFacts, TorchScorer, to_pixels
+from .prepared import PreparedNetwork
 from .registry import register
 
 HEADS = [len(values) for values in ATTRIBUTES.values()]
 
 
-class AttributeClassifier(nn.Module):
-    """[B, 3, H, W] float in [0, 1] -> logits [B, sum of all attributes' value counts].
+class AttributeClassifier(PreparedNetwork):
+    """[B, 3, H, W] float in [0, 1] -> logits [B, sum of all attributes' value counts]."""
 
-    Saved as one safetensors file that carries its two sizes; it needs nothing but torch, so a reward replica
-    starts quickly.
-    """
+    title = "attribute classifier"
 
     def __init__(self, sample_size: int = 32, width: int = 32):
-        super().__init__()
-        self.sizes = {"sample_size": sample_size, "width": width}
+        super().__init__(sample_size=sample_size, width=width)
         w = width
 
         def halved(before: int, after: int) -> list[nn.Module]:
@@ -52,38 +47,6 @@ class AttributeClassifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] float in [0, 1] -> logits [B, sum of all attributes' value counts]."""
         return self.head(self.features((2 * pixels - 1).contiguous(memory_format=torch.channels_last)))
-
-    def save(self, file: str | Path) -> None:
-        """Writes the weights to ``file`` (.safetensors); its folder is made."""
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, file, metadata={key: str(value) for key, value in self.sizes.items()})
-
-    @staticmethod
-    def sizes_in(file: str | Path) -> dict[str, int] | None:
-        """The sizes that a saved file carries; None where it cannot be read."""
-        try:
-            with safe_open(file, framework="pt") as stored:
-                return {key: int(value) for key, value in stored.metadata().items()}
-        except (OSError, SafetensorError, AttributeError, ValueError):
-            return None
-
-    @classmethod
-    def load(cls, file: str | Path) -> AttributeClassifier:
-        """Raises FileNotFoundError, or ValueError naming a file that is damaged or holds something else."""
-        if not Path(file).is_file():
-            raise FileNotFoundError(
-                f"classifier {str(file)!r} is missing: the stage 'prepare' makes it, or name one "
-                "with the reward's params.path"
-            )
-        try:
-            with safe_open(file, framework="pt") as stored:
-                model = cls(**{key: int(value) for key, value in stored.metadata().items()})
-                names = stored.keys()  # safetensors has no iterator
-                model.load_state_dict({name: stored.get_tensor(name) for name in names})
-        except (SafetensorError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{file} is not a usable attribute classifier: {error}") from None
-        return model.eval()
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

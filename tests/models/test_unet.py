@@ -5,7 +5,7 @@ from fixtures.closed_form import Gaussian, alpha_bar
 from fixtures.score import ScoreModel
 from rlproxi.models.text import TextStates
 from rlproxi.models.transformer import ProximalTransformer
-from rlproxi.models.unet import ProximalUNet
+from rlproxi.models.unet import ProximalUNet, Subpixels
 from rlproxi.proximal.operator import ProximalOperator
 
 
@@ -69,6 +69,44 @@ def test_the_networks_share_is_what_y_leaves_open_of_its_target(kind):
 
 @both_kinds
 @torch.no_grad()
+def test_a_network_that_predicts_the_clean_image_gives_its_noise(kind):
+    """F = (x_0 - m) / s gives E[n2 | y, x_0], whatever t and lam; s^2 is the largest variance."""
+    model, x0 = network(kind=kind, target="clean"), torch.rand_like(Y) - 0.5
+    model.network = lambda x, t, lam, cond: x0 / 0.5
+    alpha, lam = alpha_bar(T)[:, None, None, None], LAM[:, None, None, None]
+    expected = lam.sqrt() * (Y - alpha.sqrt() * x0) / (1 - alpha + lam)
+    assert torch.allclose(model(Y, T, LAM, text(4)), expected, atol=1e-5)
+    seen = []
+    model.network = lambda x, t, lam, cond: (seen.append(x), x0)[1]
+    model(Y, T, LAM, text(4))
+    total = 0.25 * alpha + 1 - alpha + lam
+    assert torch.allclose(seen[0], torch.cat([Y / total.sqrt(), 0.25 * alpha.sqrt() / total * Y], 1), atol=1e-5)
+
+
+@torch.no_grad()
+def test_constant_features_give_constant_pixels():
+    torch.manual_seed(0)
+    layer = Subpixels(6, 3, 4)
+    torch.nn.init.normal_(layer.bias)
+    pixels = layer(torch.randn(1, 6, 1, 1).expand(2, 6, 5, 5))[:, :, 4:-4, 4:-4]  # the border sees the padding
+    assert pixels.shape == (2, 3, 12, 12)
+    assert (pixels - pixels[:, :, :1, :1]).abs().max() < 1e-5
+    assert layer(torch.randn(1, 6, 5, 5))[0, 0].std() > 0.01
+
+
+@torch.no_grad()
+def test_a_refined_network_starts_at_the_gaussian_and_keeps_its_shape(tmp_path):
+    model = network(target="expected", refine=16)
+    assert torch.equal(model(Y, T, LAM, text(4)), network(target="expected")(Y, T, LAM, text(4)))
+    torch.nn.init.normal_(model.head.weight)
+    model.save_pretrained(tmp_path)
+    again = ProximalUNet.from_pretrained(tmp_path).eval()
+    cond = text(4)
+    assert again.config.refine == 16 and torch.allclose(model(Y, T, LAM, cond), again(Y, T, LAM, cond), atol=1e-6)
+
+
+@both_kinds
+@torch.no_grad()
 def test_round_trip(kind, tmp_path):
     model, cond = network(True, kind), text(4)
     model.save_pretrained(tmp_path)
@@ -124,8 +162,9 @@ def test_score_adapter_over_the_unet():
     assert ScoreModel(network(randomise=True))(Y, T, cond).isfinite().all()
 
 
-def test_every_parameter_gets_a_gradient():
-    model = network(randomise=True).train()
+@pytest.mark.parametrize("options", [{}, {"refine": 16, "target": "clean"}])
+def test_every_parameter_gets_a_gradient(options):
+    model = network(randomise=True, **options).train()
     model(Y, T, LAM, text(4)).square().mean().backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert missing == []

@@ -10,6 +10,7 @@ from rlproxi.data import faces
 from rlproxi.data.faces import ATTRIBUTES
 from rlproxi.rewards import RewardError, TorchScorer, build, checked_params, checked_scores, get, names, register
 from rlproxi.rewards.attributes import HEADS, AttributeClassifier, blur, classification_loss
+from rlproxi.rewards.registry import SCORERS
 
 PROMPTS = [
     "a smiling person with pale skin",
@@ -78,7 +79,9 @@ def test_parameters_it_does_not_take_are_refused():
         build("attributes")
 
 
-def test_a_registered_scorer_is_known_by_its_name():
+def test_a_registered_scorer_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(SCORERS, "_found", dict(SCORERS._found))  # other tests list the scorers
+
     @register("known-in-one-test")
     class Mine:
         def __init__(self, value=2.0):

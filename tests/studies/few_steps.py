@@ -34,6 +34,7 @@ from rlproxi.evaluation.heldout import mean_and_error
 from rlproxi.evaluation.reference import Comparison
 from rlproxi.models.loading import load_encoder, trainable, training_form
 from rlproxi.rewards import build
+from rlproxi.rewards.combine import combine
 from rlproxi.rewards.gradients import RewardGradients
 
 FEW = ["sampler.num_inference_steps=4", "sampler.start_time=0.8"]
@@ -135,14 +136,16 @@ class Local:
             return Batch(iteration, requests, 0, 1)
         self.sampler.take(self.weights())
         sampled = [self.sampler.sample(request) for request in requests]
-        rewards = [
-            sum(
-                r.weight * self.scorers[r.name].score(images, list(request.rows)) for r in self.config.rewards.train
-            ).reshape(len(request.prompts), -1)
-            for (images, _), request in zip(sampled, requests)
-        ]
+        rewards = [self._reward(images, request) for (images, _), request in zip(sampled, requests)]
         chains = [{key: torch.from_numpy(value) for key, value in chain.items()} for _, chain in sampled]
         return Batch(iteration, requests, 0, 1, np.concatenate(rewards).astype(np.float32), lambda j: chains[j])
+
+    def _reward(self, images: np.ndarray, request: SampleRequest) -> np.ndarray:
+        """[P, G], combined as in a real run."""
+        r = self.config.rewards
+        rows = list(request.rows)
+        scores = {n: s.score(images, rows).reshape(len(request.prompts), -1) for n, s in self.scorers.items()}
+        return combine(scores, {reward.name: reward.weight for reward in r.train}, r.normalize)
 
     def _iterate(self, batch: Batch) -> dict[str, float]:
         found: dict[str, float] = {}
