@@ -24,7 +24,9 @@ from ..algorithms.base import Work, build_algorithm
 from ..config.algorithms import ALGORITHMS
 from ..config.loading import Config, build_config, config_folder, dump_config, load_config
 from ..data import faces
-from ..models.loading import build_denoiser
+from ..models.backbone import ProximalNetwork
+from ..models.folders import ModelFolder
+from ..models.loading import build_denoiser, training_form
 from ..models.precision import autocast, compute_dtype, has_fast_bfloat16
 from ..models.text import TextEncoder, build_text_encoder, operator
 from ..models.unet import ProximalUNet
@@ -51,14 +53,21 @@ def _encoder(config: Config) -> TextEncoder:
     return build_text_encoder(captions, config.model.text_dim, config.model.text_layers, config.model.text_length)
 
 
+def _network(config: Config) -> ProximalNetwork:
+    """The network that the config trains: that of ``model.init``, or a new one."""
+    if config.model.init:
+        return training_form(ModelFolder.find(config.model.init).path, config, "rl")
+    return build_denoiser(config)
+
+
 class _Shapes:
-    """The quickstart's network on one micro-batch of its shape, with random weights."""
+    """The config's network on one micro-batch of its shape."""
 
     def __init__(self, config: Config):
         self.config = config
         source, rows = faces.collection(config.run.seed, "train_prompts"), config.rl.rows
         self.prompts = tuple(faces.portrait(source, i).caption for i in range(config.rl.groups))
-        self.unet = build_denoiser(config).eval()
+        self.unet = _network(config).eval()
         self.encoder = _encoder(config)
         self.text = self.encoder.groups(self.prompts, config.rl.group_size)
         self.y = torch.randn(rows, 3, config.data.size, config.data.size)
@@ -199,13 +208,13 @@ def random_classifier(config: Config, folder: Path) -> Path:
 
 
 def _real_iterations(config: Config, folder: Path, reward_file: Path, iterations: int) -> float:
-    """Median ``seconds/step`` of a real run from random weights, the first two iterations left out."""
+    """Median ``seconds/step`` of a real run, the first two iterations left out."""
     from ..models.pipeline import TextToImage
     from ..telemetry.runlog import read, series
     from .main import run_command
 
     model = folder / "model"
-    TextToImage(build_denoiser(config), _encoder(config), config.schedule, config.sampler).save_pretrained(model)
+    TextToImage(_network(config), _encoder(config), config.schedule, config.sampler).save_pretrained(model)
     values = config.model_dump(mode="json")
     values["run"].update(stages=["rl"], dir=str(folder), name="bench")
     values["model"]["init"] = str(model)

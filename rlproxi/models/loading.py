@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from importlib import import_module
 from pathlib import Path
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config.loading import Config
-from ..files import link
+from ..files import link, write_text
 from ..proximal.schedule import VPSchedule
 from ..seeds import LAM_BRANCH, Purpose, seed_of
 from . import lora
 from .autoencoder import Autoencoder
 from .backbone import LAM, ProximalBackbone, ProximalNetwork, interface_of
-from .checkpoint_files import check_weights, load_network, naming
+from .checkpoint_files import check_weights, load_network, naming, read_json
 from .folders import OWN, ModelFolder, latent_space
 from .lam import LamEmbedding
 from .preconditioning import Preconditioned
@@ -85,6 +86,7 @@ def save_denoiser(denoiser: ProximalNetwork, folder: Path, origin: Path | None) 
     if denoiser.lora is None:
         network = denoiser.net if isinstance(denoiser, ProximalBackbone) else denoiser
         network.save_pretrained(folder / denoiser.part)
+        _forget_origin(folder / denoiser.part / "config.json")
     elif origin is None:
         raise ValueError("adapters need a saved base beside them: save the model before model.lora is attached")
     else:
@@ -92,6 +94,13 @@ def save_denoiser(denoiser: ProximalNetwork, folder: Path, origin: Path | None) 
         lora.save(denoiser, folder)
     if isinstance(denoiser, ProximalBackbone):
         denoiser.lam_embedding.save_pretrained(folder / LAM)
+
+
+def _forget_origin(file: Path) -> None:
+    """Take the path that a network was loaded from out of its config.json: it names somebody's machine."""
+    values = read_json(file)
+    if values.pop("_name_or_path", None) is not None:
+        write_text(file, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def load_autoencoder(folder: str | os.PathLike) -> Autoencoder | None:

@@ -22,8 +22,8 @@ def lines(config) -> dict[str, list[str]]:
 def test_plan_of_the_quickstart():
     page = lines(load_config(config_folder() / "quickstart.yaml"))
     assert page["run"] == ["quickstart, seed 0; stages: encode, prepare, pretrain, before, rl, after, report"]
-    assert page["model"] == ["3.88 M parameters, all trained, 32x32, precision auto"]
-    assert page["in flight"][0].endswith("weights 14.8 MB a version")  # 3,879,728 x 4 bytes
+    assert page["model"] == ["3.51 M parameters, all trained, 32x32, precision auto"]
+    assert page["in flight"][0].endswith("weights 13.4 MB a version")  # 3,509,779 x 4 bytes
     assert [line.split(":")[0] for line in page["memory"]] == ["pretrainer rank", "learner rank", "rollout actor"]
     assert all("GiB of host memory" in line for line in page["memory"])
 
