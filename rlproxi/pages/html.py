@@ -21,6 +21,7 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem clamp(.75rem, 2.5vw, 2rem) 3rem; max-width: 78rem; color: var(--ink);
   background: var(--paper); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; }
+section { scroll-margin-top: .5rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; } h2, h3 { line-height: 1.3; }
 p { margin: .4rem 0; max-width: 60rem; } .faint, figcaption { color: var(--faint); font-size: .875rem; }
 a { color: var(--link); } summary { cursor: pointer; padding: .2rem 0; }
