@@ -15,14 +15,9 @@ let listing = [], chosen = [];
 const QUIET = 600; // seconds without a record, after which a run is not called live
 let link = '';
 
-// Whether the summary was written, and no stage began after that.
-const finished = (run) => Boolean(run.progress?.done && listing.find(({ id }) => id === run.id)?.finished);
-
 // The word at the top: of the runs that are shown, or of the connection where they may still go on.
 function state() {
-  const runs = selected(), open = runs.filter((run) => !finished(run));
-  for (const run of runs) run.finished = finished(run);
-  if (open.some((run) => run.progress?.done)) relist(); // its summary may be there by now
+  const runs = selected(), open = runs.filter((run) => !run.progress?.finished);
   const done = runs.length > 0 && !open.length, ended = open.every((run) => run.progress?.done);
   const silent = Math.min(...open.map((run) => Date.now() / 1000 - (run.progress?.updated ?? 0)));
   const [text, kind] = done ? ['finished', ''] : !runs.length || !link ? ['connecting', '']
@@ -105,8 +100,6 @@ async function list() {
   showRuns();
 }
 
-const relist = throttle(2000, () => list().then(() => { state(); status(); }).catch(() => {}));
-
 async function documents() {
   const names = await get('api/documents');
   byId('documents-body').replaceChildren(names.length
@@ -136,7 +129,7 @@ async function begin() {
   await choose(start);
   documents().catch(() => {});
   setInterval(() => { state(); status(); }, 5000);
-  setInterval(() => list().then(state).catch(() => {}), 30000);
+  setInterval(() => list().catch(() => {}), 30000);
 }
 
 begin().catch(complain);

@@ -22,10 +22,10 @@ export function showCards(run) {
   const silent = p.updated ? Date.now() / 1000 - p.updated : null;
   const restarts = events.resume.filter((record) => record.restart).length;
   const cards = [
-    run.finished ? card('Stage', 'finished', `the last stage was ${p.stage}`)
+    p.finished ? card('Stage', 'finished', `the last stage was ${p.stage}`)
       : card('Stage', p.stage || 'not begun', p.done ? 'done' : p.step === null ? 'no step logged yet'
         : `step ${whole(p.step)}${share}`),
-    ...(run.finished ? [] : [card('Time left', duration(p.eta), p.eta !== null ? 'to the end of this stage'
+    ...(p.finished ? [] : [card('Time left', duration(p.eta), p.eta !== null ? 'to the end of this stage'
       : p.done ? 'the stage is done' : 'no pace known')]),
     ...(p.seconds_per_step === null ? [] : [card('A step', duration(p.seconds_per_step), 'over the last steps')]),
   ];

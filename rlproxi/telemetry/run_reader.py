@@ -110,9 +110,11 @@ class RunReader:
 
     @property
     def finished(self) -> bool:
-        """Whether the run wrote its summary, and no stage began after that."""
+        """Whether the run has ended. The stage report counts as done once it wrote the summary, before the report."""
         stages = [record for record in self.records if record["event"] == "stage"]
-        return bool(self.summary) and (not stages or stages[-1].get("status") == "done")
+        if stages and stages[-1].get("name") == "report" and self.summary:
+            return True
+        return runlog.ended(stages, dig(self.config, "run", "stages"), bool(self.summary))
 
     @property
     def moments(self) -> list[tuple[int, str]]:

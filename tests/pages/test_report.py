@@ -447,6 +447,12 @@ def test_a_missing_score_is_said_with_its_reason(finished):
         assert words in page.text, words
 
 
+def test_the_report_that_a_run_writes_at_its_end_calls_it_finished(finished):
+    with RunLog(finished) as log:
+        log.append("stage", name="report", status="start")  # the report is written within its stage
+    assert "Finished." in Page(write_report(finished).read_text(encoding="utf-8")).text
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_no_page_says_live_and_only_a_finished_run_is_called_finished(finished, resumed):
     if resumed:
