@@ -9,7 +9,7 @@ const together = (stage, pattern, title) => ({ stage, name: pattern, title });
 
 // Each row takes the curves whose stage and name match: one plot for each, or one `title`d plot of all.
 const LAYOUT = [
-  ['rewards', 'Rewards, distance and spectrum', [
+  ['rewards', 'Rewards and distance', [
     ...named('rl', 'reward/mean'),
     ...named('headline', /^heldout\/[^/]+$/, 'distance/total', 'spectrum/worst', 'diversity'),
     ...named('rl', 'reward/std', /^reward\//),
@@ -18,7 +18,7 @@ const LAYOUT = [
   ['policy', 'Is the policy update sound?', named('rl', 'kl', 'clip_fraction', 'ratio/first_max_deviation',
     'ratio/max_deviation', 'ratio/mean', 'advantages/zero_variance_groups')],
   ['optimisation', 'Optimisation', named('rl', 'loss', 'lr', 'grad_norm')],
-  ['looks', 'Parts of distance and spectrum', [
+  ['looks', 'Parts of the distance', [
     ...named('headline', 'distance/layout', 'distance/texture'), ...named('rl', /^(diversity|distance)/),
     together('headline', /^spectrum\/rows\//, 'Spectrum along rows, by period in pixels'),
     together('headline', /^spectrum\/columns\//, 'Spectrum along columns, by period in pixels')]],

@@ -65,7 +65,12 @@ def lines(axes, curves: Curves, colours: Sequence[str], xlabel: str, ylabel: str
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if len(curves) > 1:
-        axes.legend()
+        _legend(axes)
+
+
+def _legend(axes) -> None:
+    """Put the legend above the axes, where it hides no curve."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, borderaxespad=0.2, columnspacing=1.2)
 
 
 def plot(
@@ -90,7 +95,7 @@ def plot(
         lines(only, curves, (*colours, *_ROLES, BEFORE), *axes, markers=markers)
         if level is not None:
             only.axhline(level[1], color=LEVEL, linestyle="--", linewidth=1.2, label=level[0])
-            only.legend()
+            _legend(only)
         only.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         if all(type(x) is int for curve in curves.values() for x in curve[0]):
             only.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -118,7 +123,7 @@ def against_steps(curves: Curves, ylabel: str, level: float | None = None, log: 
             axes.yaxis.set_minor_locator(NullLocator())
         if level:
             axes.axhline(level, color=LEVEL, linestyle="--", linewidth=1.2, label="real images")
-            axes.legend()
+            _legend(axes)
 
     return svg(draw, f"frontier {ylabel}", f"{ylabel} against the number of steps", SIZE)
 

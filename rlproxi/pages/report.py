@@ -86,7 +86,7 @@ def render(run: RunReader) -> str:
     sections = [
         ("Before and after", _gallery(run)),
         ("The same prompts over training", _training(run)),
-        ("Rewards, distance and spectrum", _headline(run) + _rewards(run) + _spectrum(run)),
+        (_rewards_title(run), _headline(run) + _rewards(run) + _spectrum(run)),
         ("Is the policy update sound?", _policy(run)),
         ("Reward against number of steps", _frontier(run)),
         ("Accuracy by attribute", _attributes(run)),
@@ -430,6 +430,13 @@ def _csv(curves: figures.Curves, title: str, axis: str) -> str:
     return csv_link(title, head, rows)
 
 
+def _rewards_title(run: RunReader) -> str:
+    distance, spectrum = run.curve("distance", "total")[0], run.curve("spectrum", "worst")[0]
+    if distance and spectrum:
+        return "Rewards, distance and spectrum"
+    return "Rewards and distance" if distance else "Rewards and spectrum" if spectrum else "Rewards"
+
+
 def _rewards(run: RunReader) -> str:
     """Return plots over RL steps, side by side: rewards, held-out rewards, distance, spectrum, diversity."""
     step = "RL step"
@@ -455,8 +462,11 @@ def _rewards(run: RunReader) -> str:
             plots.append(_plot({title: values}, title, (step, title), caption, markers=True, level=line))
     reading = "If the training reward and the held-out reward both rise, the policy is improving. "
     reading += "A training reward that rises while the held-out one falls is reward hacking. "
-    reading += "Rewards that rise with the distance, or with a spectrum away from 1, are won by what no data look like."
-    out = f'<p>{escape(reading)}</p>\n<div class="plots">{"".join(plots)}</div>\n'
+    if run.curve("distance", "total")[0]:
+        reading += "Rewards that rise with the distance are won by what no data look like. "
+    if run.curve("spectrum", "worst")[0]:
+        reading += "So are rewards that rise while the spectrum moves away from 1."
+    out = f'<p>{escape(reading.strip())}</p>\n<div class="plots">{"".join(plots)}</div>\n'
     return out if train else out + missing("No RL step has been logged yet.")
 
 
