@@ -10,6 +10,12 @@ _TYPES = {
 }
 #: File name -> media type of every file that is served.
 ASSETS = {file.name: _TYPES[file.suffix] for file in Path(__file__).parent.iterdir() if file.suffix in _TYPES}
+#: File name -> path of the documents that are served: those that explain the page. Empty where docs/ is not installed.
+DOCUMENTS = {
+    name: path
+    for name in ("dashboard.md", "glossary.md", "guards.md", "method.md", "my-reward-does-not-rise.md")
+    if (path := Path(__file__).parents[2] / "docs" / name).is_file()
+}
 
 
 def asset(name: str) -> bytes:

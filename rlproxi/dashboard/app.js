@@ -2,7 +2,7 @@
 
 import { settings } from './chart.js';
 import { Config } from './config.js';
-import { byId, el, get, swatch, throttle } from './dom.js';
+import { byId, duration, el, get, swatch, throttle } from './dom.js';
 import { Evaluations, Gallery } from './gallery.js';
 import { Sections } from './sections.js';
 import { showCards, showEvents } from './status.js';
@@ -12,9 +12,25 @@ import { Timeline } from './timeline.js';
 const MOST_TOGETHER = 8;
 let listing = [], chosen = [];
 
-function connection(state) {
-  byId('connection').textContent = { live: 'live', lost: 'reconnecting', closed: 'the server has ended' }[state];
-  byId('connection').className = `pill ${state === 'live' ? 'live' : 'lost'}`;
+const QUIET = 600; // seconds without a record, after which a run is not called live
+let link = '';
+
+// The word at the top: of the runs that are shown, or of the connection where they may still go on.
+function state() {
+  const runs = selected(), open = runs.filter((run) => !run.progress?.finished);
+  const done = runs.length > 0 && !open.length, ended = open.every((run) => run.progress?.done);
+  const silent = Math.min(...open.map((run) => Date.now() / 1000 - (run.progress?.updated ?? 0)));
+  const [text, kind] = done ? ['finished', ''] : !runs.length || !link ? ['connecting', '']
+    : link === 'closed' || (link === 'lost' && ended) ? ['the server has ended', 'lost']
+      : link === 'lost' ? ['reconnecting', 'lost']
+        : silent > QUIET ? [`no record for ${duration(silent)}`, 'lost'] : ['live', 'live'];
+  if (byId('connection').textContent !== text) byId('connection').textContent = text;
+  byId('connection').className = `pill ${kind}`;
+}
+
+function connection(now) {
+  link = now;
+  state();
 }
 
 function complain(error) {
@@ -43,6 +59,7 @@ const PARTS = [
 ];
 
 function update(run, kinds) {
+  state();
   const any = (wanted) => kinds.has('all') || wanted.some((kind) => kinds.has(kind));
   if (any(['points', 'cut'])) curves();
   if (run !== primary()) return;
@@ -83,6 +100,13 @@ async function list() {
   showRuns();
 }
 
+async function documents() {
+  const names = await get('api/documents');
+  byId('documents-body').replaceChildren(names.length
+    ? el('ul', {}, ...names.map((name) => el('li', {}, el('a', { href: `docs/${name}` }, `docs/${name}`))))
+    : el('p', { class: 'faint' }, 'The folder docs/ of the project explains this page: docs/dashboard.md.'));
+}
+
 function controls() {
   const smoothing = byId('smoothing');
   smoothing.addEventListener('input', () => {
@@ -103,7 +127,8 @@ async function begin() {
   const start = asked.length ? asked : listing.slice(0, 1).map((run) => run.id);
   if (!start.length) throw new Error('There is no run here yet.');
   await choose(start);
-  setInterval(status, 5000);
+  documents().catch(() => {});
+  setInterval(() => { state(); status(); }, 5000);
   setInterval(() => list().catch(() => {}), 30000);
 }
 

@@ -1,6 +1,6 @@
 // A curve plot on a canvas: bands for the range or standard errors, log scale, values by pointer and keyboard.
 
-import { CanvasView, colour, el, ink, number, sharpen, swatch, trace, whole, withUnit } from './dom.js';
+import { CanvasView, colour, el, ink, number, save, sharpen, swatch, trace, whole, withUnit } from './dom.js';
 
 const LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 20;
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
@@ -55,13 +55,17 @@ export class Chart extends CanvasView {
     this.button = el('button', { type: 'button', 'aria-pressed': 'false',
       'aria-label': `Logarithmic scale of ${spec.title}`,
       onclick: () => this.toggle() }, 'log');
+    this.file = el('button', { type: 'button', 'aria-label': `Download ${spec.title} as CSV`,
+      onclick: () => save(`${spec.title}.csv`, this.table()) }, 'CSV');
     this.legend = el('div', { class: 'legend' });
+    this.steady = el('p', { class: 'steady', hidden: true });
     this.root = el('figure', { class: 'chart' },
-      el('div', { class: 'top' }, el('h3', {}, spec.title + unit), this.button), this.canvas, this.legend, this.readout,
+      el('div', { class: 'top' }, el('h3', {}, spec.title + unit), this.file, this.button), this.steady,
+      this.canvas, this.legend, this.readout,
       spec.help ? el('details', {}, el('summary', {}, 'How to read it'), el('p', {}, spec.help)) : null);
     this.root.dataset.metric = spec.key;
     new IntersectionObserver((entries) => { this.visible = entries.at(-1).isIntersecting; this.draw(); },
-      { rootMargin: '300px' }).observe(this.canvas);
+      { rootMargin: '300px' }).observe(this.root);
   }
 
   toggle() {
@@ -82,6 +86,45 @@ export class Chart extends CanvasView {
       this.cursor = this.steps.length ? Math.max(0, this.steps.findIndex((step) => step >= kept)) : null;
     }
     this.showLegend();
+  }
+
+  // What a plot of flat lines shows, in words; '' if something changes, or there are too few points to say.
+  unchanging() {
+    const flat = (line) => {
+      const band = line.sem ? [] : [line.low ?? [], line.high ?? []];
+      const values = [line.y, ...band].flat().filter(Number.isFinite);
+      const low = values.reduce((a, b) => Math.min(a, b), Infinity);
+      const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
+      return !values.length || high - low <= 1e-6 * Math.max(Math.abs(low), Math.abs(high));
+    };
+    if (this.steps.length < 2 || !this.lines.every(flat)) return '';
+    const between = `${this.spec.axis || 'step'} ${whole(this.steps[0])} to ${whole(this.steps.at(-1))}`;
+    const words = this.lines.map((line) => {
+      const value = line.y.find(Number.isFinite);
+      const text = value === undefined ? 'no value' : withUnit(value, this.spec.unit);
+      return this.lines.length > 1 ? `${line.label} ${text}` : text;
+    });
+    return this.lines.length > 1 ? `Nothing changes from ${between}: ${words.join('; ')}.`
+      : `${words[0] === 'no value' ? 'No value' : `Always ${words[0]}`}, from ${between}.`;
+  }
+
+  // Shows a sentence in the place of the plot, or the plot.
+  say(sentence) {
+    if (this.steady.textContent !== sentence) this.steady.textContent = sentence;
+    this.steady.hidden = !sentence;
+    for (const part of [this.canvas, this.readout, this.button, this.legend]) part.hidden = Boolean(sentence);
+  }
+
+  // The rows of the CSV file: every value that the page holds, whatever range and smoothing show.
+  table() {
+    const rows = this.spec.curves().flatMap(({ label, curve, sem }) => {
+      const errors = new Map(sem && !sem.tail ? sem.x.map((step, i) => [step, sem.y[i]]) : []);
+      return curve.x.map((step, i) => [curve.first?.[i] ?? step, step, label, curve.y[i], errors.get(step),
+        curve.tail ? curve.low[i] : null, curve.tail ? curve.high[i] : null]);
+    });
+    const axis = this.spec.axis || 'step';
+    const head = [`first ${axis}`, `last ${axis}`, 'curve', this.spec.title, 'standard error', 'least', 'greatest'];
+    return [head, ...rows];
   }
 
   showLegend() {
@@ -111,6 +154,8 @@ export class Chart extends CanvasView {
   paint() {
     if (!this.visible || !this.root.isConnected) return;
     this.prepare();
+    this.say(this.unchanging());
+    if (!this.steady.hidden) return this.show();
     const { context, width, height } = sharpen(this.canvas);
     context.font = '11px system-ui, sans-serif';
     const scale = this.lines.length && width > 60 ? this.scale(width, height) : null;
@@ -191,7 +236,8 @@ export class Chart extends CanvasView {
   describe(index) {
     const step = this.steps[index], many = this.lines.length > 1;
     const parts = this.lines.map((line) => {
-      const i = nearest(line.x, step), value = withUnit(line.y[i], this.spec.unit);
+      const i = nearest(line.x, step);
+      const value = Number.isFinite(line.y[i]) ? withUnit(line.y[i], this.spec.unit) : 'no value';
       const error = line.sem && line.high?.[i] > line.y[i] ? ` ± ${number(line.high[i] - line.y[i], 2)}` : '';
       const spread = !line.sem && line.high ? ` (${number(line.low[i], 3)} to ${number(line.high[i], 3)})` : '';
       const smoothed = line.shown !== line.y ? `, smoothed ${number(line.shown[i])}` : '';

@@ -95,6 +95,18 @@ export function duration(seconds) {
   return hours < 48 ? `${hours} h ${minutes % 60} min` : `${Math.floor(hours / 24)} d ${hours % 24} h`;
 }
 
+// Saves rows as a CSV file.
+export function save(name, rows) {
+  const cell = (value) => {
+    const text = value === null || value === undefined || Number.isNaN(value) ? '' : String(value);
+    return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const text = rows.map((row) => row.map(cell).join(',')).join('\n');
+  const address = URL.createObjectURL(new Blob([`${text}\n`], { type: 'text/csv' }));
+  el('a', { href: address, download: name.replace(/[^\w.-]+/g, '-') }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
+}
+
 export const ink = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 export const colour = (index) => ink(`c${index % 8}`);
 

@@ -126,14 +126,14 @@ export class Evaluations {
     this.steps = el('select', { onchange: () => this.refresh() });
     this.slider = new Slider('Evaluation', (entry) => `${entry.tag} (iteration ${entry.iteration ?? '?'})`,
       (entry) => this.show(entry));
-    this.shots = el('div', {});
+    this.shots = el('div', { class: 'groups' });
     this.more = el('button', { type: 'button', onclick: () => {
       this.prompts += FIRST_PROMPTS;
       this.slider.moved();
     } }, 'More prompts');
     this.compare = new Compare();
     this.part = new Part('evaluations-body', 'No evaluation with pictures yet.', field('Denoising steps', this.steps),
-      this.slider.root, this.shots, this.more, this.compare.root);
+      this.compare.root, el('h3', {}, 'The same prompts over training'), this.slider.root, this.shots, this.more);
   }
 
   async update(run) {
@@ -183,14 +183,16 @@ export class Evaluations {
 class Compare {
   constructor() {
     const labels = ['Left', 'Right', 'Prompt', 'Sample'];
-    this.choices = labels.map(() => el('select', { onchange: () => this.draw() }));
+    this.choices = labels.map((_, i) => el('select', { onchange: () => { this.draw(); if (i < 2) this.beside(); } }));
+    const fields = labels.map((label, i) => field(label, this.choices[i]));
+    this.pairs = el('div', { class: 'groups pairs' });
     this.stage = el('div', { class: 'compare' });
     this.edge = el('div', { class: 'edge' });
     this.range = el('input', { type: 'range', min: '0', max: '100', value: '50', class: 'compare-range',
       'aria-label': 'Share of the left picture', oninput: () => this.place() });
     this.words = el('p', { class: 'faint', role: 'status' });
-    this.root = el('div', { class: 'group' }, el('h3', {}, 'Before and after'),
-      el('p', {}, ...labels.map((label, i) => field(label, this.choices[i]))),
+    this.root = el('div', {}, el('h3', {}, 'Before and after'), el('p', {}, ...fields.slice(0, 2)), this.pairs,
+      el('h3', {}, 'One sample, under a movable edge'), el('p', {}, ...fields.slice(2)),
       this.stage, this.range, this.words);
   }
 
@@ -204,6 +206,24 @@ class Compare {
     this.choices.forEach((choice, i) => options(choice, ...filled[i]));
     Object.assign(this, { run, steps, list, newest: last.tag });
     this.draw();
+    this.beside();
+  }
+
+  // The first prompts, with the samples of both evaluations side by side: the same seeds stand in the same places.
+  async beside() {
+    const tags = this.choices.slice(0, 2).map((choice) => choice.value);
+    const wanted = (this.paired = {});
+    const entry = (tag) => this.list.find((found) => found.tag === tag);
+    const prompts = this.list.at(-1).prompts.slice(0, FIRST_PROMPTS);
+    const side = async (tag, prompt, p) => {
+      const url = runPath(this.run, `/evaluations/${tag}/${this.steps}/${p}`), count = entry(tag)?.samples ?? 1;
+      const [scores] = await Promise.all([heldout(url), picture(`${url}.png`).catch(() => null)]);
+      return el('div', { class: 'side' }, el('p', { class: 'faint' }, tag), el('div', { class: 'shots' },
+        ...Array.from({ length: Math.min(4, count) }, (_, i) => shot(`${url}.png`, i, count, prompt, scores[i]))));
+    };
+    const rows = await Promise.all(prompts.map(async (prompt, p) => promptGroup(prompt,
+      el('div', { class: 'sides' }, ...await Promise.all(tags.map((tag) => side(tag, prompt, p)))))));
+    if (wanted === this.paired) this.pairs.replaceChildren(...rows);
   }
 
   async draw() {

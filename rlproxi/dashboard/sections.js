@@ -9,16 +9,19 @@ const together = (stage, pattern, title) => ({ stage, name: pattern, title });
 
 // Each row takes the curves whose stage and name match: one plot for each, or one `title`d plot of all.
 const LAYOUT = [
-  ['rewards', 'Rewards', [
-    ...named('rl', 'reward/mean'), ...named('headline', /^heldout\/[^/]+$/), ...named('rl', 'reward/std', /^reward\//),
+  ['rewards', 'Rewards and distance', [
+    ...named('rl', 'reward/mean'),
+    ...named('headline', /^heldout\/[^/]+$/, 'distance/total', 'spectrum/worst', 'diversity'),
+    ...named('rl', 'reward/std', /^reward\//),
     ...named('headline', /^train\/[^/]+$/), { stage: EVALUATION, name: /./, frontier: true },
     together('headline', /^details\//, 'Share judged right, by attribute')]],
   ['policy', 'Is the policy update sound?', named('rl', 'kl', 'clip_fraction', 'ratio/first_max_deviation',
     'ratio/max_deviation', 'ratio/mean', 'advantages/zero_variance_groups')],
   ['optimisation', 'Optimisation', named('rl', 'loss', 'lr', 'grad_norm')],
-  ['looks', 'Diversity and distance to data', [
-    ...named('headline', 'diversity', 'distance/total', 'distance/layout', 'distance/texture'),
-    ...named('rl', /^(diversity|distance)/)]],
+  ['looks', 'Parts of the distance', [
+    ...named('headline', 'distance/layout', 'distance/texture'), ...named('rl', /^(diversity|distance)/),
+    together('headline', /^spectrum\/rows\//, 'Spectrum along rows, by period in pixels'),
+    together('headline', /^spectrum\/columns\//, 'Spectrum along columns, by period in pixels')]],
   ['speed', 'Where the time goes', [
     together('rl', /^seconds\//, 'Seconds by role'), together('rl', /^idle\//, 'Idle share by role'),
     ...named('rl', 'images_per_second', 'images_per_second/gpu', 'staleness/mean', 'bytes_in_flight',
@@ -28,6 +31,9 @@ const LAYOUT = [
   ['preparation', 'Preparation', named(/^(prepare|encode|curate)/, /./)],
   ['others', 'Everything else', named(/./, /./)],
 ];
+
+const SPECTRUM = 'Power of the images at a period, over that of real data. 1 is like the data; above 1 the images '
+  + 'have too much of the period, for example a grid; below 1 too little, for example blur.';
 
 const matches = (wanted, text) => (wanted instanceof RegExp ? wanted.test(text) : wanted === text);
 
@@ -99,9 +105,10 @@ export class Sections {
       el('section', { id, 'aria-labelledby': `${id}-title` },
       el('h2', { id: `${id}-title` }, title), el('div', { class: 'grid' }, ...charts.map((made) => made.root)))));
     if (this.root.contains(focused)) focused.focus({ preventScroll: true });
-    const fixed = [['gallery', 'Samples'], ['evaluations', 'Same prompts'], ['timeline', 'Timeline'],
-      ['events', 'Events'], ['config', 'Config']];
-    this.nav.replaceChildren(...[...parts, ...fixed].map(([id, title]) => el('a', { href: `#${id}` }, title)));
+    const first = [['evaluations', 'Before and after']];
+    const last = [['gallery', 'Samples'], ['timeline', 'Timeline'], ['events', 'Events'], ['config', 'Config'],
+      ['documents', 'Documents']];
+    this.nav.replaceChildren(...[...first, ...parts, ...last].map(([id, title]) => el('a', { href: `#${id}` }, title)));
   }
 
   single({ stage, name }, section) {
@@ -110,7 +117,7 @@ export class Sections {
       : section === 'others' || section === 'preparation' ? `, ${stage}` : '';
     const title = name.replace(/^heldout\//, 'held-out ').replace(/^train\//, 'reward ').replace(/^details\//, '');
     return { key: `${stage} ${name}`, title: title + where, unit: metric?.unit,
-      help: metric ? `${metric.help} ${metric.reading}`
+      help: metric ? `${metric.help} ${metric.reading}` : name.startsWith('spectrum/') ? SPECTRUM
         : 'Not in the catalogue of metrics: logged by an algorithm of one\'s own.',
       axis: evaluated ? 'iteration' : 'step', curves: () => this.curves([{ stage, name }]) };
   }
@@ -119,7 +126,9 @@ export class Sections {
     const metrics = taken.map(({ name }) => ({ word: name.split('/').pop(), ...this.lookup(name) }));
     const known = metrics.filter((metric) => metric.help);
     return { key: title, title, unit: known[0]?.unit,
-      help: known.map(({ word, help, reading }) => `${word}: ${help} ${reading}`).join(' '),
+      help: taken[0].name.startsWith('spectrum/') ? SPECTRUM
+        : known.map(({ word, help, reading }) => `${word}: ${help} ${reading}`).join(' '),
+      axis: taken[0].stage === 'headline' ? 'iteration' : 'step',
       curves: () => this.curves(taken) };
   }
 

@@ -27,7 +27,7 @@ from starlette.routing import Route
 from ..telemetry.catalogue import CATALOGUE
 from ..telemetry.live import files as live_files
 from ..telemetry.live.hub import Hub
-from . import ASSETS, asset
+from . import ASSETS, DOCUMENTS, asset
 from .process import MORE_PORTS, address, bind, is_loopback
 
 DEFAULT_PORT = 8270
@@ -103,6 +103,8 @@ class Page:
         return [
             Route("/", self.file),
             Route("/{name:str}", self.file),
+            Route("/docs/{name:str}", self.document),
+            Route("/api/documents", _answer(lambda: sorted(DOCUMENTS))),
             Route("/api/events", self.events),
             Route("/api/catalogue", _answer(lambda: [asdict(metric) for metric in CATALOGUE])),
             Route("/api/runs", _answer(self.hub.listing)),
@@ -126,6 +128,13 @@ class Page:
         if name not in ASSETS:
             raise HTTPException(404, f"there is no {name[:100]!r} here")
         return Response(asset(name), media_type=ASSETS[name], headers={"Cache-Control": "no-cache"})
+
+    def document(self, request: Request) -> Response:
+        """A document of the project's folder docs/, as plain text."""
+        name = request.path_params["name"]
+        if name not in DOCUMENTS:
+            raise HTTPException(404, f"there is no document {name[:100]!r} here")
+        return Response(DOCUMENTS[name].read_bytes(), media_type="text/plain; charset=utf-8")
 
     def timeline(self, name: str) -> list[dict]:
         """The last iterations of a run's timeline."""

@@ -9,23 +9,34 @@ function card(label, value, note = '', bad = false) {
     el('span', { class: 'faint' }, note));
 }
 
+// Why the newest score is missing: the newest warning about a score, of an evaluation or of training.
+function withoutScore(run, stage) {
+  const found = (run.events.warning || []).filter(({ message }) => /no score|missing|NaN/.test(message)
+    && message.startsWith('evaluation:') === stage.startsWith('evaluation@'));
+  return found.at(-1)?.message.replace(/^evaluation: /, '') ?? 'the log gives no reason';
+}
+
 export function showCards(run) {
   const { progress: p, counts, events, headline } = run;
   const share = p.total ? ` of ${whole(p.total)}` : '';
   const silent = p.updated ? Date.now() / 1000 - p.updated : null;
   const restarts = events.resume.filter((record) => record.restart).length;
   const cards = [
-    card('Stage', p.stage || 'not begun', p.done ? 'done' : p.step === null ? 'no step logged yet'
-      : `step ${whole(p.step)}${share}`),
-    card('Time left', duration(p.eta), p.eta !== null ? 'to the end of this stage'
-      : p.done ? 'the stage is done' : 'no pace known'),
-    card('A step', duration(p.seconds_per_step), 'over the last steps'),
+    p.finished ? card('Stage', 'finished', `the last stage was ${p.stage}`)
+      : card('Stage', p.stage || 'not begun', p.done ? 'done' : p.step === null ? 'no step logged yet'
+        : `step ${whole(p.step)}${share}`),
+    ...(p.finished ? [] : [card('Time left', duration(p.eta), p.eta !== null ? 'to the end of this stage'
+      : p.done ? 'the stage is done' : 'no pace known')]),
+    ...(p.seconds_per_step === null ? [] : [card('A step', duration(p.seconds_per_step), 'over the last steps')]),
   ];
   const rate = run.newest('rl', 'images_per_second') ?? run.newest('pretrain', 'images_per_second');
   const perGpu = run.newest('rl', 'images_per_second/gpu');
   cards.push(card('Images a second', number(rate, 3), perGpu === null ? '' : `${number(perGpu, 3)} for each GPU`));
-  const reward = (label, stage, name) => cards.push(card(label, number(run.newest(stage, name)),
-    `began at ${number(run.curve(stage, name).y[0])}`));
+  const reward = (label, stage, name) => {
+    const value = run.newest(stage, name), known = value !== null && value !== undefined;
+    cards.push(known ? card(label, number(value), `began at ${number(run.curve(stage, name).y[0])}`)
+      : card(label, 'no score', withoutScore(run, stage), true));
+  };
   if (run.curve('rl', 'reward/mean')) reward('Training reward', 'rl', 'reward/mean');
   for (const name of run.judges(headline)) reward(`Held-out ${name.slice(8)}`, `evaluation@${headline}`, name);
   for (const role of ['rollout', 'reward', 'learner']) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from html import escape
@@ -11,11 +12,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 #: Colours that are readable on white and on black. Text and axes take the page's colour, see ``svg``.
-BEFORE, AFTER, TRAIN, HELDOUT = "#8b949e", "#2f81f7", "#2f81f7", "#e8833a"
-_ROLES = ("#2f81f7", "#e8833a", "#3fa66b", "#a371d6")
+#: Each has a contrast of 3 or more with both.
+BEFORE, AFTER, TRAIN, HELDOUT, LEVEL = "#848d97", "#2f81f7", "#2f81f7", "#d9711f", "#2e9a5c"
+_ROLES = ("#2f81f7", "#d9711f", "#2e9a5c", "#a371d6")
+#: Inches of a plot: its text stays readable where two or three stand side by side, and on a phone.
+SIZE = (4.4, 2.8)
 _INK = "#010203"  # stands for the page's text colour, replaced in the SVG
 
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
@@ -61,54 +65,67 @@ def lines(axes, curves: Curves, colours: Sequence[str], xlabel: str, ylabel: str
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     if len(curves) > 1:
-        axes.legend()
+        _legend(axes)
 
 
-def reward_curve(train: Curves, heldout: Curves) -> str:
-    """Draw the training reward and the held-out evaluations over RL steps, each on an axis of its own."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots(1, bool(train) + bool(heldout), squeeze=False)[0]
-        if train:
-            lines(axes[0], train, (TRAIN, *_ROLES[2:], BEFORE), "RL step", "training reward")
-        if heldout:
-            colours = (HELDOUT, *_ROLES[2:], BEFORE)
-            lines(axes[-1], heldout, colours, "RL step", "held-out, never optimised", markers=True)
-
-    return svg(draw, "reward", "Reward over RL steps", (8.0, 3.2))
+def _legend(axes) -> None:
+    """Put the legend above the axes, where it hides no curve."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9, borderaxespad=0.2, columnspacing=1.2)
 
 
-def panels(curves: dict[str, tuple[list[int], list[float]]], name: str, label: str) -> str:
-    """Draw each curve on a small axis of its own, side by side."""
+def plot(
+    curves: Curves,
+    name: str,
+    label: str,
+    axes: tuple[str, str],
+    colours: Sequence[str] = (AFTER,),
+    markers: bool = False,
+    level: tuple[str, float] | None = None,
+) -> str:
+    """Draw curves on one pair of axes.
 
-    def draw(figure: Figure) -> None:
-        for axes, (title, curve) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
-            lines(axes, {title: curve}, (AFTER,), "RL step", title)
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-
-    return svg(draw, name, label, (2.9 * len(curves) + 0.6, 2.6))
-
-
-def against_steps(curves: Curves, ylabel: str, far: Curves, level: float | None) -> str:
-    """Draw reward against sampling steps, beside it the distances ``far`` and, dashed, real images' ``level``."""
+    Args:
+        name: seeds the figure's ids. label: the text for a screen reader. axes: the labels of x and y.
+        markers: whether each point has a dot.
+        level: (label, value) of a dashed line that the curves are compared with.
+    """
 
     def draw(figure: Figure) -> None:
-        left, *right = figure.subplots(1, 2 if far else 1, squeeze=False)[0]
-        lines(left, curves, (BEFORE, AFTER), "number of proximal steps N", ylabel, markers=True)
-        _step_ticks(left, curves)
-        for axes in right:
-            lines(axes, far, (BEFORE, AFTER), "number of proximal steps N", "distance to data", markers=True)
-            _step_ticks(axes, far)
+        only = figure.subplots()
+        lines(only, curves, (*colours, *_ROLES, BEFORE), *axes, markers=markers)
+        if level is not None:
+            only.axhline(level[1], color=LEVEL, linestyle="--", linewidth=1.2, label=level[0])
+            _legend(only)
+        only.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+        if all(type(x) is int for curve in curves.values() for x in curve[0]):
+            only.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+
+    return svg(draw, name, label, SIZE)
+
+
+def unchanging(values: Sequence[float]) -> bool:
+    """Return whether the finite ones of ``values`` are all the same, to the precision of float32."""
+    finite = [v for v in values if math.isfinite(v)]
+    return not finite or max(finite) - min(finite) <= 1e-6 * max(map(abs, finite))
+
+
+def against_steps(curves: Curves, ylabel: str, level: float | None = None, log: bool = False) -> str:
+    """Draw a figure against the number of sampling steps and, dashed, real images' ``level``."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        lines(axes, curves, (BEFORE, AFTER), "number of proximal steps N", ylabel, markers=True)
+        _step_ticks(axes, curves)
+        if log:
             axes.set_yscale("log")  # few steps have many times the distance of many steps
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(NullLocator())
-            if level:
-                axes.axhline(level, color=HELDOUT, linestyle="--", linewidth=1.2, label="real images")
-                axes.legend()
+        if level:
+            axes.axhline(level, color=LEVEL, linestyle="--", linewidth=1.2, label="real images")
+            _legend(axes)
 
-    beside = " and distance to data" if far else ""
-    return svg(draw, "frontier", f"{ylabel}{beside} against the number of steps", (8.0, 3.2) if far else (6.4, 3.2))
+    return svg(draw, f"frontier {ylabel}", f"{ylabel} against the number of steps", SIZE)
 
 
 def _step_ticks(axes, curves: Curves) -> None:
@@ -134,7 +151,7 @@ def paired_bars(before: dict[str, float], after: dict[str, float], xlabel: str, 
         axes.grid(axis="y", visible=False)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return svg(draw, name, xlabel, (6.4, 0.8 + 0.42 * len(keys)))
+    return svg(draw, name, xlabel, (4.8, 0.8 + 0.36 * len(keys)))
 
 
 def loss_curve(steps: list[int], values: list[float]) -> str:
@@ -150,13 +167,4 @@ def loss_curve(steps: list[int], values: list[float]) -> str:
         lines(axes, curves, (BEFORE, AFTER) if width > 1 else (AFTER,), "step", "loss")
         axes.lines[0].set_linewidth(1.0)
 
-    return svg(draw, "loss", "Pre-training loss")
-
-
-def roles(seconds: dict[str, tuple[list[int], list[float]]]) -> str:
-    """Draw the seconds of each role over RL steps."""
-
-    def draw(figure: Figure) -> None:
-        lines(figure.subplots(), dict(seconds), (*_ROLES, BEFORE), "RL step", "seconds")
-
-    return svg(draw, "roles", "Seconds of each role over RL steps")
+    return svg(draw, "loss", "Pre-training loss", SIZE)

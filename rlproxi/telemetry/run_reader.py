@@ -15,7 +15,7 @@ import numpy as np
 from ..config.plain_yaml import read_yaml
 from ..run_directory import INSIDE, PARTS, RunDirectory
 from . import runlog
-from .values import dig, number
+from .values import dig, number, whole
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,59 @@ class RunReader:
             self._note(f"{path.relative_to(self.path)} is not readable ({error})")
             return None
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended. The stage report counts as done once it wrote the summary, before the report."""
+        stages = [record for record in self.records if record["event"] == "stage"]
+        if stages and stages[-1].get("name") == "report" and self.summary:
+            return True
+        return runlog.ended(stages, dig(self.config, "run", "stages"), bool(self.summary))
+
+    @property
+    def moments(self) -> list[tuple[int, str]]:
+        """(RL step, tag) of every evaluation whose step is known, in order: before, step-<iteration>, after."""
+        last, found = runlog.last_step(self.records, "rl"), []
+        for tag, evaluation in self.evaluations.items():
+            match = re.fullmatch(r"step-(\d+)", tag)
+            named = {"before": 0, "after": last}.get(tag, int(match[1]) if match else None)
+            step = whole(evaluation.get("iteration"))
+            step = named if step is None else step
+            if step is not None:
+                found.append((step, tag))
+        order = {"before": -1, "after": 1}
+        return sorted(found, key=lambda moment: (moment[0], order.get(moment[1], 0)))
+
+    def reasons(self, *place: str | int) -> list[str]:
+        """Return the warnings about missing scores that the log holds of one record.
+
+        Args:
+            place: ("evaluation", tag) or ("metrics", stage, step). The warnings stand before the record in the log.
+        """
+        found: list[str] = []
+        pending: dict[str, list[str]] = {"evaluation": [], "metrics": []}
+        for record in self.records:
+            event, message = record["event"], record.get("message")
+            if event == "warning" and isinstance(message, str):
+                if message.startswith("evaluation:"):
+                    pending["evaluation"].append(message.removeprefix("evaluation:").strip())
+                elif re.search(r"no score|missing|NaN", message):
+                    pending["metrics"].append(message)
+            elif event in pending:
+                keys = ("tag",) if event == "evaluation" else ("stage", "step")
+                if (event, *(record.get(key) for key in keys)) == place:
+                    found += pending[event]
+                pending[event] = []
+        return list(dict.fromkeys(found))
+
+    def curve(self, *key: str) -> tuple[list[int], list[float]]:
+        """Return (RL steps, values) of a figure in the evaluations, at ``headline_steps``: ("distance", "total")."""
+        points = {step: number(dig(self.entry(tag), *key)) for step, tag in self.moments}
+        known = {step: value for step, value in points.items() if value is not None}
+        return list(known), list(known.values())
+
     def heldout_curve(self, name: str) -> tuple[list[int], list[float], list[float]]:
         """Return (RL steps, means, standard errors) of a reward in every evaluation, at ``headline_steps``."""
-        last = runlog.last_step(self.records, "rl")
-        points = {}
-        for tag in self.evaluations:
-            match = re.fullmatch(r"step-(\d+)", tag)
-            step = {"before": 0, "after": last}.get(tag, int(match[1]) if match else None)
-            score = self.score(tag, name)
-            if step is not None and score is not None:
-                points[step] = score
+        points = {step: score for step, tag in self.moments if (score := self.score(tag, name)) is not None}
         steps = sorted(points)
         return steps, [points[s][0] for s in steps], [points[s][1] for s in steps]
 

@@ -176,6 +176,22 @@ def keys(records: Iterable[dict], stage: str, prefix: str = "") -> list[str]:
     return [key for key in found if key not in ("time", "event", "stage", "step")]
 
 
+def ended(stages: Iterable[dict], configured: Any, summary: bool) -> bool:
+    """Return whether a run has ended: its newest stage is done, and it wrote a summary or did all its stages.
+
+    Args:
+        stages: the "stage" records in their order. configured: ``run.stages`` of the config, which may hold anything.
+        summary: whether summary.json is there.
+    """
+    found = list(stages)
+    if not found:
+        return summary
+    status = {str(record.get("name")): record.get("status") for record in found}
+    wanted = configured if isinstance(configured, list) else []
+    every = bool(wanted) and all(isinstance(name, str) and status.get(name) == "done" for name in wanted)
+    return found[-1].get("status") == "done" and (summary or every)
+
+
 def stage_seconds(records: Iterable[dict]) -> dict[str, float]:
     """Return the seconds of each stage that is done, summed over its runs."""
     seconds: dict[str, float] = {}

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fixtures.dashboard_run import make_run
 from rlproxi.cli import main as cli
-from rlproxi.dashboard import ASSETS, asset
+from rlproxi.dashboard import ASSETS, DOCUMENTS, asset
 from rlproxi.dashboard.process import PageProcess, bind
 from rlproxi.telemetry.runlog import RunLog
 
@@ -93,6 +93,15 @@ def test_the_page_and_all_it_loads_come_from_here(port):
     assert shipped == set(ASSETS)
 
 
+def test_documents_are_served_as_text(port):
+    names = fetched(port, "/api/documents")
+    assert "dashboard.md" in names and set(names) == set(DOCUMENTS)
+    for name in names:
+        status, headers, body = ask(port, f"/docs/{name}")
+        assert status == 200 and headers["content-type"] == "text/plain; charset=utf-8"
+        assert body == (ROOT / "docs" / name).read_bytes()
+
+
 def test_what_a_run_directory_holds(port):
     assert {run["id"] for run in fetched(port, "/api/runs")} == {"one", "two"}
     found = fetched(port, "/api/runs/one")
@@ -119,6 +128,9 @@ ESCAPES = [
     "/%2e%2e/%2e%2e/etc/passwd",
     "//etc/passwd",
     "/secret.txt",
+    "/docs/../secret.txt",
+    "/docs/..%2fpyproject.toml",
+    "/docs/secret.txt",
     "/__init__.py",
     "/process.py",
     "/api/runs/..",

@@ -1,7 +1,6 @@
 """The live page in a real browser, beside a run that goes on."""
 
 import re
-import shutil
 import threading
 import time
 import urllib.error
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fixtures.browser import browser  # noqa: F401  (a fixture)
 from fixtures.run_processes import kill_when, launch
 from rlproxi.telemetry.runlog import read
 
@@ -21,19 +21,6 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 STEPS = 30
 #: Long enough for the run's slowest stage on a busy machine.
 PATIENCE = 600_000
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    with playwright.sync_playwright() as driver:
-        try:
-            browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except playwright.Error as error:
-            pytest.skip(f"no Chromium that Playwright can start: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -69,16 +56,16 @@ def address(process, lines) -> str:
 
 def reach(page, chart: str, step: int) -> int:
     """Waits until a chart shows ``step`` or a later one; returns the last one that it shows."""
-    canvas = f'.chart[data-metric="{chart}"] canvas'
-    page.wait_for_selector(canvas, timeout=PATIENCE)
-    page.locator(canvas).scroll_into_view_if_needed()
+    canvas = f'.chart[data-metric="{chart}"] canvas'  # hidden while nothing changes
+    page.wait_for_selector(canvas, timeout=PATIENCE, state="attached")
+    page.locator(f'.chart[data-metric="{chart}"]').scroll_into_view_if_needed()
     page.wait_for_function(
         "([at, step]) => Number(document.querySelector(at).dataset.last) >= step", arg=[canvas, step], timeout=PATIENCE
     )
     return int(page.locator(canvas).get_attribute("data-last"))
 
 
-def test_a_browser_follows_a_run(run, browser):
+def test_a_browser_follows_a_run(run, browser):  # noqa: F811
     process, lines, base = run
     url = address(process, lines)
     context = browser.new_context(viewport={"width": 1280, "height": 900})

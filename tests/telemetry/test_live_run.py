@@ -38,6 +38,7 @@ def test_curves_events_and_progress_of_a_run(tmp_path):
             details={"judge": {"hat": 0.9}},
             diversity=0.2,
             distance={"total": 1.5},
+            spectrum={"rows": {"2": 1.25}, "worst": 1.25},
         )
         log.append("samples", stage="rl", step=10, file="samples/000010.json")
         log.append("warning", message="x" * 5000)
@@ -59,6 +60,8 @@ def test_curves_events_and_progress_of_a_run(tmp_path):
         "details/judge/hat": [0.9],
         "diversity": [0.2],
         "distance/total": [1.5],
+        "spectrum/rows/2": [1.25],
+        "spectrum/worst": [1.25],
     }
     assert found["galleries"] == [10] and len(found["events"]["warning"][0]["message"]) == 600
     assert found["events"]["resume"][0]["restart"] is False

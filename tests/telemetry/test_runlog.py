@@ -10,11 +10,25 @@ import torch
 
 from rlproxi.telemetry import runlog
 from rlproxi.telemetry.catalogue import CATALOGUE, lookup
-from rlproxi.telemetry.runlog import RunLog, read, series
+from rlproxi.telemetry.runlog import RunLog, ended, read, series
 
 
 def metrics(log: RunLog, step: int, **values) -> None:
     log.append("metrics", stage="rl", step=step, **values)
+
+
+def test_a_run_has_ended_when_its_stages_are_done():
+    def stage(name, status):
+        return {"event": "stage", "name": name, "status": status}
+
+    rl, report = [stage("rl", "start"), stage("rl", "done")], [stage("report", "start"), stage("report", "done")]
+    assert not ended([], ["rl"], False) and ended([], None, True)
+    assert not ended(rl, ["rl", "report"], False) and not ended(rl, None, False)
+    assert ended(rl, ["rl"], False) and ended([*rl, *report], ["rl", "report"], True)
+    assert not ended([*rl, *report, rl[0]], ["rl", "report"], True), "it was resumed"
+    assert not ended([{"event": "stage"}, {"name": ["rl"], "status": {}}], ["rl"], True), "damaged records"
+    for junk in ("rl", {}, 3, [["rl"]], [None]):
+        assert not ended(rl, junk, False) and ended(rl, junk, True)
 
 
 def test_records_come_back_in_order_with_plain_values(tmp_path):

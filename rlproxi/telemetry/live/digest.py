@@ -93,7 +93,7 @@ class Digest:
             return None
         self.counts["evaluation"] += 1
         values: dict[str, float | None] = {}
-        for part in ("heldout", "train", "details", "diversity", "distance"):
+        for part in ("heldout", "train", "details", "diversity", "distance", "spectrum"):
             if part in record:
                 values.update(_flat(part, record[part]))
         stage = f"evaluation@{steps}"

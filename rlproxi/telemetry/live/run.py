@@ -17,7 +17,7 @@ import yaml
 
 from ...config.plain_yaml import read_yaml
 from ...run_directory import RunDirectory
-from ..runlog import parse
+from ..runlog import ended, parse
 from ..values import dig, whole
 from .digest import Digest
 from .files import Timeline
@@ -158,8 +158,10 @@ class LiveRun:
         return 1.0 if self.complete or not size else min(1.0, self._lines.offset / size)
 
     def progress(self) -> dict:
-        """How far the run is, see ``Digest.progress``."""
-        return self.digest.progress(totals(self.config()[1]))
+        """How far the run is, see ``Digest.progress``. "finished": all of its stages are done."""
+        values, summary = self.config()[1], RunDirectory(self.path).summary.is_file()
+        finished = ended(self.digest.listed["stage"], dig(values, "run", "stages"), summary)
+        return {**self.digest.progress(totals(values)), "finished": finished}
 
     def config(self) -> tuple[str, dict]:
         """(text, values) of config.yaml; ("", {}) if it is missing or unreadable. Read again when it changes."""
