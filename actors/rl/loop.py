@@ -18,10 +18,10 @@ from ray.exceptions import RayActorError
 from rlproxi.algorithms.base import Algorithm, share
 from rlproxi.algorithms.requests import SampleRequest
 from rlproxi.config.loading import Config
-from rlproxi.config.sections import Reward
+from rlproxi.config.sections import Reward, Rewards
 from rlproxi.errors import is_out_of_memory
 from rlproxi.rewards import RewardError
-from rlproxi.rewards.combine import mean_present
+from rlproxi.rewards.combine import combine, mean_present
 
 from ..rewards.service import RewardClient
 from .evaluator import Evaluator
@@ -168,7 +168,7 @@ class Loop:
             "stage": "rl",
             "step": iteration + 1,
             **trained.metrics,
-            **(rollout_metrics(scored, in_flight) if scored else {}),
+            **(rollout_metrics(scored, in_flight, self.config.rewards) if scored else {}),
             "seconds/step": now - self.last_commit,
             "images_per_second": images / max(now - self.last_commit, 1e-9),
             **self.observer.committed(trained, self.last_commit, now, images),
@@ -310,11 +310,18 @@ class Loop:
             return missing, {r.name: missing for r in self.config.rewards.train}
 
 
-def rollout_metrics(scored: Sequence[Scored], in_flight: int) -> dict[str, float]:
-    """Metrics of an iteration's rollouts. ``in_flight``: bytes, before the iteration's were given back."""
+def rollout_metrics(scored: Sequence[Scored], in_flight: int, rewards: Rewards) -> dict[str, float]:
+    """Metrics of an iteration's rollouts. ``in_flight``: bytes, before the iteration's were given back.
+
+    With ``rewards.normalize`` "group" the mean of what the learner gets is always 0. Then reward/mean is that of the
+    weighted rewards as the scorers gave them, which shows whether they rise.
+    """
     columns = {name: np.concatenate([e.parts[name] for e in scored]) for name in scored[0].parts}
+    means = {f"reward/{name}": mean_present(column) for name, column in columns.items()}
+    if rewards.normalize == "group":
+        means["reward/mean"] = mean_present(combine(columns, {r.name: r.weight for r in rewards.train}))
     return {
-        **{f"reward/{name}": mean_present(column) for name, column in columns.items()},
+        **means,
         "staleness/mean": float(np.mean([e.stamp.iteration - e.stamp.version for e in scored])),
         "groups": sum(len(e.request.prompts) for e in scored),
         "seconds/rollout": sum(e.rollout_seconds for e in scored),
