@@ -484,7 +484,14 @@ class Evaluate(Section):
         gt=0,
         lt=1,
         description="Alarm as well where the diversity of a prompt's samples has fallen to this share of its largest "
-        "value. null: never.",
+        "value, or of real images' where that is known and smaller. null: never.",
+    )
+    alarm_grid: float | None = Field(
+        2.0,
+        gt=1,
+        description="Alarm as well where a grid lies over the images: at a period of 2 to 8 pixels they have this "
+        "multiple of the data's power, and of their own before; or all images have something in common there that the "
+        "data do not (docs/guards.md). null: never.",
     )
     patience: int | None = Field(
         None, ge=1, description="RL ends after this many evaluations in a row that far below the best; null: never."

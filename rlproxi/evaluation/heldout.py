@@ -45,7 +45,7 @@ def summarise(
         scores: reward -> [P * S]. Those named in ``heldout`` are held out, the others are training rewards.
         details: reward -> attribute -> [P * S]: 1 right, 0 wrong, NaN where the caption does not claim it.
         samples: S, the samples of each prompt.
-        seen: a result of ``reference.Comparison``: "diversity", and "distance" where it is known.
+        seen: a result of ``reference.Comparison``: "diversity", and "distance" and "spectrum" where they are known.
     """
     entry: dict[str, Any] = {"heldout": {}, "train": {}, "details": {}, **(seen or {})}
     for name, values in scores.items():
@@ -62,8 +62,8 @@ def summarise(
 def headline(evaluation: dict, config: Config) -> Evaluated | None:
     """Return the figures that the over-optimisation guard compares, at the config's number of denoising steps.
 
-    They are the first held-out reward, the weighted training rewards, distance and diversity. A reward without a score
-    is NaN in them. Returns None where the evaluation lacks that number of steps.
+    They are the first held-out reward, the weighted training rewards, distance, diversity and spectrum. A reward
+    without a score is NaN in them. Returns None where the evaluation lacks that number of steps.
     """
     entry = evaluation["by_steps"].get(str(config.sampler.num_inference_steps))
     if not entry or "iteration" not in evaluation:
@@ -75,8 +75,16 @@ def headline(evaluation: dict, config: Config) -> Evaluated | None:
     judges = config.rewards.heldout
     judge = entry["heldout"][judges[0].name] if judges else {}
     train = sum(r.weight * figure(entry["train"][r.name], "mean") for r in config.rewards.train)
-    distance, diversity = entry.get("distance", {}).get("total"), entry.get("diversity")
-    return Evaluated(evaluation["iteration"], train, figure(judge, "mean"), figure(judge, "sem"), distance, diversity)
+    return Evaluated(
+        evaluation["iteration"],
+        train,
+        figure(judge, "mean"),
+        figure(judge, "sem"),
+        entry.get("distance", {}).get("total"),
+        entry.get("diversity"),
+        evaluation.get("data", {}).get("diversity"),
+        entry.get("spectrum"),
+    )
 
 
 def evaluated(run_dir: Path, config: Config, upto: int) -> list[Evaluated]:

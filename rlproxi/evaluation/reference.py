@@ -16,6 +16,7 @@ from ..data.prompts import heldout_prompts
 from ..seeds import Purpose, rng, seed_of
 from .distance import SPACES, Features, Reference
 from .diversity import diversity
+from .spectrum import DataSpectrum
 
 #: Real images that the data's statistics are computed from, and the fewest that are accepted.
 COUNT, LEAST = 2048, 256
@@ -73,26 +74,30 @@ def _batches(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 class Comparison:
-    """Diversity and distance to data of a run's evaluations, which all have the same number of images.
+    """Diversity, distance to data and spectrum of a run's evaluations, which all have the same number of images.
 
     The data's statistics are computed at the first call and kept, in about a second for portraits of 32 x 32. Without
     them no result has a distance, and ``note`` says what is missing and why.
 
     Attributes:
         data: the same figures of as many real images, none of which are the reference's: {"images", "distance",
-            "diversity" (source faces alone, whose captions have many portraits)}. {} before the first call, and where
-            the data hold too few images.
+            "spectrum", "diversity" (source faces alone, whose captions have many portraits)}. {} before the first call,
+            and where the data hold too few images.
     """
 
     def __init__(self, config: Config, spaces: dict[str, Features] = SPACES):
         self.config, self.spaces = config, spaces
         self.reference: Reference | None = None
+        self.spectrum = DataSpectrum()
         self.data: dict = {}
         self.note: str | None = None
         self._prepared, self._lock = False, threading.Lock()
 
     def __call__(self, images: np.ndarray) -> dict:
-        """Return {"diversity", "distance": {"total", "layout", "texture"}} of uint8 [P * S, H, W, 3], prompt-major."""
+        """Return {"diversity", "distance": {"total", "layout", "texture"}, "spectrum": ``DataSpectrum.compare``}.
+
+        images: uint8 [P * S, H, W, 3], prompt-major. Without statistics of the data there is diversity alone.
+        """
         found: dict = {"diversity": diversity(images, self.config.evaluate.samples)}
         size = (self.config.data.size,) * 2
         if images.shape[1:3] != size:
@@ -104,6 +109,7 @@ class Comparison:
                 self._prepared = True
         if self.reference is not None:
             found["distance"] = self.reference.distance(images)
+            found["spectrum"] = self.spectrum.compare(images)
         return found
 
     def _prepare(self, images: int) -> None:
@@ -111,7 +117,7 @@ class Comparison:
         if d.source == "faces":
             count = min(COUNT, max(LEAST, COUNT * _QUICK // d.size**2))
         try:
-            reference = Reference(_batches(islice(real, count)), self.spaces)
+            reference = Reference(self.spectrum.seen(_batches(islice(real, count))), self.spaces)
             if reference.images < LEAST:
                 raise ValueError(f"data.urls hold {reference.images} readable images, {LEAST} are needed")
         except Exception as error:  # a storage has errors of its own, and an evaluation must not end the run
@@ -122,7 +128,11 @@ class Comparison:
         if len(own) < images:  # the figures of another number of images would mislead
             self.note = f"no distance of real images: data.urls hold {len(own)} beside the reference, not {images}"
             return
-        self.data = {"images": images, "distance": reference.distance(np.stack(own))}
+        self.data = {
+            "images": images,
+            "distance": reference.distance(np.stack(own)),
+            "spectrum": self.spectrum.compare(np.stack(own)),
+        }
         if d.source == "faces":
             # Portraits go round the prompts: sample-major to prompt-major.
             samples = self.config.evaluate.samples

@@ -38,6 +38,7 @@ def summary(run_dir: Path, config: Config) -> dict:
         "heldout": {**both("heldout", judge, "mean"), "best_iteration": best},
         "distance": both("distance", "total"),
         "diversity": both("diversity"),
+        "spectrum": both("spectrum", "worst"),
         "images_per_second": sum(rates) / len(rates) if rates else None,
         "seed": config.run.seed,
         "git": _git(),

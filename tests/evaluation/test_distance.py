@@ -14,6 +14,7 @@ from rlproxi.data.prompts import heldout_prompts
 from rlproxi.evaluation import reference
 from rlproxi.evaluation.distance import GaussianFit, Moments, Reference, frechet, layout, texture
 from rlproxi.evaluation.diversity import area_average, diversity
+from rlproxi.evaluation.spectrum import DataSpectrum
 
 CONFIG = build_config({"evaluate": {"prompts": 64, "samples": 4}})
 
@@ -261,7 +262,13 @@ def test_of_shards_what_is_readable_counts_and_nothing_is_made_up(tmp_path, monk
     own = real_images(config, 30)
     found = enough(fakes)["distance"]
     assert found == Reference([own[:20]]).distance(fakes) and enough.note is None
-    assert enough.data == {"images": 8, "distance": Reference([own[:20]]).distance(own[20:28])}
+    spectrum = DataSpectrum()
+    spectrum.add(own[:20])
+    assert enough.data == {
+        "images": 8,
+        "distance": Reference([own[:20]]).distance(own[20:28]),
+        "spectrum": spectrum.compare(own[20:28]),
+    }
     monkeypatch.setattr(reference, "COUNT", 25)
     short = reference.Comparison(config)
     assert "distance" in short(fakes) and short.data == {} and "hold 5 beside the reference, not 8" in short.note

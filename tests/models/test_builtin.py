@@ -16,7 +16,9 @@ def test_it_is_small_names_no_machine_and_draws(name):
     folder = ModelFolder.find(f"builtin:{name}")
     files = [p for p in folder.path.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 8e6
-    assert not any(b'"/' in p.read_bytes() for p in files if p.suffix == ".json"), "a path of the machine it was made on"
+    assert not any(b'"/' in p.read_bytes() for p in files if p.suffix == ".json"), (
+        "a path of the machine it was made on"
+    )
     model = TextToImage.from_pretrained(folder)
     images = model(["a smiling person with a red hat", "a frowning person with a blue hat"])
     assert images.shape == (2, model.size, model.size, 3) and images.dtype == np.uint8

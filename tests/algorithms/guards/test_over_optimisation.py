@@ -97,3 +97,14 @@ def test_samples_that_become_alike_are_told_though_the_judge_is_pleased():
     )
     assert said[5].startswith("drift: ")  # one of them is told
     assert made().see(Evaluated(0, 1, 1, 0.1, 5.0, 0.0)) is None
+
+
+def test_diversity_is_too_low_only_below_that_of_real_images():
+    """A start that also draws poor pictures is more diverse than the data: losing that is no sameness."""
+    guard = made(alarm_sameness=0.65)
+    assert guard.see(Evaluated(0, 0.5, 0.2, 0.01, 0.43, 0.165, 0.108)) is None
+    assert guard.see(Evaluated(60, 0.9, 0.7, 0.01, 0.10, 0.101, 0.108)) is None
+    message = guard.see(Evaluated(90, 0.9, 0.7, 0.01, 0.10, 0.069, 0.108))
+    assert message and message.startswith(
+        "sameness: the diversity of a prompt's samples went from 0.165 at iteration 0"
+    )
