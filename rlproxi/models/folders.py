@@ -312,15 +312,25 @@ def _opened(path: Path, state: tuple[tuple[Any, ...], ...]) -> ModelFolder:
 def latent_space(config: Config) -> tuple[int, int]:
     """(channels, H = W) of a sample: the autoencoder's latents, or pixels.
 
-    Raises ValueError where ``data.size`` is not a multiple of the autoencoder's factor, else as ``ModelFolder``.
+    Raises ValueError where ``data.size`` is not a multiple of the autoencoder's factor, and where a network of ours in
+    ``model.init`` has another size; else as ``ModelFolder``.
     """
-    folder = ModelFolder.of(config)
-    if folder is None or not folder.has_vae:
-        return 3, config.data.size
-    channels, factor = folder.latents
-    if config.data.size % factor:
-        raise ValueError(f"data.size {config.data.size} is not a multiple of {factor}, the factor of {folder.path}/vae")
-    return channels, config.data.size // factor
+    folder, size = ModelFolder.of(config), config.data.size
+    if folder is None:
+        return 3, size
+    channels, factor = folder.latents if folder.has_vae else (3, 1)
+    if size % factor:
+        raise ValueError(f"data.size {size} is not a multiple of {factor}, the factor of {folder.path}/vae")
+    if (
+        config.model.init
+        and folder.is_ours
+        and (own := folder.network.get("sample_size")) not in (None, size // factor)
+    ):
+        raise ValueError(
+            f"data.size is {size}, but the network in {folder.path} has {own * factor} x {own * factor} pixels: set "
+            f"data.size={own * factor}, or model.init=null for a new network"
+        )
+    return channels, size // factor
 
 
 def published_shapes(folder: str | os.PathLike) -> Path | None:

@@ -60,6 +60,7 @@ def _evaluated(fields: dict[str, Any]) -> dict[str, Any]:
         found[f"evaluation/{name}"] = score.get("mean")
     for name, value in (fields.get("distance") or {}).items():
         found[f"distance/{name}"] = value
+    found["spectrum/worst"] = (fields.get("spectrum") or {}).get("worst")
     return found
 
 

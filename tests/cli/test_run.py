@@ -29,6 +29,7 @@ def no_system(monkeypatch, tmp_path):
         (["a.yaml", "--resume", "runs/x"], "--resume takes the run's own config.yaml; leave out a.yaml"),
         (["grpo.group_sise=4"], "unknown key 'grpo.group_sise'; did you mean rl.group_size?"),
         (["rl.group_size=1", "--dry-run"], "group_size is 1"),
+        (["data.size=16"], "32 x 32 pixels: set data.size=32, or model.init=null for a new network"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_message(no_system, arguments, words, capsys, tmp_path):
@@ -39,7 +40,7 @@ def test_bad_input_is_exit_code_2_and_one_message(no_system, arguments, words, c
 
 
 def test_dry_run_prints_the_plan_and_stops(no_system, capsys):
-    shown = ["run.name=tiny", "data.size=16", "model.channels=[32,32]", "rl.max_staleness=2"]
+    shown = ["run.name=tiny", "data.size=16", "model.init=null", "model.channels=[32,32]", "rl.max_staleness=2"]
     assert main([*shown, "--dry-run"]) == 0
     captured = capsys.readouterr()
     assert "run        tiny, seed 0" in captured.out and "16x16" in captured.out and captured.err == ""

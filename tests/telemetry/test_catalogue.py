@@ -101,6 +101,7 @@ def test_an_evaluation_tells_its_headline():
         "details": {},
         "diversity": 0.3,
         "distance": {"total": 3.0, "layout": 1.0, "texture": 2.0},
+        "spectrum": {"rows": {"2": 1.5}, "columns": {"2": 1.0}, "worst": 1.5},
     }
     expected = {
         "heldout/judge": 0.5,
@@ -109,6 +110,7 @@ def test_an_evaluation_tells_its_headline():
         "distance/total": 3.0,
         "distance/layout": 1.0,
         "distance/texture": 2.0,
+        "spectrum/worst": 1.5,
     }
     assert told("evaluation", 4, **record) == {(name, "rl", 0): value for name, value in expected.items()}
     assert told("evaluation", 8, **record) == {} and len(told("evaluation", None, **record)) == len(expected)

@@ -95,7 +95,10 @@ class Digest:
         values: dict[str, float | None] = {}
         for part in ("heldout", "train", "details", "diversity", "distance", "spectrum"):
             if part in record:
-                values.update(_flat(part, record[part]))
+                found = record[part]
+                if part == "spectrum" and isinstance(found, dict):  # what guards need beside it is no curve
+                    found = {key: found[key] for key in ("rows", "columns", "worst") if key in found}
+                values.update(_flat(part, found))
         stage = f"evaluation@{steps}"
         self._add(stage, step, values)
         return ["points", stage, step, values]
