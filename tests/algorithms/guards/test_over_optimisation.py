@@ -108,3 +108,36 @@ def test_diversity_is_too_low_only_below_that_of_real_images():
     assert message and message.startswith(
         "sameness: the diversity of a prompt's samples went from 0.165 at iteration 0"
     )
+
+
+def recorded(iteration: int, heldout: float, distance: float, diversity: float, rows: str, columns: str) -> Evaluated:
+    """An evaluation of 256 images of a run that was made; ``rows`` and ``columns``: power at periods 2 to 8."""
+    power = {
+        name: {str(period): float(value) for period, value in zip(range(2, 9), values.split(), strict=True)}
+        for name, values in (("rows", rows), ("columns", columns))
+    }
+    common = {name: dict.fromkeys(values, 0.02) for name, values in power.items()}
+    spectrum = {**power, "common": common, "images": 256}
+    return Evaluated(iteration, heldout, heldout, 0.012, distance, diversity, 0.108, spectrum)
+
+
+def test_the_quickstart_of_today_raises_no_alarm():
+    """Its evaluations with run.seed=0, as they were measured."""
+    watch = OverOptimisation(build_config({}))
+    for seen in (
+        recorded(0, 0.250, 0.430, 0.165, "0.23 0.24 0.26 0.30 0.27 0.31 0.38", "0.13 0.36 0.14 0.37 0.39 0.45 0.38"),
+        recorded(15, 0.370, 0.294, 0.135, "0.32 0.36 0.35 0.42 0.42 0.46 0.51", "0.15 0.49 0.19 0.52 0.53 0.64 0.52"),
+        recorded(30, 0.531, 0.143, 0.119, "0.50 0.54 0.55 0.60 0.66 0.67 0.78", "0.20 0.68 0.28 0.74 0.72 0.87 0.77"),
+        recorded(45, 0.656, 0.092, 0.107, "0.68 0.71 0.75 0.76 0.83 0.80 1.04", "0.23 0.83 0.37 0.92 0.92 1.04 0.97"),
+        recorded(60, 0.691, 0.095, 0.101, "0.72 0.76 0.79 0.79 0.88 0.83 1.08", "0.24 0.85 0.39 0.93 0.96 1.06 1.02"),
+    ):
+        assert watch.see(seen) is None
+
+
+def test_the_quickstart_of_november_raises_the_alarm_of_a_grid():
+    """A plaid lay over hair and faces, the held-out judge rose, and the distance stayed just under its own alarm."""
+    watch = OverOptimisation(build_config({}))
+    others = "0.8 0.8 0.8 0.8"
+    assert watch.see(recorded(0, 0.843, 0.158, 0.104, f"0.6 0.9 0.7 {others}", f"0.37 0.9 0.74 {others}")) is None
+    message = watch.see(recorded(175, 0.882, 0.215, 0.082, f"6.9 1.0 1.2 {others}", f"7.8 1.0 3.9 {others}"))
+    assert message and message.startswith("grid: a grid of period 2 pixels lies over the columns of the images at")
