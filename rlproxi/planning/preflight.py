@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -206,6 +206,27 @@ def _data(config: Config) -> Iterator[Problem]:
     found: list[Problem] = []
     if known and set(config.run.stages) & {"before", "rl", "after"}:
         found = _check("data.heldout_prompts" if d.heldout_prompts else "data.prompts", lambda: heldout_prompts(config))
+        if not found:
+            prompts = heldout_prompts(config)[1]
+            for section, rewards in (("heldout", config.rewards.heldout), ("train", config.rewards.train)):
+                for i, reward in enumerate(rewards):
+                    found += _check(f"rewards.{section}.{i}", partial(_scores_some, reward, section, prompts))
     if known and "rl" in config.run.stages and not found:
         found = _check("data.prompts", lambda: training_prompts(config, 0))
     yield from found
+
+
+def _scores_some(reward: Reward, section: str, prompts: Sequence[str]) -> None:
+    """Raise ValueError for a scorer that can score none of the prompts."""
+    refused: ValueError | None = None
+    for prompt in prompts:
+        try:
+            facts(reward.kind).check_prompt(prompt)
+            return
+        except ValueError as error:
+            refused = refused or error
+    if refused is not None:
+        remedy = "name another scorer (docs/rewards/README.md)"
+        if section == "heldout":
+            remedy += ", or set rewards.heldout=[]: the alarms for distance, sameness and grid need no held-out score"
+        raise ValueError(f"reward {reward.name!r} can score none of the held-out prompts: {refused}; {remedy}")

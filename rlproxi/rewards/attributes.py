@@ -141,6 +141,11 @@ class AttributeReward(TorchScorer):
         return self._drawn[shape]
 
     @classmethod
+    def check_prompt(cls, prompt: str) -> None:
+        """Raises ValueError for a prompt that names no attribute."""
+        claims_of([prompt])
+
+    @classmethod
     def without_weights(cls, params: Mapping[str, Any], image_size: int, device: str) -> AttributeReward:
         """The classifier of the sizes that its file has, or that the stage ``prepare`` will give it."""
         sizes = AttributeClassifier.sizes_in(params.get("path") or "") or {"sample_size": image_size}
@@ -166,6 +171,11 @@ class AttributeJudge(ScorerFacts):
         reward = AttributeReward(path, copies=0, precision=precision, device=device, micro_batch=micro_batch)
         self.model, self.size, self.files = reward.model, reward.size, reward.files
         self.device, self.dtype, self.micro_batch = reward.device, reward.dtype, micro_batch
+
+    @classmethod
+    def check_prompt(cls, prompt: str) -> None:
+        """Raises ValueError for a prompt that names no attribute."""
+        claims_of([prompt])
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """images uint8 [B, H, W, 3] -> float32 [B] in [0, 1]."""

@@ -58,6 +58,10 @@ class ScorerFacts:
                 )
 
     @classmethod
+    def check_prompt(cls, prompt: str) -> None:
+        """Raises ValueError for a prompt that the scorer cannot score, whatever its parameters."""
+
+    @classmethod
     def parameter_count(cls, params: Mapping[str, Any]) -> int | None:
         """Numbers in the scorer's weights; None where they are not known before they are loaded."""
         return cls.published_parameters

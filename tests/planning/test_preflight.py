@@ -239,3 +239,19 @@ def test_bounds_that_cannot_be_kept_or_have_no_effect(overrides, words):
     told = found(*(each.format(two=2 * whole) for each in overrides))
     assert any(text.startswith(words) or text.endswith(words) for text, missing in told if not missing), told
     assert found("rl.max_staleness=1", f"rl.max_bytes_in_flight={2 * whole}") == []
+
+
+def test_prompts_that_a_scorer_cannot_read_are_said_before_the_run(tmp_path):
+    """The default judge reads the words of the embedded portraits alone."""
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(f"a castle by the sea, number {i}" for i in range(400)))
+    own = [f"data.prompts={file}", "evaluate.prompts=4"]
+    text, missing = one(*own, "rewards.heldout=[{name: judge}]")
+    assert not missing and text.startswith("rewards.heldout.0: reward 'judge' can score none of the held-out prompts:")
+    assert (
+        "a castle by the sea" in text and "set rewards.heldout=[]: the alarms for distance, sameness and grid" in text
+    )
+    assert found(*own, "rewards.heldout=[]") == []
+    assert found(*own, "rewards.heldout=[{name: quality}]") == [], "it reads no prompt"
+    text, _ = one(*own, "rewards.train=[{name: attributes}]")
+    assert text.startswith("rewards.train.0: reward 'attributes' can score none of the held-out prompts")
