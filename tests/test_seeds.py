@@ -100,7 +100,7 @@ def test_purposes_never_change():
         "R0_ETA": 59296,
         "SAMPLER_CHECK": 72215,
     }
-    assert [c.value for c in Collection] == [1, 2, 3, 4, 5, 6]
+    assert [c.value for c in Collection] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_purpose_names_as_its_integer_does():
